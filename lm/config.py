@@ -1,0 +1,208 @@
+"""Settings: a ConfigDict declares them, `--config.KEY=VALUE` changes them, and every mistake is one line.
+
+`--config.*` is read here and not by absl, which answers an unknown key with a traceback, cannot set a field whose value
+is None, and makes the string 'None' of None (ml_collections 1.1).
+"""
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from lm.errors import UsageError
+
+# What may differ when a run is resumed; a key or a whole branch.
+MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
+
+
+def base() -> ConfigDict:
+    """The settings common to all stages, at the sizes of the laptop run. `placeholder(type)` is None until set."""
+    c = ConfigDict()
+    c.stage = 'pretrain'
+    c.seed = 0
+    c.steps = placeholder(int)  # optimizer steps; None: one epoch
+    c.batch_size = 8  # sequences a step, over all devices
+    c.seq_len = 256  # tokens a sequence
+    c.microbatch = placeholder(int)  # sequences in memory at once; None: resolved at the start and saved
+    c.init_from = placeholder(str)  # DIR[@STEP]: start from that run's weights, model and tokenizer
+    c.branch_from = placeholder(str)  # DIR[@STEP]: as init_from, with the optimizer and the position in the data
+    c.remat = 'none'  # none | full | dots | names: what the backward pass computes again instead of keeping
+    c.z_loss = 1e-4  # coefficient of the squared logsumexp
+    c.precision = ConfigDict()
+    c.precision.compute = placeholder(str)  # dtype of activations; None: bfloat16, on CPU float32
+
+    c.model = ConfigDict()
+    c.model.vocab_size = 4096
+    c.model.dim = 128
+    c.model.layers = 4
+    c.model.heads = 4
+    c.model.kv_heads = 4
+    c.model.head_dim = 32
+    c.model.ffn_dim = 384
+    c.model.rope_theta = 10_000.0
+    c.model.norm_eps = 1e-6
+    c.model.qk_norm = True  # RMS-normalise queries and keys per head
+    c.model.tied = True  # one matrix for the embedding and the head
+    c.model.window = placeholder(int)  # attend to this many last tokens; None: all
+    c.model.attn_softcap = placeholder(float)
+    c.model.logit_softcap = placeholder(float)
+    c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
+
+    c.optim = ConfigDict()
+    c.optim.name = 'adamw'
+    c.optim.lr = 3e-3
+    c.optim.schedule = 'cosine'  # cosine | wsd | linear | constant, each after the warmup
+    c.optim.warmup = 100  # steps
+    c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
+    c.optim.final = 0.1  # the last rate, as a fraction of lr
+    c.optim.weight_decay = 0.1  # not on norms and embeddings
+    c.optim.clip = 1.0  # global gradient norm
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.95
+    c.optim.eps = 1e-8
+    c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
+
+    c.data = ConfigDict()
+    c.data.mixture = ''  # 'name:weight,…': botocore, chitchat, tfds:NAME, files (.jsonl, .txt), folders
+    c.data.tokenizer = placeholder(str)  # folder of a tokenizer; None: trained on the mixture, or init_from's
+    c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
+
+    c.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'seq': 1, 'tensor': 1, 'expert': 1})  # -1 takes the devices left
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps
+    c.checkpoint.keep = 3
+
+    c.eval = ConfigDict()
+    c.eval.every = 100  # steps; the last step is always evaluated
+    c.eval.rows = 64  # held-out rows of each source at an evaluation
+    c.eval.final_rows = 512  # and after the last step
+    c.eval.prompts = 'configs/prompts.jsonl'
+    c.eval.max_new_tokens = 48
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps between lines of metrics.jsonl
+    c.log.profile = placeholder(int)  # step from which three steps are traced into DIR/profile
+    return c
+
+
+# ---- reading the command line ----
+
+
+def leaves(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting."""
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from leaves(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """' (did you mean X?)' with the nearest of the words, or ''."""
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f' (did you mean {found[0]}?)' if found else ''
+
+
+def parse_value(key: str, text: str, kind: type, optional: bool) -> Any:
+    """Reads `text` as the declared type. '1e3' is an int where exact; 'none' is None where None is allowed."""
+    if text.lower() == 'none' and optional:
+        return None
+    try:
+        if kind is bool:
+            return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
+        if kind is int:
+            number = float(text)
+            if number != int(number):
+                raise ValueError
+            return int(text) if text.lstrip('+-').isdigit() else int(number)
+        return kind(text)
+    except (ValueError, KeyError, OverflowError):
+        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}.get(kind, kind.__name__)
+        raise UsageError(f'{key}={text}: must be {wanted}{" or none" if optional else ""}') from None
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
+    known = dict(leaves(config))
+    if key not in known:
+        by_last = [k for k in known if k.rsplit('.', 1)[-1] == key.rsplit('.', 1)[-1]]
+        hint = f' (did you mean {by_last[0]}?)' if by_last else nearest(key, list(known))
+        raise UsageError(f'unknown setting {key}{hint}')
+    *parents, last = key.split('.')
+    node = config
+    for parent in parents:
+        node = node[parent]
+    optional = dict(leaves(base())).get(key, known[key]) is None
+    node[last] = parse_value(key, text, node.get_type(last), optional)
+
+
+def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
+    """Reads `configs/STAGE.py[:ARG]` and applies the overrides: (the config, ARG).
+
+    Raises UsageError if there is no such file, it has no `get_config`, or a key or value is wrong.
+    """
+    path, _, arg = path_and_arg.partition('.py:') if '.py:' in path_and_arg else (path_and_arg, '', '')
+    path = path + '.py' if '.py:' in path_and_arg else path
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f'--config={path}: no such file (a stage is configs/pretrain.py, from a checkout of lm)')
+    module_spec = importlib.util.spec_from_file_location('lm_config', file)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f'--config={path}: not a Python file')
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if 'get_config' not in vars(module):
+        raise UsageError(f'--config={path}: has no function get_config(arg)')
+    config = module.get_config(arg)
+    for key, text in overrides:
+        override(config, key, text)
+    check(config)
+    return config, arg
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UsageError for values that no run can have, whatever its data and devices."""
+    values = dict(leaves(config))
+    positive = ('batch_size', 'seq_len', 'steps', 'microbatch', 'checkpoint.every', 'checkpoint.keep', 'eval.every',
+                'eval.rows', 'eval.final_rows', 'log.every', 'model.window', 'model.vocab_size')  # fmt: skip
+    for key in positive:
+        if values[key] is not None and values[key] < 1:
+            raise UsageError(f'{key}={values[key]} must be at least 1')
+    if config.microbatch and config.batch_size % config.microbatch:
+        raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
+    if not 0 < config.data.heldout < 1:
+        raise UsageError(f'data.heldout={config.data.heldout} must lie between 0 and 1')
+    for key in ('optim.lr', 'optim.clip', 'optim.eps'):
+        if values[key] <= 0:
+            raise UsageError(f'{key}={values[key]} must be positive')
+    if config.init_from and config.branch_from:
+        raise UsageError('init_from and branch_from are two ways to start: set one of them')
+    choices = {'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',)}
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            raise UsageError(f'{key}={values[key]!r} is not one of {", ".join(map(str, allowed))}')
+
+
+# ---- a run's saved settings ----
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (old, new)} of the settings that differ and must not when a run is resumed.
+
+    What the run resolved for itself (None in `new`) stays as it is saved.
+    """
+    a, b = dict(leaves(old)), dict(leaves(new))
+    fixed = [k for k in a | b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
+    plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
+    resolved = ('microbatch', 'precision.compute')
+    return {
+        k: (a.get(k), b.get(k))
+        for k in fixed
+        if plain(a.get(k)) != plain(b.get(k)) and not (k in resolved and b.get(k) is None)
+    }

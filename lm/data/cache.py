@@ -1,0 +1,114 @@
+"""The cache of prepared things: `$LM_CACHE` (default `~/.cache/lm`), a directory a thing, safe to delete at any time.
+
+A thing's directory is named by the fingerprint of its key, is built under a temporary name and renamed when whole. So a
+kill leaves nothing half, and two processes that build the same thing at once end with one copy of it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from etils import epath
+
+from lm import files
+from lm.errors import RunError, UsageError
+
+_TEMPORARY = '.building-'
+_ABANDONED_SECONDS = 3600.0
+
+
+def cache_dir() -> epath.Path:
+    """The root of the cache. Raises UsageError for a bucket: prepared tokens are memory-mapped."""
+    root = os.environ.get('LM_CACHE') or '~/.cache/lm'
+    if '://' in root:
+        raise UsageError(f'LM_CACHE={root} is no local directory, and prepared data is memory-mapped: name a local one')
+    return epath.Path(root).expanduser()
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of a JSON-able value, the same in every process, version and machine."""
+    text = json.dumps(value, sort_keys=True, separators=(',', ':'))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def build(kind: str, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> epath.Path:
+    """The directory `kind/fingerprint(key)`, filled by `fn(directory)` unless it is there already.
+
+    `key` is saved in it as key.json, for the reader. Raises RunError if the disk is full, and what `fn` raises.
+    """
+    final = cache_dir() / kind / fingerprint(key)
+    if final.exists():
+        return final
+    _make_parent(final.parent)
+    try:
+        _sweep(final.parent)
+        _build_at(final, key, fn)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f'the disk is full while preparing {kind} in {final.parent}: free space or set LM_CACHE') from e
+    return final
+
+
+def _make_parent(parent: epath.Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(
+            f'the cache {parent} cannot be made ({e.strerror}): set LM_CACHE to another directory'
+        ) from None
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f'the cache {parent} cannot be written: set LM_CACHE to another directory')
+
+
+def _build_at(final: epath.Path, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> None:
+    temporary = final.parent / f'{_TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}'
+    temporary.mkdir()
+    try:
+        with _lock(temporary):
+            fn(temporary)
+            files.write_json(temporary / 'key.json', key)
+            _publish(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: epath.Path, final: epath.Path) -> None:
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        # Another process was quicker: both built the same thing from the same key, so theirs is ours.
+        if not final.exists():
+            raise
+
+
+@contextmanager
+def _lock(directory: epath.Path) -> Iterator[None]:
+    """Holds an exclusive lock on a directory; the kernel lets go of it when the process dies, however it dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(parent: epath.Path) -> None:
+    """Removes what killed processes left: temporary directories an hour old that nobody holds."""
+    for path in parent.glob(_TEMPORARY + '*'):
+        try:
+            # The age protects a directory between its creation and its lock.
+            if time.time() - os.stat(path).st_mtime < _ABANDONED_SECONDS:
+                continue
+            with _lock(path):
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue

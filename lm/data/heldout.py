@@ -1,0 +1,40 @@
+"""What pretraining must not see: the answers that operation Q&A holds out.
+
+Fine-tuning asks what an operation does and answers with the first sentence of its documentation. It is split by the
+operation's *name*, and pretraining leaves out every document that contains the answer of a held-out name.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+HELDOUT_SHARE = 0.05
+_NOT_A_WORD = re.compile(r'[\W_]+')
+
+
+def heldout_operation(name: str) -> bool:
+    """Whether operation Q&A holds out the operations called `name`, in every service: about one name in twenty."""
+    digest = hashlib.blake2b(b'operation:' + name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'big') < HELDOUT_SHARE * 2**64
+
+
+def normalized(text: str) -> str:
+    """Lower-case words with single spaces between them: texts that differ in case, markup or spacing become equal."""
+    return _NOT_A_WORD.sub(' ', text.lower()).strip()
+
+
+def leaks(texts: Sequence[str], answers: Iterable[str]) -> list[bool]:
+    """For each text, whether it contains one of `answers` (normalized) as whole words.
+
+    Each answer is looked for only in the texts that contain its rarest word, so a thousand answers against a hundred
+    thousand texts take about a second.
+    """
+    padded = [f' {normalized(text)} ' for text in texts]
+    frequency = Counter(word for text in padded for word in set(text.split()))
+    by_word: dict[str, list[str]] = defaultdict(list)
+    for answer in set(answers):
+        words = answer.split()
+        if words:
+            by_word[min(words, key=lambda w: (frequency[w], w))].append(f' {answer} ')
+    return [any(a in text for word in set(text.split()) & by_word.keys() for a in by_word[word]) for text in padded]

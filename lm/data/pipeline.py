@@ -1,0 +1,138 @@
+"""Batches: rows of several sources mixed by weight, in an order that is a pure function of (seed, i).
+
+Which source the i-th row of the mixture comes from, and which of its rows it is, is arithmetic: no state is carried,
+any batch can be asked for first, and hosts take slices of the same batch. Grain prefetches in background threads.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import grain
+import numpy as np
+
+from lm.data.packing import PackedRows, Row
+from lm.data.prepare import Prepared, PreparedSource
+from lm.errors import UsageError
+
+# Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
+PERIOD = 1 << 14
+_THREADS = 2
+_PREFETCH = 8
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of several sources as one endless sequence, each source's rows spread evenly by its share of PERIOD."""
+
+    rows: tuple[PackedRows, ...]
+    weights: tuple[float, ...]
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """[sources] int64, rows of each source in a period, at least 1, summing to PERIOD (largest remainders)."""
+        exact = np.asarray(self.weights, np.float64) / sum(self.weights) * PERIOD
+        shares = np.maximum(1, np.floor(exact)).astype(np.int64)
+        for _ in range(abs(PERIOD - int(shares.sum()))):
+            step = 1 if shares.sum() < PERIOD else -1
+            shares[np.argmax(step * (exact - shares))] += step
+        return shares
+
+    @cached_property
+    def schedule(self) -> tuple[np.ndarray, np.ndarray]:
+        """([PERIOD] source of each row, [PERIOD] how many rows of that source precede it in the period)."""
+        source = np.repeat(np.arange(len(self.shares)), self.shares)
+        rank = np.concatenate([np.arange(n) for n in self.shares])
+        order = np.argsort((rank + 0.5) / self.shares[source], kind='stable')
+        return source[order], rank[order]
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(source, that source's row) of row i of the mixture."""
+        period, place = divmod(i, PERIOD)
+        source = int(self.schedule[0][place])
+        return source, period * int(self.shares[source]) + int(self.schedule[1][place])
+
+    def row(self, i: int) -> Row:
+        source, row = self.locate(i)
+        return self.rows[source].row(row)
+
+    def rows_in_epoch(self) -> int:
+        """The rows before the first source would begin again."""
+        return min(self._first_repeat(source) for source in range(len(self.rows)))
+
+    def _first_repeat(self, source: int) -> int:
+        period, rank = divmod(len(self.rows[source]), int(self.shares[source]))
+        return period * PERIOD + int(np.flatnonzero(self.schedule[0] == source)[rank])
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What Grain reads from: batch start + index, this host's rows of it."""
+
+    mixture: Mixture
+    batch_size: int
+    rows: slice
+    start: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        first = (self.start + index) * self.batch_size
+        return stack([self.mixture.row(first + b) for b in range(self.batch_size)[self.rows]])
+
+
+def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
+    """The training rows of prepared data."""
+    rows = tuple(PackedRows(s.train, seq_len, _source_seed(seed, s.name)) for s in prepared.sources)
+    return Mixture(rows, tuple(s.weight for s in prepared.sources))
+
+
+def train_batches(
+    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: slice | None = None
+) -> Iterator[Batch]:
+    """Batches start, start + 1, … without end: arrays [B, T] under tokens_BT, targets_BT, weights_BT, segments_BT and
+    positions_BT, where B counts this host's `rows` of the batch (None: all).
+    """
+    if batch_size < 1:
+        raise UsageError(f'batch_size={batch_size} must be at least 1')
+    mixture = mix(prepared, seq_len=seq_len, seed=seed)
+    source = _Batches(mixture, batch_size, rows or slice(None), start)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def rows_in_epoch(prepared: Prepared, seq_len: int) -> int:
+    """The rows of the mixture until its first source is used up: one epoch."""
+    return mix(prepared, seq_len=seq_len, seed=0).rows_in_epoch()
+
+
+def heldout_batches(
+    source: PreparedSource, *, batch_size: int, seq_len: int, max_rows: int | None = None
+) -> Iterator[Batch]:
+    """The held-out rows of a source in order, the first `max_rows` of them; the last batch is filled up with rows of
+    weight 0. Documents were shuffled when they were written, so the first rows are a random sample.
+    """
+    rows = PackedRows(source.heldout, seq_len, seed=0, shuffle=False)
+    count = len(rows) if max_rows is None else min(max_rows, len(rows))
+    for start in range(0, count, batch_size):
+        found = [rows.row(i) for i in range(start, min(start + batch_size, count))]
+        yield stack(found + [_empty_like(found[0], source.heldout.pad_id)] * (batch_size - len(found)))
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """[T] arrays of several rows to [B, T] ones: tokens_T becomes tokens_BT."""
+    return {name.removesuffix('T') + 'BT': np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _empty_like(row: Row, pad_id: int) -> Row:
+    fill = {'tokens_T': pad_id, 'targets_T': pad_id}
+    return {name: np.full_like(value, fill.get(name, 0)) for name, value in row.items()}
+
+
+def _source_seed(seed: int, name: str) -> int:
+    """Sources are shuffled differently, each by its own name: adding one leaves the others' order alone."""
+    return int.from_bytes(hashlib.blake2b(f'{seed}:{name}'.encode(), digest_size=8).digest(), 'little')

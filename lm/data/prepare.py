@@ -1,0 +1,233 @@
+"""From a mixture to token stores: read, deduplicate, split, train the tokenizer, encode. Done once, then cached.
+
+A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. Whether a document
+is held out depends on its text alone, so it never moves when others come or go.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from etils import epath
+
+from lm import files
+from lm.data import cache
+from lm.data.sources import Counts, Source, open_source, parse_mixture
+from lm.data.store import Spool, TokenStore, digest, write_store
+from lm.data.tokenizer import Tokenizer, train_tokenizer
+from lm.errors import UsageError
+
+# Part of the cache's key: raise it when the stores that come out change.
+RECIPE = 1
+TOKENIZER_SAMPLE_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source ready to train on. `weight` is its share of the rows; `counts` what became of its documents."""
+
+    name: str
+    weight: float
+    train: TokenStore = field(repr=False)
+    heldout: TokenStore = field(repr=False)
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs of its data. Weights sum to 1; `fingerprint` changes with any document, id or weight."""
+
+    tokenizer: Tokenizer
+    sources: tuple[PreparedSource, ...]
+    fingerprint: str
+
+
+@dataclass
+class _Split:
+    """One source's documents between reading and encoding."""
+
+    name: str
+    counts: Counts
+    train: Spool
+    heldout: Spool
+
+
+def prepare(
+    *,
+    mixture: str,
+    vocab_size: int,
+    tokenizer: str | None,
+    heldout: float,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Prepared:
+    """Prepares a mixture, or finds it in the cache.
+
+    `tokenizer` is a directory with one, or None to train one of `vocab_size` on the mixture; `heldout` the share of
+    documents held out; `progress` is told each step. Raises UsageError for missing, empty or too little data.
+    """
+    parts = parse_mixture(mixture)
+    if not 0 < heldout < 1:
+        raise UsageError(f'data.heldout={heldout} is no share of the documents: give a number between 0 and 1')
+    sources = [open_source(name) for name, _ in parts]
+    weights = [weight for _, weight in parts]
+    existing = _load_tokenizer(tokenizer, vocab_size)
+    key = {
+        'recipe': RECIPE,
+        'sources': [[source.name, source.state] for source in sources],
+        # Weights choose what the tokenizer is trained on, and nothing else of what is written.
+        'tokenizer': existing.fingerprint if existing else [vocab_size, weights],
+        'heldout': heldout,
+        'seed': seed,
+    }
+    directory = cache.build(
+        'prepared', key, lambda path: _write(path, sources, weights, vocab_size, existing, heldout, seed, progress)
+    )
+    return _open(directory, weights)
+
+
+def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
+    if directory is None:
+        return None
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size != vocab_size:
+        raise UsageError(
+            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size}: set the '
+            f'vocabulary to {tokenizer.vocab_size}'
+        )
+    return tokenizer
+
+
+def _open(directory: epath.Path, weights: Sequence[float | None]) -> Prepared:
+    index = json.loads((directory / 'prepared.json').read_text())
+    tokenizer = Tokenizer.load(directory / 'tokenizer')
+    shares = _shares(weights, [source['counts']['train_tokens'] for source in index['sources']])
+
+    def store(number: int, split: str) -> TokenStore:
+        path = directory / f'{number}' / split
+        return TokenStore.open(path, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+
+    sources = tuple(
+        PreparedSource(source['name'], share, store(n, 'train'), store(n, 'heldout'), source['counts'])
+        for n, (source, share) in enumerate(zip(index['sources'], shares, strict=True))
+    )
+    return Prepared(tokenizer, sources, cache.fingerprint([index['content'], shares]))
+
+
+def _shares(weights: Sequence[float | None], sizes: Sequence[int]) -> list[float]:
+    """The weights normalised; the sizes normalised where there are none."""
+    numbers = [size if weight is None else weight for weight, size in zip(weights, sizes, strict=True)]
+    return [number / sum(numbers) for number in numbers]
+
+
+def _write(
+    directory: epath.Path,
+    sources: Sequence[Source],
+    weights: Sequence[float | None],
+    vocab_size: int,
+    existing: Tokenizer | None,
+    heldout: float,
+    seed: int,
+    progress: Callable[[str], None],
+) -> None:
+    seen: set[bytes] = set()
+    spool = directory / 'spool'
+    splits = [_read(spool / f'{n}', source, seen, heldout, seed, progress) for n, source in enumerate(sources)]
+    tokenizer = existing or _train(splits, weights, vocab_size, progress)
+    tokenizer.save(directory / 'tokenizer')
+    described = [_encode(directory / f'{n}', split, tokenizer, progress) for n, split in enumerate(splits)]
+    shutil.rmtree(spool)
+    content = [tokenizer.fingerprint, [[s['name'], s['content']] for s in described]]
+    files.write_json(directory / 'prepared.json', {'content': content, 'sources': described})
+
+
+def _read(
+    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, seed: int, progress: Callable[[str], None]
+) -> _Split:
+    """Reads a source into two spools, without what `seen` holds. Raises UsageError if either stays empty."""
+    progress(f'reading {source.name}')
+    split = _Split(source.name, Counts(), Spool(spool / 'train', seed=seed), Spool(spool / 'heldout', seed=seed))
+    for record in source.read(split.counts):
+        content = record['text'].encode()
+        content_digest = digest(content)
+        if content_digest in seen:
+            split.counts.drop('duplicate')
+            continue
+        seen.add(content_digest)
+        (split.heldout if is_heldout(content_digest, heldout) else split.train).add(content, content_digest)
+    _require_documents(split, heldout)
+    return split
+
+
+def is_heldout(content_digest: bytes, share: float) -> bool:
+    """Whether the document with this digest is held out: a hash of its content, not its place, decides."""
+    return int.from_bytes(content_digest[:8], 'big') < share * 2**64
+
+
+def _require_documents(split: _Split, heldout: float) -> None:
+    total = split.train.documents + split.heldout.documents
+    if not total:
+        dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
+        raise UsageError(
+            f'data source {split.name!r} has no documents (read {split.counts.read}; dropped: {dropped or "none"}): '
+            'name other data'
+        )
+    if not split.heldout.documents or not split.train.documents:
+        part = 'training' if split.heldout.documents else 'held-out'
+        raise UsageError(
+            f'data source {split.name!r} has {total} documents and none falls into its {part} part: give more '
+            f'documents (a long text can be split), or change data.heldout={heldout}'
+        )
+
+
+def _train(
+    splits: Sequence[_Split], weights: Sequence[float | None], vocab_size: int, progress: Callable[[str], None]
+) -> Tokenizer:
+    progress(f'training a tokenizer of {vocab_size}')
+    shares = _shares(weights, [split.train.bytes for split in splits])
+    # The largest sample in the mixture's proportions that no source runs out of, within the budget.
+    total = min(TOKENIZER_SAMPLE_BYTES, *(s.train.bytes / share for s, share in zip(splits, shares, strict=True)))
+    texts = (text for s, share in zip(splits, shares, strict=True) for text in _sample(s.train, share * total))
+    return train_tokenizer(texts, vocab_size=vocab_size)
+
+
+def _sample(spool: Spool, size: float) -> Iterator[str]:
+    """The first texts of a shuffled spool, up to `size` bytes: a random sample, and always the same."""
+    taken = 0
+    for _, content in spool.read():
+        if taken >= size:
+            return
+        taken += len(content)
+        yield content.decode()
+
+
+def _encode(
+    directory: epath.Path, split: _Split, tokenizer: Tokenizer, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Writes the two stores of a source; returns its entry of prepared.json."""
+    progress(f'encoding {split.name}')
+    counts: dict[str, Any] = asdict(split.counts)
+    content = hashlib.blake2b(digest_size=16)
+    for name, spool in (('train', split.train), ('heldout', split.heldout)):
+        counts[f'{name}_documents'] = spool.documents
+        counts[f'{name}_bytes'] = spool.bytes
+        counts[f'{name}_tokens'] = write_store(
+            directory / name,
+            _hashing(spool, content.update),
+            tokenizer.encode_batch,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
+        content.update(name.encode())
+    counts['kept'] = split.train.documents + split.heldout.documents
+    return {'name': split.name, 'counts': counts, 'content': content.hexdigest()}
+
+
+def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[str]:
+    for content_digest, content in spool.read():
+        update(content_digest)
+        yield content.decode()

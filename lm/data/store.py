@@ -1,0 +1,164 @@
+"""Token stores: a stream of documents on disk, memory-mapped, and the spool that shuffles documents on the way there.
+
+A store is a directory: `tokens.bin` (uint16, or uint32 for a vocabulary over 65,536), each document `<bos> ids <eos>`,
+and `offsets.npy` (int64, [documents + 1]), where each begins. Opening and reading it takes no memory to speak of.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+import numpy as np
+from etils import epath
+
+from lm.errors import UsageError
+
+_HEADER = struct.Struct('<16s16sI')
+_BUCKETS = 64
+_BUFFER_BYTES = 64 << 20
+_CHUNK_CHARACTERS = 1 << 21
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """`tokens` [tokens] uint16 or uint32 and `offsets` [documents + 1] int64, both memory-mapped."""
+
+    tokens: np.ndarray = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    pad_id: int = 0
+
+    @classmethod
+    def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int) -> 'TokenStore':
+        """Raises UsageError if the files are damaged: a store is a cache, which can be deleted and made again."""
+        try:
+            tokens = np.memmap(directory / 'tokens.bin', dtype=token_dtype(vocab_size), mode='r')
+            offsets = np.load(directory / 'offsets.npy', mmap_mode='r')
+            if len(tokens) != offsets[-1]:
+                raise ValueError('the last offset is not the end of the tokens')
+        except (OSError, ValueError, EOFError) as e:
+            raise UsageError(
+                f'the prepared data in {directory} is damaged ({e}): delete {directory.parent.parent}'
+            ) from None
+        return cls(tokens, offsets, pad_id)
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """The ids of document i, [tokens of i], with its <bos> and <eos>."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def digest(data: bytes) -> bytes:
+    """16 bytes that stand for a content."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Spool:
+    """Documents on disk in buckets by shuffle key: written in any order, read back in the order of the keys.
+
+    The key is a hash of (seed, content), so the order depends on nothing else. Memory is bounded by a bucket, a 64th
+    of the text, and the buffer.
+    """
+
+    def __init__(self, directory: epath.Path, *, seed: int):
+        directory.mkdir(parents=True)
+        self._paths = [directory / f'{i:02d}' for i in range(_BUCKETS)]
+        self._buffers: list[list[bytes]] = [[] for _ in range(_BUCKETS)]
+        self._buffered = 0
+        self._seed = seed.to_bytes(16, 'little', signed=True)
+        self.documents = 0
+        self.bytes = 0
+
+    def add(self, content: bytes, content_digest: bytes) -> None:
+        key = digest(self._seed + content_digest)
+        record = _HEADER.pack(key, content_digest, len(content)) + content
+        self._buffers[key[0] % _BUCKETS].append(record)
+        self._buffered += len(record)
+        self.documents += 1
+        self.bytes += len(content)
+        if self._buffered > _BUFFER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        for path, buffer in zip(self._paths, self._buffers, strict=True):
+            if buffer:
+                with path.open('ab') as f:
+                    f.writelines(buffer)
+                buffer.clear()
+        self._buffered = 0
+
+    def read(self) -> Iterator[tuple[bytes, bytes]]:
+        """(digest, content) of every document, in the order of the keys within each bucket."""
+        self.flush()
+        for path in self._paths:
+            if path.exists():
+                for _, content_digest, content in sorted(_records(path.read_bytes())):
+                    yield content_digest, content
+
+    def texts(self) -> Iterator[str]:
+        return (content.decode() for _, content in self.read())
+
+
+def _records(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    at = 0
+    while at < len(data):
+        key, content_digest, size = _HEADER.unpack_from(data, at)
+        at += _HEADER.size
+        yield key, content_digest, data[at : at + size]
+        at += size
+
+
+def write_store(
+    directory: epath.Path,
+    texts: Iterable[str],
+    encode_batch: Callable[[list[str]], list[list[int]]],
+    *,
+    vocab_size: int,
+    bos_id: int,
+    eos_id: int,
+) -> int:
+    """Encodes texts, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
+    directory.mkdir(parents=True)
+    lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+    with (directory / 'tokens.bin').open('wb') as f:
+        for chunk in _chunks(texts):
+            ids = encode_batch(chunk)
+            lengths.append(np.array([len(document) + 2 for document in ids], np.int64))
+            _write_documents(f, ids, token_dtype(vocab_size), bos_id, eos_id)
+    offsets = np.cumsum(np.concatenate(lengths))
+    with (directory / 'offsets.npy').open('wb') as f:
+        np.save(f, offsets)
+    return int(offsets[-1])
+
+
+def _write_documents(f: IO[bytes], ids: list[list[int]], dtype: type[np.unsignedinteger], bos: int, eos: int) -> None:
+    flat: list[int] = []
+    for document in ids:
+        flat.append(bos)
+        flat.extend(document)
+        flat.append(eos)
+    f.write(np.array(flat, dtype).tobytes())
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

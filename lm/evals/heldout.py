@@ -1,0 +1,70 @@
+"""Loss, perplexity and bits per byte on held-out text."""
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.model import head, transformer
+from lm.model.transformer import ModelConfig, Params
+
+
+@partial(jax.jit, static_argnames='cfg')
+def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -> dict[str, jax.Array]:
+    h_BTD = transformer.forward(
+        params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
+    )
+    w, dims = transformer.head_weight(params, cfg)
+    options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+    logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], **options)
+    weights_BT, written_BT = batch['weights_BT'], batch['bytes_BT']
+    spelled_BT = weights_BT * (written_BT > 0)
+    return {
+        'nll': -jnp.sum(weights_BT * logp_BT),
+        'tokens': jnp.sum(weights_BT),
+        'byte_nll': -jnp.sum(spelled_BT * logp_BT),
+        'bytes': jnp.sum(weights_BT * written_BT),
+    }
+
+
+def sums(params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray) -> dict[str, float]:
+    """Sums over batches of packed rows: nll in nats over all targets, and over those that spell bytes; tokens; bytes.
+
+    Args:
+      bytes_V: how many UTF-8 bytes each id stands for; 0 for control symbols.
+    """
+    total = dict.fromkeys(('nll', 'tokens', 'byte_nll', 'bytes'), 0.0)
+    for batch in batches:
+        batch = {**batch, 'bytes_BT': bytes_V[batch['targets_BT']].astype(np.float32)}
+        for name, value in jax.device_get(_sums(params, sharding.shard_batch(batch), cfg=cfg)).items():
+            total[name] += float(value)
+    return total
+
+
+def metrics(totals: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{'eval/SOURCE/loss', 'ppl', 'bpb'} from each source's sums, and 'eval/loss', 'eval/bpb' over all of them.
+
+    Bits per byte are Σ nll / (ln 2 · bytes) over the tokens that spell bytes: comparable across vocabularies, and exact
+    because every byte of a held-out document is some target's, once.
+    """
+    out = {}
+    for name, t in totals.items():
+        loss = t['nll'] / max(t['tokens'], 1)
+        out |= {f'eval/{name}/loss': loss, f'eval/{name}/ppl': math.exp(min(loss, 80)), f'eval/{name}/bpb': bpb(t)}
+    whole = {k: sum(t[k] for t in totals.values()) for k in ('nll', 'tokens', 'byte_nll', 'bytes')}
+    return out | {'eval/loss': whole['nll'] / max(whole['tokens'], 1), 'eval/bpb': bpb(whole)}
+
+
+def bpb(t: Mapping[str, float]) -> float:
+    """Bits per byte of one set of sums."""
+    return t['byte_nll'] / (math.log(2) * max(t['bytes'], 1))
+
+
+def by_source(params: Params, cfg: ModelConfig, batches: Mapping[str, Any], bytes_V: np.ndarray) -> dict[str, float]:
+    """`metrics` of {source: batches}."""
+    return metrics({name: sums(params, cfg, b, bytes_V) for name, b in batches.items()})

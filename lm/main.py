@@ -1,0 +1,67 @@
+"""Trains a stage: `python -m lm.main --config=configs/STAGE.py[:ARG] [--workdir=DIR] [--config.KEY=VALUE …] [--dry_run]`.
+
+Run the same command again and it goes on where it stopped. The last line on stdout is one JSON object with the last
+metrics; everything else goes to stderr and into the run's directory. Exit status: 0 done, 1 failed while running,
+2 a mistake in what was asked for, 75 saved after SIGTERM or Ctrl-C.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from lm import config as configs
+from lm import runtime
+from lm.errors import Preempted, RunError, UsageError
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """(the flags, the `--config.KEY=VALUE` pairs). Raises UsageError for anything else."""
+    parser = argparse.ArgumentParser('python -m lm.main', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG with a preset or KEY=VALUE,…')
+    parser.add_argument('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
+    parser.add_argument('--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing')
+    parser.add_argument('--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3')
+    settings, flags = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith('--config.'):
+            flags.append(word)
+            continue
+        key, equals, text = word.removeprefix('--config.').partition('=')
+        if not equals:
+            text = next(words, None)
+            if text is None:
+                raise UsageError(f'--config.{key} has no value: write --config.{key}=VALUE')
+        settings.append((key, text))
+    return parser.parse_args(flags), settings
+
+
+def train(argv: Sequence[str]) -> dict:
+    """Runs the stage that the command line names, and returns its last metrics."""
+    flags, settings = parse(argv)
+    config, arg = configs.load(flags.config, settings)
+    runtime.setup()
+    from lm.stages import STAGES, setup
+    from lm.training import runs
+
+    runs.inherit_model(config, dict(settings))
+    if config.stage not in STAGES:
+        raise UsageError(f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}')
+    suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
+    workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
+    with runtime.stop_request() as stop:
+        return STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
+
+
+def main() -> int:
+    try:
+        print(json.dumps(train(sys.argv[1:])))
+        return 0
+    except (UsageError, RunError, Preempted) as error:
+        print(f'lm: {error}', file=sys.stderr)
+        return error.status
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The head: from hidden states to log-probabilities, without ever holding the logits [B, T, V].
+
+Two entries over one kernel that works through the tokens in chunks, never through the vocabulary:
+
+  nll    for cross-entropy (pretraining, SFT): gradients are computed in the forward pass, so the logits of a chunk are
+         made once; the backward pass only scales them.
+  logp   for losses that need arbitrary functions of a token's log-probability (DPO, PPO, distillation): keeps lse and
+         makes a chunk's logits again in the backward pass.
+
+The vocabulary may be split over `tensor`; its padding is masked out of the softmax. All of it is float32 but the
+products, whose operands have the dtype of h.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.model import seam
+
+NEGATIVE = -1e30
+CHUNK_BYTES = {'cpu': 8 << 20}  # a chunk's logits stay in a CPU's cache; an accelerator wants large products
+ACCELERATOR_CHUNK_BYTES = 256 << 20
+MIN_CHUNK, CHUNK_MULTIPLE = 256, 128
+
+
+def nll(
+    h_BTD: jax.Array,
+    w: Any,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    dims: str = 'VD',
+    vocab_size: int,
+    z_coef: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Σ weight·(−log p(target) + z_coef·lse²), and its parts.
+
+    Args:
+      h_BTD: final hidden states.
+      w: the head's weight, [V, D] (`dims='VD'`, the tied embedding) or [D, V] ('DV'); V may exceed vocab_size.
+      targets_BT: ids below vocab_size. weights_BT: float32, 0 for what does not count.
+      z_coef: strength of the z-loss (PaLM, section 5), lse² weighted like its token.
+      softcap: logits become cap·tanh(logits/cap).
+
+    Returns:
+      The sum, differentiable in h and w; and {'nll', 'z', 'correct'}: sums of weight·nll, weight·lse² and
+      weight·[argmax = target], without gradient.
+    """
+    local = partial(_nll_local, vocab_size=vocab_size, z_coef=z_coef, softcap=softcap)
+    return _run(local, h_BTD, w, (targets_BT, weights_BT), dims, 'sums')
+
+
+def logp(
+    h_BTD: jax.Array, w: Any, targets_BT: jax.Array, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log p(target), logsumexp of the logits, entropy), each [B, T] float32 and differentiable in h and w."""
+    local = partial(_logp_local, vocab_size=vocab_size, softcap=softcap)
+    return _run(local, h_BTD, w, (targets_BT,), dims, 'tokens')
+
+
+def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None) -> jax.Array:
+    """Float32 logits [B, T, vocab_size], for sampling: a few positions, never a training step's."""
+    w = seam.dense(w)
+    w_DV = w.T if dims == 'VD' else w
+    x_BTV = seam.einsum('BTD,DV->BTV', h_BTD, w_DV).astype(jnp.float32)
+    if sharding.axis_sizes():  # sampling sorts a row's whole vocabulary
+        x_BTV = jax.reshard(x_BTV, sharding.array_spec('BTV', x_BTV.shape, sharding.BATCH_AXES))
+    x_BTV = x_BTV[..., :vocab_size]
+    return x_BTV if softcap is None else softcap * jnp.tanh(x_BTV / softcap)
+
+
+# ---- layout: each device has some tokens and some of the vocabulary ----
+
+
+def _run(local, h_BTD, w, per_token, dims, returns):
+    """Calls `local(h_MD, w_VD, per_token…, axis)` on each device's tokens M and its part of the vocabulary."""
+    w = seam.dense(w)
+    w_VD = (w if dims == 'VD' else w.T).astype(h_BTD.dtype)
+    V = w_VD.shape[0]
+    if not sharding.axis_sizes():
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        out = local(flat(h_BTD), w_VD, *map(flat, per_token), axes=None)
+        return out if returns == 'sums' else tuple(x.reshape(h_BTD.shape[:2]) for x in out)
+
+    (B, T, _) = h_BTD.shape
+    taken = sharding.assign({'B': B, 'V': V, 'T': T})
+    vocab_axes, token_axes = taken['V'], taken['B'] + taken['T']
+    row = sharding.spec('BT', taken)
+
+    def shard(h_BTD, w_VD, *per_token):
+        shape = h_BTD.shape[:2]
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        out = local(flat(h_BTD), w_VD, *map(flat, per_token), axes=vocab_axes or None)
+        if returns == 'tokens':
+            return tuple(x.reshape(shape) for x in out)
+        return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
+
+    w_spec, h_spec = sharding.spec('VD', {'V': vocab_axes}), P(*row, None)
+    out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
+    fn = jax.shard_map(shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False)
+    return fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
+
+
+# ---- the kernel, on one device ----
+
+
+def _chunks(m: int, v: int) -> tuple[int, int]:
+    """(number of chunks, tokens a chunk) for m tokens and v words."""
+    budget = CHUNK_BYTES.get(jax.default_backend(), ACCELERATOR_CHUNK_BYTES) // (4 * v)
+    size = min(m, max(MIN_CHUNK, budget // CHUNK_MULTIPLE * CHUNK_MULTIPLE))
+    n = math.ceil(m / size)
+    return n, math.ceil(m / n)
+
+
+def _split(n: int, size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[M, …] -> [n, size, …], padded with zeros (a padded token has weight 0)."""
+    pad = lambda x: jnp.pad(x, [(0, n * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return tuple(pad(x).reshape(n, size, *x.shape[1:]) for x in arrays)
+
+
+def _scan(body, carry, xs, n):
+    """`lax.scan`, but a plain call for one chunk."""
+    if n > 1:
+        return jax.lax.scan(body, carry, xs)
+    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], y)
+
+
+def _softmax_parts(h_CD, w_VD, y_C, *, vocab_size, softcap, axes):
+    """A chunk's logits and what the losses need of them: (logits_CV, d_softcap_CV, lse_C, target_CV, best_C)."""
+    x_CV = jnp.einsum('CD,VD->CV', h_CD, w_VD, preferred_element_type=jnp.float32)
+    slope_CV = None
+    if softcap is not None:
+        t_CV = jnp.tanh(x_CV / softcap)
+        x_CV, slope_CV = softcap * t_CV, 1 - jnp.square(t_CV)
+    V = w_VD.shape[0]
+    ids_V = jnp.arange(V) + (jax.lax.axis_index(axes) * V if axes else 0)
+    if axes or vocab_size < V:
+        x_CV = jnp.where(ids_V < vocab_size, x_CV, NEGATIVE)
+    best_C = jnp.max(x_CV, axis=-1)
+    best_C = jax.lax.pmax(best_C, axes) if axes else best_C
+    lse_C = best_C + jnp.log(_sum(jnp.exp(x_CV - best_C[:, None]), axes))
+    return x_CV, slope_CV, lse_C, ids_V == y_C[:, None], best_C
+
+
+def _sum(x_CV, axes):
+    """Sum over the vocabulary, all devices' parts."""
+    x_C = jnp.sum(x_CV, axis=-1)
+    return jax.lax.psum(x_C, axes) if axes else x_C
+
+
+def _back(dx_CV, slope_CV, h_CD, w_VD):
+    """From the gradient of a chunk's logits to (dh_CD without the sum over vocabulary shards, dw_VD)."""
+    dx_CV = (dx_CV if slope_CV is None else dx_CV * slope_CV).astype(h_CD.dtype)
+    dh_CD = jnp.einsum('CV,VD->CD', dx_CV, w_VD, preferred_element_type=jnp.float32)
+    return dh_CD, jnp.einsum('CV,CD->VD', dx_CV, h_CD, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _nll(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes):
+    sums, _ = _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, gradient=False)
+    return sums
+
+
+def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, gradient):
+    """One pass over the chunks: the sums and, if asked, the gradients of the first of them."""
+    n, size = _chunks(*h_MD.shape[:1], w_VD.shape[0])
+
+    def body(carry, chunk):
+        dw_VD, total, parts = carry
+        h_CD, y_C, weight_C = chunk
+        x_CV, slope_CV, lse_C, target_CV, best_C = _softmax_parts(
+            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
+        )
+        at_target_C = _sum(jnp.where(target_CV, x_CV, 0), axes)
+        nll_C, z_C = lse_C - at_target_C, jnp.square(lse_C)
+        parts = {
+            'nll': parts['nll'] + jnp.sum(weight_C * nll_C),
+            'z': parts['z'] + jnp.sum(weight_C * z_C),
+            'correct': parts['correct'] + jnp.sum(weight_C * (at_target_C >= best_C)),
+        }
+        total += jnp.sum(weight_C * (nll_C + z_coef * z_C))
+        if not gradient:
+            return (dw_VD, total, parts), None
+        p_CV = jnp.exp(x_CV - lse_C[:, None])
+        scale_C = weight_C * (1 + 2 * z_coef * lse_C)
+        dx_CV = p_CV * scale_C[:, None] - jnp.where(target_CV, weight_C[:, None], 0)
+        dh_CD, dw_chunk_VD = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return (dw_VD + dw_chunk_VD, total, parts), dh_CD.astype(h_CD.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    dw_VD = jnp.zeros(w_VD.shape if gradient else (), jnp.float32)
+    start = (dw_VD, zero, {'nll': zero, 'z': zero, 'correct': zero})
+    (dw_VD, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n)
+    gradients = (dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_VD.astype(w_VD.dtype)) if gradient else None
+    return (total, parts), gradients
+
+
+def _nll_forward(h_MD, w_VD, y_M, weight_M, *static):
+    return _nll_pass(h_MD, w_VD, y_M, weight_M, *static, gradient=True)
+
+
+def _nll_backward(vocab_size, z_coef, softcap, axes, gradients, cotangents):
+    g = _whole(cotangents[0], axes)  # the parts carry no gradient
+    return *(d * g.astype(d.dtype) for d in gradients), None, None
+
+
+def _whole(cotangent, axes):
+    """Each vocabulary shard computed the whole result, so the cotangents of all of them flow into this one's part.
+    (`shard_map` hands each device its share, and sums what comes back over the axes an input is not split on.)"""
+    return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+def _nll_local(h_MD, w_VD, y_M, weight_M, *, axes, vocab_size, z_coef, softcap):
+    total, parts = _nll(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes)
+    return total, jax.lax.stop_gradient(parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes):
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
+
+    def body(carry, chunk):
+        h_CD, y_C = chunk
+        x_CV, _, lse_C, target_CV, _ = _softmax_parts(h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes)
+        mean_C = _sum(jnp.exp(x_CV - lse_C[:, None]) * x_CV, axes)
+        return carry, (_sum(jnp.where(target_CV, x_CV, 0), axes) - lse_C, lse_C, lse_C - mean_C)
+
+    _, out = _scan(body, None, _split(n, size, h_MD, y_M), n)
+    return tuple(x.reshape(-1)[: h_MD.shape[0]] for x in out)
+
+
+def _logp_forward(h_MD, w_VD, y_M, *static):
+    out = _logp(h_MD, w_VD, y_M, *static)
+    return out, (h_MD, w_VD, y_M, out[1], out[2])
+
+
+def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
+    h_MD, w_VD, y_M, lse_M, entropy_M = saved
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
+
+    def body(dw_VD, chunk):
+        h_CD, y_C, lse_C, entropy_C, g_logp_C, g_lse_C, g_entropy_C = chunk
+        x_CV, slope_CV, _, target_CV, _ = _softmax_parts(
+            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
+        )
+        p_CV = jnp.exp(x_CV - lse_C[:, None])
+        surprise_CV = x_CV - (lse_C - entropy_C)[:, None]  # dH/dx = -p (x - E[x]), E[x] = lse - H
+        dx_CV = p_CV * ((g_lse_C - g_logp_C)[:, None] - g_entropy_C[:, None] * surprise_CV)
+        dx_CV += jnp.where(target_CV, g_logp_C[:, None], 0)
+        dh_CD, dw_chunk_VD = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return dw_VD + dw_chunk_VD, dh_CD.astype(h_CD.dtype)
+
+    per_token = (lse_M, entropy_M, *(_whole(g, axes) for g in cotangents))
+    start = jnp.zeros(w_VD.shape, jnp.float32)
+    dw_VD, dh = _scan(body, start, _split(n, size, h_MD, y_M, *per_token), n)
+    return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_VD.astype(w_VD.dtype), None
+
+
+_logp.defvjp(_logp_forward, _logp_backward)
+
+
+def _logp_local(h_MD, w_VD, y_M, *, axes, vocab_size, softcap):
+    return _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes)

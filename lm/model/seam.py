@@ -1,0 +1,115 @@
+"""The one seam between activations and weights: every contraction with a weight is `einsum(eq, x, w)`.
+
+The seam owns the layout. It gathers x (residuals are split along the sequence), gathers w just in time (FSDP), and sets
+the output's sharding, all from the letters in the equation. An FSDP weight used without the seam would be gathered by
+XLA silently, as often as it is used; so nothing goes around it.
+
+A weight is an array, or a small `flax.struct.dataclass` (a LoRA adapter over a base, a quantized tensor) with the three
+methods of `Weight`. Nothing else in the model knows which it has.
+"""
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """What a weight that is not an array offers."""
+
+    def dims(self, parent: str) -> dict[str, str]:
+        """The letters of each array field, given the letters of the weight it stands for."""
+        ...
+
+    def einsum(self, eq: str, x: jax.Array) -> jax.Array:
+        """The product, made of `seam.einsum` on the fields."""
+        ...
+
+    def dense(self) -> jax.Array:
+        """The plain array, for the embedding's rows and the head."""
+        ...
+
+
+def parse(eq: str) -> tuple[str, str, str]:
+    """'BTD,DF->BTF' -> ('BTD', 'DF', 'BTF')."""
+    operands, out = eq.split('->')
+    x, w = operands.split(',')
+    return x, w, out
+
+
+def einsum(eq: str, x: jax.Array, w: Any) -> jax.Array:
+    """Contracts activations x with a weight w; `eq` names each dimension by its letter, e.g. 'BTD,DNH->BTNH'.
+
+    The product is taken in x's dtype. Raises ValueError from JAX if the shapes do not fit the letters.
+    """
+    if not isinstance(w, jax.Array):
+        return w.einsum(eq, x)
+    xd, wd, out = parse(eq)
+    w = w.astype(x.dtype)  # before the gather, so that bf16 travels and not f32
+    if not sharding.axis_sizes():
+        return _product(eq, x, w)
+    sizes = dict(zip(xd, x.shape, strict=True)) | dict(zip(wd, w.shape, strict=True))
+    joint = sharding.assign({d: n for d, n in sizes.items() if d != 'D'})
+    x = jax.reshard(x, sharding.spec(xd, joint))
+    w = gather(w, wd)
+    to = sharding.spec(out, sharding.assign({d: sizes[d] for d in out if d != 'D'}))
+    return jnp.einsum(eq, x, w, out_sharding=to)
+
+
+def gather(w: jax.Array, dims: str) -> jax.Array:
+    """A weight as it is used: split over the model's axes only, gathered over the ones that merely store it."""
+    if not sharding.axis_sizes():
+        return w
+    return jax.reshard(w, sharding.array_spec(dims, w.shape, sharding.MODEL_AXES))
+
+
+def dense(w: Any) -> jax.Array:
+    """The weight as one array."""
+    return w if isinstance(w, jax.Array) else w.dense()
+
+
+def _product(eq: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The einsum as one 2-D matrix product where the letters line up: a third faster than 3-D × 2-D on CPU."""
+    xd, wd, out = parse(eq)
+    shared = ''.join(d for d in wd if d in xd and d not in out)
+    x_free, w_free = xd.removesuffix(shared), wd.removeprefix(shared)
+    if out != x_free + w_free or xd != x_free + shared or wd != shared + w_free:
+        return jnp.einsum(eq, x, w)
+    inner = math.prod(x.shape[len(x_free) :])
+    y = x.reshape(-1, inner) @ w.reshape(inner, -1)
+    return y.reshape(*x.shape[: len(x_free)], *w.shape[len(shared) :])
+
+
+def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
+    """Rows of an embedding `VD`: [B, T] ids -> [B, T, D].
+
+    The vocabulary may be split over `tensor`: each device looks up the rows that it has and the parts are added. (Left
+    to XLA, a table with V on tensor and D on fsdp is rematerialised whole, forward and backward.)
+    """
+    w_VD = dense(w).astype(dtype)
+    if not sharding.axis_sizes():
+        return w_VD.at[tokens_BT].get(mode='clip')
+    w_VD = gather(w_VD, 'VD')
+    whole = sharding.spec('BTD', sharding.assign(dict(zip('BV', (tokens_BT.shape[0], w_VD.shape[0]), strict=True))))
+    vocab_axes = sharding.assign({'V': w_VD.shape[0]}, sharding.MODEL_AXES)['V']
+
+    def local(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        if not vocab_axes:
+            return w_VD.at[tokens_BT].get(mode='clip')
+        row_BT = tokens_BT - jax.lax.axis_index(vocab_axes) * w_VD.shape[0]
+        here_BT = (row_BT >= 0) & (row_BT < w_VD.shape[0])
+        rows_BTD = w_VD.at[jnp.where(here_BT, row_BT, 0)].get(mode='clip')
+        return jax.lax.psum(jnp.where(here_BT[..., None], rows_BTD, 0), vocab_axes)
+
+    tokens_spec = jax.sharding.PartitionSpec(*whole[:2])
+    x_BTD = jax.shard_map(
+        local,
+        in_specs=(sharding.array_spec('VD', w_VD.shape, sharding.MODEL_AXES), tokens_spec),
+        out_specs=whole,
+        check_vma=False,
+    )(w_VD, jax.reshard(tokens_BT, tokens_spec))
+    return jax.reshard(x_BTD, sharding.activation_spec('BTD', x_BTD.shape))

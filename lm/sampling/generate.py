@@ -1,0 +1,178 @@
+"""Generation with a key/value cache: prompts are read in chunks, then tokens are drawn in one compiled loop."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.model import transformer
+from lm.model.transformer import Cache, ModelConfig, Params
+
+PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
+ROUND = 64  # caches and prompts are rounded up to this many tokens, so that few shapes are compiled
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn. Each is one number, or one per row."""
+
+    temperature: float | Sequence[float] = 0.0  # 0 is greedy
+    top_k: int | Sequence[int] = 0  # the k likeliest; 0 is all
+    top_p: float | Sequence[float] = 1.0  # the fewest that hold this much probability (Holtzman et al., 2020)
+    min_p: float | Sequence[float] = 0.0  # those at least this part of the likeliest (Nguyen et al., 2024)
+
+
+class Generation(NamedTuple):
+    """What was drawn for a prompt, without the stop token; `ended` says that one came."""
+
+    ids: list[int]
+    ended: bool
+
+
+class State(NamedTuple):
+    """Rows in generation. `next_B` is drawn and not yet in the cache."""
+
+    cache: Cache
+    next_B: jax.Array
+    done_B: jax.Array
+    key_B: jax.Array
+    drawn: jax.Array  # tokens drawn so far
+    out_BT: jax.Array  # what was drawn; `stop` where a row is done
+
+
+def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, *, filtered: bool) -> jax.Array:
+    """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p."""
+    temperature, top_k, top_p, min_p = (jnp.broadcast_to(jnp.asarray(x), logits_BV.shape[:1]) for x in sampling)
+    x_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)[:, None]
+    if filtered:
+        x_BV = _filter(x_BV, top_k, top_p, min_p)
+    drawn_B = jax.vmap(jax.random.categorical)(key_B, x_BV)
+    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """-inf for what the filters leave out; the likeliest always stays."""
+    V = x_BV.shape[-1]
+    sorted_BV = -jnp.sort(-x_BV, axis=-1)
+    rank_V = jnp.arange(V)
+    keep_BV = rank_V < jnp.where(top_k > 0, top_k, V)[:, None]
+    p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    keep_BV &= (before_BV < top_p[:, None]) & (p_BV >= min_p[:, None] * p_BV[:, :1])
+    keep_BV |= rank_V == 0
+    last_B = jnp.sum(keep_BV, axis=-1) - 1
+    limit_B = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=-1)
+    return jnp.where(x_BV >= limit_B, x_BV, -jnp.inf)
+
+
+@partial(jax.jit, static_argnames=('cfg', 'length', 'room', 'filtered'))
+def _prefill(params, prompt_BT, length_B, key_B, sampling, stop_ids, *, cfg, length, room, filtered) -> State:
+    """Reads the prompts and draws the first token of each row."""
+    B, T = prompt_BT.shape
+    cache = transformer.empty_cache(cfg, B, length)
+    chunk = math.gcd(T, PREFILL_CHUNK)
+
+    def read(carry, start):
+        cache, last_BD = carry
+        tokens_BT = jax.lax.dynamic_slice_in_dim(prompt_BT, start, chunk, axis=1)
+        at_start = cache._replace(length_B=jnp.full_like(length_B, start))
+        h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, at_start)
+        index_B = jnp.clip(length_B - 1 - start, 0, chunk - 1)
+        here_B = (length_B - 1 >= start) & (length_B - 1 < start + chunk)
+        picked_BD = jnp.einsum('BT,BTD->BD', jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype), h_BTD)
+        return (cache, jnp.where(here_B[:, None], picked_BD, last_BD)), None
+
+    carry = (cache, jnp.zeros((B, cfg.dim), cfg.dtype))
+    (cache, last_BD), _ = jax.lax.scan(read, carry, jnp.arange(0, T, chunk))
+    cache = cache._replace(length_B=length_B)
+    out_BT = jnp.zeros((B, room), jnp.int32)
+    state = State(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), key_B, jnp.zeros((), jnp.int32), out_BT)
+    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, filtered)
+
+
+def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, filtered) -> State:
+    """Draws each row's next token from its last hidden state. The key of the i-th token of a row is fold_in(row, i), so
+    what is drawn does not depend on who shares the batch."""
+    logits_BV = transformer.logits(params, cfg, h_BTD)[:, 0]
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
+    next_B = sample(logits_BV, key_B, sampling, filtered=filtered)
+    next_B = jnp.where(state.done_B, stop_ids[0], next_B)
+    out_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn))
+    done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
+    return state._replace(next_B=next_B, done_B=done_B, drawn=state.drawn + 1, out_BT=out_BT)
+
+
+@partial(jax.jit, static_argnames=('cfg', 'filtered'), donate_argnums=1)
+def _decode(params, state: State, until, sampling, stop_ids, *, cfg, filtered) -> State:
+    """Draws tokens until `until` are drawn or every row is done."""
+
+    def body(state: State) -> State:
+        h_BTD, cache = transformer.forward_cached(params, cfg, state.next_B[:, None], state.cache)
+        state = state._replace(cache=cache._replace(length_B=cache.length_B + 1))
+        return _draw(params, cfg, state, h_BTD, sampling, stop_ids, filtered)
+
+    return jax.lax.while_loop(lambda s: (s.drawn < until) & ~jnp.all(s.done_B), body, state)
+
+
+def stream(
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    every: int = 8,
+) -> Iterator[list[Generation]]:
+    """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
+
+    Args:
+      prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
+
+    Raises:
+      ValueError: an empty prompt, no stop id or no token to generate.
+    """
+    if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
+        raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
+    B, longest = len(prompts), max(map(len, prompts))
+    width = math.ceil(longest / ROUND) * ROUND
+    room = math.ceil(max_new_tokens / ROUND) * ROUND
+    prompt_BT = np.zeros((B, width), np.int32)
+    for row, prompt in zip(prompt_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    length_B = np.array([len(p) for p in prompts], np.int32)
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
+    filtered = bool(np.any(np.asarray(sampling.top_k) > 0) or np.any(np.asarray(sampling.top_p) < 1))
+    filtered |= bool(np.any(np.asarray(sampling.min_p) > 0))
+    knobs = Sampling(*(jnp.asarray(x) for x in sampling))
+    stops = jnp.asarray(list(stop_ids), jnp.int32)
+    static = {'cfg': cfg, 'filtered': filtered}
+    args = (jnp.asarray(prompt_BT), jnp.asarray(length_B), key_B, knobs, stops)
+    state = _prefill(params, *args, length=width + room, room=room, **static)
+    drawn = 0
+    while True:
+        until = min(drawn + every, max_new_tokens)
+        state = _decode(params, state, jnp.int32(until), knobs, stops, **static)
+        drawn = int(state.drawn)
+        finished = drawn >= max_new_tokens or bool(jnp.all(state.done_B))
+        yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
+        if finished:
+            return
+
+
+def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
+    """`stream`, whole: one compiled loop for all tokens."""
+    *_, last = stream(params, cfg, prompts, every=options['max_new_tokens'], **options)
+    return last
+
+
+def _rows(out_BT: np.ndarray, drawn: int, stops: set[int]) -> list[Generation]:
+    def row(ids: list[int]) -> Generation:
+        end = next((i for i, token in enumerate(ids) if token in stops), None)
+        return Generation(ids[:end], end is not None)
+
+    return [row(ids) for ids in out_BT[:, :drawn].tolist()]

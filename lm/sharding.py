@@ -1,0 +1,158 @@
+"""The mesh, and the one table that says which axes each letter takes.
+
+Every dimension in this codebase has a letter, and the letter is the only one it ever has: it names variables (`x_BTD`),
+einsum subscripts, parameter leaves (`wq_DNH`) and, through the table below, the sharding.
+
+    B batch            T query time        S key time         D model            N query heads     K key/value heads
+    H head dim         F feed-forward      V vocabulary       L layers (implied) E experts         J queries per kv head
+    C chunk            G quantization group                   R adapter rank
+
+Five axes, always all five, all Explicit (JAX checks each operation's layout when it is traced); size 1 is free:
+
+    data    copies of the model, batch split          fsdp    batch split, parameters split, gathered just in time
+    seq     sequence split (context parallelism)      tensor  heads, feed-forward and vocabulary split
+    expert  experts split
+
+There is no pipeline axis on purpose: FSDP over a pod's fast links with tensor parallelism inside reaches the sizes this
+codebase is for, and a pipeline schedule would put a second execution order next to the only one a reader has to learn.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm.errors import UsageError
+
+AXES = ('data', 'fsdp', 'seq', 'tensor', 'expert')
+MODEL_AXES = ('tensor', 'expert')
+BATCH_AXES = ('data', 'fsdp')
+
+# Letters claim axes in this order, each axis once per equation, and only when it divides the dimension.
+CLAIMS: dict[str, tuple[str, ...]] = {
+    'B': ('data', 'fsdp'),
+    'E': ('expert',),
+    'N': ('tensor',),
+    'K': ('tensor',),
+    'F': ('tensor',),
+    'V': ('tensor',),
+    'T': ('seq', 'tensor'),
+    'D': ('fsdp', 'seq'),
+}
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given axis sizes; one axis may be -1 and takes the devices that are left.
+
+    Raises:
+      UsageError: an unknown axis, more than one -1, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: int(shape.get(axis, 1)) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if set(shape) - set(AXES) or len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UsageError(f'mesh {dict(shape)}: axes are {", ".join(AXES)}, sizes at least 1, and at most one is -1')
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise UsageError(f'mesh {sizes} has {known} devices in it, this job has {len(devices)}: make them divide')
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
+    """Everything inside sees this mesh: training, chat, evaluation, tests. None takes all devices for fsdp."""
+    mesh = make_mesh({'fsdp': -1} if shape is None else shape, devices)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def axis_sizes() -> dict[str, int]:
+    """The current mesh's axes that split anything, i.e. of more than one device; {} outside a mesh."""
+    return {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
+
+
+def assign(sizes: Mapping[str, int], axes: Sequence[str] = AXES) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of each letter in an equation whose letters have these sizes, drawn from `axes`."""
+    mesh, taken = axis_sizes(), {}
+    free = [axis for axis in axes if axis in mesh]
+    for letter, claims in CLAIMS.items():
+        if letter not in sizes:
+            continue
+        taken[letter], parts = (), 1
+        for axis in claims:
+            if axis in free and sizes[letter] % (parts * mesh[axis]) == 0:
+                taken[letter] += (axis,)
+                parts *= mesh[axis]
+                free.remove(axis)
+    return taken
+
+
+def spec(dims: str, taken: Mapping[str, tuple[str, ...]]) -> P:
+    """The partition spec of an array with these dims: spec('BTD', {'B': ('data',)}) is P('data', None, None)."""
+    return P(*((axes[0] if len(axes) == 1 else axes) if (axes := taken.get(d)) else None for d in dims))
+
+
+def array_spec(dims: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> P:
+    """How an array of these dims lies when it stands alone, e.g. a batch ('BT') or a parameter ('DNH')."""
+    return spec(dims, assign(dict(zip(dims, shape, strict=True)), axes))
+
+
+def activation_spec(dims: str, shape: Sequence[int]) -> P:
+    """As `array_spec` for activations, which never shard D (a product over a split D would need a sum each time)."""
+    return spec(dims, assign({d: n for d, n in zip(dims, shape, strict=True) if d != 'D'}))
+
+
+def dims_of(name: str) -> str:
+    """The letters in a parameter's name: 'wq_DNH' -> 'DNH'."""
+    return name.rsplit('_', 1)[-1]
+
+
+def param_specs(params: Any) -> Any:
+    """The tree of partition specs of a parameter tree, read off its leaf names.
+
+    Leaves under a key `layers` are stacked: their leading dimension L is in no name and on no axis. A weight that is not
+    an array is asked for the dims of its fields: `weight.dims('DNH') -> {'scale': 'NH', …}`.
+    """
+
+    def leaf(dims: str, value: Any, stacked: bool) -> Any:
+        if hasattr(value, 'dims'):
+            fields = value.dims(dims)
+            return value.replace(**{f: leaf(d, vars(value)[f], stacked) for f, d in fields.items()})
+        shape = value.shape[1:] if stacked else value.shape
+        own = array_spec(dims, shape)
+        return P(None, *own) if stacked else own
+
+    def tree(node: Mapping[str, Any], stacked: bool) -> dict[str, Any]:
+        return {
+            name: tree(value, stacked or name == 'layers')
+            if isinstance(value, Mapping)
+            else leaf(dims_of(name), value, stacked)
+            for name, value in node.items()
+        }
+
+    return tree(params, False)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """NamedShardings on a mesh for a tree of partition specs."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def shard_batch(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh; under several processes each host
+    passes its own rows."""
+    mesh = jax.sharding.get_mesh()
+    hosts = jax.process_count()
+
+    def put(name: str, x: Any) -> jax.Array:
+        shape = (x.shape[0] * hosts, *x.shape[1:])
+        sharding = NamedSharding(mesh, activation_spec(dims_of(name), shape))
+        return jax.make_array_from_process_local_data(sharding, x, shape) if hosts > 1 else jax.device_put(x, sharding)
+
+    return {name: put(name, x) for name, x in batch.items()}

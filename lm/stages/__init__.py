@@ -1,0 +1,5 @@
+"""One module a stage, each with one function `run(config, workdir, …)`: wiring for the one loop."""
+
+from lm.stages import pretrain
+
+STAGES = {'pretrain': pretrain.run}

@@ -1,0 +1,116 @@
+"""What every stage does before and around its loop."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lm import runtime, sharding
+from lm.errors import RunError, UsageError
+from lm.model.transformer import ModelConfig
+from lm.training import checkpoint
+from lm.training import optimizer as optim
+from lm.training import step as training
+from lm.training.recorder import Recorder
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError where an axis would not divide what it is for."""
+    size = mesh.shape
+    batch = size['data'] * size['fsdp']
+    micro = config.microbatch or config.batch_size
+    needs = (
+        ('batch_size', config.batch_size, 'data × mesh.fsdp', batch),
+        ('microbatch', micro, 'data × mesh.fsdp', batch),
+        ('seq_len', config.seq_len, 'seq', size['seq']),
+        ('model.heads', config.model.heads, 'tensor', size['tensor']),
+        ('model.ffn_dim', config.model.ffn_dim, 'tensor', size['tensor']),
+    )
+    for key, value, axis, parts in needs:
+        if value % parts:
+            raise UsageError(f'{key}={value} is not a multiple of mesh.{axis}={parts}: change one of them')
+
+
+def resolve(config: ConfigDict, saved: Mapping[str, Any] | None, *, epoch: int) -> None:
+    """Fills in what the user left to us: as a saved run resolved it, else now.
+
+    Args:
+      epoch: steps in one epoch of the data.
+    """
+    old = saved['config'] if saved else {}
+    config.steps = config.steps or max(1, epoch)
+    config.microbatch = config.microbatch or old.get('microbatch') or config.batch_size
+    config.precision.compute = runtime.compute_dtype(config.precision.compute)
+
+
+def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
+    """(the optimizer, its schedule) of a config with its steps resolved."""
+    o = config.optim
+    rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
+    return optim.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay), rate
+
+
+def abstract_state(abstract_params: Any, optimizer: Any, seed: int) -> training.TrainState:
+    """The state as shapes and shardings: what is restored into, and what a dry run compiles with."""
+    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed), abstract_params)
+    return checkpoint.abstract(shapes)
+
+
+def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of [B, T] arrays, {name: dtype}, as shapes and shardings."""
+    mesh, shape = jax.sharding.get_mesh(), (batch_size, seq_len)
+    where = jax.NamedSharding(mesh, sharding.activation_spec('BT', shape))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in names.items()}
+
+
+def report_plan(
+    recorder: Recorder, config: ConfigDict, cfg: ModelConfig, state: Any, compiled: Any, *, flops: float, tokens: int
+) -> None:
+    """Prints what a dry run found: parameters, memory per device by part, FLOPs, mesh, tokens.
+
+    Raises RunError if it does not fit the device's memory.
+    """
+    mesh = jax.sharding.get_mesh()
+    parts = {'parameters': state.trainable, 'optimizer': state.opt}
+    gib = lambda n: f'{n / 2**30:.3f} GiB'
+    count = sum(x.size for x in jax.tree.leaves(state.trainable))
+    recorder.say(f'parameters  {count:,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})')
+    recorder.say(f'mesh        {dict(mesh.shape)} over {mesh.size} × {mesh.devices.flat[0].device_kind}')
+    for name, tree in parts.items():
+        recorder.say(f'{name:<11} {gib(sum(map(_device_bytes, jax.tree.leaves(tree))))} per device')
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    total -= memory.alias_size_in_bytes
+    recorder.say(f'temporaries {gib(memory.temp_size_in_bytes)} per device, compiled, not run')
+    recorder.say(f'in all      {gib(total)} per device')
+    recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
+    recorder.say(f'tokens      {tokens * config.steps:,} planned ({config.steps:,} steps of {tokens:,})')
+    limit = memory_limit(mesh.devices.flat[0])
+    if limit and total > limit:
+        raise RunError(f'does not fit: {gib(total)} per device of {gib(limit)}; more fsdp, a smaller microbatch or remat=full')
+
+
+def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard."""
+    shard = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    n = x.dtype.itemsize
+    for d in shard:
+        n *= d
+    return n
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes that one device has: its share of main memory for CPU devices, None if the platform does not tell."""
+    if device.platform == 'cpu':
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // max(1, jax.local_device_count())
+    stats = device.memory_stats()
+    return stats.get('bytes_limit') if stats else None
+
+
+def workdir_path(workdir: str) -> epath.Path:
+    """The run's directory, absolute (orbax wants it so)."""
+    return epath.Path(workdir).expanduser().resolve()

@@ -1,0 +1,205 @@
+"""Checkpoints that notice damage.
+
+Orbax writes and reads them. What it does not do is done here: it restores a flipped byte without a word (0.12.8: 24 of
+24 flips came back silently wrong), it takes an empty directory with a step's name for the newest checkpoint, and it
+skips a save whose step is below one that it has seen. So every leaf has a checksum that does not depend on the mesh,
+restoring walks back from the newest checkpoint until one holds, and what is damaged is renamed out of the way.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+from lm.errors import RunError, UsageError
+
+LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
+
+
+# ---- checksums ----
+
+
+def checksum(x: jax.Array) -> jax.Array:
+    """Two uint32 words over the bits of an array and their places: any flipped bit changes them, the mesh does not.
+
+    Each is Σ bits·odd(place) mod 2³²; an odd factor keeps every bit, and a sum does not care who adds first.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    bits = x if x.dtype in (jnp.uint32, jnp.bool) else jax.lax.bitcast_convert_type(x, width)
+    bits = bits.astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        step = jnp.arange(x.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride % 2**32)
+        place = place + step.reshape((-1,) + (1,) * (x.ndim - 1 - axis))
+        stride *= x.shape[axis]
+    words = [jnp.sum(bits * (_mix(place + jnp.uint32(salt)) | jnp.uint32(1)), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
+    return jnp.stack(words)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A hash of uint32 (the finaliser of MurmurHash3), so that neighbours get unrelated factors."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+_checksums = jax.jit(lambda tree: jax.tree.map(checksum, tree))
+
+
+def checksums(tree: Any) -> dict[str, list[int]]:
+    """{leaf's path: [word, word]}."""
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))[0]
+    return {jax.tree_util.keystr(path): [int(w) for w in words] for path, words in flat}
+
+
+# ---- reading ----
+
+
+def listed(directory: epath.PathLike) -> list[int]:
+    """Steps that have a directory, newest first; whether they hold is another question."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def read_meta(path: epath.Path) -> dict[str, Any]:
+    """A checkpoint's JSON part. Raises ValueError if it is missing or cut short, UsageError if its layout is newer."""
+    file = path / 'meta' / 'metadata'
+    if not file.exists():
+        raise ValueError('it is incomplete (no meta/metadata)')
+    meta = json.loads(file.read_text())
+    if meta['layout'] > LAYOUT:
+        raise UsageError(f'{path} has layout {meta["layout"]}, this version reads up to {LAYOUT}: use a newer lm')
+    return meta
+
+
+def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """(the tree, meta) of one checkpoint, every leaf verified.
+
+    Args:
+      abstract: tree of ShapeDtypeStruct with shardings; a part of the saved tree is enough ({'trainable': …}).
+
+    Raises:
+      ValueError: what is damaged, by name. UsageError: a newer layout.
+    """
+    meta = read_meta(path)
+    try:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(path / 'state', args=args)
+    except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
+        raise ValueError(f'it cannot be read ({_first_line(error)})') from error
+    saved = meta['checksums']
+    wrong = [leaf for leaf, words in checksums(tree).items() if saved.get(leaf) != words]
+    if wrong:
+        raise ValueError(f'checksum of {wrong[0]} is wrong' + (f', and of {len(wrong) - 1} more' if wrong[1:] else ''))
+    return tree, meta
+
+
+def read_newest(
+    directory: epath.PathLike, abstract: Any, *, warn: Callable[[str], None], set_aside: bool = False
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """(step, tree, meta) of the newest checkpoint that holds, or None if there is no checkpoint at all.
+
+    Each damaged one is named through `warn` and, with `set_aside`, renamed to STEP.damaged so that the run can save that
+    step again. Raises RunError if there are checkpoints and none holds.
+    """
+    directory = epath.Path(directory)
+    steps = listed(directory)
+    for step in steps:
+        path = directory / str(step)
+        try:
+            return step, *read(path, abstract)
+        except ValueError as error:
+            warn(f'checkpoint {path} is damaged: {error}; falling back to the one before')
+            if set_aside:
+                _set_aside(path)
+    if steps:
+        raise RunError(f'none of the {len(steps)} checkpoints in {directory} can be read: start again in another workdir')
+    return None
+
+
+def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]]:
+    """Reads 'DIR' (newest that holds) or 'DIR@STEP' (that one). Raises UsageError if it is not there."""
+    folder, at, step = run.partition('@')
+    directory = epath.Path(folder) / 'checkpoints'
+    if not at:
+        found = read_newest(directory, abstract, warn=warn)
+        if found is None:
+            raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
+        return found
+    if not step.isdigit() or int(step) not in listed(directory):
+        have = ', '.join(map(str, reversed(listed(directory)))) or 'none'
+        raise UsageError(f'{folder} has no checkpoint {step} (it has: {have})')
+    try:
+        return int(step), *read(directory / step, abstract)
+    except ValueError as error:
+        raise RunError(f'checkpoint {run} is damaged: {error}') from error
+
+
+def _set_aside(path: epath.Path) -> None:
+    target, n = path.parent / f'{path.name}.damaged', 1
+    while target.exists():
+        target, n = path.parent / f'{path.name}.damaged.{n}', n + 1
+    path.rename(target)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+# ---- writing ----
+
+
+class Writer:
+    """Saves while training goes on. `keep` newest stay; an error of a save in the background is raised at the next call."""
+
+    def __init__(self, directory: epath.PathLike, *, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(epath.Path(directory).resolve(), options=options)
+
+    def save(self, step: int, tree: Any, **meta: Any) -> None:
+        """Starts saving; returns once the tree may be changed. Raises RunError if this or the last save failed."""
+        sums = checksums(tree)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree),
+            meta=ocp.args.JsonSave({'layout': LAYOUT, 'step': step, 'checksums': sums, **meta}),
+        )
+        self._guard(lambda: self._manager.save(step, args=args, force=True))
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._guard(self._manager.close)
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            raise RunError(f'checkpoint could not be written ({_first_line(error)}): the last one is intact') from error
+
+
+def abstract(tree: Any) -> Any:
+    """The tree as shapes, dtypes and shardings on the current mesh, to restore into.
+
+    Args:
+      tree: arrays, or what `jax.eval_shape` gives under the current mesh (its types know their partition specs).
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding is not None else jax.sharding.PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(leaf, tree)

@@ -1,0 +1,53 @@
+"""Model FLOPs, what the device could do, and so MFU."""
+
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+
+# Dense peak of one device in FLOP/s, bfloat16, from the makers' data sheets; the first name that fits counts.
+PEAK = {
+    'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L4': 121e12,
+    'TPU7x': 2307e12, 'TPU v6 lite': 918e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12, 'TPU v4': 275e12,
+}  # fmt: skip
+
+
+def per_token(sizes: Mapping[str, int], *, layers: int, seq_len: int, window: int | None = None) -> float:
+    """FLOPs of a training step per token: 6N plus the causal half of attention.
+
+    N counts what is multiplied: the layers' matrices and the head, not the embedding's rows nor the norms. Attention is
+    6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen. Recomputation (remat) is
+    not counted, as in PaLM, appendix B.
+    """
+    D, N, K, H, F, V = (sizes[d] for d in 'DNKHFV')
+    matrices = layers * (D * N * H * 2 + D * K * H * 2 + 3 * D * F) + V * D
+    seen = seq_len / 2 if window is None else min(window, seq_len / 2)
+    return 6 * matrices + layers * 12 * N * H * seen
+
+
+def peak(device: Any) -> float:
+    """FLOP/s of one device: the data sheet's for accelerators, measured for a CPU (shared by its fake devices)."""
+    if device.platform == 'cpu':
+        return _measured() / max(1, jax.local_device_count())
+    for name, value in PEAK.items():
+        if name in device.device_kind:
+            return value
+    return float('nan')
+
+
+@cache
+def _measured() -> float:
+    """Best of a few float32 matrix products of 1024³, in FLOP/s."""
+    n, best = 1024, float('inf')
+    with sharding.use_mesh(devices=jax.local_devices()[:1]):
+        product, x = jax.jit(lambda a: a @ a), jnp.ones((n, n), jnp.float32)
+        for _ in range(6):
+            start = time.perf_counter()
+            product(x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,101 @@
+"""The training step: (state, batch) -> (state, metrics), the same for every stage."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.losses.objective import normalised, objective
+from lm.training import optimizer as optim
+
+Batch = Mapping[str, jax.Array]
+Sums = Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """What a step reads and writes. `frozen` (a base, a reference, a teacher) is an argument and not a closure, because
+    XLA would bake a closed-over array into the program; optimizer and checkpoint see `trainable` alone."""
+
+    step: jax.Array  # int32, updates tried so far; also the position in the data
+    trainable: Any
+    frozen: Any
+    opt: Any
+    rng: jax.Array  # key data; the key of step i is fold_in(rng, i)
+
+
+class Loss(NamedTuple):
+    """A stage's loss. `terms(trainable, frozen, batch, key)` gives ({term: sum}, {metric: sum}) of a microbatch;
+    `weights(batch)` gives {term or metric: W} of the whole batch; `coefs` {term: coefficient}."""
+
+    terms: Callable[[Any, Any, Batch, jax.Array], tuple[Sums, Sums]]
+    weights: Callable[[Batch], Sums]
+    coefs: Mapping[str, float]
+
+
+def create(trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A state at step 0. Call it under jit and the current mesh: the moments then lie where their parameters do."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), key)
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, clip: float, microbatches: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step function, to be jitted with its state donated.
+
+    Gradients are summed over the microbatches, each divided by the weights of the whole batch, so any number of
+    microbatches gives the same update. An update whose loss or gradient norm is not finite leaves parameters and
+    optimizer as they were and reports skipped = 1.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        weights = loss.weights(batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def micro(trainable: Any, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
+            terms, metrics = loss.terms(trainable, state.frozen, part, jax.random.fold_in(key, index))
+            return objective(terms, weights, loss.coefs), {**metrics, **terms}
+
+        (value, sums), grads = accumulate(jax.value_and_grad(micro, has_aux=True), state.trainable, batch, microbatches)
+        with jax.named_scope('optimizer'):
+            norm = optax.global_norm(grads)
+            finite = jnp.isfinite(norm) & jnp.isfinite(value)
+            updates, opt = optimizer.update(optim.clip(grads, norm, clip), state.opt, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
+        metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
+        metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
+        return state.replace(step=state.step + 1, trainable=trainable, opt=opt), metrics
+
+    return step
+
+
+def accumulate(value_and_grad: Callable, trainable: Any, batch: Batch, n: int) -> tuple[Any, Any]:
+    """Sums ((value, aux), gradients) over n microbatches; microbatch j is rows j, j+n, j+2n, …, so that every device
+    keeps its own rows."""
+    if n == 1:
+        return value_and_grad(trainable, batch, 0)
+    parts = {name: split_rows(x, n) for name, x in batch.items()}
+
+    def body(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(trainable, *xs)), None
+
+    first = value_and_grad(trainable, {name: x[0] for name, x in parts.items()}, 0)
+    rest = {name: x[1:] for name, x in parts.items()}
+    return jax.lax.scan(body, first, (rest, jnp.arange(1, n)))[0]
+
+
+def split_rows(x: jax.Array, n: int) -> jax.Array:
+    """[B, …] -> [n, B/n, …] with row j of part i = row j·n + i, without moving data between devices."""
+    shape = (x.shape[0] // n, n, *x.shape[1:])
+    if not sharding.axis_sizes():
+        return jnp.swapaxes(x.reshape(shape), 0, 1)
+    spec = jax.typeof(x).sharding.spec
+    return jnp.swapaxes(jax.lax.reshape(x, shape, out_sharding=P(spec[0], None, *spec[1:])), 0, 1)

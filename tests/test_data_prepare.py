@@ -1,0 +1,226 @@
+"""Preparation: dedup, a stable split, counts, fingerprints, the cache; and once with the real corpora."""
+
+import importlib.util
+import itertools
+import json
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lm.data import corpora
+from lm.data.heldout import heldout_operation, normalized
+from lm.data.pipeline import train_batches
+from lm.data.prepare import prepare
+from lm.data.store import Spool, digest
+from lm.errors import UsageError
+
+WORDS = [''.join(random.Random(i).choices('aeioubdklmnrst', k=2 + i % 6)) for i in range(300)]
+
+
+def _text(i):
+    return ' '.join(random.Random(i).choices(WORDS, k=20 + i % 30)) + f'\nnumber {i} ▁ ü.'
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
+
+
+def _jsonl(path, texts):
+    path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    return str(path)
+
+
+def _prepare(mixture, **kwargs):
+    arguments: dict[str, Any] = (
+        dict(vocab_size=400, tokenizer=None, heldout=0.2, seed=0, progress=lambda line: None) | kwargs
+    )
+    return prepare(mixture=mixture, **arguments)
+
+
+def _documents(prepared, number, split):
+    source = prepared.sources[number]
+    store = source.train if split == 'train' else source.heldout
+    documents = [store.document(i) for i in range(store.documents)]
+    tokenizer = prepared.tokenizer
+    assert all(d[0] == tokenizer.bos_id and d[-1] == tokenizer.eos_id for d in documents)
+    return [tokenizer.decode(d.tolist()) for d in documents]
+
+
+def test_documents_come_out_as_they_went_in_once_and_split(tmp_path):
+    a, b = [_text(i) for i in range(200)], [_text(i) for i in range(190, 260)]
+    mixture = f'{_jsonl(tmp_path / "a.jsonl", a + a[:7])}:3,{_jsonl(tmp_path / "b.jsonl", b + [" "])}:1'
+    prepared = _prepare(mixture)
+    train = [_documents(prepared, n, 'train') for n in range(2)]
+    heldout = [_documents(prepared, n, 'heldout') for n in range(2)]
+    assert sorted(train[0] + heldout[0]) == sorted(a)
+    assert sorted(train[1] + heldout[1]) == sorted(b[10:]), 'the first source keeps what both hold'
+    assert [s.weight for s in prepared.sources] == [0.75, 0.25]
+    counts = [s.counts for s in prepared.sources]
+    assert counts[0]['read'] == 207 and counts[0]['dropped'] == {'duplicate': 7} and counts[0]['kept'] == 200
+    assert counts[1]['read'] == 71 and counts[1]['dropped'] == {'duplicate': 10, 'empty': 1}
+    for n in range(2):
+        assert counts[n]['train_documents'] == len(train[n]) and counts[n]['heldout_documents'] == len(heldout[n])
+        assert counts[n]['train_bytes'] == sum(len(t.encode()) for t in train[n])
+        assert counts[n]['train_tokens'] == len(prepared.sources[n].train)
+        assert counts[n]['heldout_tokens'] == len(prepared.sources[n].heldout)
+    assert 0.1 < counts[0]['heldout_documents'] / 200 < 0.3
+
+
+def test_bytes_of_rows_are_the_bytes_of_the_text(tmp_path):
+    prepared = _prepare(_jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(100)]))
+    [source] = prepared.sources
+    from lm.data.pipeline import heldout_batches
+
+    batches = heldout_batches(source, batch_size=4, seq_len=32)
+    total = sum((prepared.tokenizer.bytes_of_ids[b['targets_BT']] * b['weights_BT']).sum() for b in batches)
+    assert total == source.counts['heldout_bytes']
+
+
+def test_a_document_never_moves_between_the_parts(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    few = _prepare(_jsonl(path, [_text(i) for i in range(100)]))
+    heldout = set(_documents(few, 0, 'heldout'))
+    more = _prepare(_jsonl(path, [_text(i) for i in reversed(range(300))]), seed=7)
+    assert heldout == set(_documents(more, 0, 'heldout')) & {_text(i) for i in range(100)}
+    larger = _prepare(str(path), heldout=0.4)
+    assert set(_documents(more, 0, 'heldout')) < set(_documents(larger, 0, 'heldout'))
+
+
+def test_the_order_follows_the_seed_and_not_the_file(tmp_path):
+    texts = [_text(i) for i in range(100)]
+    one = _prepare(_jsonl(tmp_path / 'a.jsonl', texts))
+    order = _documents(one, 0, 'train')
+    other = _prepare(_jsonl(tmp_path / 'a.jsonl', texts[::-1]))
+    assert _documents(other, 0, 'train') == order and order != [t for t in texts if t in set(order)]
+    assert other.fingerprint == one.fingerprint, 'the same documents are the same data'
+    assert _documents(_prepare(str(tmp_path / 'a.jsonl'), seed=1), 0, 'train') != order
+
+
+def test_the_fingerprint_knows_documents_weights_and_tokenizer(tmp_path):
+    texts = [_text(i) for i in range(100)]
+    a, b = _jsonl(tmp_path / 'a.jsonl', texts), _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(100, 200)])
+    prints = [
+        _prepare(f'{a},{b}').fingerprint,
+        _prepare(f'{a}:1,{b}:2').fingerprint,
+        _prepare(f'{a},{b}', vocab_size=410).fingerprint,
+        _prepare(f'{a},{b}', heldout=0.3).fingerprint,
+        _prepare(f'{a},{b}', seed=1).fingerprint,
+    ]
+    _jsonl(tmp_path / 'a.jsonl', [*texts[:-1], 'another'])
+    prints.append(_prepare(f'{a},{b}').fingerprint)
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_second_time_nothing_is_done(tmp_path):
+    path = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(100)])
+    said = []
+    first = _prepare(path, progress=said.append)
+    assert any('reading' in line for line in said) and any('encoding' in line for line in said)
+    said.clear()
+    second = _prepare(path, progress=said.append)
+    assert not said and second.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(second.sources[0].train.tokens, first.sources[0].train.tokens)
+
+
+def test_a_given_tokenizer_is_used(tmp_path):
+    path = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(100)])
+    trained = _prepare(path).tokenizer
+    trained.save(tmp_path / 'run' / 'tokenizer')
+    other = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(500, 600)])
+    given = _prepare(other, tokenizer=str(tmp_path / 'run' / 'tokenizer'))
+    assert given.tokenizer.fingerprint == trained.fingerprint
+    with pytest.raises(UsageError, match='has 400 ids and the model 500'):
+        _prepare(other, tokenizer=str(tmp_path / 'run' / 'tokenizer'), vocab_size=500)
+    with pytest.raises(UsageError, match='no tokenizer at'):
+        _prepare(other, tokenizer=str(tmp_path))
+
+
+def test_weights_follow_the_tokens_where_none_are_given(tmp_path):
+    a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(300)])
+    b = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(300, 400)])
+    prepared = _prepare(f'{a},{b}')
+    sizes = [len(s.train) for s in prepared.sources]
+    assert [s.weight for s in prepared.sources] == [size / sum(sizes) for size in sizes]
+
+
+def test_the_tokenizer_learns_from_the_mixture(tmp_path):
+    """A word that only the light source uses becomes a piece when its source is heavy."""
+    a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(300)])
+    b = _jsonl(tmp_path / 'b.jsonl', ['xylophone ' * 5 + _text(i) for i in range(300, 400)])
+    light, heavy = _prepare(f'{a}:1000,{b}:1').tokenizer, _prepare(f'{a}:1,{b}:1000').tokenizer
+    assert len(heavy.encode(' xylophone')) < len(light.encode(' xylophone'))
+
+
+@pytest.mark.parametrize(
+    ('texts', 'heldout', 'says'),
+    [
+        ([], 0.2, 'no documents'),
+        ([' '], 0.2, 'no documents.*empty 1'),
+        (['one document'], 1e-9, 'none falls into its held-out part'),
+        (['one document'], 0.999999999, 'none falls into its training part'),
+        (['one'], 0.0, 'between 0 and 1'),
+        (['one'], 1.0, 'between 0 and 1'),
+    ],
+)
+def test_too_little_data_is_one_line(tmp_path, texts, heldout, says):
+    with pytest.raises(UsageError, match=says) as e:
+        _prepare(_jsonl(tmp_path / 'a.jsonl', texts), heldout=heldout)
+    assert '\n' not in str(e.value)
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
+    with pytest.raises(UsageError):
+        _prepare(_jsonl(tmp_path / 'a.jsonl', ['too little', 'text']), heldout=0.5, vocab_size=5000)
+    assert not list((tmp_path / 'cache' / 'prepared').iterdir())
+
+
+def test_the_spool_gives_the_same_order_whenever_it_is_flushed(tmp_path):
+    contents = [_text(i).encode() for i in range(200)]
+    one, two = Spool(tmp_path / 'one', seed=3), Spool(tmp_path / 'two', seed=3)
+    for content in contents:
+        one.add(content, digest(content))
+    for content in reversed(contents):
+        two.add(content, digest(content))
+        two.flush()
+    assert list(one.read()) == list(two.read())
+    assert sorted(content for _, content in one.read()) == sorted(contents)
+    assert one.documents == 200 and one.bytes == sum(map(len, contents))
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(p) for p in ('botocore', 'chitchat_dataset')), reason="pip install 'lm[corpus]'"
+)
+def test_the_real_corpora():
+    began = time.perf_counter()
+    mixture = 'botocore:0.7,chitchat:0.3'
+    prepared = _prepare(mixture, vocab_size=4096, heldout=0.02)
+    first = time.perf_counter() - began
+    botocore, chitchat = (source.counts for source in prepared.sources)
+    assert botocore['train_tokens'] > 3e6 and chitchat['train_tokens'] > 3e6
+    assert {'short', 'duplicate', 'symbols', 'heldout_answer'} <= botocore['dropped'].keys()
+    for counts in (botocore, chitchat):
+        assert counts['read'] == counts['kept'] + sum(counts['dropped'].values())
+        assert counts['heldout_documents'] > 50
+        assert counts['train_bytes'] / counts['train_tokens'] > 3
+    _assert_no_answer_leaks(prepared)
+    began = time.perf_counter()
+    assert _prepare(mixture, vocab_size=4096, heldout=0.02).fingerprint == prepared.fingerprint
+    second = time.perf_counter() - began
+    # The promise is 40 s and 2 s on two cores; a shared machine gets some slack.
+    assert first < 80 and second < 4, (first, second)
+    batches = train_batches(prepared, batch_size=32, seq_len=256, seed=0, start=10**6)
+    for batch in itertools.islice(batches, 20):
+        assert batch['tokens_BT'].shape == (32, 256) and batch['tokens_BT'].max() < 4096
+        assert 0.9 < batch['weights_BT'].mean() <= 1
+
+
+def _assert_no_answer_leaks(prepared):
+    answers = {normalized(o.first_sentence) for o in corpora.operations() if heldout_operation(o.name)}
+    store = prepared.sources[0].train
+    sample = range(0, store.documents, 40)
+    text = '\n'.join(f' {normalized(prepared.tokenizer.decode(store.document(i).tolist()))} ' for i in sample)
+    assert len(answers) > 500 and not [a for a in answers if f' {a} ' in text]
