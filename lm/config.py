@@ -94,6 +94,23 @@ def base() -> ConfigDict:
 # ---- reading the command line ----
 
 
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(the words that are no settings, the pairs KEY, VALUE of `--config.KEY=VALUE`). Raises UsageError if one has no value."""
+    words, settings = [], []
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith('--config.'):
+            words.append(word)
+            continue
+        key, equals, text = word.removeprefix('--config.').partition('=')
+        if not equals:
+            text = next(rest, None)
+            if text is None:
+                raise UsageError(f'--config.{key} has no value: write --config.{key}=VALUE')
+        settings.append((key, text))
+    return words, settings
+
+
 def leaves(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every setting."""
     for key, value in config.items():

@@ -16,25 +16,14 @@ from lm.errors import Preempted, RunError, UsageError
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """(the flags, the `--config.KEY=VALUE` pairs). Raises UsageError for anything else."""
+    """(the flags, the settings)."""
     parser = argparse.ArgumentParser('python -m lm.main', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG with a preset or KEY=VALUE,…')
+    parser.add_argument('--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)')
+    parser.add_argument('--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3')
     parser.add_argument('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
     parser.add_argument('--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing')
-    parser.add_argument('--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3')
-    settings, flags = [], []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith('--config.'):
-            flags.append(word)
-            continue
-        key, equals, text = word.removeprefix('--config.').partition('=')
-        if not equals:
-            text = next(words, None)
-            if text is None:
-                raise UsageError(f'--config.{key} has no value: write --config.{key}=VALUE')
-        settings.append((key, text))
-    return parser.parse_args(flags), settings
+    words, settings = configs.split_settings(argv)
+    return parser.parse_args(words), settings
 
 
 def train(argv: Sequence[str]) -> dict:

@@ -24,6 +24,13 @@ def test_fingerprint_is_the_same_everywhere_and_differs_with_the_value():
     assert cache.fingerprint({'a': 1}) == '1f8c00645b7df6ce', 'a new fingerprint orphans every cache: is it meant?'
 
 
+def _writes(text):
+    def fill(path):
+        (path / 'x').write_text(text)
+
+    return fill
+
+
 def test_a_thing_is_built_once_and_its_key_lies_beside():
     calls = []
 
@@ -78,14 +85,14 @@ def test_a_killed_build_is_not_taken_for_a_whole_one_and_is_swept():
     child.send_signal(signal.SIGKILL)
     child.wait()
     os.utime(left, (old, old))
-    built = cache.build('k', {'a': 1}, lambda path: (path / 'x').write_text('whole') and None)
+    built = cache.build('k', {'a': 1}, _writes('whole'))
     assert (built / 'x').read_text() == 'whole'
     assert list(built.parent.iterdir()) == [built]
 
 
 def test_the_slower_of_two_builders_takes_the_other_ones():
     def slow(path):
-        cache.build('k', {'a': 1}, lambda p: (p / 'x').write_text('quick') and None)
+        cache.build('k', {'a': 1}, _writes('quick'))
         (path / 'x').write_text('slow')
 
     built = cache.build('k', {'a': 1}, slow)

@@ -103,15 +103,19 @@ def test_the_order_follows_the_seed_and_not_the_file(tmp_path):
 def test_the_fingerprint_knows_documents_weights_and_tokenizer(tmp_path):
     texts = [_text(i) for i in range(100)]
     a, b = _jsonl(tmp_path / 'a.jsonl', texts), _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(100, 200)])
+    one, other = _prepare(a).tokenizer, _prepare(b).tokenizer
+    one.save(tmp_path / 'one')
+    other.save(tmp_path / 'other')
+    given = {'tokenizer': str(tmp_path / 'one')}
     prints = [
-        _prepare(f'{a},{b}').fingerprint,
-        _prepare(f'{a}:1,{b}:2').fingerprint,
-        _prepare(f'{a},{b}', vocab_size=410).fingerprint,
-        _prepare(f'{a},{b}', heldout=0.3).fingerprint,
-        _prepare(f'{a},{b}', seed=1).fingerprint,
+        _prepare(f'{a}:1,{b}:1', **given).fingerprint,
+        _prepare(f'{a}:1,{b}:2', **given).fingerprint,
+        _prepare(f'{a}:1,{b}:1', tokenizer=str(tmp_path / 'other')).fingerprint,
+        _prepare(f'{a}:1,{b}:1', heldout=0.3, **given).fingerprint,
+        _prepare(f'{a}:1,{b}:1', seed=1, **given).fingerprint,
     ]
     _jsonl(tmp_path / 'a.jsonl', [*texts[:-1], 'another'])
-    prints.append(_prepare(f'{a},{b}').fingerprint)
+    prints.append(_prepare(f'{a}:1,{b}:1', **given).fingerprint)
     assert len(set(prints)) == len(prints)
 
 

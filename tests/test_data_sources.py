@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -184,7 +185,7 @@ def test_code_share_tells_prose_from_placeholders():
 
 
 def test_prompts_are_the_twelve(tmp_path):
-    prompts = load_prompts('configs/prompts.jsonl')
+    prompts = load_prompts(Path(__file__).parent.parent / 'configs' / 'prompts.jsonl')
     kinds = [p.kind for p in prompts]
     assert [kinds.count(k) for k in ('operation', 'invented', 'chat', 'raw')] == [4, 2, 3, 3]
     for bad in ('{"id": "a", "kind": "raw"}', '{"id": "a", "kind": "x", "text": ""}', 'nonsense', '[]'):

@@ -88,11 +88,11 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(UsageError, match='tokenizer.model'):
         Tokenizer.load(tmp_path)
     (tmp_path / 'tokenizer.model').write_bytes(b'nonsense')
-    with pytest.raises(UsageError, match='not a SentencePiece model'):
+    with pytest.raises(UsageError, match='is not a SentencePiece model'):
         Tokenizer.load(tmp_path)
     with pytest.raises(UsageError, match='too small'):
         train_tokenizer(TEXTS, vocab_size=100)
-    with pytest.raises(UsageError, match='too little'):
+    with pytest.raises(UsageError, match='too little.*Please set it'):
         train_tokenizer(['a b'], vocab_size=5000)
 
 

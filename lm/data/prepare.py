@@ -1,6 +1,7 @@
 """From a mixture to token stores: read, deduplicate, split, train the tokenizer, encode. Done once, then cached.
 
-A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. Whether a document
+A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. What was seen is
+held in memory, about 100 bytes a document; the text itself goes through disk. Whether a document
 is held out depends on its text alone, so it never moves when others come or go.
 """
 

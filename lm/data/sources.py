@@ -70,7 +70,7 @@ def parse_mixture(text: str) -> tuple[tuple[str, float | None], ...]:
 
 def _parse_part(part: str) -> tuple[str, float | None]:
     name, colon, number = part.rpartition(':')
-    if not colon or not _NUMBER.fullmatch(number) or name == 'tfds':
+    if not colon or not _NUMBER.fullmatch(number):
         return part, None
     weight = float(number)
     if not name or not math.isfinite(weight) or weight <= 0:

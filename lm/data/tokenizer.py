@@ -49,7 +49,7 @@ class Tokenizer:
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as e:
-            raise UsageError(f'not a SentencePiece model: {e}') from None
+            raise UsageError('the tokenizer is not a SentencePiece model, or is damaged: name another') from e
         pieces = tuple(_piece_bytes(processor, i) for i in range(processor.vocab_size()))
         tokenizer = cls(
             model=model,
@@ -146,7 +146,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **_TRAINING, num_threads=_cores()
         )
     except RuntimeError as e:
-        raise UsageError(f'the text is too little or too uniform for a vocabulary of {vocab_size}: {e}') from None
+        # The message is '… [what was checked] what to do'.
+        advice = str(e).rpartition(']')[2].strip() or 'give more text'
+        raise UsageError(f'the text is too little or too uniform for a vocabulary of {vocab_size}: {advice}') from e
     return Tokenizer.from_model(model.getvalue())
 
 

@@ -1,0 +1,105 @@
+"""Talks to a run: `python -m lm.chat DIR… --raw [--prompt TEXT]`, streaming; several runs answer one after another.
+
+`--raw` continues plain text, which is all that a pretrained model can do. Without --prompt it reads prompts from the
+terminal, an empty line or Ctrl-D ends.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from lm import runtime, sharding
+from lm.errors import RunError, UsageError
+from lm.sampling.generate import Sampling, stream
+from lm.training import runs
+from lm.training.runs import Model
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser('python -m lm.chat', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
+    parser.add_argument('--prompt', help='answer this and leave')
+    parser.add_argument('--raw', action='store_true', help='continue plain text')
+    parser.add_argument('--max_new_tokens', type=int, default=128)
+    parser.add_argument('--temperature', type=float, default=0.7, help='0 is greedy')
+    parser.add_argument('--top_k', type=int, default=0, help='draw from the k likeliest; 0: all')
+    parser.add_argument('--top_p', type=float, default=1.0, help='draw from the fewest that hold this probability')
+    parser.add_argument('--min_p', type=float, default=0.0, help='draw from those at least this part of the likeliest')
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def check(flags: argparse.Namespace) -> None:
+    """Raises UsageError for values that cannot be drawn with."""
+    if flags.max_new_tokens < 1:
+        raise UsageError(f'--max_new_tokens={flags.max_new_tokens} must be at least 1')
+    if flags.temperature < 0 or flags.top_k < 0:
+        raise UsageError('--temperature and --top_k must not be negative')
+    if not 0 < flags.top_p <= 1 or not 0 <= flags.min_p <= 1:
+        raise UsageError('--top_p must lie in (0, 1] and --min_p in [0, 1]')
+    if not flags.raw:
+        raise UsageError('these runs were pretrained and know no conversation: add --raw to continue plain text')
+
+
+def answer(model: Model, prompt: str, flags: argparse.Namespace) -> Iterator[str]:
+    """Pieces of text as they are drawn, whole characters only."""
+    tokenizer = model.tokenizer
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
+    options = {'max_new_tokens': flags.max_new_tokens, 'stop_ids': tokenizer.stop_ids, 'seed': flags.seed}
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+    def ids() -> Iterator[int]:
+        shown = 0
+        for (row,) in stream(model.params, model.cfg, [prompt_ids], sampling=sampling, **options):
+            yield from row.ids[shown:]
+            shown = len(row.ids)
+
+    yield from tokenizer.decode_stream(ids())
+
+
+def prompts(flags: argparse.Namespace) -> Iterator[str]:
+    """The one prompt, or what is typed."""
+    if flags.prompt is not None:
+        yield flags.prompt
+        return
+    while True:
+        try:
+            line = input('> ' if sys.stdin.isatty() else '')
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def talk(flags: argparse.Namespace) -> None:
+    """Answers each prompt with each run, on stdout."""
+    check(flags)
+    warn = lambda line: print(line, file=sys.stderr)
+    with sharding.use_mesh():
+        models = {name: runs.load(name, warn=warn) for name in flags.runs}
+        for prompt in prompts(flags):
+            for name, model in models.items():
+                if len(models) > 1:
+                    print(f'--- {name}')
+                print(prompt, end='', flush=True)
+                for piece in answer(model, prompt, flags):
+                    print(piece, end='', flush=True)
+                print(flush=True)
+
+
+def main() -> int:
+    runtime.setup()
+    try:
+        talk(parse(sys.argv[1:]))
+        return 0
+    except (UsageError, RunError) as error:
+        print(f'lm: {error}', file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print()
+        return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

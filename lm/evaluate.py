@@ -1,0 +1,78 @@
+"""Measures a run: `python -m lm.evaluate DIR [--tasks heldout] [--mixture …] [--rows N]`; JSON on stdout.
+
+heldout   loss, perplexity and bits per byte (exact bytes) of the held-out documents of each source
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm import config as configs
+from lm import runtime, sharding
+from lm.data import pipeline
+from lm.data.prepare import Prepared, prepare
+from lm.errors import RunError, UsageError
+from lm.evals import heldout
+from lm.training import runs
+from lm.training.runs import Model
+
+TASKS = ('heldout',)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser('python -m lm.evaluate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('run', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
+    parser.add_argument('--tasks', default='heldout', help=f'comma-separated, of {", ".join(TASKS)}')
+    parser.add_argument('--mixture', help="sources to measure on; default the run's own")
+    parser.add_argument('--rows', type=int, help='rows of each source at most; default all of its held-out text')
+    return parser.parse_args(argv)
+
+
+def heldout_data(run: str, model: Model, mixture: str | None) -> Prepared:
+    """The sources with their held-out documents, in the model's own tokens."""
+    data, seed = model.config['data'], model.config['seed']
+    options = {'vocab_size': model.cfg.vocab_size, 'heldout': data['heldout'], 'seed': seed}
+    say = lambda line: print(line, file=sys.stderr)
+    own = str(epath.Path(run.partition('@')[0]) / 'tokenizer')
+    if mixture is None:  # as the run prepared it, most likely still in the cache
+        found = prepare(mixture=data['mixture'], tokenizer=data['tokenizer'], progress=say, **options)
+        if found.tokenizer.fingerprint == model.tokenizer.fingerprint:
+            return found
+    return prepare(mixture=mixture or data['mixture'], tokenizer=own, progress=say, **options)
+
+
+def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
+    """The metrics of the tasks asked for. Raises UsageError for an unknown task, a bad mixture or no such run."""
+    for task in flags.tasks.split(','):
+        if task not in TASKS:
+            raise UsageError(f'--tasks={task}{configs.nearest(task, TASKS)}: it must be of {", ".join(TASKS)}')
+    if flags.rows is not None and flags.rows < 1:
+        raise UsageError(f'--rows={flags.rows} must be at least 1')
+    with sharding.use_mesh() as mesh:
+        model = runs.load(flags.run, warn=lambda line: print(line, file=sys.stderr))
+        prepared = heldout_data(flags.run, model, flags.mixture)
+        batch_size = math.ceil(model.config['batch_size'] / mesh.size) * mesh.size
+        shape = {'batch_size': batch_size, 'seq_len': model.config['seq_len'], 'max_rows': flags.rows}
+        batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
+        metrics = heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)
+    return {'run': flags.run, 'step': model.step, 'devices': jax.device_count(), **metrics}
+
+
+def main() -> int:
+    runtime.setup()
+    try:
+        print(json.dumps(evaluate(parse(sys.argv[1:]))))
+        return 0
+    except (UsageError, RunError) as error:
+        print(f'lm: {error}', file=sys.stderr)
+        return error.status
+
+
+if __name__ == '__main__':
+    sys.exit(main())
