@@ -126,7 +126,7 @@ def test_prepared_tfds_is_read_and_a_tfrecord_one_refused(tmp_path, monkeypatch)
         def _documents(self):
             return [('a', 'first', {}), ('b', '', {}), ('c', 'third', {})]
 
-    Tiny(corpora.Tally(), data_dir=tmp_path, file_format='array_record').download_and_prepare()
+    Tiny(Counts(), data_dir=tmp_path, file_format='array_record').download_and_prepare()
     records, counts = _read('tfds:tiny')
     assert [r['text'] for r in records] == ['first', 'third']
     assert counts.read == 3 and counts.dropped == {'empty': 1}

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lm import files
 from lm.data import cache
 from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
+from lm.data.sources import Counts
 from lm.errors import UsageError
 
 # Part of the cache's key: raise it when the text that comes out changes.
@@ -48,17 +49,6 @@ class Operation:
         return first_sentence(self.text)
 
 
-@dataclass
-class Tally:
-    """What a builder read, and what it dropped by reason."""
-
-    read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-
 def package_version(name: str) -> str:
     """The version of the package that a corpus is read from. Raises UsageError if it is not installed."""
     try:
@@ -69,15 +59,15 @@ def package_version(name: str) -> str:
         ) from None
 
 
-def prepare_corpus(name: str) -> tuple[epath.Path, Tally]:
+def prepare_corpus(name: str) -> tuple[epath.Path, Counts]:
     """Where the array_record data of a corpus lies, built on first use, and what was read and dropped for it."""
     key = {'corpus': name, 'version': package_version(name), 'recipe': RECIPE}
     directory = cache.build('tfds', key, lambda path: _build_corpus(name, path))
-    return directory / name / '1.0.0', Tally(**json.loads((directory / 'tally.json').read_text()))
+    return directory / name / '1.0.0', Counts(**json.loads((directory / 'tally.json').read_text()))
 
 
 def _build_corpus(name: str, directory: epath.Path) -> None:
-    tally = Tally()
+    tally = Counts()
     builder = _BUILDERS[name](tally, data_dir=directory, file_format='array_record')
     tfds.disable_progress_bar()
     # TFDS prints that it downloads, which it does not: it is told not to ask its bucket for prepared data either.
@@ -91,7 +81,7 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version('1.0.0')
 
-    def __init__(self, tally: Tally, **kwargs: Any):
+    def __init__(self, tally: Counts, **kwargs: Any):
         self._tally = tally
         super().__init__(**kwargs)
 
@@ -199,7 +189,7 @@ def _operations(models: Iterable[dict[str, Any]]) -> Iterator[Operation]:
                 yield Operation(service=model['metadata']['serviceId'], name=name, text=text)
 
 
-def _keep_prose(models: Iterable[dict[str, Any]], tally: Tally) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _keep_prose(models: Iterable[dict[str, Any]], tally: Counts) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(id, text, meta) of the documentation strings worth learning from; counts why the others are not."""
     seen: set[str] = set()
     for model in models:
