@@ -1,11 +1,10 @@
 """Pretraining on real text."""
 
-from ml_collections import ConfigDict
 
 from lm import config, presets
 
 
-def get_config(arg: str = '') -> ConfigDict:
+def get_config(arg: str = "") -> config.Config:
     c = config.base()
     c.steps = 500
     c.data.mixture = 'botocore:0.7,chitchat:0.3'

@@ -5,11 +5,12 @@ terminal, an empty line or Ctrl-D ends.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
-from lm.errors import RunError, UsageError
+from lm.errors import UsageError, run_command
 from lm.sampling.generate import Sampling, stream
 from lm.training import runs
 from lm.training.runs import Model
@@ -78,27 +79,20 @@ def talk(flags: argparse.Namespace) -> None:
     warn = lambda line: print(line, file=sys.stderr)
     with sharding.use_mesh():
         models = {name: runs.load(name, warn=warn) for name in flags.runs}
-        for prompt in prompts(flags):
-            for name, model in models.items():
-                if len(models) > 1:
-                    print(f'--- {name}')
-                print(prompt, end='', flush=True)
-                for piece in answer(model, prompt, flags):
-                    print(piece, end='', flush=True)
-                print(flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a conversation
+            for prompt in prompts(flags):
+                for name, model in models.items():
+                    if len(models) > 1:
+                        print(f'--- {name}')
+                    print(prompt, end='', flush=True)
+                    for piece in answer(model, prompt, flags):
+                        print(piece, end='', flush=True)
+                    print(flush=True)
 
 
 def main() -> int:
     runtime.setup()
-    try:
-        talk(parse(sys.argv[1:]))
-        return 0
-    except (UsageError, RunError) as error:
-        print(f'lm: {error}', file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print()
-        return 0
+    return run_command(lambda: talk(parse(sys.argv[1:])))
 
 
 if __name__ == '__main__':

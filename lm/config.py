@@ -7,21 +7,30 @@ is None, and makes the string 'None' of None (ml_collections 1.1).
 import difflib
 import importlib.util
 import json
+import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from lm.errors import UsageError
 
+# A ConfigDict. Its fields are declared at run time, by `base`, where no type checker sees them.
+Config: TypeAlias = Any
+
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
+SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 
 
-def base() -> ConfigDict:
-    """The settings common to all stages, at the sizes of the laptop run. `placeholder(type)` is None until set."""
+def base() -> Config:
+    """The settings common to all stages, at the sizes of the laptop run. `placeholder(type)` is None until set.
+
+    It is locked: a stage that adds settings says so (`with c.unlocked():`), and a slip of the pen is an error.
+    """
     c = ConfigDict()
     c.stage = 'pretrain'
     c.seed = 0
@@ -88,7 +97,7 @@ def base() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.profile = placeholder(int)  # step from which three steps are traced into DIR/profile
-    return c
+    return c.lock()
 
 
 # ---- reading the command line ----
@@ -144,7 +153,7 @@ def parse_value(key: str, text: str, kind: type, optional: bool) -> Any:
         raise UsageError(f'{key}={text}: must be {wanted}{" or none" if optional else ""}') from None
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
+def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
     known = dict(leaves(config))
     if key not in known:
@@ -159,51 +168,90 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     node[last] = parse_value(key, text, node.get_type(last), optional)
 
 
-def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
+def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[Config, str]:
     """Reads `configs/STAGE.py[:ARG]` and applies the overrides: (the config, ARG).
 
-    Raises UsageError if there is no such file, it has no `get_config`, or a key or value is wrong.
+    Raises UsageError if there is no such file, it has no `get_config` or fails, or a key or value is wrong.
     """
-    path, _, arg = path_and_arg.partition('.py:') if '.py:' in path_and_arg else (path_and_arg, '', '')
-    path = path + '.py' if '.py:' in path_and_arg else path
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f'--config={path}: no such file (a stage is configs/pretrain.py, from a checkout of lm)')
-    module_spec = importlib.util.spec_from_file_location('lm_config', file)
-    if module_spec is None or module_spec.loader is None:
-        raise UsageError(f'--config={path}: not a Python file')
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if 'get_config' not in vars(module):
-        raise UsageError(f'--config={path}: has no function get_config(arg)')
-    config = module.get_config(arg)
+    path, arg = _split_arg(path_and_arg)
+    config = _run_file(path, arg)
     for key, text in overrides:
         override(config, key, text)
     check(config)
     return config, arg
 
 
-def check(config: ConfigDict) -> None:
+def chosen(path_and_arg: str, overrides: Sequence[tuple[str, str]]) -> set[str]:
+    """The settings that the command line names, or that its ARG moves."""
+    path, arg = _split_arg(path_and_arg)
+    plain, moved = (dict(leaves(_run_file(path, a))) for a in ('', arg))
+    return {key for key, _ in overrides} | {key for key in moved if moved[key] != plain.get(key)}
+
+
+def _split_arg(path_and_arg: str) -> tuple[str, str]:
+    """'configs/pretrain.py:124m' -> ('configs/pretrain.py', '124m')."""
+    path, colon, arg = path_and_arg.partition('.py:')
+    return (f'{path}.py', arg) if colon else (path, '')
+
+
+def _run_file(path: str, arg: str) -> Config:
+    """What the file's get_config(arg) gives."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f'--config={path}: no such file (a stage is configs/pretrain.py, from a checkout of lm)')
+    spec = importlib.util.spec_from_file_location('lm_config', file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f'--config={path}: not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if 'get_config' not in vars(module):
+            raise UsageError(f'--config={path}: has no function get_config(arg)')
+        return module.get_config(arg)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a person's own file does; a name, a place and a reason fit one line
+        raise UsageError(f'--config={path}{_line_in(file, error)}: {type(error).__name__}: {error}') from error
+
+
+def _line_in(file: Path, error: Exception) -> str:
+    """':LINE' of the last place in the file that an error passed, or ''."""
+    if isinstance(error, SyntaxError):
+        return f':{error.lineno}'
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f':{f.lineno}' for f in reversed(frames) if Path(f.filename) == file), '')
+
+
+def check(config: Config) -> None:
     """Raises UsageError for values that no run can have, whatever its data and devices."""
     values = dict(leaves(config))
-    positive = ('batch_size', 'seq_len', 'steps', 'microbatch', 'checkpoint.every', 'checkpoint.keep', 'eval.every',
-                'eval.rows', 'eval.final_rows', 'log.every', 'model.window', 'model.vocab_size')  # fmt: skip
-    for key in positive:
-        if values[key] is not None and values[key] < 1:
-            raise UsageError(f'{key}={values[key]} must be at least 1')
-    if config.microbatch and config.batch_size % config.microbatch:
-        raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
-    if not 0 < config.data.heldout < 1:
-        raise UsageError(f'data.heldout={config.data.heldout} must lie between 0 and 1')
-    for key in ('optim.lr', 'optim.clip', 'optim.eps'):
-        if values[key] <= 0:
-            raise UsageError(f'{key}={values[key]} must be positive')
-    if config.init_from and config.branch_from:
-        raise UsageError('init_from and branch_from are two ways to start: set one of them')
-    choices = {'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',)}
+    bounds = {
+        'at least 1': (lambda x: x >= 1, 'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
+                       'eval.final_rows eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers '
+                       'model.heads model.kv_heads model.head_dim model.ffn_dim'),
+        'positive': (lambda x: 0 < x < math.inf, 'optim.lr optim.clip optim.eps model.rope_theta model.norm_eps '
+                     'model.attn_softcap model.logit_softcap'),
+        'at least 0': (lambda x: 0 <= x < math.inf, 'z_loss optim.warmup optim.weight_decay optim.max_skips log.profile'),
+        'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
+        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2'),
+        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
+        'from 0 to 4294967295': (lambda x: 0 <= x < 2**32, 'seed'),
+    }  # fmt: skip
+    for words, (holds, keys) in bounds.items():
+        for key in keys.split():
+            if values[key] is not None and not holds(values[key]):
+                raise UsageError(f'{key}={values[key]} must be {words}')
+    choices = {
+        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',), 'optim.schedule': SCHEDULES,
+    }  # fmt: skip
     for key, allowed in choices.items():
         if values[key] not in allowed:
-            raise UsageError(f'{key}={values[key]!r} is not one of {", ".join(map(str, allowed))}')
+            hint = nearest(str(values[key]), [a for a in allowed if a])
+            raise UsageError(f'{key}={values[key]}{hint} is not one of {", ".join(map(str, allowed))}')
+    if config.microbatch and config.batch_size % config.microbatch:
+        raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
+    if config.init_from and config.branch_from:
+        raise UsageError('init_from and branch_from are two ways to start: set one of them')
 
 
 # ---- a run's saved settings ----

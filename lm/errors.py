@@ -1,4 +1,7 @@
-"""The two ways a command ends badly. An entry point prints the one line and leaves with the status."""
+"""The ways a command ends badly, each with its exit status, and the one line that says why."""
+
+import sys
+from collections.abc import Callable
 
 
 class UsageError(Exception):
@@ -13,7 +16,33 @@ class RunError(Exception):
     status = 1
 
 
-class Preempted(Exception):
-    """The run was saved after SIGTERM or Ctrl-C; the same command goes on. Exit status 75 (EX_TEMPFAIL)."""
+class Preempted(BaseException):
+    """SIGTERM or Ctrl-C came; the same command goes on. Exit status 75 (EX_TEMPFAIL).
+
+    No Exception, as KeyboardInterrupt is none: whoever handles a damaged file must not take this for one.
+    """
 
     status = 75
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
+    try:
+        command()
+        return 0
+    except (UsageError, RunError, Preempted) as error:
+        return _told(str(error), error.status)
+    except OSError as error:  # what is not written or read through `lm.files`
+        return _told(str(error), RunError.status)
+    except RuntimeError as error:  # XLA's, when the device's memory is full
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        return _told(f'out of memory ({reason}): a smaller microbatch, more fsdp or remat=full', RunError.status)
+    except KeyboardInterrupt:
+        return _told('interrupted: what was done since the last checkpoint is lost', RunError.status)
+
+
+def _told(text: str, status: int) -> int:
+    print(f'lm: {" ".join(text.split())}', file=sys.stderr)
+    return status

@@ -17,7 +17,7 @@ from lm import config as configs
 from lm import runtime, sharding
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
-from lm.errors import RunError, UsageError
+from lm.errors import UsageError, run_command
 from lm.evals import heldout
 from lm.training import runs
 from lm.training.runs import Model
@@ -40,8 +40,8 @@ def heldout_data(run: str, model: Model, mixture: str | None) -> Prepared:
     options = {'vocab_size': model.cfg.vocab_size, 'heldout': data['heldout'], 'seed': seed}
     say = lambda line: print(line, file=sys.stderr)
     own = str(epath.Path(run.partition('@')[0]) / 'tokenizer')
-    if mixture is None:  # as the run prepared it, most likely still in the cache
-        found = prepare(mixture=data['mixture'], tokenizer=data['tokenizer'], progress=say, **options)
+    if mixture is None and data['tokenizer'] is None:  # as the run prepared it, most likely still in the cache
+        found = prepare(mixture=data['mixture'], tokenizer=None, progress=say, **options)
         if found.tokenizer.fingerprint == model.tokenizer.fingerprint:
             return found
     return prepare(mixture=mixture or data['mixture'], tokenizer=own, progress=say, **options)
@@ -66,12 +66,7 @@ def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
 
 def main() -> int:
     runtime.setup()
-    try:
-        print(json.dumps(evaluate(parse(sys.argv[1:]))))
-        return 0
-    except (UsageError, RunError) as error:
-        print(f'lm: {error}', file=sys.stderr)
-        return error.status
+    return run_command(lambda: print(json.dumps(evaluate(parse(sys.argv[1:])))))
 
 
 if __name__ == '__main__':

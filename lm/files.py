@@ -4,12 +4,16 @@ Paths are epath paths, so a local directory and a bucket (gs://) are written by 
 replacing `_write`, the only function that puts bytes anywhere.
 """
 
+import contextlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
+from lm.errors import RunError
 
 
 def _write(path: epath.Path, data: bytes, mode: str) -> None:
@@ -20,17 +24,30 @@ def _write(path: epath.Path, data: bytes, mode: str) -> None:
             os.fsync(f.fileno())
 
 
-def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Replaces the file at `path` atomically: a reader sees the old bytes or the new ones, whenever we are killed."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
+@contextlib.contextmanager
+def _told(path: epath.Path) -> Iterator[None]:
+    """What the system refuses (a full disk, no permission) becomes a RunError that names the file."""
     try:
-        _write(temporary, data, 'wb')
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise RunError(f'{path} cannot be written ({error.strerror or error}): the last checkpoint is intact') from error
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Replaces the file at `path` atomically: a reader sees the old bytes or the new ones, whenever we are killed.
+
+    Raises RunError if it cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(temporary, data, 'wb')
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -41,9 +58,27 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
 
 
+def append_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Appends to a file. A kill can cut the last bytes short. Raises RunError if it cannot be written."""
+    path = epath.Path(path)
+    with _told(path):
+        _write(path, data, 'ab')
+
+
 def append_line(path: epath.PathLike, line: str) -> None:
     """Appends one line. A kill can cut the last line short; `read_json_lines` leaves such a line out."""
-    _write(epath.Path(path), line.encode() + b'\n', 'ab')
+    append_bytes(path, line.encode() + b'\n')
+
+
+def is_temporary(path: epath.Path) -> bool:
+    """Whether `write_bytes` left this behind when it was killed."""
+    return path.name.startswith('.') and path.name.endswith('.tmp')
+
+
+def sweep(directory: epath.PathLike) -> None:
+    """Removes what `write_bytes` left behind in a directory."""
+    for path in filter(is_temporary, epath.Path(directory).iterdir()):
+        path.unlink(missing_ok=True)
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -51,12 +86,8 @@ def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     path = epath.Path(path)
     if not path.exists():
         return []
-    lines = path.read_text().split('\n')
-    whole, tail = lines[:-1], lines[-1]
+    *whole, tail = path.read_bytes().split(b'\n')
     records = [json.loads(line) for line in whole if line]
-    if tail:
-        try:
-            records.append(json.loads(tail))
-        except json.JSONDecodeError:
-            pass
+    with contextlib.suppress(ValueError):  # cut short, perhaps in the middle of a character
+        records += [json.loads(tail)] if tail else []
     return records

@@ -17,7 +17,7 @@ from lm import config as configs
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.data.tokenizer import Tokenizer
-from lm.errors import UsageError
+from lm.errors import UsageError, run_command
 
 COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
@@ -77,12 +77,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
 
 
 def main() -> int:
-    try:
-        show(*parse(sys.argv[1:]))
-        return 0
-    except UsageError as error:
-        print(f'lm: {error}', file=sys.stderr)
-        return error.status
+    return run_command(lambda: show(*parse(sys.argv[1:])))
 
 
 if __name__ == '__main__':

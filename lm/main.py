@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lm import config as configs
 from lm import runtime
-from lm.errors import Preempted, RunError, UsageError
+from lm.errors import UsageError, run_command
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -34,22 +34,17 @@ def train(argv: Sequence[str]) -> dict:
     from lm.stages import STAGES, setup
     from lm.training import runs
 
-    runs.inherit_model(config, dict(settings))
     if config.stage not in STAGES:
         raise UsageError(f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}')
     suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
     workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
+    runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
     with runtime.stop_request() as stop:
         return STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
 
 
 def main() -> int:
-    try:
-        print(json.dumps(train(sys.argv[1:])))
-        return 0
-    except (UsageError, RunError, Preempted) as error:
-        print(f'lm: {error}', file=sys.stderr)
-        return error.status
+    return run_command(lambda: print(json.dumps(train(sys.argv[1:]))))
 
 
 if __name__ == '__main__':

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from lm.config import nearest, override
+from lm.config import Config, nearest, override
 from lm.errors import UsageError
 
 GPT2_VOCAB = 50_304  # 50,257 ids padded to a multiple of 128
@@ -53,7 +51,7 @@ def depth(n: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apply(config: ConfigDict, arg: str) -> ConfigDict:
+def apply(config: Config, arg: str) -> Config:
     """Applies ARG to a config: a preset's name, `depth=N`, or `KEY=VALUE` pairs, joined by commas.
 
     Raises UsageError for what is none of these.
@@ -74,12 +72,14 @@ def apply(config: ConfigDict, arg: str) -> ConfigDict:
     return config
 
 
-def _set(config: ConfigDict, values: dict[str, Any]) -> None:
+def _set(config: Config, values: dict[str, Any]) -> None:
     for key, value in values.items():
         *parents, last = key.split('.')
         node = config
         for parent in parents:
             node = node[parent]
-        if isinstance(value, tuple):  # ('×', factor): relative to the config's own value
+        if isinstance(value, tuple):  # ('×', factor): relative to the config's own value; an epoch stays an epoch
+            if node[last] is None:
+                continue
             value = type(node[last])(round(node[last] * value[1], 6))
         node[last] = value

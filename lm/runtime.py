@@ -1,6 +1,7 @@
-"""What is set before JAX starts: the compile cache and the platform's defaults. Imports nothing of ours but paths."""
+"""What is set before JAX starts: the compile cache and the platform's defaults. Imports nothing above it."""
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 
+from lm.errors import Preempted
+
 
 def setup() -> None:
     """Turns on the compile cache (12 s to the first step become 1 s) and asks XLA to keep its warnings to itself.
@@ -16,8 +19,10 @@ def setup() -> None:
     JAX caches by default only what took a second to compile; the laptop's steps are quicker and still worth keeping.
     """
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Orbax leaves its other reads to themselves when one fails; what is damaged is told by us, in one line.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     cache = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'xla'
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values['jax_compilation_cache_dir']:
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
@@ -29,10 +34,14 @@ def compute_dtype(asked: str | None) -> str:
 
 
 class StopRequest:
-    """True once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
+    """True once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once.
+
+    Until the loop sets `patient` there is nothing to save, and a signal raises Preempted where it finds us.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.patient = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -42,6 +51,8 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+        if not self.patient:
+            raise Preempted(f'stopped by {self.signal} before the first step: run the same command again to go on')
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the given axis sizes; one axis may be -1 and takes the devices that are left.
 
     Raises:
@@ -65,7 +65,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 @contextlib.contextmanager
-def use_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
+def use_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Iterator[Mesh]:
     """Everything inside sees this mesh: training, chat, evaluation, tests. None takes all devices for fsdp."""
     mesh = make_mesh({'fsdp': -1} if shape is None else shape, devices)
     with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ import os
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '1'  # warnings are shown: a test reads what the partitioner warns of
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +23,7 @@ MESHES = {
     'data2-fsdp2-tensor2': {'data': 2, 'fsdp': 2, 'tensor': 2},
     'tensor4': {'tensor': 4},
     'seq4-tensor2': {'seq': 4, 'tensor': 2},
+    'data2-tensor2-expert2': {'data': 2, 'tensor': 2, 'expert': 2},
 }
 
 
@@ -42,6 +43,16 @@ def one_device():
     """A mesh of one device, entered."""
     with sharding.use_mesh({}, jax.devices()[:1]) as entered:
         yield entered
+
+
+@pytest.fixture(scope='session')
+def lab(tmp_path_factory):
+    """A tiny corpus and the commands that train on it, with a cache of the tests' own."""
+    import running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('LM_CACHE', str(tmp_path_factory.mktemp('cache')))
+        yield running.make_lab(tmp_path_factory.mktemp('corpus'))
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def sums(params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.nda
     Args:
       bytes_V: how many UTF-8 bytes each id stands for; 0 for control symbols.
     """
-    total = dict.fromkeys(('nll', 'tokens', 'byte_nll', 'bytes'), 0.0)
+    total: dict[str, float] = dict.fromkeys(('nll', 'tokens', 'byte_nll', 'bytes'), 0.0)
     for batch in batches:
         batch = {**batch, 'bytes_BT': bytes_V[batch['targets_BT']].astype(np.float32)}
         for name, value in jax.device_get(_sums(params, sharding.shard_batch(batch), cfg=cfg)).items():

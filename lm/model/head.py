@@ -68,7 +68,7 @@ def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softc
     """Float32 logits [B, T, vocab_size], for sampling: a few positions, never a training step's."""
     w = seam.dense(w)
     w_DV = w.T if dims == 'VD' else w
-    x_BTV = seam.einsum('BTD,DV->BTV', h_BTD, w_DV).astype(jnp.float32)
+    x_BTV = seam.einsum('BTD,DV->BTV', h_BTD, w_DV, dtype=jnp.float32)
     if sharding.axis_sizes():  # sampling sorts a row's whole vocabulary
         x_BTV = jax.reshard(x_BTV, sharding.array_spec('BTV', x_BTV.shape, sharding.BATCH_AXES))
     x_BTV = x_BTV[..., :vocab_size]
@@ -104,7 +104,8 @@ def _run(local, h_BTD, w, per_token, dims, returns):
     w_spec, h_spec = sharding.spec('VD', {'V': vocab_axes}), P(*row, None)
     out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
     fn = jax.shard_map(shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False)
-    return fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
+    out = fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
+    return out if returns == 'sums' else jax.reshard(out, sharding.activation_spec('BT', (B, T)))
 
 
 # ---- the kernel, on one device ----
@@ -156,10 +157,12 @@ def _sum(x_CV, axes):
 
 
 def _back(dx_CV, slope_CV, h_CD, w_VD):
-    """From the gradient of a chunk's logits to (dh_CD without the sum over vocabulary shards, dw_VD)."""
+    """From the gradient of a chunk's logits to (dh_CD without the sum over vocabulary shards, dw_DV).
+
+    dw is made as [D, V], the layout in which a CPU adds up its chunks a quarter faster than as [V, D]."""
     dx_CV = (dx_CV if slope_CV is None else dx_CV * slope_CV).astype(h_CD.dtype)
     dh_CD = jnp.einsum('CV,VD->CD', dx_CV, w_VD, preferred_element_type=jnp.float32)
-    return dh_CD, jnp.einsum('CV,CD->VD', dx_CV, h_CD, preferred_element_type=jnp.float32)
+    return dh_CD, jnp.einsum('CD,CV->DV', h_CD, dx_CV, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -173,7 +176,7 @@ def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, g
     n, size = _chunks(*h_MD.shape[:1], w_VD.shape[0])
 
     def body(carry, chunk):
-        dw_VD, total, parts = carry
+        dw_DV, total, parts = carry
         h_CD, y_C, weight_C = chunk
         x_CV, slope_CV, lse_C, target_CV, best_C = _softmax_parts(
             h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
@@ -187,18 +190,18 @@ def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, g
         }
         total += jnp.sum(weight_C * (nll_C + z_coef * z_C))
         if not gradient:
-            return (dw_VD, total, parts), None
+            return (dw_DV, total, parts), None
         p_CV = jnp.exp(x_CV - lse_C[:, None])
         scale_C = weight_C * (1 + 2 * z_coef * lse_C)
         dx_CV = p_CV * scale_C[:, None] - jnp.where(target_CV, weight_C[:, None], 0)
-        dh_CD, dw_chunk_VD = _back(dx_CV, slope_CV, h_CD, w_VD)
-        return (dw_VD + dw_chunk_VD, total, parts), dh_CD.astype(h_CD.dtype)
+        dh_CD, dw_chunk_DV = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return (dw_DV + dw_chunk_DV, total, parts), dh_CD.astype(h_CD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    dw_VD = jnp.zeros(w_VD.shape if gradient else (), jnp.float32)
-    start = (dw_VD, zero, {'nll': zero, 'z': zero, 'correct': zero})
-    (dw_VD, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n)
-    gradients = (dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_VD.astype(w_VD.dtype)) if gradient else None
+    dw_DV = jnp.zeros(w_VD.T.shape if gradient else (), jnp.float32)
+    start = (dw_DV, zero, {'nll': zero, 'z': zero, 'correct': zero})
+    (dw_DV, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n)
+    gradients = (dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype)) if gradient else None
     return (total, parts), gradients
 
 
@@ -248,7 +251,7 @@ def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
     h_MD, w_VD, y_M, lse_M, entropy_M = saved
     n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
-    def body(dw_VD, chunk):
+    def body(dw_DV, chunk):
         h_CD, y_C, lse_C, entropy_C, g_logp_C, g_lse_C, g_entropy_C = chunk
         x_CV, slope_CV, _, target_CV, _ = _softmax_parts(
             h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
@@ -257,13 +260,13 @@ def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
         surprise_CV = x_CV - (lse_C - entropy_C)[:, None]  # dH/dx = -p (x - E[x]), E[x] = lse - H
         dx_CV = p_CV * ((g_lse_C - g_logp_C)[:, None] - g_entropy_C[:, None] * surprise_CV)
         dx_CV += jnp.where(target_CV, g_logp_C[:, None], 0)
-        dh_CD, dw_chunk_VD = _back(dx_CV, slope_CV, h_CD, w_VD)
-        return dw_VD + dw_chunk_VD, dh_CD.astype(h_CD.dtype)
+        dh_CD, dw_chunk_DV = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return dw_DV + dw_chunk_DV, dh_CD.astype(h_CD.dtype)
 
     per_token = (lse_M, entropy_M, *(_whole(g, axes) for g in cotangents))
-    start = jnp.zeros(w_VD.shape, jnp.float32)
-    dw_VD, dh = _scan(body, start, _split(n, size, h_MD, y_M, *per_token), n)
-    return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_VD.astype(w_VD.dtype), None
+    start = jnp.zeros(w_VD.T.shape, jnp.float32)
+    dw_DV, dh = _scan(body, start, _split(n, size, h_MD, y_M, *per_token), n)
+    return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype), None
 
 
 _logp.defvjp(_logp_forward, _logp_backward)

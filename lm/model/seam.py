@@ -41,23 +41,24 @@ def parse(eq: str) -> tuple[str, str, str]:
     return x, w, out
 
 
-def einsum(eq: str, x: jax.Array, w: Any) -> jax.Array:
+def einsum(eq: str, x: jax.Array, w: Any, *, dtype: Any = None) -> jax.Array:
     """Contracts activations x with a weight w; `eq` names each dimension by its letter, e.g. 'BTD,DNH->BTNH'.
 
-    The product is taken in x's dtype. Raises ValueError from JAX if the shapes do not fit the letters.
+    The operands have x's dtype, and so has the result unless `dtype` says otherwise (float32: the sum as it was made).
+    Raises ValueError from JAX if the shapes do not fit the letters.
     """
     if not isinstance(w, jax.Array):
-        return w.einsum(eq, x)
+        return w.einsum(eq, x).astype(dtype or x.dtype)
     xd, wd, out = parse(eq)
     w = w.astype(x.dtype)  # before the gather, so that bf16 travels and not f32
     if not sharding.axis_sizes():
-        return _product(eq, x, w)
+        return _product(eq, x, w, dtype)
     sizes = dict(zip(xd, x.shape, strict=True)) | dict(zip(wd, w.shape, strict=True))
     joint = sharding.assign({d: n for d, n in sizes.items() if d != 'D'})
     x = jax.reshard(x, sharding.spec(xd, joint))
     w = gather(w, wd)
     to = sharding.spec(out, sharding.assign({d: sizes[d] for d in out if d != 'D'}))
-    return jnp.einsum(eq, x, w, out_sharding=to)
+    return jnp.einsum(eq, x, w, out_sharding=to, preferred_element_type=dtype)
 
 
 def gather(w: jax.Array, dims: str) -> jax.Array:
@@ -72,15 +73,15 @@ def dense(w: Any) -> jax.Array:
     return w if isinstance(w, jax.Array) else w.dense()
 
 
-def _product(eq: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _product(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     """The einsum as one 2-D matrix product where the letters line up: a third faster than 3-D × 2-D on CPU."""
     xd, wd, out = parse(eq)
     shared = ''.join(d for d in wd if d in xd and d not in out)
     x_free, w_free = xd.removesuffix(shared), wd.removeprefix(shared)
     if out != x_free + w_free or xd != x_free + shared or wd != shared + w_free:
-        return jnp.einsum(eq, x, w)
+        return jnp.einsum(eq, x, w, preferred_element_type=dtype)
     inner = math.prod(x.shape[len(x_free) :])
-    y = x.reshape(-1, inner) @ w.reshape(inner, -1)
+    y = jnp.matmul(x.reshape(-1, inner), w.reshape(inner, -1), preferred_element_type=dtype)
     return y.reshape(*x.shape[: len(x_free)], *w.shape[len(shared) :])
 
 

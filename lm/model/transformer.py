@@ -209,7 +209,7 @@ def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
 def write_cache(cache_LBSKH: jax.Array, new_BTKH: jax.Array, index: jax.Array | int, start_B: jax.Array) -> jax.Array:
     """Writes T new keys or values into layer `index`, row b from `start_B[b]` on."""
 
-    def local(cache_LBSKH, new_BTKH, start_B):
+    def local(cache_LBSKH, new_BTKH, index, start_B):
         if new_BTKH.shape[0] == 1:  # one row: a plain in-place slice, which XLA does without copying the cache
             return jax.lax.dynamic_update_slice(cache_LBSKH, new_BTKH[None], (index, 0, start_B[0], 0, 0))
         rows = jnp.arange(new_BTKH.shape[0])[:, None]
@@ -218,12 +218,12 @@ def write_cache(cache_LBSKH: jax.Array, new_BTKH: jax.Array, index: jax.Array | 
 
     new_BTKH = new_BTKH.astype(cache_LBSKH.dtype)
     if not sharding.axis_sizes():
-        return local(cache_LBSKH, new_BTKH, start_B)
+        return local(cache_LBSKH, new_BTKH, index, start_B)
     spec = jax.typeof(cache_LBSKH).sharding.spec
     row = P(spec[1])
     new_BTKH = jax.reshard(new_BTKH, P(*spec[1:]))
-    fn = jax.shard_map(local, in_specs=(spec, P(*spec[1:]), row), out_specs=spec, check_vma=False)
-    return fn(cache_LBSKH, new_BTKH, jax.reshard(start_B, row))
+    fn = jax.shard_map(local, in_specs=(spec, P(*spec[1:]), P(), row), out_specs=spec, check_vma=False)
+    return fn(cache_LBSKH, new_BTKH, index, jax.reshard(start_B, row))
 
 
 def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from lm import sharding
 from lm.model import transformer
 from lm.model.transformer import Cache, ModelConfig, Params
 
@@ -33,7 +35,8 @@ class Generation(NamedTuple):
 
 
 class State(NamedTuple):
-    """Rows in generation. `next_B` is drawn and not yet in the cache."""
+    """Rows in generation, the cache split over the mesh and the rest on every device. `next_B` is drawn and not yet in
+    the cache."""
 
     cache: Cache
     next_B: jax.Array
@@ -44,28 +47,42 @@ class State(NamedTuple):
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, *, filtered: bool) -> jax.Array:
-    """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p."""
-    temperature, top_k, top_p, min_p = (jnp.broadcast_to(jnp.asarray(x), logits_BV.shape[:1]) for x in sampling)
+    """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p.
+
+    Each device draws for its own rows, and every one then knows all that was drawn.
+    """
+    knobs = [jnp.broadcast_to(jnp.asarray(x), logits_BV.shape[:1]) for x in sampling]
+    if sharding.axis_sizes():
+        key_B, *knobs = jax.reshard([key_B, *knobs], P(jax.typeof(logits_BV).sharding.spec[0]))
+    temperature, top_k, top_p, min_p = knobs
     x_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)[:, None]
     if filtered:
         x_BV = _filter(x_BV, top_k, top_p, min_p)
     drawn_B = jax.vmap(jax.random.categorical)(key_B, x_BV)
-    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    return _replicated(jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32))
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """Whole on every device of the mesh."""
+    return jax.reshard(x, P()) if sharding.axis_sizes() else x
 
 
 def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """-inf for what the filters leave out; the likeliest always stays."""
+    """-inf for what the filters leave out; the likeliest always stays, and of equals the lowest ids."""
     V = x_BV.shape[-1]
     sorted_BV = -jnp.sort(-x_BV, axis=-1)
     rank_V = jnp.arange(V)
     keep_BV = rank_V < jnp.where(top_k > 0, top_k, V)[:, None]
     p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    keep_BV &= (before_BV < top_p[:, None]) & (p_BV >= min_p[:, None] * p_BV[:, :1])
+    keep_BV &= (before_BV < top_p[:, None]) | (top_p[:, None] >= 1)  # rounding may bring the sum to 1 before the end
+    keep_BV &= p_BV >= min_p[:, None] * p_BV[:, :1]
     keep_BV |= rank_V == 0
-    last_B = jnp.sum(keep_BV, axis=-1) - 1
-    limit_B = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=-1)
-    return jnp.where(x_BV >= limit_B, x_BV, -jnp.inf)
+    kept_B1 = jnp.sum(keep_BV, axis=-1, keepdims=True)
+    limit_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
+    above_BV, equal_BV = x_BV > limit_B1, x_BV == limit_B1
+    room_B1 = kept_B1 - jnp.sum(above_BV, axis=-1, keepdims=True)
+    return jnp.where(above_BV | equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1), x_BV, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=('cfg', 'length', 'room', 'filtered'))
@@ -82,7 +99,7 @@ def _prefill(params, prompt_BT, length_B, key_B, sampling, stop_ids, *, cfg, len
         h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, at_start)
         index_B = jnp.clip(length_B - 1 - start, 0, chunk - 1)
         here_B = (length_B - 1 >= start) & (length_B - 1 < start + chunk)
-        picked_BD = jnp.einsum('BT,BTD->BD', jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype), h_BTD)
+        picked_BD = _replicated(jnp.einsum('BT,BTD->BD', jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype), h_BTD))
         return (cache, jnp.where(here_B[:, None], picked_BD, last_BD)), None
 
     carry = (cache, jnp.zeros((B, cfg.dim), cfg.dtype))

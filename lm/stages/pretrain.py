@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from lm import sharding
+from lm.config import Config
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.data.prompts import Prompt, load_prompts
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import MODEL_FILE, Tokenizer
 from lm.errors import UsageError
 from lm.evals import heldout
 from lm.model import transformer
@@ -32,12 +32,13 @@ BATCH = {'tokens_BT': np.int32, 'targets_BT': np.int32, 'weights_BT': np.float32
 TEMPERATURES = (0.0, 0.7)
 
 
-def run(config: ConfigDict, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
+def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
     """Trains, or resumes, the run at `workdir`, and returns its last metrics.
 
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
     found = runs.open_workdir(config, workdir)
+    setup.recall(config, found)
     cfg = runs.model_config(config)
     with sharding.use_mesh(config.mesh) as mesh:
         setup.check_mesh(config, mesh)
@@ -46,13 +47,19 @@ def run(config: ConfigDict, workdir: epath.Path, *, stop: StopRequest, dry_run: 
         return _train(config, cfg, workdir, found, stop)
 
 
-def _train(config: ConfigDict, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest) -> dict[str, Any]:
+def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest) -> dict[str, Any]:
     # ---- data ----
     ledger = Ledger()
     recorder = Recorder()
+    prompts = load_prompts(config.eval.prompts)
+    if not prompts:
+        raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
+    tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
+    if tokenizer and found and (own / MODEL_FILE).exists():  # copied when the run began
+        tokenizer = str(own)
     with ledger('prepare'):
         prepared = prepare(
-            mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=config.data.tokenizer,
+            mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
             heldout=config.data.heldout, seed=config.seed, progress=recorder.say,
         )  # fmt: skip
     check_tokenizer(prepared.tokenizer, cfg)
@@ -60,10 +67,19 @@ def _train(config: ConfigDict, cfg: ModelConfig, workdir: epath.Path, found: Any
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
 
-    # ---- the run's directory ----
-    recorder.open(workdir)
-    prepared.tokenizer.save(str(workdir / 'tokenizer'))
+    # ---- the run's directory: config.json first, it is what makes it a run ----
     runs.write_config(workdir, config, data=prepared.fingerprint, tokenizer=prepared.tokenizer.fingerprint)
+    recorder.open(workdir)
+    with setup.told(recorder, ledger):
+        _fit(config, cfg, workdir, prepared, prompts, recorder, ledger, stop)
+    return recorder.last
+
+
+def _fit(
+    config: Config, cfg: ModelConfig, workdir: epath.Path, prepared: Prepared, prompts: Sequence[Prompt], recorder: Recorder,
+    ledger: Ledger, stop: StopRequest,
+) -> None:  # fmt: skip
+    prepared.tokenizer.save(str(workdir / 'tokenizer'))
     for line in describe(config, cfg, prepared):
         recorder.say(line)
     recorder.status('compiling', 0)
@@ -74,28 +90,23 @@ def _train(config: ConfigDict, cfg: ModelConfig, workdir: epath.Path, found: Any
     with ledger('compile'):
         step = compile_step(config, cfg, optimizer, abstract)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
-    writer = checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep)
 
     # ---- loop ----
     rows = config.batch_size * config.seq_len
-    hooks = Hooks(
-        recorder=recorder, ledger=ledger, writer=writer, evaluate=make_evaluate(config, cfg, prepared, recorder),
-        rates=np.asarray(rate(jnp.arange(config.steps))), tokens=rows,
-        flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
-        peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
-        save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
-    )  # fmt: skip
     source = make_source(config, prepared, start=int(state.step))
-    try:
+    with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
+        hooks = Hooks(
+            recorder=recorder, ledger=ledger, writer=writer, evaluate=make_evaluate(config, cfg, prepared, prompts, recorder),
+            rates=np.asarray(rate(jnp.arange(config.steps))), tokens=rows,
+            flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
+            peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
+            save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
+        )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
-    finally:
-        recorder.say(ledger.line())
-        recorder.close()
     recorder.status('done', config.steps)
-    return recorder.last
 
 
-def describe(config: ConfigDict, cfg: ModelConfig, prepared: Prepared) -> list[str]:
+def describe(config: Config, cfg: ModelConfig, prepared: Prepared) -> list[str]:
     """What is about to be trained on what, a line each."""
     tokens = config.batch_size * config.seq_len * config.steps
     lines = [
@@ -136,7 +147,7 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
     return training.Loss(terms, weights, {'cross_entropy': 1.0})
 
 
-def compile_step(config: ConfigDict, cfg: ModelConfig, optimizer: Any, abstract: training.TrainState) -> Any:
+def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, abstract: training.TrainState) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
     fn = training.make_step(
         make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip,
@@ -146,7 +157,7 @@ def compile_step(config: ConfigDict, cfg: ModelConfig, optimizer: Any, abstract:
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
 
 
-def start(config: ConfigDict, cfg: ModelConfig, workdir: epath.Path, abstract: Any, optimizer: Any, recorder: Recorder) -> Any:
+def start(config: Config, cfg: ModelConfig, workdir: epath.Path, abstract: Any, optimizer: Any, recorder: Recorder) -> Any:
     """The state to go on from: this run's newest checkpoint, else the run it starts from, else random weights."""
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', saved(abstract), warn=partial(recorder.say, style='red'), set_aside=True
@@ -169,7 +180,7 @@ def start(config: ConfigDict, cfg: ModelConfig, workdir: epath.Path, abstract: A
     return create(transformer.init_sharded(jax.random.key(config.seed), cfg))
 
 
-def make_source(config: ConfigDict, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
+def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
     """source(state, i) -> batch i. Batches come in order; the state is not looked at."""
     batches = pipeline.train_batches(
         prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start, rows=None
@@ -182,9 +193,10 @@ def make_source(config: ConfigDict, prepared: Prepared, *, start: int) -> Callab
     return source
 
 
-def make_evaluate(config: ConfigDict, cfg: ModelConfig, prepared: Prepared, recorder: Recorder) -> Callable:
+def make_evaluate(
+    config: Config, cfg: ModelConfig, prepared: Prepared, prompts: Sequence[Prompt], recorder: Recorder
+) -> Callable:
     """evaluate(state, step, final): held-out metrics, and the fixed prompts continued."""
-    prompts = load_prompts(config.eval.prompts)
     tokenizer = prepared.tokenizer
 
     def evaluate(state: training.TrainState, step: int, final: bool) -> Mapping[str, float]:
@@ -220,7 +232,7 @@ def continue_prompts(
     ]
 
 
-def _dry_run(config: ConfigDict, cfg: ModelConfig) -> dict[str, Any]:
+def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     """Compiles the step for this machine and prints what it would take."""
     if config.steps is None:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')

@@ -1,24 +1,26 @@
 """What every stage does before and around its loop."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lm import runtime, sharding
-from lm.errors import RunError, UsageError
+from lm.config import Config
+from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 from lm.training import optimizer as optim
 from lm.training import step as training
+from lm.training.ledger import Ledger
 from lm.training.recorder import Recorder
 
 
-def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises UsageError where an axis would not divide what it is for."""
     size = mesh.shape
     batch = size['data'] * size['fsdp']
@@ -35,19 +37,45 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
             raise UsageError(f'{key}={value} is not a multiple of mesh.{axis}={parts}: change one of them')
 
 
-def resolve(config: ConfigDict, saved: Mapping[str, Any] | None, *, epoch: int) -> None:
-    """Fills in what the user left to us: as a saved run resolved it, else now.
+def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> None:
+    """Fills in what the user left to us.
 
     Args:
       epoch: steps in one epoch of the data.
+
+    Raises:
+      UsageError: a branch that begins after its end.
     """
-    old = saved['config'] if saved else {}
     config.steps = config.steps or max(1, epoch)
-    config.microbatch = config.microbatch or old.get('microbatch') or config.batch_size
+    config.microbatch = config.microbatch or config.batch_size
     config.precision.compute = runtime.compute_dtype(config.precision.compute)
+    if config.branch_from and not saved and (begins := checkpoint.locate(config.branch_from)) >= config.steps:
+        raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
 
 
-def make_optimizer(config: ConfigDict) -> tuple[Any, Any]:
+def recall(config: Config, saved: Mapping[str, Any] | None) -> None:
+    """Fills in what the user left to us and a saved run has resolved: another device must not change the run."""
+    if saved:
+        config.microbatch = config.microbatch or saved['config']['microbatch']
+        config.precision.compute = config.precision.compute or saved['config']['precision']['compute']
+
+
+@contextlib.contextmanager
+def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
+    """Inside runs the training: if it ends early, status.json and log.txt say why."""
+    try:
+        yield
+    except BaseException as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        with contextlib.suppress(RunError):  # the disk may be what failed
+            recorder.say(ledger.line())
+            recorder.note(reason)
+            recorder.status('preempted' if isinstance(error, Preempted) else 'failed', reason=reason)
+        raise
+    recorder.say(ledger.line())
+
+
+def make_optimizer(config: Config) -> tuple[Any, Any]:
     """(the optimizer, its schedule) of a config with its steps resolved."""
     o = config.optim
     rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
@@ -68,7 +96,7 @@ def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -
 
 
 def report_plan(
-    recorder: Recorder, config: ConfigDict, cfg: ModelConfig, state: Any, compiled: Any, *, flops: float, tokens: int
+    recorder: Recorder, config: Config, cfg: ModelConfig, state: Any, compiled: Any, *, flops: float, tokens: int
 ) -> None:
     """Prints what a dry run found: parameters, memory per device by part, FLOPs, mesh, tokens.
 

@@ -2,19 +2,21 @@
 
 Orbax writes and reads them. What it does not do is done here: it restores a flipped byte without a word (0.12.8: 24 of
 24 flips came back silently wrong), it takes an empty directory with a step's name for the newest checkpoint, and it
-skips a save whose step is below one that it has seen. So every leaf has a checksum that does not depend on the mesh,
-restoring walks back from the newest checkpoint until one holds, and what is damaged is renamed out of the way.
+skips a save whose step is below one that it has seen. So every leaf has a checksum that does not depend on the mesh, and
+the list of them one of its own; restoring walks back from the newest checkpoint until one holds, and what is damaged is
+renamed out of the way.
 """
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-
 
 from lm.errors import RunError, UsageError
 
@@ -59,6 +61,12 @@ def checksums(tree: Any) -> dict[str, list[int]]:
     return {jax.tree_util.keystr(path): [int(w) for w in words] for path, words in flat}
 
 
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """The same with a seal over it: its own bytes can rot, too."""
+    text = json.dumps(meta, sort_keys=True)
+    return {**meta, 'seal': hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+
+
 # ---- reading ----
 
 
@@ -67,18 +75,40 @@ def listed(directory: epath.PathLike) -> list[int]:
     directory = epath.Path(directory)
     if not directory.exists():
         return []
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.name == str(int(p.name))), reverse=True)
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-    """A checkpoint's JSON part. Raises ValueError if it is missing or cut short, UsageError if its layout is newer."""
+    """A checkpoint's JSON part. Raises ValueError if it is missing or damaged, UsageError if its layout is newer."""
     file = path / 'meta' / 'metadata'
     if not file.exists():
         raise ValueError('it is incomplete (no meta/metadata)')
     meta = json.loads(file.read_text())
+    if not isinstance(meta, dict) or meta != _sealed({k: v for k, v in meta.items() if k != 'seal'}):
+        raise ValueError('the seal of meta/metadata is wrong')
     if meta['layout'] > LAYOUT:
         raise UsageError(f'{path} has layout {meta["layout"]}, this version reads up to {LAYOUT}: use a newer lm')
     return meta
+
+
+def check_layout(directory: epath.PathLike) -> None:
+    """Raises UsageError if the newest checkpoint is of a newer layout; a damaged one is found out when it is read."""
+    for step in listed(directory)[:1]:
+        with contextlib.suppress(ValueError):
+            read_meta(epath.Path(directory) / str(step))
+
+
+def locate(run: str) -> int:
+    """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there or of a newer layout."""
+    folder, at, step = run.partition('@')
+    directory = epath.Path(folder) / 'checkpoints'
+    steps = listed(directory)
+    if not steps:
+        raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
+    if at and (not step.isdigit() or int(step) not in steps):
+        raise UsageError(f'{folder} has no checkpoint {step} (it has: {", ".join(map(str, reversed(steps)))})')
+    check_layout(directory)
+    return int(step) if at else steps[0]
 
 
 def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -98,6 +128,9 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
             tree = checkpointer.restore(path / 'state', args=args)
     except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
         raise ValueError(f'it cannot be read ({_first_line(error)})') from error
+    missing = [p for p, x in jax.tree_util.tree_leaves_with_path(tree) if not isinstance(x, jax.Array)]
+    if missing:  # a part that orbax does not find it leaves as it was asked for
+        raise ValueError(f'{jax.tree_util.keystr(missing[0])} is not in it')
     saved = meta['checksums']
     wrong = [leaf for leaf, words in checksums(tree).items() if saved.get(leaf) != words]
     if wrong:
@@ -110,38 +143,39 @@ def read_newest(
 ) -> tuple[int, Any, dict[str, Any]] | None:
     """(step, tree, meta) of the newest checkpoint that holds, or None if there is no checkpoint at all.
 
-    Each damaged one is named through `warn` and, with `set_aside`, renamed to STEP.damaged so that the run can save that
-    step again. Raises RunError if there are checkpoints and none holds.
+    Each damaged one is named through `warn`; with `set_aside`, those newer than the one that holds are renamed to
+    STEP.damaged so that the run can save these steps again. Raises RunError if there are checkpoints and none holds.
     """
     directory = epath.Path(directory)
-    steps = listed(directory)
-    for step in steps:
+    damaged: list[epath.Path] = []
+    for step in listed(directory):
         path = directory / str(step)
         try:
-            return step, *read(path, abstract)
+            tree, meta = read(path, abstract)
         except ValueError as error:
             warn(f'checkpoint {path} is damaged: {error}; falling back to the one before')
-            if set_aside:
-                _set_aside(path)
-    if steps:
-        raise RunError(f'none of the {len(steps)} checkpoints in {directory} can be read: start again in another workdir')
+            damaged.append(path)
+            continue
+        for path in damaged if set_aside else ():
+            _set_aside(path)
+        return step, tree, meta
+    if damaged:
+        raise RunError(f'none of the {len(damaged)} checkpoints in {directory} can be read: start again in another workdir')
     return None
 
 
 def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]]:
     """Reads 'DIR' (newest that holds) or 'DIR@STEP' (that one). Raises UsageError if it is not there."""
-    folder, at, step = run.partition('@')
+    step = locate(run)
+    folder, at, _ = run.partition('@')
     directory = epath.Path(folder) / 'checkpoints'
     if not at:
         found = read_newest(directory, abstract, warn=warn)
         if found is None:
-            raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
+            raise RunError(f'{folder} has lost its checkpoints: name another run')
         return found
-    if not step.isdigit() or int(step) not in listed(directory):
-        have = ', '.join(map(str, reversed(listed(directory)))) or 'none'
-        raise UsageError(f'{folder} has no checkpoint {step} (it has: {have})')
     try:
-        return int(step), *read(directory / step, abstract)
+        return step, *read(directory / str(step), abstract)
     except ValueError as error:
         raise RunError(f'checkpoint {run} is damaged: {error}') from error
 
@@ -161,33 +195,46 @@ def _first_line(error: BaseException) -> str:
 
 
 class Writer:
-    """Saves while training goes on. `keep` newest stay; an error of a save in the background is raised at the next call."""
+    """Saves while training goes on. `keep` newest stay; an error of a save in the background is raised at the next call.
+
+    A context manager: what was begun is finished before it is left.
+    """
 
     def __init__(self, directory: epath.PathLike, *, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(directory).resolve(), options=options)
+        self._directory = epath.Path(directory).resolve()
+        with self._guarded():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> 'Writer':
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with contextlib.nullcontext() if error is None else contextlib.suppress(RunError), self._guarded():
+            self._manager.close()
 
     def save(self, step: int, tree: Any, **meta: Any) -> None:
         """Starts saving; returns once the tree may be changed. Raises RunError if this or the last save failed."""
         sums = checksums(tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave({'layout': LAYOUT, 'step': step, 'checksums': sums, **meta}),
+            meta=ocp.args.JsonSave(_sealed({'layout': LAYOUT, 'step': step, 'checksums': sums, **meta})),
         )
-        self._guard(lambda: self._manager.save(step, args=args, force=True))
+        with self._guarded():
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Until what was begun is on disk."""
-        self._guard(self._manager.wait_until_finished)
+        with self._guarded():
+            self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        self._guard(self._manager.close)
-
-    def _guard(self, call: Callable[[], Any]) -> None:
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:
-            raise RunError(f'checkpoint could not be written ({_first_line(error)}): the last one is intact') from error
+            where = f'a checkpoint in {self._directory} could not be written'
+            raise RunError(f'{where} ({_first_line(error)}): the last one is intact') from error
 
 
 def abstract(tree: Any) -> Any:

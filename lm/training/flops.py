@@ -21,27 +21,27 @@ def per_token(sizes: Mapping[str, int], *, layers: int, seq_len: int, window: in
     """FLOPs of a training step per token: 6N plus the causal half of attention.
 
     N counts what is multiplied: the layers' matrices and the head, not the embedding's rows nor the norms. Attention is
-    6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen. Recomputation (remat) is
-    not counted, as in PaLM, appendix B.
+    6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen (less under a window).
+    Recomputation (remat) is not counted, as in PaLM, appendix B.
     """
     D, N, K, H, F, V = (sizes[d] for d in 'DNKHFV')
     matrices = layers * (D * N * H * 2 + D * K * H * 2 + 3 * D * F) + V * D
-    seen = seq_len / 2 if window is None else min(window, seq_len / 2)
+    reach = min(window or seq_len, seq_len)
+    seen = reach - reach * reach / (2 * seq_len)  # keys a query sees on average: a triangle, then a band
     return 6 * matrices + layers * 12 * N * H * seen
 
 
 def peak(device: Any) -> float:
     """FLOP/s of one device: the data sheet's for accelerators, measured for a CPU (shared by its fake devices)."""
     if device.platform == 'cpu':
-        return _measured() / max(1, jax.local_device_count())
+        return cached_product() / max(1, jax.local_device_count())
     for name, value in PEAK.items():
         if name in device.device_kind:
             return value
     return float('nan')
 
 
-@cache
-def _measured() -> float:
+def measure_product() -> float:
     """Best of a few float32 matrix products of 1024³, in FLOP/s."""
     n, best = 1024, float('inf')
     with sharding.use_mesh(devices=jax.local_devices()[:1]):
@@ -51,3 +51,6 @@ def _measured() -> float:
             product(x).block_until_ready()
             best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+cached_product = cache(measure_product)

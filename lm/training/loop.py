@@ -1,7 +1,6 @@
 """The one training loop of all stages."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,12 +47,14 @@ def run_loop(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
       RunError: more than `max_skips` non-finite steps in a row, nothing saved since; or a save failed.
     """
-    meter = Meter(hooks)
+    stop.patient = True
+    meter, profile = Meter(hooks), Profile(hooks)
     i = int(jax.device_get(state.step))
     pending: tuple[int, Any] | None = None
     with hooks.recorder.bar(start=i, steps=steps):
         while i < steps:
-            with _profiled(hooks, i), jax.transfer_guard('disallow'):
+            profile.before(i)
+            with jax.transfer_guard('disallow'):
                 with hooks.ledger('data'):
                     batch = source(state, i)
                 with hooks.ledger('step'):
@@ -62,19 +63,21 @@ def run_loop(
                         meter.read(*pending, steps=steps)
                 i, pending = i + 1, (i + 1, metrics)
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
-            if evaluates or saves or stop:
+            stops = bool(stop) and i < steps  # asked once: a signal that comes below is for the next step
+            if evaluates or saves or stops:
                 with hooks.ledger('step'):
                     meter.read(*pending, steps=steps)
                 pending = None
             if evaluates:
                 with hooks.ledger('eval'):
                     hooks.recorder.metrics(i, hooks.evaluate(state, i, i == steps))
-            if saves or stop:
+            if saves or stops:
                 save(state, i, hooks)
-            if stop and i < steps:
+            if stops:
                 with hooks.ledger('checkpoint'):
                     hooks.writer.wait()
                 raise Preempted(f'saved at step {i} after {stop.signal}: run the same command again to go on')
+    profile.stop()
     with hooks.ledger('checkpoint'):
         hooks.writer.wait()
     return state
@@ -98,12 +101,7 @@ class Meter:
         self._hooks = hooks
         self._skipped_in_a_row = 0
         self._skipped = 0
-        self._steps_since, self._seconds_before = 0, self._busy()
-
-    def _busy(self) -> float:
-        """Seconds that went into steps and their data so far; the step under way included."""
-        seconds = self._hooks.ledger.seconds
-        return seconds['step'] + seconds['data']
+        self._steps_since, self._seconds_before = 0, hooks.ledger.spent('step', 'data')
 
     def read(self, step: int, metrics: Any, *, steps: int) -> None:
         """Fetches a step's metrics and writes a line if one is due."""
@@ -112,7 +110,7 @@ class Meter:
         self._steps_since += 1
         if step % self._hooks.log_every and step != steps:
             return
-        hooks, busy = self._hooks, self._busy()
+        hooks, busy = self._hooks, self._hooks.ledger.spent('step', 'data')
         seconds = max(busy - self._seconds_before, 1e-9)
         rate = hooks.tokens * self._steps_since / seconds
         mfu = hooks.flops * self._steps_since / seconds / hooks.peak
@@ -135,18 +133,25 @@ class Meter:
             )
 
 
-@contextlib.contextmanager
-def _profiled(hooks: Hooks, i: int) -> Iterator[None]:
-    """Traces PROFILED_STEPS steps from `hooks.profile` on into DIR/profile."""
-    first, folder = hooks.profile, hooks.recorder.workdir
-    if first is None or folder is None or not first <= i < first + PROFILED_STEPS:
-        yield
-        return
-    if i == first:
-        jax.profiler.start_trace(str(folder / 'profile'))
-    yield
-    if i == first + PROFILED_STEPS - 1:
-        jax.profiler.stop_trace()
-        hooks.recorder.say(f'profile of steps {first} to {i} in {folder / "profile"}')
+class Profile:
+    """Traces PROFILED_STEPS steps from `hooks.profile` on, or as many of them as this process takes, into DIR/profile."""
 
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks, self._folder = hooks, hooks.recorder.workdir
+        first = hooks.profile
+        self._steps = range(0) if first is None or self._folder is None else range(first, first + PROFILED_STEPS)
+        self._tracing = False
 
+    def before(self, i: int) -> None:
+        """Starts or stops the trace, as step i+1 needs it."""
+        if i in self._steps and not self._tracing:
+            jax.profiler.start_trace(str(self._folder / 'profile'))
+            self._tracing = True
+        elif i not in self._steps:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._hooks.recorder.say(f'profile in {self._folder / "profile"}')

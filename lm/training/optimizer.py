@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config import nearest
+from lm.config import SCHEDULES, nearest
 from lm.errors import UsageError
-
-SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 
 
 def schedule(name: str, *, lr: float, steps: int, warmup: int, decay: float, final: float) -> optax.Schedule:
@@ -25,8 +23,8 @@ def schedule(name: str, *, lr: float, steps: int, warmup: int, decay: float, fin
     rest = max(1, steps - warmup)
     fall = max(1, round(decay * steps))
 
-    def rate(step: jax.Array | int) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
+    def rate(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
         up = (step + 1) / max(1, warmup + 1)
         part = jnp.clip((step - warmup) / rest, 0, 1)
         down = {

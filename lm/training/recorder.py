@@ -3,14 +3,18 @@
 import contextlib
 import json
 import math
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import tensorboardX
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from lm import files
 
@@ -28,21 +32,26 @@ class Recorder:
         self.last: dict[str, Any] = {}
         self._said: list[str] = []
         self._console = Console(stderr=True, highlight=False)
-        self._events: tensorboardX.SummaryWriter | None = None
+        self._events: epath.Path | None = None
+        self._step = self._rewound = 0
         self._bar: Progress | None = None
 
     def open(self, workdir: epath.Path) -> None:
         """From now on everything is written into `workdir`, too."""
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.sweep(workdir)
         self.workdir = workdir
         for line in self._said:
-            files.append_line(workdir / 'log.txt', line)
+            self.note(line)
 
     # -- words --
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line on the terminal and in log.txt."""
         self._console.print(text, style=style, markup=False, soft_wrap=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """One line in log.txt alone."""
         if self.workdir is None:
             self._said.append(text)
         else:
@@ -68,15 +77,24 @@ class Recorder:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """A line of metrics.jsonl and the same scalars as TensorBoard events. What is not finite is null in the line."""
-        self.last = {**self.last, 'step': step, **values}
+        values = {k: finite(v) for k, v in values.items()}
+        self.last |= {'step': step, **values}
         if self.workdir is None:
             return
-        line = {'schema': SCHEMA, 'step': step, **{k: finite(v) for k, v in values.items()}}
-        files.append_line(self.workdir / 'metrics.jsonl', json.dumps(line))
+        files.append_line(self.workdir / 'metrics.jsonl', json.dumps({'schema': SCHEMA, 'step': step, **values}))
+        scalars = [Summary.Value(tag=k, simple_value=math.nan if v is None else v) for k, v in values.items()]
+        self._event(step=step, summary=Summary(value=scalars))
+
+    def _event(self, **what: Any) -> None:
+        """Appends to this process's TensorBoard file. Its first events say where it goes on: TensorBoard then forgets
+        later steps of the files before it."""
         if self._events is None:
-            self._events = tensorboardX.SummaryWriter(str(self.workdir / 'tensorboard'), flush_secs=20)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            folder = epath.Path(self.workdir) / 'tensorboard'
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = folder / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
+            self._event(file_version='brain.Event:2')
+            self._event(step=self._rewound + 1, session_log=SessionLog(status=SessionLog.START))
+        files.append_bytes(self._events, framed(Event(wall_time=time.time(), **what)))
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl."""
@@ -84,24 +102,36 @@ class Recorder:
             for record in records:
                 files.append_line(self.workdir / 'samples.jsonl', json.dumps(record, ensure_ascii=False))
 
-    def status(self, state: str, step: int, **more: Any) -> None:
-        """status.json: a heartbeat that says where the run is."""
+    def status(self, state: str, step: int | None = None, **more: Any) -> None:
+        """status.json: a heartbeat that says where the run is; without `step`, where it was last."""
+        self._step = self._step if step is None else step
         if self.workdir is not None:
-            files.write_json(self.workdir / 'status.json', {'state': state, 'step': step, 'time': time.time(), **more})
+            files.write_json(self.workdir / 'status.json', {'state': state, 'step': self._step, 'time': time.time(), **more})
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step`, so that a resumed run's files read as if it had never stopped."""
+        if self.workdir is None:
+            return
         for name in ('metrics.jsonl', 'samples.jsonl'):
-            if self.workdir is not None and (self.workdir / name).exists():
+            if (self.workdir / name).exists():
                 kept = [r for r in files.read_json_lines(self.workdir / name) if r['step'] <= step]
                 text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept)
                 files.write_text(self.workdir / name, text)
-                for record in kept if name == 'metrics.jsonl' else ():
-                    self.last |= {k: v for k, v in record.items() if k != 'schema'}
+        for line in files.read_json_lines(self.workdir / 'metrics.jsonl'):
+            self.last |= {k: v for k, v in line.items() if k != 'schema'}
+        self._rewound = step
 
-    def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+
+def framed(event: Any) -> bytes:
+    """A protocol buffer as a TFRecord: length, its checksum, the bytes, theirs."""
+
+    def masked(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    data = event.SerializeToString()
+    length = struct.pack('<Q', len(data))
+    return length + masked(length) + data + masked(data)
 
 
 def finite(value: float) -> float | None:

@@ -2,17 +2,16 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from lm import files, runtime, sharding
-from lm.config import differences
+from lm.config import Config, differences
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.model import transformer
@@ -45,40 +44,56 @@ def read_config(run: str) -> dict[str, Any]:
     if not file.exists():
         raise UsageError(f'{folder} is not a run: it has no config.json')
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        saved = json.loads(file.read_text())
+    except ValueError as error:
         raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
+    if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
+        raise UsageError(f'{folder} is not a run: its config.json is of something else')
+    return saved
 
 
-def open_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any] | None:
+def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     """The saved config.json if `workdir` holds this run already, None if it is new.
 
     Raises UsageError if it holds another run, or files that are no run.
     """
-    if not workdir.exists() or not any(workdir.iterdir()):
+    if not workdir.exists():
         return None
-    if not workdir.is_dir() or not (workdir / 'config.json').exists():
-        raise UsageError(f'{workdir} holds files that are not a run: name another --workdir')
+    if not workdir.is_dir():
+        raise UsageError(f'{workdir} is a file: name another --workdir')
+    if not (workdir / 'config.json').exists():
+        if any(not files.is_temporary(path) for path in workdir.iterdir()):
+            raise UsageError(f'{workdir} holds files that are not a run: name another --workdir')
+        return None
     saved = read_config(str(workdir))
     different = differences(saved['config'], config.to_dict())
     if different:
         keys = ', '.join(f'{k} ({old} there, {new} now)' for k, (old, new) in sorted(different.items())[:4])
-        more = f' and {len(different) - 4} more' if different[4:] else ''
+        more = f' and {len(different) - 4} more' if len(different) > 4 else ''
         raise UsageError(f'{workdir} holds another run: {keys}{more}; name another --workdir')
+    checkpoint.check_layout(workdir / 'checkpoints')
     return saved
 
 
-def inherit_model(config: ConfigDict, chosen: Mapping[str, str]) -> None:
+def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path) -> None:
     """With init_from or branch_from, takes the model and the tokenizer of that run.
 
+    Once `workdir` holds the run, its own config.json says all that the parent did, and the parent may be gone.
+
     Args:
-      chosen: the settings given on the command line. Raises UsageError if one of them is a model.* that differs.
+      chosen: the settings that the command line names or moves.
+
+    Raises:
+      UsageError: one of them is a model.* that differs, or there is no such run or checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
         return
-    model = read_config(parent)['config']['model']
-    for key in chosen:
+    resumed = (workdir / 'config.json').exists()
+    if not resumed:
+        checkpoint.locate(parent)
+    model = read_config(str(workdir) if resumed else parent)['config']['model']
+    for key in sorted(chosen):
         name = key.removeprefix('model.')
         if key.startswith('model.') and config.model[name] != model.get(name):
             raise UsageError(f'{key}={config.model[name]} differs from {parent}, which has {model.get(name)}: leave it out')
@@ -87,7 +102,7 @@ def inherit_model(config: ConfigDict, chosen: Mapping[str, str]) -> None:
         config.data.tokenizer = str(epath.Path(parent.partition('@')[0]) / 'tokenizer')
 
 
-def write_config(workdir: epath.Path, config: ConfigDict, **more: Any) -> None:
+def write_config(workdir: epath.Path, config: Config, **more: Any) -> None:
     """Writes config.json: the resolved settings, and where they ran."""
     parents = [p for p in (config.init_from, config.branch_from) if p]
     versions = {name: _version(name) for name in VERSIONED}

@@ -64,7 +64,7 @@ def make_step(
 
         (value, sums), grads = accumulate(jax.value_and_grad(micro, has_aux=True), state.trainable, batch, microbatches)
         with jax.named_scope('optimizer'):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
             updates, opt = optimizer.update(optim.clip(grads, norm, clip), state.opt, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)

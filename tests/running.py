@@ -1,0 +1,128 @@
+"""A tiny corpus, tiny settings, and the commands, in this process or in one of their own."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm import main as lm_main
+from lm import sharding
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / 'configs' / 'pretrain.py')
+
+SETTINGS = {
+    'steps': 12, 'batch_size': 8, 'seq_len': 32,
+    'model.vocab_size': 300, 'model.dim': 32, 'model.layers': 2, 'model.heads': 4, 'model.kv_heads': 2,
+    'model.head_dim': 8, 'model.ffn_dim': 64, 'optim.warmup': 2, 'data.heldout': 0.1, 'checkpoint.every': 4,
+    'eval.every': 6, 'eval.rows': 8, 'eval.final_rows': 8, 'eval.max_new_tokens': 4, 'log.every': 1,
+}  # fmt: skip
+
+WORDS = 'the a bucket table queue returns deletes creates name list of role key value hello friend music day'.split()
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where the corpus and the prompts of the tests lie."""
+
+    folder: Path
+
+    def argv(self, workdir: Path | str | None, *words: str, config: str = CONFIG, **settings: Any) -> list[str]:
+        """The command line of a tiny run; settings as data__mixture='…', None leaves one out."""
+        named = {'data.mixture': self.mixture, 'eval.prompts': str(self.folder / 'prompts.jsonl')}
+        given = SETTINGS | named | {k.replace('__', '.'): v for k, v in settings.items()}
+        where = [] if workdir is None else [f'--workdir={workdir}']
+        return [f'--config={config}', *where, *(f'--config.{k}={v}' for k, v in given.items() if v is not None), *words]
+
+    @property
+    def mixture(self) -> str:
+        return f'{self.folder / "one.jsonl"}:0.7,{self.folder / "two.jsonl"}:0.3'
+
+    def train(self, workdir: Path | str, *words: str, **settings: Any) -> dict[str, Any]:
+        """Trains in this process, on all of its devices."""
+        return lm_main.train(self.argv(workdir, *words, **settings))
+
+    @property
+    def inherited(self) -> dict[str, None]:
+        """Leaves out the settings of the model, which come from another run."""
+        return {key.replace('.', '__'): None for key in SETTINGS if key.startswith('model.')}
+
+    def start(
+        self, workdir: Path | str, *words: str, devices: int = 1, code: str | None = None, **settings: Any
+    ) -> subprocess.Popen:
+        """Starts a run in a process of its own; `code` is run in place of the command."""
+        command = [sys.executable, *(['-m', 'lm.main'] if code is None else ['-c', code])]
+        env = {
+            **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+            'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+        }  # fmt: skip
+        arguments = self.argv(workdir, *words, **settings)
+        return subprocess.Popen(command + arguments, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)
+
+
+@contextlib.contextmanager
+def all_devices() -> Iterator[None]:
+    with sharding.use_mesh():
+        yield
+
+
+def one_object(out: str) -> dict[str, Any]:
+    """What a command said on stdout: one JSON object and nothing else."""
+    (line,) = out.splitlines()
+    return json.loads(line, parse_constant=lambda word: pytest.fail(f'{word} is no JSON'))
+
+
+def make_lab(folder: Path) -> Lab:
+    """Writes the corpus, the same every time."""
+    draw = random.Random(0)
+    for name, documents in (('one', 240), ('two', 120)):
+        texts = (' '.join(draw.choices(WORDS, k=draw.randint(4, 40))) + f' {i}.' for i in range(documents))
+        (folder / f'{name}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    prompt = {'id': 'raw', 'kind': 'raw', 'text': 'the bucket'}
+    (folder / 'prompts.jsonl').write_text(json.dumps(prompt) + '\n')
+    return Lab(folder)
+
+
+def lines(workdir: Path, name: str = 'metrics.jsonl') -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(workdir) / name).read_text().splitlines()]
+
+
+def measured(workdir: Path) -> dict[tuple[int, str], float]:
+    """{(step, train/* or eval/*): value}, after making sure that none is there twice."""
+    found = [((r['step'], k), v) for r in lines(workdir) for k, v in r.items() if k.startswith(('train/', 'eval/'))]
+    assert len(found) == len(dict(found)), 'a metric is there twice for one step'
+    return dict(found)
+
+
+def status(workdir: Path) -> dict[str, Any]:
+    return json.loads((Path(workdir) / 'status.json').read_text())
+
+
+def steps_saved(workdir: Path) -> list[int]:
+    folder = Path(workdir) / 'checkpoints'
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, seconds: float = 60) -> None:
+    """Until metrics.jsonl has a line of this step or the process has ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        file = Path(workdir) / 'metrics.jsonl'
+        if file.exists() and f'"step": {step},' in file.read_text():
+            return
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()

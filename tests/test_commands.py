@@ -1,0 +1,331 @@
+"""The commands: what they print, with which status they leave, and that bad input costs one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import running
+
+from lm import chat, evaluate, inspect
+from lm import main as lm_main
+from lm.stages import pretrain, setup
+from lm.training import checkpoint
+
+COMMANDS = {'main': lm_main, 'chat': chat, 'evaluate': evaluate, 'inspect': inspect}
+
+
+@pytest.fixture(scope='module')
+def trained(lab, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp('trained') / 'run'
+    lab.train(workdir)
+    return workdir
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(command, words) -> (exit status, stdout, stderr)."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, 'argv', [f'lm.{name}', *map(str, words)])
+        capsys.readouterr()
+        try:
+            status = COMMANDS[name].main()
+        except SystemExit as left:
+            status = left.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def nothing_allocated(monkeypatch):
+    """Makes an error of compiling a step or beginning a state."""
+
+    def no(*args, **options):
+        pytest.fail('this should have been seen before')
+
+    for module, name in ((pretrain, 'compile_step'), (pretrain, 'start'), (checkpoint, 'Writer')):
+        monkeypatch.setattr(module, name, no)
+
+
+# ---- what they print ----
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help(call, name):
+    status, out, err = call(name, '--help')
+    assert status == 0 and f'python -m lm.{name}' in out and not err
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [('main', []), ('main', ['--config=x.py', '--wat']), ('chat', []), ('chat', ['run', '--top_k=x']), ('evaluate', []),
+     ('inspect', []), ('inspect', ['--config=x.py', '--rows=x'])],
+)  # fmt: skip
+def test_flags_that_do_not_exist_or_are_missing(call, name, words):
+    status, out, err = call(name, *words)
+    assert status == 2 and not out and 'error:' in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('config', sorted((running.ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
+def test_each_config_runs_two_steps(call, lab, tmp_path, config):
+    status, out, _ = call('main', *lab.argv(tmp_path / 'run', config=str(config), steps=2))
+    assert status == 0
+    assert running.one_object(out)['step'] == 2
+    assert {'train/loss', 'eval/loss', 'eval/bpb', 'perf/tokens_per_s', 'perf/mfu', 'perf/goodput'} <= set(running.one_object(out))
+
+
+def test_as_a_person_types_it(lab, tmp_path):
+    """In processes of their own: the status, one line on stderr, one object on stdout; the run of a whole."""
+    process = lab.start(tmp_path / 'run', steps=2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert running.one_object(out)['step'] == 2 and 'Traceback' not in err
+    process = lab.start(tmp_path / 'other', optim__lrr=1)
+    assert process.communicate() == ('', 'lm: unknown setting optim.lrr (did you mean optim.lr?)\n')
+    assert process.returncode == 2
+
+
+def test_the_default_workdir(call, lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdirs = []
+    monkeypatch.setitem(__import__('lm.stages').stages.STAGES, 'pretrain', lambda c, workdir, **o: workdirs.append(workdir) or {})
+    for arg in ('', ':124m', ':depth=12,steps=500'):
+        assert call('main', f'--config={running.CONFIG}{arg}')[0] == 0
+    assert [str(w.relative_to(tmp_path)) for w in workdirs] == ['runs/pretrain', 'runs/pretrain-124m', 'runs/pretrain-depth12-steps500']
+
+
+def test_chat_continues_text(call, trained, tmp_path):
+    words = ('--raw', '--prompt', 'the bucket', '--max_new_tokens=5', '--temperature=0')
+    status, out, err = call('chat', trained, *words)
+    assert status == 0 and out.startswith('the bucket') and out.endswith('\n') and not err
+    assert call('chat', f'{trained}@4', *words)[0] == 0
+    shutil.copytree(trained, tmp_path / 'twin')
+    status, both, _ = call('chat', trained, tmp_path / 'twin', *words)
+    assert both == f'--- {trained}\n{out}--- {tmp_path / "twin"}\n{out}'
+
+
+def test_evaluate_measures_as_training_did(call, trained):
+    status, out, _ = call('evaluate', trained, '--rows=8')
+    found = running.one_object(out)
+    assert status == 0 and found['step'] == 12
+    assert found['eval/loss'] == pytest.approx(running.measured(trained)[12, 'eval/loss'], rel=1e-5)
+    status, out, _ = call('evaluate', f'{trained}@8', '--rows=8')
+    assert running.one_object(out)['step'] == 8 and running.one_object(out)['eval/loss'] > found['eval/loss']
+
+
+def test_evaluate_on_other_text(call, trained, lab):
+    status, out, _ = call('evaluate', trained, f'--mixture={lab.folder / "two.jsonl"}')
+    assert status == 0 and f'eval/{lab.folder / "two.jsonl"}/bpb' in running.one_object(out)
+
+
+def test_evaluate_does_without_the_parents_tokenizer(call, trained, lab, tmp_path):
+    parent, child = tmp_path / 'parent', tmp_path / 'child'
+    shutil.copytree(trained, parent)
+    lab.train(child, init_from=str(parent), steps=1, **lab.inherited)
+    shutil.rmtree(parent)
+    assert call('evaluate', child, '--rows=8')[0] == 0
+
+
+def test_inspect_shows_rows(call, lab):
+    status, out, _ = call('inspect', *lab.argv(None), '--rows=1')
+    assert status == 0 and 'row 0' in out and 'dropped' in out
+
+
+# ---- a dry run ----
+
+
+def test_a_dry_run_says_what_it_would_take(call, lab, tmp_path):
+    live = len(jax.live_arrays())
+    status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
+    assert status == 0
+    assert running.one_object(out) | {'flops_per_step': 0} == {'dry_run': True, 'flops_per_step': 0, 'tokens': 12 * 8 * 32}
+    for word in ('parameters', 'optimizer', 'temporaries', 'in all', 'FLOPs', 'mesh', 'tokens      3,072 planned'):
+        assert word in err
+    assert len(jax.live_arrays()) == live and not (tmp_path / 'run').exists()
+
+
+def test_a_dry_run_counts_a_device_s_share(call, lab, tmp_path):
+    """Two matrices of float32 moments: twice the parameters, and an eighth of them on each of eight devices."""
+
+    def figures(**settings):
+        err = call('main', *lab.argv(None, '--dry_run', model__dim=256, model__ffn_dim=4096, **settings))[2]
+        words = [line.split() for line in err.splitlines() if ' GiB per device' in line]
+        return {name: float(number) for name, number, *_ in words if name in ('parameters', 'optimizer')}
+
+    split, whole = figures(), figures(mesh__data=8)
+    assert whole['parameters'] == pytest.approx(7.1e6 * 4 / 2**30, rel=0.05)
+    assert whole['optimizer'] == pytest.approx(2 * whole['parameters'], rel=0.05)
+    assert split['optimizer'] == pytest.approx(whole['optimizer'] / 8, rel=0.2)
+
+
+def test_a_dry_run_that_does_not_fit(call, lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, 'memory_limit', lambda device: 1000)
+    status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
+    assert status == 1 and not out and err.splitlines()[-1].startswith('lm: does not fit: ')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_dry_run_of_an_epoch_cannot_count(call, lab):
+    status, _, err = call('main', *lab.argv(None, '--dry_run', steps='none'))
+    assert status == 2 and 'set --config.steps' in err
+
+
+# ---- bad input ----
+
+BAD_SETTINGS = [
+    ({'optim.lrr': 1}, 'unknown setting optim.lrr (did you mean optim.lr?)'),
+    ({'steps': 'many'}, 'steps=many: must be a whole number or none'),
+    ({'model.heads': 3}, 'model.heads=3 is not a multiple of model.kv_heads=2'),
+    ({'model.head_dim': 7}, 'model.head_dim=7 is odd'),
+    ({'remat': 'some'}, "remat='some' is not one of"),
+    ({'stage': 'pretrian'}, 'stage=pretrian (did you mean pretrain?)'),
+    ({'mesh.data': 3}, 'this job has 8: make them divide'),
+    ({'mesh.data': -1}, 'at most one is -1'),
+    ({'mesh.data': 0}, 'sizes at least 1'),
+    ({'batch_size': 6}, 'batch_size=6 is not a multiple of mesh.data × mesh.fsdp=8'),
+    ({'microbatch': 4}, 'microbatch=4 is not a multiple of mesh.data × mesh.fsdp=8'),
+    ({'mesh.seq': 8, 'seq_len': 12}, 'seq_len=12 is not a multiple of mesh.seq=8'),
+    ({'mesh.tensor': 8}, 'model.heads=4 is not a multiple of mesh.tensor=8'),
+    ({'optim.schedule': 'cosin'}, 'optim.schedule=cosin (did you mean cosine?) is not one of'),
+    ({'data.mixture': '/no/such.jsonl'}, '/no/such.jsonl'),
+    ({'data.mixture': ''}, 'the data mixture is empty'),
+    ({'data.mixture': 'botocoree'}, 'botocoree'),
+    ({'data.tokenizer': '/no/tokenizer'}, 'no tokenizer at /no/tokenizer'),
+    ({'eval.prompts': '/no/prompts.jsonl'}, 'no prompts at /no/prompts.jsonl'),
+    ({'init_from': '/no/run'}, '/no/run has no checkpoint'),
+    ({'branch_from': '/no/run@3'}, '/no/run has no checkpoint'),
+]
+
+
+@pytest.mark.usefixtures('nothing_allocated')
+@pytest.mark.parametrize(('settings', 'wanted'), BAD_SETTINGS, ids=['{}={}'.format(*next(iter(s.items()))) for s, _ in BAD_SETTINGS])
+def test_a_bad_setting_is_one_line(call, lab, tmp_path, settings, wanted):
+    given = {k.replace('.', '__'): v for k, v in settings.items()}
+    refused(call('main', *lab.argv(tmp_path / 'run', **given)), wanted)
+    assert not (tmp_path / 'run').exists()
+
+
+def refused(answer, wanted: str, progress: tuple[str, ...] = ()) -> None:
+    """Status 2, and one line on stderr after the progress lines that are allowed."""
+    status, out, err = answer
+    *before, line = err.splitlines()
+    assert status == 2 and not out, err
+    assert line.startswith('lm: ') and wanted in line
+    assert all(b.startswith(progress) for b in before), before
+
+
+@pytest.mark.usefixtures('nothing_allocated')
+def test_data_that_cannot_be_trained_on(call, lab, tmp_path):
+    empty = tmp_path / 'empty.jsonl'
+    empty.write_text('')
+    refused(call('main', *lab.argv(tmp_path / 'run', data__mixture=empty)), 'has no documents', ('reading',))
+    one = tmp_path / 'one.txt'
+    one.write_text('one')
+    refused(call('main', *lab.argv(tmp_path / 'run', data__mixture=one)), 'none falls into its', ('reading',))
+    big = lab.argv(tmp_path / 'run', model__vocab_size=4000)
+    refused(call('main', *big), 'too little or too uniform for a vocabulary of 4000', ('reading', 'training'))
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.usefixtures('nothing_allocated')
+def test_a_tokenizer_that_does_not_fit(call, lab, trained, tmp_path):
+    words = lab.argv(tmp_path / 'run', data__tokenizer=trained / 'tokenizer', model__vocab_size=310)
+    refused(call('main', *words), 'has 300 ids and the model 310')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.usefixtures('nothing_allocated')
+def test_prompts_that_are_none(call, lab, tmp_path):
+    prompts = tmp_path / 'prompts.jsonl'
+    for text, wanted in (('', 'has no prompt in it'), ('{"id": 1}\n', 'is not an object with exactly id'), ('hello\n', 'is not an object')):
+        prompts.write_text(text)
+        refused(call('main', *lab.argv(tmp_path / 'run', eval__prompts=prompts)), wanted)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.usefixtures('nothing_allocated')
+def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob('*')}
+    refused(call('main', *lab.argv(trained, seed=1)), f'{trained} holds another run: seed (0 there, 1 now)')
+    many = {'seed': 1, 'z_loss': 0, 'seq_len': 16, 'optim__lr': 1, 'optim__b1': 0, 'optim__b2': 0.5}
+    refused(call('main', *lab.argv(trained, **many)), 'and 2 more; name another --workdir')
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob('*')}
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    refused(call('main', *lab.argv(tmp_path / 'a')), f'{tmp_path / "a"} holds files that are not a run')
+    (tmp_path / 'file').write_text('')
+    refused(call('main', *lab.argv(tmp_path / 'file')), f'{tmp_path / "file"} is a file')
+    for text, wanted in (('{"architectures": []}', 'config.json is of something else'), ('{', 'is damaged'), ('[]', 'something else')):
+        (tmp_path / 'a' / 'config.json').write_text(text)
+        refused(call('main', *lab.argv(tmp_path / 'a')), wanted)
+    (tmp_path / 'a' / 'config.json').write_bytes(b'\xff\xfe')
+    refused(call('main', *lab.argv(tmp_path / 'a')), 'is damaged')
+
+
+def test_sources_that_changed_under_a_run(call, lab, tmp_path):
+    mine = tmp_path / 'mine.jsonl'
+    mine.write_text((lab.folder / 'one.jsonl').read_text())
+    workdir = tmp_path / 'run'
+    assert call('main', *lab.argv(workdir, data__mixture=mine, steps=1))[0] == 0
+    with mine.open('a') as f:
+        f.write(json.dumps({'text': 'one more'}) + '\n')
+    answer = call('main', *lab.argv(workdir, data__mixture=mine))
+    refused(answer, f'{workdir} was trained on other data', ('reading', 'training', 'encoding'))
+
+
+def test_chat_and_evaluate_refuse(call, trained, tmp_path):
+    refused(call('chat', tmp_path, '--raw', '--prompt=x'), f'{tmp_path} is not a run')
+    refused(call('chat', tmp_path / 'no', '--raw', '--prompt=x'), 'is not a run')
+    refused(call('chat', trained, '--prompt=x'), 'add --raw')
+    refused(call('chat', f'{trained}@5', '--raw', '--prompt=x'), f'{trained} has no checkpoint 5 (it has: 4, 8, 12)')
+    for flag in ('--max_new_tokens=0', '--temperature=-1', '--top_k=-1', '--top_p=0', '--min_p=2'):
+        refused(call('chat', trained, '--raw', '--prompt=x', flag), flag.partition('=')[0])
+    refused(call('evaluate', tmp_path), f'{tmp_path} is not a run')
+    refused(call('evaluate', f'{trained}@5'), 'has no checkpoint 5')
+    refused(call('evaluate', trained, '--tasks=heldoutt'), '--tasks=heldoutt (did you mean heldout?)')
+    refused(call('evaluate', trained, '--rows=0'), '--rows=0 must be at least 1')
+    refused(call('evaluate', trained, '--mixture=/no/such.jsonl'), '/no/such.jsonl')
+    refused(call('inspect', f'--config={running.CONFIG}', '--rows=-1'), '--rows=-1')
+    (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
+    shutil.copy(trained / 'config.json', tmp_path / 'run')
+    refused(call('chat', tmp_path / 'run', '--raw', '--prompt=x'), 'has no checkpoint: train it first')
+
+
+def test_a_run_that_has_lost_its_tokenizer(call, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'tokenizer')
+    status, out, err = call('chat', tmp_path / 'run', '--raw', '--prompt=x')
+    assert status in (1, 2) and not out and len(err.splitlines()) == 1 and 'tokenizer' in err
+
+
+def test_out_of_memory_is_one_line(call, lab, tmp_path, monkeypatch):
+    def compile_step(*args):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore\nlines')
+
+    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    status, _, err = call('main', *lab.argv(tmp_path / 'run'))
+    assert status == 1 and err.splitlines()[-1].startswith('lm: out of memory (RESOURCE_EXHAUSTED')
+
+
+def test_our_own_mistakes_keep_their_traceback(call, lab, tmp_path, monkeypatch):
+    def compile_step(*args):
+        raise RuntimeError('a mistake')
+
+    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    with pytest.raises(RuntimeError, match='a mistake'):
+        call('main', *lab.argv(tmp_path / 'run'))
+    assert running.status(tmp_path / 'run')['state'] == 'failed'
+
+
+def test_the_compile_cache_is_on(lab, tmp_path):
+    """In a process of its own: this one has its cache since the first command that it ran."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith('JAX_COMPILATION')}
+    env |= {'LM_CACHE': str(tmp_path / 'cache'), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    code = 'from lm import runtime; runtime.setup(); import jax; jax.jit(lambda x: x + 1)(1)'
+    subprocess.run([sys.executable, '-c', code], env=env, cwd=running.ROOT, check=True, timeout=60)
+    assert list((tmp_path / 'cache' / 'xla').iterdir())

@@ -1,0 +1,282 @@
+"""Settings: how they are read, what is refused, what may differ when a run is resumed."""
+
+import json
+from functools import partial
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+from running import CONFIG
+
+from lm import config as configs
+from lm import presets
+from lm.errors import UsageError
+from lm.model import transformer
+from lm.training import runs
+
+
+def load(*settings: str, arg: str = '') -> ConfigDict:
+    words, pairs = configs.split_settings(settings)
+    assert not words
+    return configs.load(f'{CONFIG}:{arg}' if arg else CONFIG, pairs)[0]
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ('text', 'key', 'value'),
+    [
+        ('steps=1e3', 'steps', 1000),
+        ('steps=250', 'steps', 250),
+        ('steps=none', 'steps', None),
+        ('steps=None', 'steps', None),
+        ('microbatch=4', 'microbatch', 4),
+        ('optim.lr=1e-3', 'optim.lr', 0.001),
+        ('optim.lr=1', 'optim.lr', 1.0),
+        ('model.window=128', 'model.window', 128),
+        ('model.window=none', 'model.window', None),
+        ('model.attn_softcap=50', 'model.attn_softcap', 50.0),
+        ('model.tied=false', 'model.tied', False),
+        ('model.tied=True', 'model.tied', True),
+        ('model.scan=1', 'model.scan', True),
+        ('model.scan=0', 'model.scan', False),
+        ('data.mixture=botocore:0.7,chitchat:0.3', 'data.mixture', 'botocore:0.7,chitchat:0.3'),
+        ('data.mixture=a=b.jsonl', 'data.mixture', 'a=b.jsonl'),
+        ('init_from=runs/a@10', 'init_from', 'runs/a@10'),
+        ('init_from=none', 'init_from', None),
+        ('mesh.fsdp=-1', 'mesh.fsdp', -1),
+        ('precision.compute=bfloat16', 'precision.compute', 'bfloat16'),
+    ],
+)
+def test_a_value_is_read_as_the_declared_type(text, key, value):
+    read = dict(configs.leaves(load(f'--config.{text}')))[key]
+    assert read == value and type(read) is type(value)
+
+
+def test_a_large_whole_number_is_exact():
+    config = ConfigDict({'n': 1})
+    configs.override(config, 'n', '9007199254740993')
+    assert config.n == 9007199254740993
+
+
+def test_a_value_may_stand_in_a_word_of_its_own():
+    assert load('--config.optim.lr', '2e-3').optim.lr == 2e-3
+
+
+def test_the_last_of_two_settings_counts():
+    assert load('--config.seed=1', '--config.seed=2').seed == 2
+
+
+@pytest.mark.parametrize(
+    ('text', 'wanted'),
+    [
+        ('steps=many', 'steps=many: must be a whole number or none'),
+        ('steps=1.5', 'must be a whole number'),
+        ('steps=1e-3', 'must be a whole number'),
+        ('steps=inf', 'must be a whole number'),
+        ('steps=nan', 'must be a whole number'),
+        ('steps=', 'must be a whole number'),
+        ('batch_size=none', 'batch_size=none: must be a whole number$'),
+        ('model.tied=maybe', 'must be true or false'),
+        ('model.tied=none', 'must be true or false$'),
+        ('optim.lr=fast', 'must be a number$'),
+        ('model.window=wide', 'must be a whole number or none'),
+    ],
+)
+def test_a_wrong_type_is_refused(text, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        load(f'--config.{text}')
+
+
+@pytest.mark.parametrize(
+    ('key', 'nearest'),
+    [
+        ('optim.learning_rate', 'optim'),
+        ('lr', 'optim.lr'),
+        ('batchsize', 'batch_size'),
+        ('model.head', 'model.heads'),
+        ('optm.lr', 'optim.lr'),
+        ('eval.evry', 'eval.every'),
+        ('chekpoint.keep', 'checkpoint.keep'),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(UsageError, match=rf'unknown setting {key} \(did you mean {nearest}'):
+        load(f'--config.{key}=1')
+
+
+@pytest.mark.parametrize('key', ['model', 'xyzzyqqq', 'model.dim.x', '', 'seed.'])
+def test_what_is_no_setting_is_refused(key):
+    with pytest.raises(UsageError, match='unknown setting'):
+        load(f'--config.{key}=1')
+
+
+def test_a_setting_without_a_value_is_refused():
+    with pytest.raises(UsageError, match='--config.steps has no value'):
+        load('--config.steps')
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'steps=0', 'steps=-1', 'batch_size=0', 'seq_len=0', 'microbatch=0', 'checkpoint.every=0', 'checkpoint.keep=0',
+        'eval.every=0', 'eval.rows=0', 'eval.final_rows=0', 'eval.max_new_tokens=0', 'log.every=0', 'log.profile=-1',
+        'model.window=0', 'model.vocab_size=0', 'model.dim=0', 'model.layers=0', 'model.kv_heads=0', 'model.heads=0',
+        'model.head_dim=0', 'model.ffn_dim=0', 'model.norm_eps=0', 'model.rope_theta=-1', 'model.attn_softcap=0',
+        'optim.lr=0', 'optim.lr=nan', 'optim.lr=inf', 'optim.clip=0', 'optim.eps=0', 'optim.b1=1', 'optim.b2=-0.1',
+        'optim.warmup=-1', 'optim.decay=2', 'optim.final=-1', 'optim.weight_decay=-1', 'optim.weight_decay=nan',
+        'optim.max_skips=-1', 'z_loss=-1', 'data.heldout=0', 'data.heldout=1', 'seed=-1', 'seed=4294967296',
+    ],
+)  # fmt: skip
+def test_a_value_that_no_run_can_have_is_refused(text):
+    with pytest.raises(UsageError, match=f'^{text.partition("=")[0]}=.* must be '):
+        load(f'--config.{text}')
+
+
+@pytest.mark.parametrize('text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16'])
+def test_a_choice_names_what_there_is(text):
+    with pytest.raises(UsageError, match=f'^{text}.* is not one of'):
+        load(f'--config.{text}')
+
+
+def test_microbatch_divides_the_batch():
+    assert load('--config.batch_size=6', '--config.microbatch=3').microbatch == 3
+    with pytest.raises(UsageError, match='batch_size=6 is not a multiple of microbatch=4'):
+        load('--config.batch_size=6', '--config.microbatch=4')
+
+
+def test_a_run_starts_from_one_other():
+    with pytest.raises(UsageError, match='set one of them'):
+        load('--config.init_from=a', '--config.branch_from=b')
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ('text', 'wanted'),
+    [
+        ('x = 1\n', 'has no function get_config'),
+        ('x = 1\ndef get_config(arg:\n', r':2: SyntaxError'),
+        ('import nosuchmodule\n', r':1: ModuleNotFoundError: .*nosuchmodule'),
+        ('def get_config(arg):\n    c = 1\n    return c.x\n', r':3: AttributeError'),
+        ('from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.optim.lrr = 1.0\n    return c\n', ':4: .*lr'),
+        ('from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.seed = "x"\n    return c\n', ':4: TypeError'),
+    ],
+)
+def test_a_faulty_config_file_is_named_with_its_line(tmp_path, text, wanted):
+    path = write(tmp_path / 'mine.py', text)
+    with pytest.raises(UsageError, match=wanted) as raised:
+        configs.load(path)
+    assert path in str(raised.value)
+
+
+def test_a_config_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / 'no.py', tmp_path):
+        with pytest.raises(UsageError, match='no such file'):
+            configs.load(str(path))
+    with pytest.raises(UsageError, match=r'configs/pretrian.py: no such file'):
+        configs.load('configs/pretrian.py:124m')
+    with pytest.raises(UsageError, match='not a Python file'):
+        configs.load(write(tmp_path / 'a.txt', ''))
+
+
+def test_a_stage_may_add_settings(tmp_path):
+    text = 'from lm import config\ndef get_config(arg):\n    c = config.base()\n'
+    text += '    with c.unlocked():\n        c.mine = 3\n    return c\n'
+    assert configs.load(write(tmp_path / 'mine.py', text), [('mine', '4')])[0].mine == 4
+
+
+# ---- what stands after the colon ----
+
+
+@pytest.mark.parametrize(
+    ('arg', 'millions'), [('124m', 124), ('350m', 355), ('1b', 1236), ('8b', 8030), ('70b', 70_554)]
+)
+def test_a_preset_has_the_parameters_that_its_name_says(arg, millions):
+    cfg = runs.model_config(load(arg=arg))
+    shapes = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def test_depth_moves_width_rate_and_horizon():
+    laptop, same, deep = load(), load(arg='depth=4'), load(arg='depth=12')
+    assert (same.model.dim, same.optim.lr, same.steps) == (laptop.model.dim, laptop.optim.lr, laptop.steps)
+    assert (deep.model.layers, deep.model.dim, deep.model.heads, deep.model.head_dim) == (12, 384, 12, 32)
+    assert deep.optim.lr == pytest.approx(laptop.optim.lr / 3**0.5, rel=1e-3)
+    assert deep.steps == 27 * laptop.steps
+
+
+def test_parts_of_an_argument_apply_in_order():
+    config = load(arg='depth=12,steps=500')
+    assert (config.model.layers, config.steps) == (12, 500)
+    assert load(arg='124m,model.window=64').model.window == 64
+    assert load('--config.steps=7', arg='depth=12,steps=500').steps == 7
+
+
+def test_depth_leaves_an_epoch_an_epoch():
+    config = configs.base()
+    assert presets.apply(config, 'depth=2').steps is None
+
+
+@pytest.mark.parametrize(
+    ('arg', 'wanted'),
+    [
+        ('124n', r'unknown preset :124n \(did you mean 124m\?\)'),
+        ('giant', 'unknown preset :giant'),
+        ('depth=0', 'depth=0: must be a whole number of layers'),
+        ('depth=x', 'depth=x'),
+        ('dpth=3', 'unknown setting dpth'),
+        ('steps=many', 'steps=many'),
+    ],
+)
+def test_an_argument_that_is_none_is_refused(arg, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        load(arg=arg)
+
+
+# ---- a run's saved settings ----
+
+
+def saved(config: ConfigDict) -> dict:
+    return json.loads(json.dumps(config.to_dict()))
+
+
+@pytest.mark.parametrize('arg', ['', '124m', 'depth=12', '70b'])
+def test_a_saved_config_is_the_same_config(arg):
+    assert configs.differences(saved(load(arg=arg)), load(arg=arg).to_dict()) == {}
+
+
+@pytest.mark.parametrize(
+    'text', ['steps=9', 'log.every=3', 'eval.rows=5', 'checkpoint.keep=9', 'mesh.data=2', 'eval.prompts=x', 'log.profile=3']
+)
+def test_what_may_differ_when_a_run_is_resumed(text):
+    assert configs.differences(saved(load()), load(f'--config.{text}').to_dict()) == {}
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['seed=1', 'batch_size=4', 'seq_len=64', 'model.dim=64', 'model.window=9', 'optim.lr=1', 'data.mixture=x', 'z_loss=0', 'remat=full',
+     'microbatch=2', 'init_from=a', 'stage=x', 'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1'],
+)  # fmt: skip
+def test_what_must_not_differ_is_named(text):
+    key = text.partition('=')[0]
+    assert list(configs.differences(saved(load()), load(f'--config.{text}').to_dict())) == [key]
+
+
+def test_what_a_run_resolved_stays():
+    old = load('--config.microbatch=4', '--config.precision.compute=bfloat16')
+    assert configs.differences(saved(old), load().to_dict()) == {}
+    assert list(configs.differences(saved(old), load('--config.microbatch=2').to_dict())) == ['microbatch']
+
+
+def test_what_the_command_line_chose():
+    assert configs.chosen(CONFIG, [('seed', '3')]) == {'seed'}
+    assert {'model.dim', 'optim.lr', 'steps'} <= configs.chosen(f'{CONFIG}:depth=12', [('seed', '3')])
+    assert 'model.norm_eps' not in configs.chosen(f'{CONFIG}:depth=12', [])

@@ -1,0 +1,322 @@
+"""A run that was stopped, killed or damaged and resumed is the run that was never stopped."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import running
+from running import lines, measured, status, steps_saved
+
+from lm import main as lm_main
+from lm.errors import Preempted, RunError, UsageError
+from lm.stages import pretrain
+from lm.training import checkpoint, loop, runs
+from lm.training.recorder import Recorder
+
+DEVICES = 8  # so that what runs in a process of its own can be compared with what runs in this one
+
+
+@pytest.fixture(scope='module')
+def whole(lab, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    lab.train(workdir)
+    return workdir
+
+
+def params(workdir: Path):
+    with running.all_devices():
+        return jax.tree.map(np.asarray, runs.load(str(workdir), warn=pytest.fail).params)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Bit for bit: metrics, samples and parameters."""
+    assert measured(a) == measured(b)
+    assert lines(a, 'samples.jsonl') == lines(b, 'samples.jsonl')
+    jax.tree.map(np.testing.assert_array_equal, params(a), params(b))
+
+
+def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
+    """Sends this process a signal when the metrics of a step are written."""
+    real, left = Recorder.metrics, [times]
+
+    def metrics(self, at, values):
+        real(self, at, values)
+        if at >= step and left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Recorder, 'metrics', metrics)
+
+
+# ---- stopped ----
+
+
+@pytest.mark.parametrize(('number', 'step'), [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8)])
+def test_a_signal_saves_and_the_same_command_goes_on(lab, whole, tmp_path, monkeypatch, number, step):
+    workdir = tmp_path / 'run'
+    with monkeypatch.context() as patch:
+        signal_at(patch, step, number)
+        with pytest.raises(Preempted, match=rf'saved at step \d+ after {number.name}: run the same command again'):
+            lab.train(workdir)
+    at = status(workdir)
+    assert at['state'] == 'preempted' and f'saved at step {steps_saved(workdir)[-1]} after' in at['reason']
+    assert step <= steps_saved(workdir)[-1] <= step + 2
+    lab.train(workdir)
+    assert status(workdir)['state'] == 'done'
+    assert_same(whole, workdir)
+
+
+def test_a_signal_between_the_save_and_the_question_is_not_taken_for_saved(lab, whole, tmp_path, monkeypatch):
+    """A signal that comes while a step's work is done is for the next step, which is saved before anyone is told so."""
+    real = loop.save
+
+    def save(state, step, hooks):
+        real(state, step, hooks)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, 'save', save)
+    with pytest.raises(Preempted, match='saved at step 5'):
+        lab.train(tmp_path / 'run')
+    assert steps_saved(tmp_path / 'run')[-1] == 5
+
+
+def test_the_last_step_is_not_preempted(lab, tmp_path, monkeypatch):
+    signal_at(monkeypatch, 12, signal.SIGTERM)
+    assert lab.train(tmp_path / 'run')['step'] == 12
+    assert status(tmp_path / 'run')['state'] == 'done'
+
+
+def test_the_second_ctrl_c_interrupts(lab, whole, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / 'run'
+    with monkeypatch.context() as patch:
+        signal_at(patch, 6, signal.SIGINT, times=2)
+        patch.setattr(sys, 'argv', ['lm.main', *lab.argv(workdir)])
+        assert lm_main.main() == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith('lm: interrupted')
+    assert status(workdir)['state'] == 'failed'
+    lab.train(workdir)
+    assert_same(whole, workdir)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch):
+    def compile_step(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail('went on')
+
+    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    with pytest.raises(Preempted, match='before the first step'):
+        lab.train(tmp_path / 'run')
+    assert status(tmp_path / 'run')['state'] == 'preempted'
+
+
+def test_a_run_that_is_done_says_so_again(lab, whole, capsys, monkeypatch):
+    before = {p.name: p.read_bytes() for p in whole.glob('*.jsonl')}
+    monkeypatch.setattr(sys, 'argv', ['lm.main', *lab.argv(whole)])
+    assert lm_main.main() == 0
+    out = capsys.readouterr().out
+    assert running.one_object(out)['step'] == 12 and running.one_object(out)['eval/loss'] == measured(whole)[12, 'eval/loss']
+    assert before == {p.name: p.read_bytes() for p in whole.glob('*.jsonl')}
+    assert status(whole)['state'] == 'done' and status(whole)['step'] == 12
+
+
+def test_more_steps_go_on_where_it_ended(lab, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'run')
+    assert lab.train(tmp_path / 'run', steps=14)['step'] == 14
+    assert sorted({step for step, _ in measured(tmp_path / 'run')}) == list(range(1, 15))
+
+
+# ---- killed ----
+
+
+def kill_rounds(lab, workdir: Path, draw: random.Random, rounds: int) -> int:
+    """Kills the run again and again, at random moments after it has begun to step; how often it was still running."""
+    killed = 0
+    for _ in range(rounds):
+        process = lab.start(workdir, devices=DEVICES, checkpoint__every=3)
+        before = max((r['step'] for r in lines(workdir)), default=0) if (workdir / 'metrics.jsonl').exists() else 0
+        running.wait_for_step(process, workdir, min(before + 1, 12))
+        time.sleep(draw.uniform(0, 0.4))
+        killed += process.poll() is None
+        running.kill(process)
+    return killed
+
+
+def test_killed_during_a_save_and_at_random(lab, whole, tmp_path):
+    """The first process dies inside its second save, the next at random; the rest is done here."""
+    workdir = tmp_path / 'run'
+    die = (
+        'import os, sys, threading; from lm import main; from lm.training.checkpoint import Writer; save = Writer.save\n'
+        'def dying(self, step, tree, **meta):\n'
+        '    save(self, step, tree, **meta)\n'
+        '    if step >= 6: os.kill(os.getpid(), 9)\n'
+        'Writer.save = dying; main.train(sys.argv[1:])'
+    )
+    process = lab.start(workdir, devices=DEVICES, code=die, checkpoint__every=3)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert steps_saved(workdir) == [3] and any('tmp' in p.name for p in (workdir / 'checkpoints').iterdir())
+    assert max(r['step'] for r in lines(workdir)) == 6
+    kill_rounds(lab, workdir, random.Random(0), 1)
+    lab.train(workdir, checkpoint__every=3)
+    assert steps_saved(workdir) == [6, 9, 12] and not any('tmp' in p.name for p in (workdir / 'checkpoints').iterdir())
+    assert_same(whole, workdir)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(lab, whole, tmp_path):
+    draw, killed = random.Random(1), 0
+    for i in range(4):
+        workdir = tmp_path / f'run{i}'
+        killed += kill_rounds(lab, workdir, draw, 4)
+        lab.train(workdir, checkpoint__every=3)
+        assert_same(whole, workdir)
+    assert killed >= 4
+
+
+def test_a_kill_before_anything_was_written_leaves_a_run_that_starts(lab, tmp_path, monkeypatch):
+    """config.json comes first, so that what a kill leaves is a run, or nothing but a half-written file."""
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    (workdir / '.config.json.1a2b3c4d.tmp').write_text('{"con')
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, 'open', lambda self, folder: (_ for _ in ()).throw(RunError('killed here')))
+        with pytest.raises(RunError):
+            lab.train(workdir)
+    assert lab.train(workdir)['step'] == 12
+    assert not list(workdir.glob('.*.tmp'))
+
+
+def test_lines_that_a_kill_cut_short_are_left_out(lab, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    for step in (8, 12):
+        shutil.rmtree(workdir / 'checkpoints' / str(step))
+    for name, cut in (('metrics.jsonl', b'{"schema": 1, "st'), ('samples.jsonl', '{"text": "ä'.encode()[:-1])):
+        with (workdir / name).open('ab') as f:
+            f.write(cut)
+    lab.train(workdir)
+    assert_same(whole, workdir)
+
+
+# ---- damaged ----
+
+
+def test_a_damaged_checkpoint_is_named_and_saved_again(lab, whole, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    os.truncate(workdir / 'checkpoints' / '12' / 'meta' / 'metadata', 10)
+    lab.train(workdir)
+    assert f'checkpoint {workdir}/checkpoints/12 is damaged' in capsys.readouterr().err
+    assert 'is damaged' in (workdir / 'log.txt').read_text() and 'resumed at step 8' in (workdir / 'log.txt').read_text()
+    assert steps_saved(workdir) == [4, 8, 12] and (workdir / 'checkpoints' / '12.damaged').exists()
+    assert_same(whole, workdir)
+
+
+def test_all_damaged_ends_with_an_error_and_changes_nothing(lab, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    for step in steps_saved(workdir):
+        os.truncate(workdir / 'checkpoints' / str(step) / 'meta' / 'metadata', 0)
+    for _ in range(2):
+        with pytest.raises(RunError, match='none of the 3 checkpoints'):
+            lab.train(workdir)
+    assert measured(workdir) == measured(whole) and status(workdir)['state'] == 'failed'
+
+
+def test_a_newer_layout_is_refused_before_anything_is_written(lab, whole, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+    monkeypatch.setattr(checkpoint, 'LAYOUT', 0)
+    with pytest.raises(UsageError, match='use a newer lm'):
+        lab.train(workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+
+
+# ---- elsewhere ----
+
+
+def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypatch):
+    workdir, same = tmp_path / 'run', []
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Preempted):
+            lab.train(workdir)
+    real = pretrain.make_source
+
+    def make_source(*args, start):
+        """Compares each batch with that of a source which began at 0."""
+        source, reference = real(*args, start=start), real(*args, start=0)
+        expected = [reference(None, i) for i in range(12)]
+
+        def compared(state, i):
+            batch = source(state, i)
+            same.append((i, np.array_equal(batch['tokens_BT'], expected[i]['tokens_BT'])))
+            return batch
+
+        return compared
+
+    monkeypatch.setattr(pretrain, 'make_source', make_source)
+    lab.train(workdir, mesh__data=2, mesh__tensor=2)
+    assert same == [(i, True) for i in range(12 - len(same), 12)] and len(same) >= 5
+    a, b = measured(whole), measured(workdir)
+    assert a.keys() == b.keys()
+    for key in a:
+        if 'grad_norm' not in key[1] and 'accuracy' not in key[1]:
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+
+
+def test_a_branch_takes_optimizer_and_position(lab, whole, tmp_path):
+    """Continued from step 8 under the same settings, it is the same run; under others, it is a branch of it."""
+    branch = tmp_path / 'branch'
+    lab.train(branch, branch_from=f'{whole}@8', **lab.inherited)
+    a, b = measured(whole), measured(branch)
+    assert min(step for step, _ in b) == 9
+    assert {k: v for k, v in a.items() if k[0] > 8} == b
+    jax.tree.map(np.testing.assert_array_equal, params(whole), params(branch))
+    lab.train(tmp_path / 'decay', branch_from=f'{whole}@8', optim__schedule='linear', **lab.inherited)
+    assert measured(tmp_path / 'decay')[9, 'train/loss'] == a[9, 'train/loss']
+    assert measured(tmp_path / 'decay')[12, 'train/loss'] != a[12, 'train/loss']
+
+
+def test_a_branch_that_ends_before_it_begins(lab, whole, tmp_path):
+    with pytest.raises(UsageError, match=rf'steps=12: {whole} is at step 12 already'):
+        lab.train(tmp_path / 'run', branch_from=str(whole), **lab.inherited)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_init_from_starts_at_0_with_the_weights(lab, whole, tmp_path):
+    child = tmp_path / 'child'
+    lab.train(child, init_from=str(whole), steps=2, **lab.inherited)
+    at = measured(child)
+    assert {step for step, _ in at} == {1, 2}
+    assert at[1, 'train/loss'] == pytest.approx(measured(whole)[12, 'train/loss'], abs=0.5)
+    assert at[1, 'train/loss'] < measured(whole)[1, 'train/loss'] - 0.5
+    saved = runs.read_config(str(child))
+    assert saved['parents'] == [str(whole)] and saved['config']['model'] == runs.read_config(str(whole))['config']['model']
+    assert (child / 'tokenizer' / 'tokenizer.model').read_bytes() == (whole / 'tokenizer' / 'tokenizer.model').read_bytes()
+
+
+def test_a_child_outlives_its_parent(lab, whole, tmp_path):
+    """A run's directory is all that resuming it needs."""
+    parent, child = tmp_path / 'parent', tmp_path / 'child'
+    shutil.copytree(whole, parent)
+    lab.train(child, init_from=str(parent), steps=2, **lab.inherited)
+    shutil.rmtree(parent)
+    assert lab.train(child, init_from=str(parent), steps=4, **lab.inherited)['step'] == 4
+
+
+def test_a_model_that_differs_from_the_parents_is_refused(lab, whole, tmp_path):
+    for options, key in (({'model__dim': 64}, 'model.dim'), ({'config': f'{running.CONFIG}:depth=2'}, 'model.dim')):
+        with pytest.raises(UsageError, match=rf'{key}=64 differs from {whole}, which has 32: leave it out'):
+            lab.train(tmp_path / 'run', init_from=str(whole), **(lab.inherited | options))
+    assert not (tmp_path / 'run').exists()
