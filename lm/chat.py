@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
-from lm.errors import UsageError, run_command
+from lm.errors import UsageError, leave, run_command
 from lm.sampling.generate import Sampling, stream
 from lm.training import runs
 from lm.training.runs import Model
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -64,11 +64,11 @@ def base() -> Config:
 
     c.optim = ConfigDict()
     c.optim.name = 'adamw'
-    c.optim.lr = 3e-3
-    c.optim.schedule = 'cosine'  # cosine | wsd | linear | constant, each after the warmup
+    c.optim.lr = 6e-3
+    c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
     c.optim.warmup = 100  # steps
     c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
-    c.optim.final = 0.1  # the last rate, as a fraction of lr
+    c.optim.final = 0.0  # the last rate, as a fraction of lr
     c.optim.weight_decay = 0.1  # not on norms and embeddings
     c.optim.clip = 1.0  # global gradient norm
     c.optim.b1 = 0.9
@@ -88,9 +88,8 @@ def base() -> Config:
     c.checkpoint.keep = 3
 
     c.eval = ConfigDict()
-    c.eval.every = 100  # steps; the last step is always evaluated
-    c.eval.rows = 64  # held-out rows of each source at an evaluation
-    c.eval.final_rows = 512  # and after the last step
+    c.eval.every = 250  # steps; the last step is always evaluated
+    c.eval.rows = 256  # held-out rows of each source
     c.eval.prompts = 'configs/prompts.jsonl'
     c.eval.max_new_tokens = 48
 
@@ -227,7 +226,7 @@ def check(config: Config) -> None:
     values = dict(leaves(config))
     bounds = {
         'at least 1': (lambda x: x >= 1, 'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
-                       'eval.final_rows eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers '
+                       'eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers '
                        'model.heads model.kv_heads model.head_dim model.ffn_dim'),
         'positive': (lambda x: 0 < x < math.inf, 'optim.lr optim.clip optim.eps model.rope_theta model.norm_eps '
                      'model.attn_softcap model.logit_softcap'),

@@ -17,7 +17,7 @@ from lm import config as configs
 from lm import runtime, sharding
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
-from lm.errors import UsageError, run_command
+from lm.errors import UsageError, leave, run_command
 from lm.evals import heldout
 from lm.training import runs
 from lm.training.runs import Model
@@ -70,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

@@ -30,7 +30,8 @@ def _told(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f'{path} cannot be written ({error.strerror or error}): the last checkpoint is intact') from error
+        why = error.strerror or error
+        raise RunError(f'{path} cannot be written ({why}): the last checkpoint is intact') from error
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:

@@ -17,7 +17,7 @@ from lm import config as configs
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.data.tokenizer import Tokenizer
-from lm.errors import UsageError, run_command
+from lm.errors import UsageError, leave, run_command
 
 COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
@@ -81,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

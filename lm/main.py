@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lm import config as configs
 from lm import runtime
-from lm.errors import UsageError, run_command
+from lm.errors import UsageError, leave, run_command
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -48,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    leave(main())

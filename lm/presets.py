@@ -17,20 +17,22 @@ def _size(dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_
     return {f'model.{k}': v for k, v in shape.items()} | more
 
 
-def _cluster(lr: float, batch_size: int, seq_len: int, **more: Any) -> dict[str, Any]:
-    return {'optim.lr': lr, 'batch_size': batch_size, 'seq_len': seq_len, 'optim.warmup': 2000} | more
+def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:
+    schedule = {'optim.lr': lr, 'optim.warmup': min(2000, steps // 10), 'optim.schedule': 'cosine', 'optim.final': 0.1}
+    return {'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps} | schedule | more
 
 
 # Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of Llama 3
-# (Grattafiori et al., 2024, table 3); rates from the same papers.
+# (Grattafiori et al., 2024, table 3); rates from the same
+# papers; steps for 20 tokens a parameter (Hoffmann et al., 2022).
 PRESETS: dict[str, dict[str, Any]] = {
-    '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024),
-    '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024),
-    '1b': _size(2048, 16, 32, 8, 8192, LLAMA3_VOCAB) | _cluster(3e-4, 512, 4096, **{'remat': 'names'}),
+    '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
+    '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),
+    '1b': _size(2048, 16, 32, 8, 8192, LLAMA3_VOCAB) | _cluster(3e-4, 512, 4096, 12_000, **{'remat': 'names'}),
     '8b': _size(4096, 32, 32, 8, 14336, LLAMA3_VOCAB)
-    | _cluster(3e-4, 1024, 8192, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
+    | _cluster(3e-4, 1024, 8192, 19_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
     '70b': _size(8192, 80, 64, 8, 28672, LLAMA3_VOCAB)
-    | _cluster(1.5e-4, 2048, 8192, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
+    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
 }  # fmt: skip
 
 HEAD_DIM, LAPTOP_DEPTH, LAPTOP_DIM = 32, 4, 128

@@ -116,8 +116,8 @@ def dims_of(name: str) -> str:
 def param_specs(params: Any) -> Any:
     """The tree of partition specs of a parameter tree, read off its leaf names.
 
-    Leaves under a key `layers` are stacked: their leading dimension L is in no name and on no axis. A weight that is not
-    an array is asked for the dims of its fields: `weight.dims('DNH') -> {'scale': 'NH', …}`.
+    Leaves under a key `layers` are stacked: their leading dimension L is in no name and on no axis. A weight that is
+    not an array is asked for the dims of its fields: `weight.dims('DNH') -> {'scale': 'NH', …}`.
     """
 
     def leaf(dims: str, value: Any, stacked: bool) -> Any:

@@ -13,6 +13,7 @@ from lm import sharding  # noqa: E402
 from lm.model.transformer import ModelConfig  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_disable_most_optimizations', True)  # tests compile much and compute little
 
 # The meshes that every layout-dependent property is tried on, by the sizes of their axes.
 MESHES = {

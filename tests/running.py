@@ -24,11 +24,13 @@ CONFIG = str(ROOT / 'configs' / 'pretrain.py')
 SETTINGS = {
     'steps': 12, 'batch_size': 8, 'seq_len': 32,
     'model.vocab_size': 300, 'model.dim': 32, 'model.layers': 2, 'model.heads': 4, 'model.kv_heads': 2,
-    'model.head_dim': 8, 'model.ffn_dim': 64, 'optim.warmup': 2, 'data.heldout': 0.1, 'checkpoint.every': 4,
-    'eval.every': 6, 'eval.rows': 8, 'eval.final_rows': 8, 'eval.max_new_tokens': 4, 'log.every': 1,
+    'model.head_dim': 8, 'model.ffn_dim': 64,
+    'optim.lr': 3e-3, 'optim.schedule': 'cosine', 'optim.final': 0.1, 'optim.warmup': 2,
+    'data.heldout': 0.1, 'checkpoint.every': 4, 'log.every': 1,
+    'eval.every': 6, 'eval.rows': 8, 'eval.max_new_tokens': 4,
 }  # fmt: skip
 
-WORDS = 'the a bucket table queue returns deletes creates name list of role key value hello friend music day'.split()
+WORDS = ['the', 'a', 'bucket', 'table', 'queue', 'returns', 'deletes', 'name', 'list', 'of', 'role', 'hello', 'music']
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Lab:
         command = [sys.executable, *(['-m', 'lm.main'] if code is None else ['-c', code])]
         env = {
             **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
-            'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+            # As in conftest.py, so that both compute the same.
+            'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         }  # fmt: skip
         arguments = self.argv(workdir, *words, **settings)
         return subprocess.Popen(command + arguments, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)

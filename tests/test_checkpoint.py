@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -22,7 +24,10 @@ MESHES = {'fsdp8': {'fsdp': 8}, 'data2-fsdp2-tensor2': {'data': 2, 'fsdp': 2, 't
 def make_tree(seed: int = 0):
     """Arrays of the kinds that a state has, on the current mesh."""
     key = jax.random.key(seed)
-    params = {'embed_VD': jax.random.normal(key, (1024, 64)), 'layers': {'wq_DNH': jax.random.normal(key, (2, 32, 4, 8))}}
+    params = {
+        'embed_VD': jax.random.normal(key, (1024, 64)),
+        'layers': {'wq_DNH': jax.random.normal(key, (2, 32, 4, 8))},
+    }
     where = sharding.shardings(jax.sharding.get_mesh(), sharding.param_specs(params))
     params = jax.device_put(params, where)
     return {
@@ -109,7 +114,9 @@ def test_checksums_do_not_depend_on_the_mesh(mesh):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int8', 'uint8', 'int32', 'uint32', 'bool'])
 def test_any_flipped_bit_changes_a_checksum(dtype, one_device):
-    x = np.asarray(jnp.arange(60).reshape(3, 4, 5) % 2 if dtype == 'bool' else jnp.arange(60).reshape(3, 4, 5)).astype(dtype)
+    x = np.asarray(jnp.arange(60).reshape(3, 4, 5) % 2 if dtype == 'bool' else jnp.arange(60).reshape(3, 4, 5)).astype(
+        dtype
+    )
     whole = checkpoint.checksums({'x': jnp.asarray(x)})
     draw = random.Random(0)
     for _ in range(20):
@@ -328,20 +335,23 @@ def test_a_damaged_step_by_name_has_no_stand_in(three):
 # ---- the disk ----
 
 
-def test_a_save_that_fails_is_told_and_harms_nothing(three, monkeypatch):
-    """The error of a write in the background comes with the next call."""
-    import orbax.checkpoint as ocp
-
+def test_a_save_that_fails_is_told_and_harms_nothing(three):
+    """The system refuses to write; the error of a write in the background comes with the next call."""
     folder, trees, abstract = three
-
-    async def full(self, *args, **kwargs):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, 'serialize', full)
-    writer = Writer(folder, keep=3)
-    with pytest.raises(RunError, match='could not be written .*No space left'):
-        writer.save(4, make_tree(4), data=4)
-        writer.wait()
-    monkeypatch.undo()
+    handler, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with (
+            pytest.raises(RunError, match=f'a checkpoint in {folder} could not be written'),
+            Writer(folder, keep=3) as writer,
+        ):
+            writer.save(4, make_tree(4), data=4)
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
     step, tree, said = newest(folder, abstract)
     assert (step, said) == (3, []) and equal(tree, trees[3])
+    with Writer(folder, keep=3) as writer:
+        writer.save(4, make_tree(4), data=4)
+    assert newest(folder, abstract)[0] == 4

@@ -126,7 +126,7 @@ def test_a_setting_without_a_value_is_refused():
     'text',
     [
         'steps=0', 'steps=-1', 'batch_size=0', 'seq_len=0', 'microbatch=0', 'checkpoint.every=0', 'checkpoint.keep=0',
-        'eval.every=0', 'eval.rows=0', 'eval.final_rows=0', 'eval.max_new_tokens=0', 'log.every=0', 'log.profile=-1',
+        'eval.every=0', 'eval.rows=0', 'eval.max_new_tokens=0', 'log.every=0', 'log.profile=-1',
         'model.window=0', 'model.vocab_size=0', 'model.dim=0', 'model.layers=0', 'model.kv_heads=0', 'model.heads=0',
         'model.head_dim=0', 'model.ffn_dim=0', 'model.norm_eps=0', 'model.rope_theta=-1', 'model.attn_softcap=0',
         'optim.lr=0', 'optim.lr=nan', 'optim.lr=inf', 'optim.clip=0', 'optim.eps=0', 'optim.b1=1', 'optim.b2=-0.1',
@@ -166,8 +166,14 @@ def test_a_run_starts_from_one_other():
         ('x = 1\ndef get_config(arg:\n', r':2: SyntaxError'),
         ('import nosuchmodule\n', r':1: ModuleNotFoundError: .*nosuchmodule'),
         ('def get_config(arg):\n    c = 1\n    return c.x\n', r':3: AttributeError'),
-        ('from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.optim.lrr = 1.0\n    return c\n', ':4: .*lr'),
-        ('from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.seed = "x"\n    return c\n', ':4: TypeError'),
+        (
+            'from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.optim.lrr = 1.0\n    return c\n',
+            ':4: .*lr',
+        ),
+        (
+            'from lm import config\ndef get_config(arg):\n    c = config.base()\n    c.seed = "x"\n    return c\n',
+            ':4: TypeError',
+        ),
     ],
 )
 def test_a_faulty_config_file_is_named_with_its_line(tmp_path, text, wanted):
@@ -254,7 +260,8 @@ def test_a_saved_config_is_the_same_config(arg):
 
 
 @pytest.mark.parametrize(
-    'text', ['steps=9', 'log.every=3', 'eval.rows=5', 'checkpoint.keep=9', 'mesh.data=2', 'eval.prompts=x', 'log.profile=3']
+    'text',
+    ['steps=9', 'log.every=3', 'eval.rows=5', 'checkpoint.keep=9', 'mesh.data=2', 'eval.prompts=x', 'log.profile=3'],
 )
 def test_what_may_differ_when_a_run_is_resumed(text):
     assert configs.differences(saved(load()), load(f'--config.{text}').to_dict()) == {}
@@ -262,8 +269,9 @@ def test_what_may_differ_when_a_run_is_resumed(text):
 
 @pytest.mark.parametrize(
     'text',
-    ['seed=1', 'batch_size=4', 'seq_len=64', 'model.dim=64', 'model.window=9', 'optim.lr=1', 'data.mixture=x', 'z_loss=0', 'remat=full',
-     'microbatch=2', 'init_from=a', 'stage=x', 'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1'],
+    ['seed=1', 'batch_size=4', 'seq_len=64', 'model.dim=64', 'model.window=9', 'optim.lr=1', 'data.mixture=x',
+     'z_loss=0', 'remat=full', 'microbatch=2', 'init_from=a', 'stage=x',
+     'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1'],
 )  # fmt: skip
 def test_what_must_not_differ_is_named(text):
     key = text.partition('=')[0]

@@ -1,7 +1,6 @@
 """The decoder: what it can see, that its forms agree, and that it is the graph it says it is."""
 
 import dataclasses
-import functools
 from functools import partial
 
 import jax
@@ -40,7 +39,6 @@ def make_batch(cfg, seed=0):
     }
 
 
-@functools.cache
 def make_params(cfg, seed=1):
     """Parameters away from their symmetric start: norms that are not 1, residual branches that are not small."""
     rng = np.random.default_rng(seed)
@@ -82,7 +80,9 @@ def gradient_TT(cfg, params, segments_T, positions_T):
 
     def projected_T(embed_VD):
         options = {'segments_BT': segments_T[None], 'positions_BT': positions_T[None]}
-        return jnp.sum(transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0] * r_TD, axis=1)
+        return jnp.sum(
+            transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0] * r_TD, axis=1
+        )
 
     jacobian_TVD = jax.jit(jax.jacrev(projected_T))(params['embed_VD'])
     return np.max(np.abs(jacobian_TVD[:, tokens_T]), axis=-1)
@@ -148,13 +148,13 @@ def test_what_else_is_in_a_row_changes_no_bit(tiny, batch):
 def reference():
     """(configuration, parameters, batch, loss, gradients) unrolled on one device without a mesh."""
     cfg = transformer.ModelConfig(
-        vocab_size=250, vocab_multiple=64, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=64
+        vocab_size=250, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64
     )
     params, batch = make_params(cfg), make_batch(cfg)
     return cfg, params, batch, jax.device_get(value_and_grad(params, batch, cfg))
 
 
-FORMS = [(scan, remat) for scan in (False, True) for remat in transformer.REMAT][1:]
+FORMS = [(True, 'none'), (True, 'full'), (True, 'names'), (False, 'dots'), (False, 'full')]
 
 
 @pytest.mark.parametrize(('scan', 'remat'), FORMS)
@@ -165,7 +165,7 @@ def test_scanning_and_rematerialising_change_nothing(reference, scan, remat):
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_remat_policies_save_what_they_say(tiny, batch, scan):
-    """Bytes kept from the forward for the backward pass: less and less, and nothing but the layers' inputs for 'full'."""
+    """Bytes kept from the forward for the backward pass: fewer with each policy."""
     params = make_params(tiny)
     kept = {}
     for remat in transformer.REMAT:
@@ -179,8 +179,8 @@ def test_remat_policies_save_what_they_say(tiny, batch, scan):
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'unrolled'])
 def test_loss_and_gradients_are_the_same_on_every_mesh(reference, mesh, scan, request):
     cfg, params, batch, expected = reference
-    if not scan and 'fsdp2' not in request.node.name:
-        pytest.skip('unrolled is tried on the mixed meshes')
+    if not scan and 'fsdp2-seq2-tensor2' not in request.node.name:
+        pytest.skip('unrolled is tried on the most mixed mesh')
     placed = jax.device_put(params, sharding.shardings(mesh, sharding.param_specs(params)))
     got = value_and_grad(placed, sharding.shard_batch(batch), dataclasses.replace(cfg, scan=scan))
     assert_close(got, expected)
@@ -188,7 +188,7 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(reference, mesh, scan, re
     assert all(jax.tree.leaves(own)), 'a gradient does not lie where its parameter does'
 
 
-@pytest.mark.parametrize('mesh', ['tensor4'], indirect=True)
+@pytest.mark.parametrize('mesh', ['fsdp2-seq2-tensor2'], indirect=True)
 def test_kv_heads_that_do_not_divide_the_mesh(reference, mesh):
     cfg, _, batch, _ = reference
     cfg = dataclasses.replace(cfg, kv_heads=1, layers=1, tied=False, window=5, attn_softcap=2.0)
@@ -245,7 +245,7 @@ def plain_loss(params, batch, cfg):
 plain_value_and_grad = jax.jit(jax.value_and_grad(plain_loss, has_aux=True), static_argnums=2)
 
 GRAPHS = {
-    'default': {},
+    'default': {'layers': 2},
     'untied-window-caps': {'tied': False, 'window': 5, 'attn_softcap': 2.0, 'logit_softcap': 1.5},
     'no-qk-norm-mqa-theta': {'qk_norm': False, 'kv_heads': 1, 'rope_theta': 100.0, 'norm_eps': 1e-2},
     'mha': {'kv_heads': 4, 'window': 1},
@@ -254,7 +254,7 @@ GRAPHS = {
 
 @pytest.mark.parametrize('change', GRAPHS.values(), ids=list(GRAPHS))
 def test_the_graph_is_the_plain_decoders(tiny, batch, change):
-    cfg = dataclasses.replace(tiny, layers=2, scan=True, **change)
+    cfg = dataclasses.replace(tiny, **{'layers': 1, 'scan': True, **change})
     params = make_params(cfg)
     assert_close(value_and_grad(params, batch, cfg), plain_value_and_grad(params, batch, cfg))
 
@@ -278,7 +278,7 @@ def test_init_has_the_shapes_and_scales_it_says():
     cfg = transformer.ModelConfig(
         vocab_size=1000, dim=64, layers=8, heads=4, kv_heads=2, head_dim=32, ffn_dim=128, tied=False
     )
-    params = transformer.init(jax.random.key(0), cfg)
+    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg)
     residual = (2 * cfg.layers) ** -0.5
     std = {
         'embed_VD': 64**-0.5, 'head_DV': 64**-0.5, 'wq_DNH': 64**-0.5, 'wk_DKH': 64**-0.5, 'wv_DKH': 64**-0.5,
@@ -310,7 +310,12 @@ def test_activations_have_the_dtype_and_norms_and_losses_are_float32(reference):
 
 @pytest.mark.parametrize(
     ('change', 'says'),
-    [({'kv_heads': 3}, 'kv_heads=3'), ({'head_dim': 7}, 'head_dim=7'), ({'remat': 'ful'}, "'ful'"), ({'layers': 0}, 'layers=0')],
+    [
+        ({'kv_heads': 3}, 'kv_heads=3'),
+        ({'head_dim': 7}, 'head_dim=7'),
+        ({'remat': 'ful'}, "'ful'"),
+        ({'layers': 0}, 'layers=0'),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(tiny, change, says):
     with pytest.raises(UsageError, match=says):

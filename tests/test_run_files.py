@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import running
 from running import lines, measured, status, steps_saved
@@ -50,10 +49,23 @@ def command(monkeypatch, capsys, argv) -> tuple[int, list[str]]:
 
 def test_the_directory_is_the_model(whole):
     names = {p.name for p in whole.iterdir()}
-    assert names == {'config.json', 'status.json', 'checkpoints', 'tokenizer', 'metrics.jsonl', 'samples.jsonl', 'tensorboard', 'log.txt'}
+    assert names == {
+        'config.json',
+        'status.json',
+        'checkpoints',
+        'tokenizer',
+        'metrics.jsonl',
+        'samples.jsonl',
+        'tensorboard',
+        'log.txt',
+    }
     saved = json.loads((whole / 'config.json').read_text())
     assert {'config', 'parents', 'versions', 'commit', 'data', 'tokenizer'} <= set(saved)
-    assert saved['config']['steps'] == 12 and saved['config']['microbatch'] == 8 and saved['versions']['jax'] == jax.__version__
+    assert (
+        saved['config']['steps'] == 12
+        and saved['config']['microbatch'] == 8
+        and saved['versions']['jax'] == jax.__version__
+    )
     assert saved['config']['precision']['compute'] == 'float32'
 
 
@@ -63,7 +75,15 @@ def test_metrics(whole):
     assert [r['step'] for r in trained] == [3, 6, 9, 12] and [r['step'] for r in evaluated] == [6, 12]
     assert all(r['schema'] == 1 for r in lines(whole))
     for r in trained:
-        assert {'train/loss', 'train/grad_norm', 'train/lr', 'train/skipped', 'perf/tokens_per_s', 'perf/mfu', 'perf/goodput'} <= set(r)
+        assert {
+            'train/loss',
+            'train/grad_norm',
+            'train/lr',
+            'train/skipped',
+            'perf/tokens_per_s',
+            'perf/mfu',
+            'perf/goodput',
+        } <= set(r)
         assert 0 < r['perf/mfu'] < 1 and 0 < r['perf/goodput'] < 1
     assert trained[-1]['train/loss'] < trained[0]['train/loss'] and evaluated[1]['eval/bpb'] < evaluated[0]['eval/bpb']
     assert [r['train/lr'] for r in trained] == sorted((r['train/lr'] for r in trained), reverse=True)
@@ -99,15 +119,16 @@ def test_tensorboard_has_the_same_scalars(whole):
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(lab, tmp_path, monkeypatch):
-    """Killed at step 7, resumed at 4: steps 5 and 6 are there once, with their later figures."""
+    """Killed at step 7, resumed at 4: step 5, which is logged no more, is gone."""
     workdir = tmp_path / 'run'
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, 'status', lambda self, state, step=None, **more: [].pop() if step == 7 else None)
         with pytest.raises(IndexError):
             lab.train(workdir)
     assert (6, 'train/loss') in events(workdir / 'tensorboard')
-    lab.train(workdir)
+    lab.train(workdir, log__every=6)
     assert len(list((workdir / 'tensorboard').iterdir())) == 2
+    assert (5, 'train/loss') not in events(workdir / 'tensorboard')
     assert events(workdir / 'tensorboard') == {k: pytest.approx(v, rel=1e-6) for k, v in scalars(workdir).items()}
 
 
@@ -140,15 +161,6 @@ def test_status_follows_the_run(lab, tmp_path, monkeypatch):
     assert [(s['state'], s['step']) for s in seen] == [('compiling', 0), ('training', 1), ('training', 2), ('done', 2)]
     assert abs(seen[-1]['time'] - time.time()) < 60
     assert {'steps', 'seconds_left', 'tokens_per_s'} <= set(seen[1]) and seen[2]['seconds_left'] == 0
-
-
-def test_the_profiler_writes_a_trace(lab, tmp_path):
-    """Also where the run stops, or begins, between the first and the last step of the trace."""
-    lab.train(tmp_path / 'run', steps=4, log__profile=3)
-    assert list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
-    lab.train(tmp_path / 'run', steps=7, log__profile=3)
-    assert len(list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))) == 2
-    assert 'profile in' in (tmp_path / 'run' / 'log.txt').read_text()
 
 
 # ---- the loop ----
@@ -193,9 +205,9 @@ def hooks(workdir=None, **changes) -> Hooks:
         workdir.mkdir()
         recorder.open(workdir)
     values = {
-        'recorder': recorder, 'ledger': Ledger(), 'writer': NoWriter(), 'evaluate': lambda state, i, final: {}, 'rates': np.ones(100),
-        'tokens': 50, 'flops': 200.0, 'peak': 1000.0, 'log_every': 2, 'eval_every': 100, 'save_every': 100, 'max_skips': 2,
-        'profile': None,
+        'recorder': recorder, 'ledger': Ledger(), 'writer': NoWriter(), 'evaluate': lambda state, i: {},
+        'rates': np.ones(100), 'tokens': 50, 'flops': 200.0, 'peak': 1000.0, 'log_every': 2, 'eval_every': 100,
+        'save_every': 100, 'max_skips': 2, 'profile': None,
     } | changes  # fmt: skip
     return Hooks(**values)
 
@@ -241,7 +253,9 @@ def metrics(**changes):
 def test_metrics_are_fetched_after_the_next_step_is_dispatched(monkeypatch):
     order = []
     real = Meter.read
-    monkeypatch.setattr(Meter, 'read', lambda self, step, *a, **k: (order.append(f'read {step}'), real(self, step, *a, **k)))
+    monkeypatch.setattr(
+        Meter, 'read', lambda self, step, *a, **k: (order.append(f'read {step}'), real(self, step, *a, **k))
+    )
     ready = metrics()
     step = lambda state, batch: (order.append(f'step {batch}'), (state, ready))[1]
     loop.run_loop(State(), lambda state, i: i + 1, step, steps=4, stop=StopRequest(), hooks=hooks(eval_every=3))
@@ -251,7 +265,9 @@ def test_metrics_are_fetched_after_the_next_step_is_dispatched(monkeypatch):
 def test_everything_up_to_a_checkpoint_is_written_before_it(tmp_path):
     h = hooks(tmp_path / 'run', log_every=1, save_every=2)
     seen = []
-    h.writer.save = lambda step, tree, **meta: seen.append((step, max(r['step'] for r in lines(tmp_path / 'run')), meta['data']))
+    h.writer.save = lambda step, tree, **meta: seen.append(
+        (step, max(r['step'] for r in lines(tmp_path / 'run')), meta['data'])
+    )
     ready = metrics()
     loop.run_loop(State(), lambda state, i: i, lambda s, b: (s, ready), steps=5, stop=StopRequest(), hooks=h)
     assert seen == [(2, 2, 2), (4, 4, 4), (5, 5, 5)]
@@ -280,6 +296,15 @@ def test_preemption_waits_for_its_save():
     assert order == [1, 'waited']
 
 
+@pytest.mark.parametrize(('first', 'steps', 'traces'), [(0, 9, 1), (5, 9, 1), (0, 5, 1), (7, 9, 0), (0, 3, 0)])
+def test_the_profiler_writes_a_trace(tmp_path, first, steps, traces):
+    """Of steps 4 to 6, also where a process begins or ends among them, and of nothing else."""
+    h, ready = hooks(tmp_path / 'run', profile=4), metrics()
+    loop.run_loop(State(first), lambda state, i: i, lambda s, b: (s, ready), steps=steps, stop=StopRequest(), hooks=h)
+    assert len(list((tmp_path / 'run').rglob('*.xplane.pb'))) == traces
+    assert (tmp_path / 'run' / 'log.txt').exists() == bool(traces)
+
+
 # ---- steps that are not finite ----
 
 
@@ -287,7 +312,12 @@ def test_a_bounded_number_of_bad_steps_is_passed_over(tmp_path):
     """Two in a row may be skipped, any number apart; three in a row stop the run."""
     good, bad = metrics(), metrics(loss=jnp.float32('nan'), skipped=jnp.int32(1))
     run = lambda pattern, h: loop.run_loop(
-        State(), lambda state, i: pattern[i], lambda s, b: (s, bad if b == 'x' else good), steps=len(pattern), stop=StopRequest(), hooks=h
+        State(),
+        lambda state, i: pattern[i],
+        lambda s, b: (s, bad if b == 'x' else good),
+        steps=len(pattern),
+        stop=StopRequest(),
+        hooks=h,
     )
     run('.xx.xx.x', hooks())
     h = hooks(tmp_path / 'run', log_every=1)
@@ -300,7 +330,7 @@ def test_a_bounded_number_of_bad_steps_is_passed_over(tmp_path):
 
 def test_a_rate_that_explodes_ends_with_a_checkpoint_that_is_finite(lab, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / 'run'
-    argv = lab.argv(workdir, optim__lr=1e30, optim__warmup=0, optim__max_skips=3, checkpoint__every=1, steps=30)
+    argv = lab.argv(workdir, optim__lr=1e30, optim__warmup=0, optim__max_skips=3, checkpoint__every=1)
     code, said = command(monkeypatch, capsys, argv)
     assert code == 1 and len(said) == 1 and '4 non-finite steps in a row' in said[0]
     assert status(workdir)['state'] == 'failed' and 'non-finite' in status(workdir)['reason']
@@ -325,10 +355,10 @@ def test_one_bad_batch_is_skipped_and_the_run_goes_on(lab, tmp_path, monkeypatch
 
     monkeypatch.setattr(pretrain, 'make_source', make_source)
     monkeypatch.setattr(loop.jax, 'transfer_guard', lambda level: jax.transfer_guard_host_to_device('allow'))
-    out = lab.train(tmp_path / 'run', steps=8)
+    out = lab.train(tmp_path / 'run')
     found = {r['step']: r for r in lines(tmp_path / 'run') if 'train/loss' in r}
-    assert [step for step, r in found.items() if r['train/skipped']] == [5] and found[5]['train/loss'] is None
-    assert found[6]['train/loss'] < found[1]['train/loss'] and out['step'] == 8
+    assert [step for step, r in found.items() if r['train/skipped']] == [5]
+    assert found[6]['train/loss'] < found[1]['train/loss'] and out['step'] == 12
 
 
 def test_the_last_line_is_json_when_a_figure_is_not_a_number(tmp_path):
@@ -340,7 +370,9 @@ def test_the_last_line_is_json_when_a_figure_is_not_a_number(tmp_path):
 # ---- a full disk ----
 
 
-@pytest.mark.parametrize('name', ['config.json', 'log.txt', 'metrics.jsonl', 'samples.jsonl', 'status.json', 'tfevents', 'tokenizer.model'])
+@pytest.mark.parametrize(
+    'name', ['config.json', 'log.txt', 'metrics.jsonl', 'samples.jsonl', 'status.json', 'tfevents', 'tokenizer.model']
+)
 def test_a_full_disk_ends_the_run_with_one_line(lab, tmp_path, monkeypatch, capsys, name):
     workdir = tmp_path / 'run'
     lab.train(workdir, steps=4)
@@ -363,39 +395,43 @@ def test_a_full_disk_ends_the_run_with_one_line(lab, tmp_path, monkeypatch, caps
     assert {k: v for k, v in measured(workdir).items() if k[0] <= 4} == before and steps_saved(workdir) == [4, 8]
 
 
-def test_a_disk_that_fills_while_a_checkpoint_is_written(lab, tmp_path, monkeypatch, capsys):
+# What is put before the command in a process of its own, so that its second save fails.
+FULL = {
+    'in the background': """
+import resource, signal
+from lm.training.checkpoint import Writer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = Writer.save
+def limited(self, step, tree, **meta):
+    if step >= 8:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    save(self, step, tree, **meta)
+Writer.save = limited
+""",
+    'at its start': """
+import orbax.checkpoint as ocp
+serialize = ocp.type_handlers.ArrayHandler.serialize
+async def full(self, *args, **kwargs):
+    raise OSError(28, 'No space left on device')
+ocp.type_handlers.ArrayHandler.serialize = full
+""",
+}
+
+
+@pytest.mark.parametrize('when', FULL)
+def test_a_disk_that_fills_while_a_checkpoint_is_written(lab, tmp_path, when):
+    """The process ends at once, whatever Orbax still waits for."""
     workdir = tmp_path / 'run'
-
-    async def full(self, *args, **kwargs):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-
     lab.train(workdir, steps=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.type_handlers.ArrayHandler, 'serialize', full)
-        code, said = command(patch, capsys, lab.argv(workdir))
-    assert code == 1 and len(said) == 1 and 'could not be written' in said[0] and 'No space left' in said[0]
-    assert steps_saved(workdir) == [4] and status(workdir)['state'] == 'failed'
-    lab.train(workdir)
-    assert steps_saved(workdir) == [4, 8, 12]
-
-
-def test_a_file_size_limit_in_a_process_of_its_own(lab, tmp_path):
-    """The system itself refuses to write more: orbax's files, ours or both."""
-    workdir = tmp_path / 'run'
-    lab.train(workdir, steps=4, mesh__fsdp=8)
-    code = (
-        'import resource, signal, sys; from lm import main, files; from lm.training.checkpoint import Writer; save = Writer.save\n'
-        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
-        'def limited(self, step, tree, **meta):\n'
-        '    if step >= 8: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n'
-        '    save(self, step, tree, **meta)\n'
-        'Writer.save = limited; sys.exit(main.main())'
-    )
-    process = lab.start(workdir, devices=8, code=code)
-    out, err = process.communicate()
-    assert process.returncode == 1 and not out, err
-    assert [line.startswith('lm: ') for line in err.splitlines()].count(True) == 1 and 'Traceback' not in err
+    code = FULL[when] + 'from lm import errors, main; errors.leave(main.main())'
+    out, err = lab.start(workdir, devices=8, code=code).communicate(timeout=90)
+    said = [line for line in err.splitlines() if line.startswith('lm: ')]
+    assert len(said) == 1 and 'could not be written' in said[0] and not out and 'Traceback' not in err, err
     assert steps_saved(workdir) == [4]
+    if when == 'at its start':
+        assert status(workdir)['state'] == 'failed' and 'No space left' in said[0]
+        lab.train(workdir)
+        assert steps_saved(workdir) == [4, 8, 12]
 
 
 def test_a_write_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -123,7 +123,10 @@ def test_a_run_that_is_done_says_so_again(lab, whole, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['lm.main', *lab.argv(whole)])
     assert lm_main.main() == 0
     out = capsys.readouterr().out
-    assert running.one_object(out)['step'] == 12 and running.one_object(out)['eval/loss'] == measured(whole)[12, 'eval/loss']
+    assert (
+        running.one_object(out)['step'] == 12
+        and running.one_object(out)['eval/loss'] == measured(whole)[12, 'eval/loss']
+    )
     assert before == {p.name: p.read_bytes() for p in whole.glob('*.jsonl')}
     assert status(whole)['state'] == 'done' and status(whole)['step'] == 12
 
@@ -154,7 +157,7 @@ def test_killed_during_a_save_and_at_random(lab, whole, tmp_path):
     """The first process dies inside its second save, the next at random; the rest is done here."""
     workdir = tmp_path / 'run'
     die = (
-        'import os, sys, threading; from lm import main; from lm.training.checkpoint import Writer; save = Writer.save\n'
+        'import os, sys\nfrom lm import main\nfrom lm.training.checkpoint import Writer\nsave = Writer.save\n'
         'def dying(self, step, tree, **meta):\n'
         '    save(self, step, tree, **meta)\n'
         '    if step >= 6: os.kill(os.getpid(), 9)\n'
@@ -216,7 +219,9 @@ def test_a_damaged_checkpoint_is_named_and_saved_again(lab, whole, tmp_path, cap
     os.truncate(workdir / 'checkpoints' / '12' / 'meta' / 'metadata', 10)
     lab.train(workdir)
     assert f'checkpoint {workdir}/checkpoints/12 is damaged' in capsys.readouterr().err
-    assert 'is damaged' in (workdir / 'log.txt').read_text() and 'resumed at step 8' in (workdir / 'log.txt').read_text()
+    assert (
+        'is damaged' in (workdir / 'log.txt').read_text() and 'resumed at step 8' in (workdir / 'log.txt').read_text()
+    )
     assert steps_saved(workdir) == [4, 8, 12] and (workdir / 'checkpoints' / '12.damaged').exists()
     assert_same(whole, workdir)
 
@@ -294,25 +299,24 @@ def test_a_branch_that_ends_before_it_begins(lab, whole, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_init_from_starts_at_0_with_the_weights(lab, whole, tmp_path):
-    child = tmp_path / 'child'
-    lab.train(child, init_from=str(whole), steps=2, **lab.inherited)
-    at = measured(child)
-    assert {step for step, _ in at} == {1, 2}
-    assert at[1, 'train/loss'] == pytest.approx(measured(whole)[12, 'train/loss'], abs=0.5)
-    assert at[1, 'train/loss'] < measured(whole)[1, 'train/loss'] - 0.5
-    saved = runs.read_config(str(child))
-    assert saved['parents'] == [str(whole)] and saved['config']['model'] == runs.read_config(str(whole))['config']['model']
-    assert (child / 'tokenizer' / 'tokenizer.model').read_bytes() == (whole / 'tokenizer' / 'tokenizer.model').read_bytes()
-
-
-def test_a_child_outlives_its_parent(lab, whole, tmp_path):
+def test_init_from_starts_at_0_with_the_weights_and_outlives_its_parent(lab, whole, tmp_path):
     """A run's directory is all that resuming it needs."""
     parent, child = tmp_path / 'parent', tmp_path / 'child'
     shutil.copytree(whole, parent)
-    lab.train(child, init_from=str(parent), steps=2, **lab.inherited)
+    settings = {'init_from': str(parent), **lab.inherited}
+    lab.train(child, **settings)
+    found = measured(child)
+    assert {step for step, _ in found} == set(range(1, 13))
+    assert found[1, 'train/loss'] < measured(whole)[1, 'train/loss'] - 0.5
+    saved = runs.read_config(str(child))
+    assert saved['parents'] == [str(parent)]
+    assert saved['config']['model'] == runs.read_config(str(whole))['config']['model']
+    model = 'tokenizer/tokenizer.model'
+    assert (child / model).read_bytes() == (whole / model).read_bytes()
     shutil.rmtree(parent)
-    assert lab.train(child, init_from=str(parent), steps=4, **lab.inherited)['step'] == 4
+    shutil.rmtree(child / 'checkpoints' / '12')
+    lab.train(child, **settings)
+    assert 'resumed at step 8' in (child / 'log.txt').read_text() and measured(child) == found
 
 
 def test_a_model_that_differs_from_the_parents_is_refused(lab, whole, tmp_path):

@@ -1,6 +1,7 @@
 """The step: exact accumulation, what is skipped, clipping, schedules, decay masks, FLOPs, layouts."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -32,7 +33,7 @@ def assert_close(got, expected, rtol=1e-5):
 # ---- a loss of two terms with weights of their own, small enough to run many times ----
 
 
-def toy_loss(coefs={'fit': 1.0, 'size': 0.3}):
+def toy_loss():
     """A squared error over masked tokens, a size over masked rows, and a metric that is no term."""
 
     def terms(trainable, frozen, batch, key):
@@ -46,7 +47,7 @@ def toy_loss(coefs={'fit': 1.0, 'size': 0.3}):
         tokens = jnp.sum(batch['weights_BT'])
         return {'fit': tokens, 'size': jnp.sum(batch['rows_B']), 'mean': tokens}
 
-    return training.Loss(terms, weights, coefs)
+    return training.Loss(terms, weights, {'fit': 1.0, 'size': 0.3})
 
 
 def toy_batch(masked_rows=()):
@@ -90,7 +91,12 @@ def test_the_objective_is_what_it_says():
     weights_BT, rows_B = batch['weights_BT'], batch['rows_B']
     fit = np.sum(weights_BT * (out_BT - batch['y_BT']) ** 2) / weights_BT.sum()
     size = np.sum(rows_B * np.sum(out_BT**2, axis=1)) / rows_B.sum()
-    expected = {'fit': fit, 'size': size, 'mean': np.sum(weights_BT * out_BT) / weights_BT.sum(), 'loss': fit + 0.3 * size}
+    expected = {
+        'fit': fit,
+        'size': size,
+        'mean': np.sum(weights_BT * out_BT) / weights_BT.sum(),
+        'loss': fit + 0.3 * size,
+    }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
@@ -131,7 +137,9 @@ def test_a_step_that_is_not_finite_changes_no_bit(poison):
     after, metrics = step(state, bad)
     assert metrics['skipped'] == 1 and after.step == state.step + 1
     assert not np.isfinite(metrics['loss'])
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((after.trainable, after.opt), (state.trainable, state.opt))))
+    jax.tree.map(
+        np.testing.assert_array_equal, *jax.device_get(((after.trainable, after.opt), (state.trainable, state.opt)))
+    )
     again, metrics = step(after, toy_batch())
     assert metrics['skipped'] == 0 and np.any(again.trainable['w_D'] != after.trainable['w_D'])
 
@@ -155,6 +163,15 @@ def model(tiny):
     return dataclasses.replace(tiny, layers=2, scan=True)
 
 
+@functools.cache
+def one_batch_on_one_device(cfg):
+    return jax.device_get(one_update(cfg, sharding.make_mesh({}, jax.devices()[:1]), 1))
+
+
+# An epsilon that does not blow rounding up to a step of ±lr.
+OPTIMIZER = optim.adamw(lambda _: 0.1, **{**ADAMW, 'eps': 1e-3})
+
+
 def model_batch(cfg, rows=8, T=16):
     rng = np.random.default_rng(0)
     weights_BT = (rng.random((rows, T)) < rng.random((rows, 1))).astype(np.float32)
@@ -168,21 +185,24 @@ def model_batch(cfg, rows=8, T=16):
     }
 
 
-def one_update(cfg, mesh, microbatches, optimizer):
+def new_state(cfg):
+    params = transformer.init_sharded(jax.random.key(0), cfg)
+    return jax.jit(lambda p: training.create(p, None, OPTIMIZER, 0))(params)
+
+
+def one_update(cfg, mesh, microbatches):
     """(params after a step, metrics, the state) of the real loss on a mesh."""
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda p: training.create(p, None, optimizer, 0))(transformer.init_sharded(jax.random.key(0), cfg))
-        step = training.make_step(make_loss(cfg, z_loss=1e-2), optimizer, clip=0.5, microbatches=microbatches)
-        return jax.jit(step, donate_argnums=0)(state, sharding.shard_batch(model_batch(cfg)))
+        step = training.make_step(make_loss(cfg, z_loss=1e-2), OPTIMIZER, clip=0.5, microbatches=microbatches)
+        return jax.jit(step, donate_argnums=0)(new_state(cfg), sharding.shard_batch(model_batch(cfg)))
 
 
 @pytest.mark.parametrize('shape', [{'data': 2}, {'fsdp': 2, 'seq': 2, 'tensor': 2}], ids=['data2', 'mixed'])
 def test_accumulation_over_a_mesh_equals_one_batch_on_one_device(model, shape):
-    """AdamW, z-loss and clipping included; an epsilon that does not blow rounding up to a step of ±lr."""
-    optimizer = optim.adamw(lambda _: 0.1, **{**ADAMW, 'eps': 1e-3})
-    alone, expected = one_update(model, sharding.make_mesh({}, jax.devices()[:1]), 1, optimizer)
+    """AdamW, z-loss and clipping included."""
+    alone, expected = one_batch_on_one_device(model)
     devices = jax.devices()[: math.prod(shape.values())]
-    state, metrics = one_update(model, sharding.make_mesh(shape, devices), 4, optimizer)
+    state, metrics = one_update(model, sharding.make_mesh(shape, devices), 4)
     assert_close(state.trainable, alone.trainable, 1e-4)
     assert_close(metrics, expected, 1e-5)
     moments = state.opt[0]
@@ -199,7 +219,9 @@ def test_rows_are_split_over_microbatches_without_moving(model):
         fn = jax.jit(lambda x: training.split_rows(x, 2))
         parts = fn(x_BT)
         np.testing.assert_array_equal(parts, np.arange(16).reshape(4, 2, 2).swapaxes(0, 1))
-        assert not any(op in fn.lower(x_BT).compile().as_text() for op in ('all-gather', 'all-to-all', 'collective-permute'))
+        assert not any(
+            op in fn.lower(x_BT).compile().as_text() for op in ('all-gather', 'all-to-all', 'collective-permute')
+        )
 
 
 # ---- no involuntary rematerialization ----
@@ -216,7 +238,9 @@ def said(capfd):
 def test_the_capture_sees_the_message(said):
     """An embedding split by vocabulary and dimension, looked up as XLA pleases."""
     with sharding.use_mesh({'fsdp': 2, 'seq': 2, 'tensor': 2}) as mesh:
-        w_VD = jax.device_put(np.ones((64, 32), np.float32), jax.NamedSharding(mesh, sharding.array_spec('VD', (64, 32))))
+        w_VD = jax.device_put(
+            np.ones((64, 32), np.float32), jax.NamedSharding(mesh, sharding.array_spec('VD', (64, 32)))
+        )
         tokens_BT = sharding.shard_batch({'tokens_BT': np.ones((8, 16), np.int32)})['tokens_BT']
         to = jax.P('fsdp', 'seq', None)
         jax.jit(jax.grad(lambda w: jnp.sum(w.at[tokens_BT].get(out_sharding=to) ** 2))).lower(w_VD).compile()
@@ -225,18 +249,15 @@ def test_the_capture_sees_the_message(said):
 
 @pytest.mark.parametrize(
     'shape',
-    [{'fsdp': 8}, {'fsdp': 2, 'seq': 2, 'tensor': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'tensor': 4, 'data': 2}, {'seq': 4, 'tensor': 2}],
+    [{'fsdp': 2, 'seq': 2, 'tensor': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'seq': 4, 'tensor': 2}],
     ids=lambda shape: '-'.join(f'{a}{n}' for a, n in shape.items()),
 )
 def test_no_compiled_step_rematerializes_involuntarily(model, shape, said):
-    """The whole step, two microbatches, on meshes that split batch, sequence, vocabulary and storage."""
+    """The whole step on meshes that split batch, sequence, vocabulary and storage."""
     cfg = dataclasses.replace(model, remat='full')
-    optimizer = optim.adamw(lambda _: 0.1, **ADAMW)
     with sharding.use_mesh(shape):
-        state = jax.jit(lambda p: training.create(p, None, optimizer, 0))(transformer.init_sharded(jax.random.key(0), cfg))
-        step = training.make_step(make_loss(cfg, z_loss=1e-4), optimizer, clip=1.0, microbatches=1)
-        batch = sharding.shard_batch(model_batch(cfg))
-        jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        step = training.make_step(make_loss(cfg, z_loss=1e-4), OPTIMIZER, clip=1.0, microbatches=1)
+        jax.jit(step, donate_argnums=0).lower(new_state(cfg), sharding.shard_batch(model_batch(cfg))).compile()
     assert REMATERIALIZED not in said()
 
 

@@ -32,7 +32,9 @@ def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -
     }
 
 
-def sums(params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray) -> dict[str, float]:
+def sums(
+    params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray
+) -> dict[str, float]:
     """Sums over batches of packed rows: nll in nats over all targets, and over those that spell bytes; tokens; bytes.
 
     Args:

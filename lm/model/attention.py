@@ -1,7 +1,7 @@
 """Attention: one function for training, prefill and decoding.
 
-T becomes S, and key/value heads meet their query heads, here and nowhere else. Under a mesh each device works on its own
-batch rows and heads with all the keys (`jax.shard_map`); with a split sequence its queries know their offset.
+T becomes S, and key/value heads meet their query heads, here and nowhere else. Under a mesh each device works on its
+own batch rows and heads with all the keys (`jax.shard_map`); with a split sequence its queries know their offset.
 """
 
 from functools import partial
@@ -46,7 +46,9 @@ def _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT):
     (B, T, N, _), K = q_BTNH.shape, k_BSKH.shape[2]
     taken = sharding.assign({'B': B, 'N': N, 'T': T})
     if sharding.assign({'K': K})['K'] != taken['N']:  # kv heads that do not divide are repeated for their queries
-        k_BSKH, v_BSKH = (jnp.repeat(jax.reshard(x, sharding.spec('BS1H', taken)), N // K, axis=2) for x in (k_BSKH, v_BSKH))
+        k_BSKH, v_BSKH = (
+            jnp.repeat(jax.reshard(x, sharding.spec('BS1H', taken)), N // K, axis=2) for x in (k_BSKH, v_BSKH)
+        )
     # B first, then heads, then what is left of T's axes
     q_spec, kv_spec, row = sharding.spec('BTNH', taken), sharding.spec('BSNH', taken), sharding.spec('BT', taken)
     all_rows = P(row[0], None)

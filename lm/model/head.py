@@ -103,7 +103,9 @@ def _run(local, h_BTD, w, per_token, dims, returns):
 
     w_spec, h_spec = sharding.spec('VD', {'V': vocab_axes}), P(*row, None)
     out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
-    fn = jax.shard_map(shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False)
+    fn = jax.shard_map(
+        shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False
+    )
     out = fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
     return out if returns == 'sums' else jax.reshard(out, sharding.activation_spec('BT', (B, T)))
 
@@ -234,7 +236,9 @@ def _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes):
 
     def body(carry, chunk):
         h_CD, y_C = chunk
-        x_CV, _, lse_C, target_CV, _ = _softmax_parts(h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes)
+        x_CV, _, lse_C, target_CV, _ = _softmax_parts(
+            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
+        )
         mean_C = _sum(jnp.exp(x_CV - lse_C[:, None]) * x_CV, axes)
         return carry, (_sum(jnp.where(target_CV, x_CV, 0), axes) - lse_C, lse_C, lse_C - mean_C)
 

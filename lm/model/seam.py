@@ -95,7 +95,8 @@ def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
     if not sharding.axis_sizes():
         return w_VD.at[tokens_BT].get(mode='clip')
     w_VD = gather(w_VD, 'VD')
-    whole = sharding.spec('BTD', sharding.assign(dict(zip('BV', (tokens_BT.shape[0], w_VD.shape[0]), strict=True))))
+    sizes = dict(zip('BTV', (*tokens_BT.shape, w_VD.shape[0]), strict=True))
+    whole = sharding.spec('BTD', sharding.assign(sizes))  # V is before T, which takes what V leaves
     vocab_axes = sharding.assign({'V': w_VD.shape[0]}, sharding.MODEL_AXES)['V']
 
     def local(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -237,7 +237,9 @@ def logits(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:
     return head.logits(h_BTD, w, dims=dims, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
 
 
-def nll(params: Params, cfg: ModelConfig, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, z_coef: float):
+def nll(
+    params: Params, cfg: ModelConfig, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, z_coef: float
+):
     """`head.nll` with the model's own head."""
     w, dims = head_weight(params, cfg)
     options = {'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap, 'z_coef': z_coef}

@@ -27,6 +27,9 @@ class Sampling(NamedTuple):
     min_p: float | Sequence[float] = 0.0  # those at least this part of the likeliest (Nguyen et al., 2024)
 
 
+GREEDY = Sampling()
+
+
 class Generation(NamedTuple):
     """What was drawn for a prompt, without the stop token; `ended` says that one came."""
 
@@ -141,7 +144,7 @@ def stream(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     every: int = 8,
 ) -> Iterator[list[Generation]]:

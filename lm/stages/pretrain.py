@@ -196,13 +196,12 @@ def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[
 def make_evaluate(
     config: Config, cfg: ModelConfig, prepared: Prepared, prompts: Sequence[Prompt], recorder: Recorder
 ) -> Callable:
-    """evaluate(state, step, final): held-out metrics, and the fixed prompts continued."""
+    """evaluate(state, step): held-out metrics, and the fixed prompts continued."""
     tokenizer = prepared.tokenizer
 
-    def evaluate(state: training.TrainState, step: int, final: bool) -> Mapping[str, float]:
-        rows = config.eval.final_rows if final else config.eval.rows
+    def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
         batches = {
-            s.name: pipeline.heldout_batches(s, batch_size=config.batch_size, seq_len=config.seq_len, max_rows=rows)
+            s.name: pipeline.heldout_batches(s, batch_size=config.batch_size, seq_len=config.seq_len, max_rows=config.eval.rows)
             for s in prepared.sources
         }
         metrics = heldout.by_source(state.trainable, cfg, batches, tokenizer.bytes_of_ids)

@@ -10,6 +10,8 @@ renamed out of the way.
 import contextlib
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,22 @@ from lm.errors import RunError, UsageError
 
 LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
 
+
+def _quieten() -> None:
+    """When a file cannot be read or written, Orbax and TensorStore log a traceback from each thread that finds out, and
+    TensorStore one for each answer that comes after that. We raise the error, and it is told in one line."""
+    for name in ('absl', 'asyncio'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_quieten()
 
 # ---- checksums ----
 

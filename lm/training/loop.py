@@ -17,12 +17,12 @@ PROFILED_STEPS = 3
 
 
 class Hooks(NamedTuple):
-    """What happens around the steps, and how often. `evaluate(state, step, final)` returns metrics."""
+    """What happens around the steps, and how often. `evaluate(state, step)` returns metrics."""
 
     recorder: Recorder
     ledger: Ledger
     writer: Writer
-    evaluate: Callable[[TrainState, int, bool], Mapping[str, float]]
+    evaluate: Callable[[TrainState, int], Mapping[str, float]]
     rates: np.ndarray  # [steps] learning rates
     tokens: int  # tokens a step
     flops: float  # model FLOPs a step
@@ -70,7 +70,7 @@ def run_loop(
                 pending = None
             if evaluates:
                 with hooks.ledger('eval'):
-                    hooks.recorder.metrics(i, hooks.evaluate(state, i, i == steps))
+                    hooks.recorder.metrics(i, hooks.evaluate(state, i))
             if saves or stops:
                 save(state, i, hooks)
             if stops:

@@ -48,7 +48,9 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def adamw(rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
+def adamw(
+    rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 2019): decay is decoupled and multiplied by the rate."""
     return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
 

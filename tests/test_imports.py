@@ -1,0 +1,104 @@
+"""Imports go one way: each room imports only what stands to its right."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / 'lm'
+
+# From left to right. The bottom is ordered too: errors know nothing, files and the mesh know errors, and so on.
+ROOMS = (
+    {'main', 'chat', 'evaluate', 'inspect', 'convert', 'label', 'prepare'},
+    {'stages'},
+    {'evals'},
+    {'sampling'},
+    {'training'},
+    {'interop'},
+    {'data'},
+    {'losses', 'advantages', 'model'},
+    {'presets'},
+    {'config'},
+    {'runtime', 'files', 'sharding'},
+    {'errors'},
+)
+ENTRY_POINTS = ROOMS[0]
+ORDER = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imported(path):
+    """The modules of ours that a file imports, inside functions too: (line, 'lm.data.store')."""
+    package = ('lm', *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = (
+                '.'.join((*package[: len(package) - node.level + 1], node.module or '')) if node.level else node.module
+            )
+            names = [f'{module.rstrip(".")}.{alias.name}' for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names)
+
+
+def room_of(path):
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix('.py')
+
+
+def wrong(path):
+    """The imports of a file that go the wrong way, one sentence each."""
+    room = room_of(path)
+    for line, name in imported(path):
+        top, _, rest = name.partition('.')
+        if room in ('losses', 'advantages') and top not in ('jax', 'collections', 'typing', 'functools', 'math', 'lm'):
+            yield f'{path}:{line} imports {name}: {room} imports jax alone'
+        if top != 'lm':
+            continue
+        target = rest.partition('.')[0]
+        if target not in ORDER:
+            yield f'{path}:{line} imports {name}, which is in no room: add it to ROOMS'
+        elif room == target:
+            continue
+        elif room in ('losses', 'advantages') or room in ENTRY_POINTS and target in ENTRY_POINTS:
+            yield f'{path}:{line} imports {name}: {room} stands alone'
+        elif ORDER[target] < ORDER[room]:
+            yield f'{path}:{line} imports {name}: {target} is to the left of {room}'
+
+
+FILES = sorted(p for p in ROOT.rglob('*.py') if p != ROOT / '__init__.py')
+
+
+def test_every_file_is_in_a_room():
+    assert len(FILES) > 30 and {room_of(p) for p in FILES} <= set(ORDER)
+
+
+@pytest.mark.parametrize('path', FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])
+def test_imports_go_one_way(path):
+    assert not list(wrong(path))
+
+
+@pytest.mark.parametrize(
+    ('room', 'source', 'fits'),
+    [
+        ('data/x.py', 'from lm.training import step', False),
+        ('data/x.py', 'def f():\n    from lm import training', False),
+        ('data/x.py', 'from ..training.step import create', False),
+        ('data/x.py', 'import lm.chat', False),
+        ('data/x.py', 'from lm.data import cache\nfrom . import store\nfrom lm import files', True),
+        ('losses/x.py', 'import numpy', False),
+        ('losses/x.py', 'from lm import sharding', False),
+        ('losses/x.py', 'import jax.numpy as jnp\nfrom lm.losses.objective import normalised', True),
+        ('chat.py', 'from lm import evaluate', False),
+        ('chat.py', 'from lm.stages import pretrain', True),
+        ('errors.py', 'from lm import files', False),
+        ('data/x.py', 'from lm.attic import relic', False),
+    ],
+)
+def test_the_check_sees_what_is_wrong(tmp_path, monkeypatch, room, source, fits):
+    monkeypatch.setitem(globals(), 'ROOT', tmp_path)
+    path = tmp_path / room
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source)
+    assert (not list(wrong(path))) == fits
