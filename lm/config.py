@@ -119,7 +119,7 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
     return words, settings
 
 
-def leaves(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+def leaves(config: Config, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every setting."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):

@@ -61,7 +61,8 @@ def logp(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(log p(target), logsumexp of the logits, entropy), each [B, T] float32 and differentiable in h and w."""
     local = partial(_logp_local, vocab_size=vocab_size, softcap=softcap)
-    return _run(local, h_BTD, w, (targets_BT,), dims, 'tokens')
+    logp_BT, lse_BT, entropy_BT = _run(local, h_BTD, w, (targets_BT,), dims, 'tokens')
+    return logp_BT, lse_BT, entropy_BT
 
 
 def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None) -> jax.Array:
@@ -175,7 +176,7 @@ def _nll(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes):
 
 def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, gradient):
     """One pass over the chunks: the sums and, if asked, the gradients of the first of them."""
-    n, size = _chunks(*h_MD.shape[:1], w_VD.shape[0])
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
     def body(carry, chunk):
         dw_DV, total, parts = carry

@@ -168,7 +168,7 @@ def stream(
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
     filtered = bool(np.any(np.asarray(sampling.top_k) > 0) or np.any(np.asarray(sampling.top_p) < 1))
     filtered |= bool(np.any(np.asarray(sampling.min_p) > 0))
-    knobs = Sampling(*(jnp.asarray(x) for x in sampling))
+    knobs = jax.tree.map(jnp.asarray, Sampling(*map(np.asarray, sampling)), is_leaf=lambda x: x is not sampling)
     stops = jnp.asarray(list(stop_ids), jnp.int32)
     static = {'cfg': cfg, 'filtered': filtered}
     args = (jnp.asarray(prompt_BT), jnp.asarray(length_B), key_B, knobs, stops)
