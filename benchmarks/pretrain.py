@@ -1,9 +1,9 @@
 """Training tokens per second: `python benchmarks/pretrain.py [--config=…] [--config.KEY=VALUE …] [--rounds=N]`.
 
 Method: the compiled training step (forward, backward, clipping, AdamW) on fixed random tokens, no data, no evaluation;
-rounds of a few steps alternate with rounds of a 1024³ matrix product, so that both see the same machine. Medians. Prints
-one JSON line: tokens_per_s, flops_per_s (6N plus the causal half of attention), ceiling_flops_per_s (the product's), and
-their ratio.
+rounds of a few steps alternate with rounds of a 1024³ matrix product, so that both see the same machine. Medians.
+Prints one JSON line: tokens_per_s, flops_per_s (6N plus the causal half of attention), ceiling_flops_per_s (the
+product's), and their ratio.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m lm.main --config=configs/pretrain.py                 1.4M parameters, for a laptop's CPU
     python -m lm.main --config=configs/pretrain.py:depth=6         the dial: wider and deeper, longer
-    python -m lm.main --config=configs/pretrain.py:124m            also 350m, 1b, 8b, 70b: for accelerators, with your data
+    python -m lm.main --config=configs/pretrain.py:124m            also 350m, 1b, 8b, 70b: for accelerators, your data
 
 Two cores, no accelerator: EXPECTED
 A run goes to runs/pretrain, and the same command goes on where it stopped.

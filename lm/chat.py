@@ -17,7 +17,9 @@ from lm.training.runs import Model
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser('python -m lm.chat', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        'python -m lm.chat', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
     parser.add_argument('--prompt', help='answer this and leave')
     parser.add_argument('--raw', action='store_true', help='continue plain text')

@@ -103,7 +103,10 @@ def base() -> Config:
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(the words that are no settings, the pairs KEY, VALUE of `--config.KEY=VALUE`). Raises UsageError if one has no value."""
+    """(the words that are no settings, the pairs KEY, VALUE of `--config.KEY=VALUE`).
+
+    Raises UsageError if one has no value.
+    """
     words, settings = [], []
     rest = iter(argv)
     for word in rest:
@@ -225,17 +228,25 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have, whatever its data and devices."""
     values = dict(leaves(config))
     bounds = {
-        'at least 1': (lambda x: x >= 1, 'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
-                       'eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers '
-                       'model.heads model.kv_heads model.head_dim model.ffn_dim'),
-        'positive': (lambda x: 0 < x < math.inf, 'optim.lr optim.clip optim.eps model.rope_theta model.norm_eps '
-                     'model.attn_softcap model.logit_softcap'),
-        'at least 0': (lambda x: 0 <= x < math.inf, 'z_loss optim.warmup optim.weight_decay optim.max_skips log.profile'),
+        'at least 1': (
+            lambda x: x >= 1,
+            'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
+            'eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers model.heads '
+            'model.kv_heads model.head_dim model.ffn_dim',
+        ),
+        'positive': (
+            lambda x: 0 < x < math.inf,
+            'optim.lr optim.clip optim.eps model.rope_theta model.norm_eps model.attn_softcap model.logit_softcap',
+        ),
+        'at least 0': (
+            lambda x: 0 <= x < math.inf,
+            'z_loss optim.warmup optim.weight_decay optim.max_skips log.profile',
+        ),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
         'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2'),
         'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
         'from 0 to 4294967295': (lambda x: 0 <= x < 2**32, 'seed'),
-    }  # fmt: skip
+    }
     for words, (holds, keys) in bounds.items():
         for key in keys.split():
             if values[key] is not None and not holds(values[key]):

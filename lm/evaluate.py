@@ -26,7 +26,9 @@ TASKS = ('heldout',)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser('python -m lm.evaluate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        'python -m lm.evaluate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('run', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
     parser.add_argument('--tasks', default='heldout', help=f'comma-separated, of {", ".join(TASKS)}')
     parser.add_argument('--mixture', help="sources to measure on; default the run's own")

@@ -23,7 +23,9 @@ COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    parser = argparse.ArgumentParser('python -m lm.inspect', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        'python -m lm.inspect', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('--config', required=True, help='configs/STAGE.py[:ARG]')
     parser.add_argument('--rows', type=int, default=2, help='rows to show')
     flags, settings = configs.split_settings(argv)
@@ -38,7 +40,9 @@ def counts(prepared: Prepared) -> Table:
         dropped = ', '.join(f'{reason} {n:,}' for reason, n in sorted(c['dropped'].items())) or '-'
         ratio = f'{c["train_bytes"] / max(c["train_tokens"], 1):.2f}'
         numbers = (f'{c[k]:,}' for k in ('read', 'kept'))
-        table.add_row(s.name, f'{s.weight:.0%}', *numbers, dropped, f'{c["heldout_documents"]:,}', f'{c["train_tokens"]:,}', ratio)
+        table.add_row(
+            s.name, f'{s.weight:.0%}', *numbers, dropped, f'{c["heldout_documents"]:,}', f'{c["train_tokens"]:,}', ratio
+        )
     return table
 
 
@@ -52,7 +56,9 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Text:
             segment, counted = keys[start]
             words = tokenizer.decode(row['tokens_T'][start:t].tolist()) if segment else '·' * (t - start)
             colour = COLOURS[(segment - 1) % len(COLOURS)] if segment else 'bright_black'
-            text.append(words if counted or not segment else words or '⏹', style=colour + ('' if counted else ' strike'))
+            text.append(
+                words if counted or not segment else words or '⏹', style=colour + ('' if counted else ' strike')
+            )
             start = t
     return text
 

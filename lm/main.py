@@ -1,4 +1,6 @@
-"""Trains a stage: `python -m lm.main --config=configs/STAGE.py[:ARG] [--workdir=DIR] [--config.KEY=VALUE …] [--dry_run]`.
+"""Trains a stage.
+
+    python -m lm.main --config=configs/STAGE.py[:ARG] [--workdir=DIR] [--config.KEY=VALUE …] [--dry_run]
 
 Run the same command again and it goes on where it stopped. The last line on stdout is one JSON object with the last
 metrics; everything else goes to stderr and into the run's directory. Exit status: 0 done, 1 failed while running,
@@ -17,11 +19,19 @@ from lm.errors import UsageError, leave, run_command
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """(the flags, the settings)."""
-    parser = argparse.ArgumentParser('python -m lm.main', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)')
-    parser.add_argument('--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3')
+    parser = argparse.ArgumentParser(
+        'python -m lm.main', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        '--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)'
+    )
+    parser.add_argument(
+        '--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3'
+    )
     parser.add_argument('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
-    parser.add_argument('--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing')
+    parser.add_argument(
+        '--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing'
+    )
     words, settings = configs.split_settings(argv)
     return parser.parse_args(words), settings
 
@@ -35,7 +45,9 @@ def train(argv: Sequence[str]) -> dict:
     from lm.training import runs
 
     if config.stage not in STAGES:
-        raise UsageError(f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}')
+        raise UsageError(
+            f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}'
+        )
     suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
     workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
     runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)

@@ -9,7 +9,9 @@ GPT2_VOCAB = 50_304  # 50,257 ids padded to a multiple of 128
 LLAMA3_VOCAB = 128_256
 
 
-def _size(dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int, **more: Any) -> dict[str, Any]:
+def _size(
+    dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int, **more: Any
+) -> dict[str, Any]:
     shape = {
         'dim': dim, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': dim // heads,
         'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': True,
@@ -22,9 +24,9 @@ def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) 
     return {'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps} | schedule | more
 
 
-# Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of Llama 3
-# (Grattafiori et al., 2024, table 3); rates from the same
-# papers; steps for 20 tokens a parameter (Hoffmann et al., 2022).
+# Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of
+# Llama 3 (Grattafiori et al., 2024, table 3); rates from the same papers; steps for 20 tokens a parameter (Hoffmann et
+# al., 2022).
 PRESETS: dict[str, dict[str, Any]] = {
     '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
     '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),

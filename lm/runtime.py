@@ -28,8 +28,8 @@ def setup() -> None:
 
 
 def _keep_memory() -> None:
-    """Has glibc keep freed memory. By default it hands each step's large buffers back to the system and takes them again,
-    and the page faults cost a CPU a quarter of its time; one arena, so that all threads share what is kept."""
+    """Has glibc keep freed memory. By default it hands each step's large buffers back to the system and takes them
+    again, and the page faults cost a CPU a quarter of its time; one arena, so that all threads share what is kept."""
     options = {-4: 0, -1: -1, -8: 1}  # M_MMAP_MAX: none, M_TRIM_THRESHOLD: never, M_ARENA_MAX: one
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt, and perhaps no such cost
         for option, value in options.items():
@@ -37,7 +37,7 @@ def _keep_memory() -> None:
 
 
 def compute_dtype(asked: str | None) -> str:
-    """The dtype of activations: as asked, else bfloat16 on accelerators and float32 on CPU (which emulates bfloat16)."""
+    """The dtype of activations: as asked, else bfloat16 on accelerators and float32 on CPU, which emulates it."""
     return asked or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
 
 

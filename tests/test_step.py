@@ -309,12 +309,24 @@ def test_adamw_is_adamw():
     decay = np.array([0.1, 0.1, 0.0])
     for i, g in enumerate(([0.5, -1.0, 2.0], [1.0, 3.0, -1.0])):
         g = np.array(g)
-        updates, opt = optimizer.update({'w_D': jnp.asarray(g[:2]), 'norm_D': jnp.asarray(g[2:])}, opt, params)
+        updates, opt = optimizer.update({'w_D': jnp.asarray(g[:2]), 'norm_D': jnp.asarray(g[2:])}, opt, params, step=i)
         params = optax.apply_updates(params, updates)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
         m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.95 ** (i + 1))
         w = w - 0.1 * (i + 1) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * w)
     np.testing.assert_allclose(np.concatenate([params['w_D'], params['norm_D']]), w, rtol=1e-5)
+
+
+def test_a_skipped_step_leaves_the_rate_where_it_is_logged():
+    """The rate is the step's, however many updates were skipped before it."""
+    optimizer = optim.adamw(lambda step: jnp.where(step == 1, 0.1, 0.0), **ADAMW)
+    step = jax.jit(training.make_step(toy_loss(), optimizer, clip=1.0))
+    bad = toy_batch()
+    bad['x_BTD'][...] = np.nan
+    state, metrics = step(toy_state(optimizer), bad)
+    after, _ = step(state, toy_batch())
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after.trainable, state.trainable)
+    assert metrics['skipped'] == 1 and all(jax.tree.leaves(changed))
 
 
 # ---- FLOPs ----

@@ -96,8 +96,8 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(
-            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size}: set the '
-            f'vocabulary to {tokenizer.vocab_size}'
+            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size}: set '
+            f'--config.model.vocab_size={tokenizer.vocab_size}'
         )
     return tokenizer
 

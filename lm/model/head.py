@@ -168,8 +168,7 @@ def _back(dx_CV, slope_CV, h_CD, w_VD):
     return dh_CD, jnp.einsum('CD,CV->DV', h_CD, dx_CV, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _nll(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes):
+def _nll_sums(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes):
     sums, _ = _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, gradient=False)
     return sums
 
@@ -204,7 +203,9 @@ def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, g
     dw_DV = jnp.zeros(w_VD.T.shape if gradient else (), jnp.float32)
     start = (dw_DV, zero, {'nll': zero, 'z': zero, 'correct': zero})
     (dw_DV, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n)
-    gradients = (dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype)) if gradient else None
+    if dh is None:
+        return (total, parts), None
+    gradients = dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype)
     return (total, parts), gradients
 
 
@@ -223,6 +224,7 @@ def _whole(cotangent, axes):
     return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
+_nll: Any = jax.custom_vjp(_nll_sums, nondiff_argnums=(4, 5, 6, 7))
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
@@ -231,8 +233,7 @@ def _nll_local(h_MD, w_VD, y_M, weight_M, *, axes, vocab_size, z_coef, softcap):
     return total, jax.lax.stop_gradient(parts)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes):
+def _logp_tokens(h_MD, w_VD, y_M, vocab_size, softcap, axes):
     n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
     def body(carry, chunk):
@@ -248,7 +249,7 @@ def _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes):
 
 
 def _logp_forward(h_MD, w_VD, y_M, *static):
-    out = _logp(h_MD, w_VD, y_M, *static)
+    out = _logp_tokens(h_MD, w_VD, y_M, *static)
     return out, (h_MD, w_VD, y_M, out[1], out[2])
 
 
@@ -274,6 +275,7 @@ def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
     return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype), None
 
 
+_logp: Any = jax.custom_vjp(_logp_tokens, nondiff_argnums=(3, 4, 5))
 _logp.defvjp(_logp_forward, _logp_backward)
 
 

@@ -49,7 +49,7 @@ class State(NamedTuple):
     out_BT: jax.Array  # what was drawn; `stop` where a row is done
 
 
-def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, *, filtered: bool) -> jax.Array:
+def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, filtered: bool) -> jax.Array:
     """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p.
 
     Each device draws for its own rows, and every one then knows all that was drawn.
@@ -168,7 +168,7 @@ def stream(
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
     filtered = bool(np.any(np.asarray(sampling.top_k) > 0) or np.any(np.asarray(sampling.top_p) < 1))
     filtered |= bool(np.any(np.asarray(sampling.min_p) > 0))
-    knobs = jax.tree.map(jnp.asarray, Sampling(*map(np.asarray, sampling)), is_leaf=lambda x: x is not sampling)
+    knobs = tuple(map(jnp.asarray, sampling))
     stops = jnp.asarray(list(stop_ids), jnp.int32)
     static = {'cfg': cfg, 'filtered': filtered}
     args = (jnp.asarray(prompt_BT), jnp.asarray(length_B), key_B, knobs, stops)

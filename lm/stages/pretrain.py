@@ -28,7 +28,13 @@ from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, run_loop, saved
 from lm.training.recorder import Recorder
 
-BATCH = {'tokens_BT': np.int32, 'targets_BT': np.int32, 'weights_BT': np.float32, 'segments_BT': np.int32, 'positions_BT': np.int32}
+BATCH = {
+    'tokens_BT': np.int32,
+    'targets_BT': np.int32,
+    'weights_BT': np.float32,
+    'segments_BT': np.int32,
+    'positions_BT': np.int32,
+}
 TEMPERATURES = (0.0, 0.7)
 
 
@@ -62,7 +68,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
             mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
             heldout=config.data.heldout, seed=config.seed, progress=recorder.say,
         )  # fmt: skip
-    check_tokenizer(prepared.tokenizer, cfg)
+    recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     if found and found['data'] != prepared.fingerprint:
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
@@ -76,8 +82,8 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
 
 
 def _fit(
-    config: Config, cfg: ModelConfig, workdir: epath.Path, prepared: Prepared, prompts: Sequence[Prompt], recorder: Recorder,
-    ledger: Ledger, stop: StopRequest,
+    config: Config, cfg: ModelConfig, workdir: epath.Path, prepared: Prepared, prompts: Sequence[Prompt],
+    recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
     prepared.tokenizer.save(str(workdir / 'tokenizer'))
     for line in describe(config, cfg, prepared):
@@ -96,7 +102,8 @@ def _fit(
     source = make_source(config, prepared, start=int(state.step))
     with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
         hooks = Hooks(
-            recorder=recorder, ledger=ledger, writer=writer, evaluate=make_evaluate(config, cfg, prepared, prompts, recorder),
+            recorder=recorder, ledger=ledger, writer=writer,
+            evaluate=make_evaluate(config, cfg, prepared, prompts, recorder),
             rates=np.asarray(rate(jnp.arange(config.steps))), tokens=rows,
             flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
             peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
@@ -109,22 +116,17 @@ def _fit(
 def describe(config: Config, cfg: ModelConfig, prepared: Prepared) -> list[str]:
     """What is about to be trained on what, a line each."""
     tokens = config.batch_size * config.seq_len * config.steps
-    lines = [
-        f'{s.name}: {s.weight:.0%} of the rows; {len(s.train):,} tokens, {s.counts}' for s in prepared.sources
-    ]
+    lines = []
+    for s in prepared.sources:
+        c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+        lines.append(
+            f'{s.name}: {s.weight:.0%} of the rows; {c["train_documents"]:,} documents of {len(s.train):,} tokens, '
+            f'{c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+        )
     count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     lines += [f'{count:,} parameters, {tokens:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}']
     return lines
-
-
-def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
-    """Raises UsageError if the tokenizer has ids that the model does not."""
-    if tokenizer.vocab_size != cfg.vocab_size:
-        raise UsageError(
-            f'the tokenizer has {tokenizer.vocab_size} pieces and the model {cfg.vocab_size}: '
-            f'set --config.model.vocab_size={tokenizer.vocab_size}'
-        )
 
 
 def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
@@ -136,9 +138,7 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
             params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
         )
         with jax.named_scope('head'):
-            total, parts = transformer.nll(
-                params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=z_loss
-            )
+            total, parts = transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=z_loss)
         return {'cross_entropy': total}, {'nll': parts['nll'], 'z': parts['z'], 'accuracy': parts['correct']}
 
     def weights(batch: training.Batch) -> training.Sums:
@@ -157,7 +157,9 @@ def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, abstract: tra
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
 
 
-def start(config: Config, cfg: ModelConfig, workdir: epath.Path, abstract: Any, optimizer: Any, recorder: Recorder) -> Any:
+def start(
+    config: Config, cfg: ModelConfig, workdir: epath.Path, abstract: Any, optimizer: Any, recorder: Recorder
+) -> Any:
     """The state to go on from: this run's newest checkpoint, else the run it starts from, else random weights."""
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', saved(abstract), warn=partial(recorder.say, style='red'), set_aside=True
@@ -201,7 +203,9 @@ def make_evaluate(
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
         batches = {
-            s.name: pipeline.heldout_batches(s, batch_size=config.batch_size, seq_len=config.seq_len, max_rows=config.eval.rows)
+            s.name: pipeline.heldout_batches(
+                s, batch_size=config.batch_size, seq_len=config.seq_len, max_rows=config.eval.rows
+            )
             for s in prepared.sources
         }
         metrics = heldout.by_source(state.trainable, cfg, batches, tokenizer.bytes_of_ids)
@@ -226,7 +230,14 @@ def continue_prompts(
         stop_ids=[tokenizer.eos_id], sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
     )  # fmt: skip
     return [
-        {'prompt_id': p.id, 'kind': p.kind, 'prompt': p.text, 'temperature': t, 'text': tokenizer.decode(g.ids), 'ended': g.ended}
+        {
+            'prompt_id': p.id,
+            'kind': p.kind,
+            'prompt': p.text,
+            'temperature': t,
+            'text': tokenizer.decode(g.ids),
+            'ended': g.ended,
+        }
         for (p, t), g in zip(asked, out, strict=True)
     ]
 

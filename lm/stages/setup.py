@@ -119,7 +119,9 @@ def report_plan(
     recorder.say(f'tokens      {tokens * config.steps:,} planned ({config.steps:,} steps of {tokens:,})')
     limit = memory_limit(mesh.devices.flat[0])
     if limit and total > limit:
-        raise RunError(f'does not fit: {gib(total)} per device of {gib(limit)}; more fsdp, a smaller microbatch or remat=full')
+        raise RunError(
+            f'does not fit: {gib(total)} per device of {gib(limit)}; more fsdp, a smaller microbatch or remat=full'
+        )
 
 
 def _device_bytes(x: jax.ShapeDtypeStruct) -> int:

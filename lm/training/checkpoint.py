@@ -2,9 +2,9 @@
 
 Orbax writes and reads them. What it does not do is done here: it restores a flipped byte without a word (0.12.8: 24 of
 24 flips came back silently wrong), it takes an empty directory with a step's name for the newest checkpoint, and it
-skips a save whose step is below one that it has seen. So every leaf has a checksum that does not depend on the mesh, and
-the list of them one of its own; restoring walks back from the newest checkpoint until one holds, and what is damaged is
-renamed out of the way.
+skips a save whose step is below one that it has seen. So every leaf has a checksum that does not depend on the mesh,
+and the list of them one of its own; restoring walks back from the newest checkpoint until one holds, and what is
+damaged is renamed out of the way.
 """
 
 import contextlib
@@ -59,7 +59,9 @@ def checksum(x: jax.Array) -> jax.Array:
         step = jnp.arange(x.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride % 2**32)
         place = place + step.reshape((-1,) + (1,) * (x.ndim - 1 - axis))
         stride *= x.shape[axis]
-    words = [jnp.sum(bits * (_mix(place + jnp.uint32(salt)) | jnp.uint32(1)), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
+    words = [
+        jnp.sum(bits * (_mix(place + jnp.uint32(salt)) | jnp.uint32(1)), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
+    ]
     return jnp.stack(words)
 
 
@@ -93,7 +95,9 @@ def listed(directory: epath.PathLike) -> list[int]:
     directory = epath.Path(directory)
     if not directory.exists():
         return []
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.name == str(int(p.name))), reverse=True)
+    return sorted(
+        (int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.name == str(int(p.name))), reverse=True
+    )
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def check_layout(directory: epath.PathLike) -> None:
 
 
 def locate(run: str) -> int:
-    """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there or of a newer layout."""
+    """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there, or newer than us."""
     folder, at, step = run.partition('@')
     directory = epath.Path(folder) / 'checkpoints'
     steps = listed(directory)
@@ -178,7 +182,9 @@ def read_newest(
             _set_aside(path)
         return step, tree, meta
     if damaged:
-        raise RunError(f'none of the {len(damaged)} checkpoints in {directory} can be read: start again in another workdir')
+        raise RunError(
+            f'none of the {len(damaged)} checkpoints in {directory} can be read: start again in another workdir'
+        )
     return None
 
 
@@ -213,7 +219,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class Writer:
-    """Saves while training goes on. `keep` newest stay; an error of a save in the background is raised at the next call.
+    """Saves while training goes on. The `keep` newest stay; an error in the background is raised at the next call.
 
     A context manager: what was begun is finished before it is left.
     """

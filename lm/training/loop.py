@@ -35,13 +35,19 @@ class Hooks(NamedTuple):
 
 
 def run_loop(
-    state: TrainState, source: Callable[[TrainState, int], Mapping[str, Any]], step: Callable, *, steps: int, stop: StopRequest, hooks: Hooks
+    state: TrainState,
+    source: Callable[[TrainState, int], Mapping[str, Any]],
+    step: Callable,
+    *,
+    steps: int,
+    stop: StopRequest,
+    hooks: Hooks,
 ) -> TrainState:
     """Trains from state.step to `steps`.
 
     Step i+1 is dispatched before the metrics of step i are fetched, so the device never waits for the host. At an
-    evaluation or a checkpoint everything up to it is written first: a checkpoint's existence says that the metrics up to
-    its step are on disk.
+    evaluation or a checkpoint everything up to it is written first: a checkpoint's existence says that the metrics up
+    to its step are on disk.
 
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
@@ -120,7 +126,7 @@ class Meter:
         hooks.recorder.metrics(step, line | perf)
         left = (steps - step) * hooks.tokens / rate
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
-        hooks.recorder.advance(step, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
+        hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
 
     def _count(self, step: int, values: Mapping[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values['skipped'] else 0
@@ -129,23 +135,22 @@ class Meter:
         if self._skipped_in_a_row > self._hooks.max_skips:
             raise RunError(
                 f'{self._skipped_in_a_row} non-finite steps in a row up to step {step}: lower optim.lr or look at the '
-                'data there; the last checkpoint is from before them'
+                'data there; the last checkpoint is finite'
             )
 
 
 class Profile:
-    """Traces PROFILED_STEPS steps from `hooks.profile` on, or as many of them as this process takes, into DIR/profile."""
+    """Traces PROFILED_STEPS steps from `hooks.profile` on, or those of them that this process takes."""
 
     def __init__(self, hooks: Hooks) -> None:
-        self._hooks, self._folder = hooks, hooks.recorder.workdir
-        first = hooks.profile
-        self._steps = range(0) if first is None or self._folder is None else range(first, first + PROFILED_STEPS)
+        self._recorder, first = hooks.recorder, hooks.profile
+        self._steps = range(0) if first is None else range(first, first + PROFILED_STEPS)
         self._tracing = False
 
     def before(self, i: int) -> None:
         """Starts or stops the trace, as step i+1 needs it."""
         if i in self._steps and not self._tracing:
-            jax.profiler.start_trace(str(self._folder / 'profile'))
+            jax.profiler.start_trace(str(self._recorder.folder / 'profile'))
             self._tracing = True
         elif i not in self._steps:
             self.stop()
@@ -154,4 +159,4 @@ class Profile:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
-            self._hooks.recorder.say(f'profile in {self._folder / "profile"}')
+            self._recorder.say(f'profile in {self._recorder.folder / "profile"}')

@@ -50,9 +50,19 @@ def decayed(params: Any) -> Any:
 
 def adamw(
     rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019): decay is decoupled and multiplied by the rate."""
-    return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (Loshchilov and Hutter, 2019): decay is decoupled and multiplied by the rate.
+
+    Its update takes the keyword `step`. Optax's own counts updates, and would fall behind with every skipped one.
+    """
+
+    def scale(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        factor = -jnp.asarray(rate(extra['step']))
+        return jax.tree.map(lambda u: factor * u, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale)
+    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+    return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay, scaled)
 
 
 def clip(grads: Any, norm: jax.Array, limit: float) -> Any:

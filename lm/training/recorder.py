@@ -13,12 +13,16 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.crc32c import crc32c
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from lm import files
 
+# Their fields are declared at run time, where no type checker sees them.
+Event: Any = vars(event_pb2)['Event']
+SessionLog: Any = vars(event_pb2)['SessionLog']
+Summary: Any = vars(summary_pb2)['Summary']
 SCHEMA = 1  # of a line of metrics.jsonl
+PATIENCE = 15  # seconds
 
 
 class Recorder:
@@ -35,6 +39,7 @@ class Recorder:
         self._events: epath.Path | None = None
         self._step = self._rewound = 0
         self._bar: Progress | None = None
+        self._told = -math.inf
 
     def open(self, workdir: epath.Path) -> None:
         """From now on everything is written into `workdir`, too."""
@@ -42,6 +47,12 @@ class Recorder:
         self.workdir = workdir
         for line in self._said:
             self.note(line)
+
+    @property
+    def folder(self) -> epath.Path:
+        """The run's directory, once it is open."""
+        assert self.workdir is not None
+        return self.workdir
 
     # -- words --
 
@@ -59,7 +70,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def bar(self, *, start: int, steps: int) -> Iterator[None]:
-        """A progress bar inside; on something that is not a terminal, nothing moves and the lines of `say` remain."""
+        """A progress bar inside, on a terminal."""
         columns = (BarColumn(24), MofNCompleteColumn(), TextColumn('{task.fields[text]}'), TimeRemainingColumn())
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar:
             self._bar, task = bar, bar.add_task('train', total=steps, completed=start, text='')
@@ -69,15 +80,19 @@ class Recorder:
             finally:
                 self._bar = None
 
-    def advance(self, step: int, text: str) -> None:
-        if self._bar is not None:
+    def advance(self, step: int, steps: int, text: str) -> None:
+        """Moves the bar; where there is no terminal, a line every PATIENCE seconds instead."""
+        if self._bar is not None and self._console.is_terminal:
             self._bar.update(self._task, completed=step, text=text)
+        elif time.monotonic() - self._told > PATIENCE:
+            self._told = time.monotonic()
+            self.say(f'step {step}/{steps}: {text}')
 
     # -- files --
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """A line of metrics.jsonl and the same scalars as TensorBoard events. What is not finite is null in the line."""
-        values = {k: finite(v) for k, v in values.items()}
+    def metrics(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl and the same scalars as TensorBoard events. What is not finite is null."""
+        values = {k: finite(v) for k, v in numbers.items()}
         self.last |= {'step': step, **values}
         if self.workdir is None:
             return
@@ -89,7 +104,7 @@ class Recorder:
         """Appends to this process's TensorBoard file. Its first events say where it goes on: TensorBoard then forgets
         later steps of the files before it."""
         if self._events is None:
-            folder = epath.Path(self.workdir) / 'tensorboard'
+            folder = self.folder / 'tensorboard'
             folder.mkdir(parents=True, exist_ok=True)
             self._events = folder / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
             self._event(file_version='brain.Event:2')
@@ -106,7 +121,9 @@ class Recorder:
         """status.json: a heartbeat that says where the run is; without `step`, where it was last."""
         self._step = self._step if step is None else step
         if self.workdir is not None:
-            files.write_json(self.workdir / 'status.json', {'state': state, 'step': self._step, 'time': time.time(), **more})
+            files.write_json(
+                self.workdir / 'status.json', {'state': state, 'step': self._step, 'time': time.time(), **more}
+            )
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step`, so that a resumed run's files read as if it had never stopped."""

@@ -96,7 +96,9 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path) 
     for key in sorted(chosen):
         name = key.removeprefix('model.')
         if key.startswith('model.') and config.model[name] != model.get(name):
-            raise UsageError(f'{key}={config.model[name]} differs from {parent}, which has {model.get(name)}: leave it out')
+            raise UsageError(
+                f'{key}={config.model[name]} differs from {parent}, which has {model.get(name)}: leave it out'
+            )
     config.model.update(model)
     if config.data.tokenizer is None:
         config.data.tokenizer = str(epath.Path(parent.partition('@')[0]) / 'tokenizer')

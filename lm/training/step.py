@@ -1,5 +1,6 @@
 """The training step: (state, batch) -> (state, metrics), the same for every stage."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ def make_step(
     optimizer as they were and reports skipped = 1.
     """
 
+    update = optax.with_extra_args_support(optimizer).update
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         weights = loss.weights(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -66,13 +69,13 @@ def make_step(
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
-            updates, opt = optimizer.update(optim.clip(grads, norm, clip), state.opt, state.trainable)
+            updates, opt = update(optim.clip(grads, norm, clip), state.opt, state.trainable, step=state.step)
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
         metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
-        return state.replace(step=state.step + 1, trainable=trainable, opt=opt), metrics
+        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt), metrics
 
     return step
 
