@@ -59,6 +59,4 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def tiny() -> ModelConfig:
     """A decoder small enough for a test and odd enough to show mistakes: grouped heads, a padded vocabulary."""
-    return ModelConfig(
-        vocab_size=250, vocab_multiple=64, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=64
-    )
+    return ModelConfig(vocab_size=250, vocab_multiple=64, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)

@@ -68,9 +68,9 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
             mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
             heldout=config.data.heldout, seed=config.seed, progress=recorder.say,
         )  # fmt: skip
-    recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     if found and found['data'] != prepared.fingerprint:
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
+    recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
