@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a training command again for as long as it leaves with status 75: saved after SIGTERM, to be continued.
-#   launch/resume.sh python -m lm.main --config=configs/pretrain.py --workdir=gs://bucket/run
+#   launch/resume.sh python -m lm.main --config=configs/pretrain.py --workdir=/mnt/runs/first
 # SIGTERM to this script goes to the command, which saves; the script then ends with 75 itself, for its own scheduler.
 set -u
 [ $# -gt 0 ] || { echo "usage: launch/resume.sh COMMAND [ARGUMENT …]" >&2; exit 2; }

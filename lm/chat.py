@@ -10,34 +10,36 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
-from lm.errors import UsageError, leave, run_command
+from lm.config import INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
+from lm.errors import Parser, UsageError, leave, run_command
 from lm.sampling.generate import Sampling, stream
 from lm.training import runs
 from lm.training.runs import Model
 
+COLDEST, HOTTEST = 1e-4, 1e4  # logits divided by less or more are no numbers that differ
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        'python -m lm.chat', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser('python -m lm.chat', __doc__)
     parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
     parser.add_argument('--prompt', help='answer this and leave')
     parser.add_argument('--raw', action='store_true', help='continue plain text')
-    parser.add_argument('--max_new_tokens', type=int, default=128)
+    parser.add_argument('--max_new_tokens', type=whole('--max_new_tokens'), default=128)
     parser.add_argument('--temperature', type=float, default=0.7, help='0 is greedy')
-    parser.add_argument('--top_k', type=int, default=0, help='draw from the k likeliest; 0: all')
+    parser.add_argument('--top_k', type=whole('--top_k'), default=0, help='draw from the k likeliest; 0: all')
     parser.add_argument('--top_p', type=float, default=1.0, help='draw from the fewest that hold this probability')
     parser.add_argument('--min_p', type=float, default=0.0, help='draw from those at least this part of the likeliest')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=whole('--seed'), default=0)
     return parser.parse_args(argv)
 
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be drawn with."""
-    if flags.max_new_tokens < 1:
-        raise UsageError(f'--max_new_tokens={flags.max_new_tokens} must be at least 1')
-    if flags.temperature < 0 or flags.top_k < 0:
-        raise UsageError('--temperature and --top_k must not be negative')
+    for name, least, most in (('max_new_tokens', 1, MAX_NEW_TOKENS), ('top_k', 0, INT32_MAX), ('seed', 0, SEED_MAX)):
+        if not least <= vars(flags)[name] <= most:
+            raise UsageError(f'--{name}={vars(flags)[name]} must be from {least} to {most}')
+    if flags.temperature and not COLDEST <= flags.temperature <= HOTTEST:
+        raise UsageError(f'--temperature={flags.temperature} must be 0, or from {COLDEST} to {HOTTEST}')
     if not 0 < flags.top_p <= 1 or not 0 <= flags.min_p <= 1:
         raise UsageError('--top_p must lie in (0, 1] and --min_p in [0, 1]')
     if not flags.raw:
@@ -61,23 +63,35 @@ def answer(model: Model, prompt: str, flags: argparse.Namespace) -> Iterator[str
 
 
 def prompts(flags: argparse.Namespace) -> Iterator[str]:
-    """The one prompt, or what is typed."""
+    """The one prompt, or what is typed. Raises UsageError for what is no UTF-8."""
     if flags.prompt is not None:
-        yield flags.prompt
+        yield checked(flags.prompt)
         return
     while True:
         try:
             line = input('> ' if sys.stdin.isatty() else '')
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UsageError('the prompt is not valid UTF-8') from None
         if not line:
             return
-        yield line
+        yield checked(line)
+
+
+def checked(prompt: str) -> str:
+    """The prompt. Raises UsageError if it is no UTF-8: Python hides such bytes in lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError('the prompt is not valid UTF-8') from None
+    return prompt
 
 
 def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
+    checked(flags.prompt or '')
     warn = lambda line: print(line, file=sys.stderr)
     with sharding.use_mesh():
         models = {name: runs.load(name, warn=warn) for name in flags.runs}

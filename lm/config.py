@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -23,7 +24,12 @@ Config: TypeAlias = Any
 
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
+OPTIONAL = ('optim.clip',)  # may be none, though they have a default
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
+INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
+SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
+FLOAT32_END = 2.0**128  # the first number that float32 has no room for
+MAX_NEW_TOKENS = 10**6  # the cache has a place for each
 
 
 def base() -> Config:
@@ -37,7 +43,7 @@ def base() -> Config:
     c.steps = placeholder(int)  # optimizer steps; None: one epoch
     c.batch_size = 8  # sequences a step, over all devices
     c.seq_len = 256  # tokens a sequence
-    c.microbatch = placeholder(int)  # sequences in memory at once; None: resolved at the start and saved
+    c.microbatch = placeholder(int)  # sequences in memory at once; None: all of the batch
     c.init_from = placeholder(str)  # DIR[@STEP]: start from that run's weights, model and tokenizer
     c.branch_from = placeholder(str)  # DIR[@STEP]: as init_from, with the optimizer and the position in the data
     c.remat = 'none'  # none | full | dots | names: what the backward pass computes again instead of keeping
@@ -70,7 +76,8 @@ def base() -> Config:
     c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
     c.optim.final = 0.0  # the last rate, as a fraction of lr
     c.optim.weight_decay = 0.1  # not on norms and embeddings
-    c.optim.clip = 1.0  # global gradient norm
+    c.optim.clip = placeholder(float)
+    c.optim.clip = 1.0  # global gradient norm; None: off
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
@@ -155,6 +162,11 @@ def parse_value(key: str, text: str, kind: type, optional: bool) -> Any:
         raise UsageError(f'{key}={text}: must be {wanted}{" or none" if optional else ""}') from None
 
 
+def whole(flag: str) -> Callable[[str], int]:
+    """Reads a command's flag as a setting is read ('1e3' is 1000), for argparse's `type`."""
+    return lambda text: parse_value(flag, text, int, False)
+
+
 def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
     known = dict(leaves(config))
@@ -166,7 +178,7 @@ def override(config: Config, key: str, text: str) -> None:
     node = config
     for parent in parents:
         node = node[parent]
-    optional = dict(leaves(base())).get(key, known[key]) is None
+    optional = key in OPTIONAL or dict(leaves(base())).get(key, known[key]) is None
     node[last] = parse_value(key, text, node.get_type(last), optional)
 
 
@@ -228,24 +240,24 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have, whatever its data and devices."""
     values = dict(leaves(config))
     bounds = {
-        'at least 1': (
-            lambda x: x >= 1,
+        f'from 1 to {INT32_MAX}': (
+            lambda x: 1 <= x <= INT32_MAX,
             'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
-            'eval.max_new_tokens log.every model.window model.vocab_size model.dim model.layers model.heads '
+            'log.every model.window model.vocab_size model.dim model.layers model.heads '
             'model.kv_heads model.head_dim model.ffn_dim',
         ),
-        'positive': (
-            lambda x: 0 < x < math.inf,
-            'optim.lr optim.clip optim.eps model.rope_theta model.norm_eps model.attn_softcap model.logit_softcap',
+        f'from 0 to {INT32_MAX}': (lambda x: 0 <= x <= INT32_MAX, 'optim.warmup optim.max_skips log.profile'),
+        f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
+        'positive and finite': (
+            lambda x: 0 < x < FLOAT32_END,
+            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap',
         ),
-        'at least 0': (
-            lambda x: 0 <= x < math.inf,
-            'z_loss optim.warmup optim.weight_decay optim.max_skips log.profile',
-        ),
+        'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta'),
+        'at least 0 and finite': (lambda x: 0 <= x < FLOAT32_END, 'z_loss optim.weight_decay'),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
         'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2'),
         'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
-        'from 0 to 4294967295': (lambda x: 0 <= x < 2**32, 'seed'),
+        f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
     }
     for words, (holds, keys) in bounds.items():
         for key in keys.split():
@@ -258,6 +270,10 @@ def check(config: Config) -> None:
         if values[key] not in allowed:
             hint = nearest(str(values[key]), [a for a in allowed if a])
             raise UsageError(f'{key}={values[key]}{hint} is not one of {", ".join(map(str, allowed))}')
+    if config.batch_size * config.seq_len > INT32_MAX:
+        raise UsageError(
+            f'batch_size={config.batch_size} × seq_len={config.seq_len} must be at most {INT32_MAX} tokens a step'
+        )
     if config.microbatch and config.batch_size % config.microbatch:
         raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
     if config.init_from and config.branch_from:
@@ -281,3 +297,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         for k in fixed
         if plain(a.get(k)) != plain(b.get(k)) and not (k in resolved and b.get(k) is None)
     }
+
+
+# ---- a run by name ----
+
+
+def split_run(run: str) -> tuple[str, int | None]:
+    """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None). A folder's own name may have an @ in it.
+
+    Raises UsageError for DIR@WORD where there is no such folder but DIR is one.
+    """
+    folder, at, tail = run.rpartition('@')
+    if not at or epath.Path(run).exists():
+        return run, None
+    if tail.isascii() and tail.isdigit():
+        return folder, int(tail)
+    if epath.Path(folder).exists():
+        raise UsageError(f'{folder} has no checkpoint {tail}: a step is a number')
+    return run, None

@@ -1,5 +1,7 @@
 """The ways a command ends badly, each with its exit status, and the one line that says why."""
 
+import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -27,10 +29,25 @@ class Preempted(BaseException):
     status = 75
 
 
+class Parser(argparse.ArgumentParser):
+    """A command's flags; a mistake in them is one line, as every other mistake is."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f'{message} (--help lists the flags)')
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
     try:
         command()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # who reads has seen enough: `… | head`
+        with contextlib.suppress(OSError), open(os.devnull, 'w') as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
     except (UsageError, RunError, Preempted) as error:
         return _told(str(error), error.status)

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
 from lm import config as configs
 from lm import runtime, sharding
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
-from lm.errors import UsageError, leave, run_command
+from lm.errors import Parser, UsageError, leave, run_command
 from lm.evals import heldout
 from lm.training import runs
 from lm.training.runs import Model
@@ -26,22 +25,22 @@ TASKS = ('heldout',)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        'python -m lm.evaluate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser('python -m lm.evaluate', __doc__)
     parser.add_argument('run', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
     parser.add_argument('--tasks', default='heldout', help=f'comma-separated, of {", ".join(TASKS)}')
     parser.add_argument('--mixture', help="sources to measure on; default the run's own")
-    parser.add_argument('--rows', type=int, help='rows of each source at most; default all of its held-out text')
+    parser.add_argument(
+        '--rows', type=configs.whole('--rows'), help='rows of each source at most; default all of its held-out text'
+    )
     return parser.parse_args(argv)
 
 
 def heldout_data(run: str, model: Model, mixture: str | None) -> Prepared:
     """The sources with their held-out documents, in the model's own tokens."""
-    data, seed = model.config['data'], model.config['seed']
-    options = {'vocab_size': model.cfg.vocab_size, 'heldout': data['heldout'], 'seed': seed}
+    data = model.config['data']
+    options = {'vocab_size': model.cfg.vocab_size, 'heldout': data['heldout']}
     say = lambda line: print(line, file=sys.stderr)
-    own = str(epath.Path(run.partition('@')[0]) / 'tokenizer')
+    own = runs.tokenizer_folder(run)
     if mixture is None and data['tokenizer'] is None:  # as the run prepared it, most likely still in the cache
         found = prepare(mixture=data['mixture'], tokenizer=None, progress=say, **options)
         if found.tokenizer.fingerprint == model.tokenizer.fingerprint:
@@ -54,12 +53,12 @@ def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
     for task in flags.tasks.split(','):
         if task not in TASKS:
             raise UsageError(f'--tasks={task}{configs.nearest(task, TASKS)}: it must be of {", ".join(TASKS)}')
-    if flags.rows is not None and flags.rows < 1:
-        raise UsageError(f'--rows={flags.rows} must be at least 1')
+    if flags.rows is not None and not 1 <= flags.rows <= configs.INT32_MAX:
+        raise UsageError(f'--rows={flags.rows} must be at least 1 and at most {configs.INT32_MAX}')
     with sharding.use_mesh() as mesh:
         model = runs.load(flags.run, warn=lambda line: print(line, file=sys.stderr))
         prepared = heldout_data(flags.run, model, flags.mixture)
-        batch_size = math.ceil(model.config['batch_size'] / mesh.size) * mesh.size
+        batch_size = math.ceil(model.config['microbatch'] / mesh.size) * mesh.size
         shape = {'batch_size': batch_size, 'seq_len': model.config['seq_len'], 'max_rows': flags.rows}
         batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
         metrics = heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)

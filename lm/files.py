@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -82,13 +82,29 @@ def sweep(directory: epath.PathLike) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_json_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The complete JSON lines of a file (none if there is no file); a last line that was cut short is left out."""
+def read_json_lines(path: epath.PathLike, *, warn: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each (none if there is no file).
+
+    A last line that was cut short is left out, and so is a damaged one before it, which `warn` is told of.
+    """
     path = epath.Path(path)
     if not path.exists():
         return []
     *whole, tail = path.read_bytes().split(b'\n')
-    records = [json.loads(line) for line in whole if line]
-    with contextlib.suppress(ValueError):  # cut short, perhaps in the middle of a character
-        records += [json.loads(tail)] if tail else []
+    records = []
+    for number, line in enumerate([*whole, tail], start=1):
+        record = _json_object(line)
+        if record is not None:
+            records.append(record)
+        elif line and number <= len(whole) and warn:
+            warn(f'{path}:{number} is damaged and left out')
     return records
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    """The object in a line, None if there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also where a character was cut
+        return None
+    return record if isinstance(record, dict) else None

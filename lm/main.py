@@ -8,20 +8,19 @@ metrics; everything else goes to stderr and into the run's directory. Exit statu
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 
 from lm import config as configs
 from lm import runtime
-from lm.errors import UsageError, leave, run_command
+from lm.errors import Parser, UsageError, leave, run_command
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """(the flags, the settings)."""
-    parser = argparse.ArgumentParser(
-        'python -m lm.main', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser('python -m lm.main', __doc__)
     parser.add_argument(
         '--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)'
     )
@@ -50,8 +49,8 @@ def train(argv: Sequence[str]) -> dict:
         )
     suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
     workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
-    runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
-    with runtime.stop_request() as stop:
+    with runtime.stop_request() as stop, contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir):
+        runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
         return STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
 
 

@@ -85,5 +85,6 @@ def _set(config: Config, values: dict[str, Any]) -> None:
         if isinstance(value, tuple):  # ('×', factor): relative to the config's own value; an epoch stays an epoch
             if node[last] is None:
                 continue
-            value = type(node[last])(round(node[last] * value[1], 6))
+            product = node[last] * value[1]
+            value = round(product) if isinstance(node[last], int) else float(f'{product:.3g}')
         node[last] = value

@@ -58,6 +58,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if set(shape) - set(AXES) or len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UsageError(f'mesh {dict(shape)}: axes are {", ".join(AXES)}, sizes at least 1, and at most one is -1')
     if free:
+        if len(devices) % known:
+            raise UsageError(f'mesh {dict(shape)} does not divide {len(devices)} devices: {known} is no divisor')
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise UsageError(f'mesh {sizes} has {known} devices in it, this job has {len(devices)}: make them divide')
@@ -145,14 +147,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def shard_batch(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh; under several processes each host
-    passes its own rows."""
+    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh."""
     mesh = jax.sharding.get_mesh()
-    hosts = jax.process_count()
-
-    def put(name: str, x: Any) -> jax.Array:
-        shape = (x.shape[0] * hosts, *x.shape[1:])
-        sharding = NamedSharding(mesh, activation_spec(dims_of(name), shape))
-        return jax.make_array_from_process_local_data(sharding, x, shape) if hosts > 1 else jax.device_put(x, sharding)
-
-    return {name: put(name, x) for name, x in batch.items()}
+    put = lambda dims, x: jax.device_put(x, NamedSharding(mesh, activation_spec(dims, x.shape)))
+    return {name: put(dims_of(name), x) for name, x in batch.items()}

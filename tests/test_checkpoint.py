@@ -57,7 +57,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp('written') / 'checkpoints'
     with sharding.use_mesh({'fsdp': 8}), Writer(folder, keep=3) as writer:
         for step in (1, 2, 3):
-            writer.save(step, make_tree(step), data=step)
+            writer.save(step, make_tree(step))
             writer.wait()
         return folder, {step: numpy(make_tree(step)) for step in (1, 2, 3)}
 
@@ -101,7 +101,7 @@ def test_any_mesh_reads_what_another_wrote(written, shape):
     with sharding.use_mesh(shape):
         abstract = checkpoint.abstract(make_tree())
         step, tree, meta = checkpoint.read_newest(folder, abstract, warn=pytest.fail)
-    assert (step, meta['step'], meta['data']) == (3, 3, 3)
+    assert (step, meta['step']) == (3, 3)
     assert equal(numpy(tree), trees[3])
     assert all(x.sharding == a.sharding for x, a in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True))
 
@@ -146,7 +146,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path, mesh8):
         for i in range(1, 5):
             tree = step(tree)
             at[i] = np.array(tree['x'])
-            writer.save(i, tree, data=i)
+            writer.save(i, tree)
             for _ in range(5):
                 tree = step(tree)
     for i, x in at.items():
@@ -157,10 +157,10 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path, mesh8):
 def test_the_newest_stay(tmp_path, mesh8):
     with Writer(tmp_path / 'c', keep=2) as writer:
         for step in (2, 4, 6, 8):
-            writer.save(step, make_tree(step), data=step)
+            writer.save(step, make_tree(step))
     assert checkpoint.listed(tmp_path / 'c') == [8, 6]
     with Writer(tmp_path / 'c', keep=1) as writer:
-        writer.save(10, make_tree(10), data=10)
+        writer.save(10, make_tree(10))
     assert checkpoint.listed(tmp_path / 'c') == [10]
 
 
@@ -257,7 +257,7 @@ def test_a_damaged_step_can_be_saved_again(three):
         (folder / '3' / 'meta' / 'metadata').unlink()
         assert newest(folder, abstract, set_aside=True)[0] == 2
         with Writer(folder, keep=3) as writer:
-            writer.save(3, make_tree(3), data=3)
+            writer.save(3, make_tree(3))
         step, tree, said = newest(folder, abstract)
         assert (step, said) == (3, []) and equal(tree, trees[3]), again
     assert {'3.damaged', '3.damaged.1'} <= {p.name for p in folder.iterdir()}
@@ -277,7 +277,7 @@ def test_a_newer_layout_is_refused(three, monkeypatch):
     folder, _, abstract = three
     monkeypatch.setattr(checkpoint, 'LAYOUT', checkpoint.LAYOUT + 1)
     with Writer(folder, keep=3) as writer:
-        writer.save(4, make_tree(4), data=4)
+        writer.save(4, make_tree(4))
     monkeypatch.undo()
     for look in (lambda: newest(folder, abstract), lambda: checkpoint.check_layout(folder)):
         with pytest.raises(UsageError, match='4 has layout 2, this version reads up to 1: use a newer lm'):
@@ -299,7 +299,7 @@ def test_what_a_kill_left_is_cleaned(three):
     (folder / '5.orbax-checkpoint-tmp').mkdir()
     (folder / '6.orbax-checkpoint-tmp').mkdir()
     with Writer(folder, keep=3) as writer:
-        writer.save(5, make_tree(5), data=5)
+        writer.save(5, make_tree(5))
     assert not any('tmp' in p.name for p in folder.iterdir())
     step, tree, said = newest(folder, checkpoint.abstract(make_tree()))
     assert (step, said) == (5, []) and equal(tree, numpy(make_tree(5)))
@@ -345,7 +345,7 @@ def test_a_save_that_fails_is_told_and_harms_nothing(three):
             pytest.raises(RunError, match=f'a checkpoint in {folder} could not be written'),
             Writer(folder, keep=3) as writer,
         ):
-            writer.save(4, make_tree(4), data=4)
+            writer.save(4, make_tree(4))
             writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -353,5 +353,5 @@ def test_a_save_that_fails_is_told_and_harms_nothing(three):
     step, tree, said = newest(folder, abstract)
     assert (step, said) == (3, []) and equal(tree, trees[3])
     with Writer(folder, keep=3) as writer:
-        writer.save(4, make_tree(4), data=4)
+        writer.save(4, make_tree(4))
     assert newest(folder, abstract)[0] == 4

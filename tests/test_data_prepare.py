@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import random
+import shutil
 import time
 from typing import Any
 
@@ -35,9 +36,7 @@ def _jsonl(path, texts):
 
 
 def _prepare(mixture, **kwargs):
-    arguments: dict[str, Any] = (
-        dict(vocab_size=400, tokenizer=None, heldout=0.2, seed=0, progress=lambda line: None) | kwargs
-    )
+    arguments: dict[str, Any] = dict(vocab_size=400, tokenizer=None, heldout=0.2, progress=lambda line: None) | kwargs
     return prepare(mixture=mixture, **arguments)
 
 
@@ -84,20 +83,19 @@ def test_a_document_never_moves_between_the_parts(tmp_path):
     path = tmp_path / 'a.jsonl'
     few = _prepare(_jsonl(path, [_text(i) for i in range(100)]))
     heldout = set(_documents(few, 0, 'heldout'))
-    more = _prepare(_jsonl(path, [_text(i) for i in reversed(range(300))]), seed=7)
+    more = _prepare(_jsonl(path, [_text(i) for i in reversed(range(300))]))
     assert heldout == set(_documents(more, 0, 'heldout')) & {_text(i) for i in range(100)}
     larger = _prepare(str(path), heldout=0.4)
     assert set(_documents(more, 0, 'heldout')) < set(_documents(larger, 0, 'heldout'))
 
 
-def test_the_order_follows_the_seed_and_not_the_file(tmp_path):
+def test_the_order_follows_the_content_and_not_the_file(tmp_path):
     texts = [_text(i) for i in range(100)]
     one = _prepare(_jsonl(tmp_path / 'a.jsonl', texts))
     order = _documents(one, 0, 'train')
     other = _prepare(_jsonl(tmp_path / 'a.jsonl', texts[::-1]))
     assert _documents(other, 0, 'train') == order and order != [t for t in texts if t in set(order)]
     assert other.fingerprint == one.fingerprint, 'the same documents are the same data'
-    assert _documents(_prepare(str(tmp_path / 'a.jsonl'), seed=1), 0, 'train') != order
 
 
 def test_the_fingerprint_knows_documents_weights_and_tokenizer(tmp_path):
@@ -112,7 +110,6 @@ def test_the_fingerprint_knows_documents_weights_and_tokenizer(tmp_path):
         _prepare(f'{a}:1,{b}:2', **given).fingerprint,
         _prepare(f'{a}:1,{b}:1', tokenizer=str(tmp_path / 'other')).fingerprint,
         _prepare(f'{a}:1,{b}:1', heldout=0.3, **given).fingerprint,
-        _prepare(f'{a}:1,{b}:1', seed=1, **given).fingerprint,
     ]
     _jsonl(tmp_path / 'a.jsonl', [*texts[:-1], 'another'])
     prints.append(_prepare(f'{a}:1,{b}:1', **given).fingerprint)
@@ -164,8 +161,8 @@ def test_the_tokenizer_learns_from_the_mixture(tmp_path):
     [
         ([], 0.2, 'no documents'),
         ([' '], 0.2, 'no documents.*empty 1'),
-        (['one document'], 1e-9, 'none falls into its held-out part'),
-        (['one document'], 0.999999999, 'none falls into its training part'),
+        (['one document'], 1e-9, 'one document.*split it.*jsonl'),
+        (['one document'] * 3, 0.999999999, 'one document.*split it.*jsonl'),
         (['one'], 0.0, 'between 0 and 1'),
         (['one'], 1.0, 'between 0 and 1'),
     ],
@@ -176,6 +173,72 @@ def test_too_little_data_is_one_line(tmp_path, texts, heldout, says):
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize(('heldout', 'part', 'nearest'), [(1e-9, 'heldout', min), (1 - 1e-9, 'train', max)])
+@pytest.mark.parametrize('count', [2, 30])
+def test_a_part_that_would_be_empty_gets_the_nearest_document(tmp_path, count, heldout, part, nearest):
+    texts = [_text(i) for i in range(count)]
+    prepared = _prepare(_jsonl(tmp_path / 'a.jsonl', texts), heldout=heldout, vocab_size=300)
+    moved = nearest(texts, key=lambda t: digest(t.encode()))
+    assert _documents(prepared, 0, part) == [moved]
+    assert sorted(_documents(prepared, 0, 'train') + _documents(prepared, 0, 'heldout')) == sorted(texts)
+    counts = prepared.sources[0].counts
+    assert counts[f'{part}_documents'] == 1 and counts[f'{part}_bytes'] == len(moved.encode())
+    assert counts['train_bytes'] + counts['heldout_bytes'] == sum(len(t.encode()) for t in texts)
+    assert counts['kept'] == count
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize('damage', [_flip, _cut, lambda path: path.write_bytes(b''), lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    'file', ['prepared.json', 'tokenizer/tokenizer.model', '0/train/tokens.bin', '0/heldout/offsets.npy']
+)
+def test_damage_in_the_cache_is_one_line_that_names_the_folder(tmp_path, file, damage):
+    path = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(20)])
+    _prepare(path, vocab_size=300)
+    [directory] = (tmp_path / 'cache' / 'prepared').iterdir()
+    damage(directory / file)
+    with pytest.raises(UsageError, match=f'{directory} is damaged .*delete that folder') as e:
+        _prepare(path, vocab_size=300)
+    assert '\n' not in str(e.value)
+    shutil.rmtree(directory)
+    _prepare(path, vocab_size=300)
+
+
+@pytest.mark.parametrize('content', ['5', 'null', '[]', '{}'])
+def test_an_index_of_another_kind_is_damage_too(tmp_path, content):
+    path = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(20)])
+    _prepare(path, vocab_size=300)
+    [directory] = (tmp_path / 'cache' / 'prepared').iterdir()
+    (directory / 'prepared.json').write_text(content)
+    with pytest.raises(UsageError, match='is damaged'):
+        _prepare(path, vocab_size=300)
+
+
+def test_weights_of_any_size_that_is_let_in_can_be_prepared(tmp_path):
+    a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(40)])
+    b = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(40, 80)])
+    prepared = _prepare(f'{a}:1e9,{b}:1e-9', vocab_size=300)
+    assert min(source.weight for source in prepared.sources) > 0
+    with pytest.raises(UsageError, match='from 1e-09 to 1e\\+09'):
+        _prepare(f'{a}:1e308,{b}:1e308', vocab_size=300)
+
+
+def test_text_without_spaces_is_prepared(tmp_path):
+    texts = [''.join(random.Random(i).choices('春夏秋冬山水火木金土日月星風', k=60)) for i in range(30)]
+    prepared = _prepare(_jsonl(tmp_path / 'a.jsonl', texts), vocab_size=300)
+    assert sorted(_documents(prepared, 0, 'train') + _documents(prepared, 0, 'heldout')) == sorted(texts)
+    assert prepared.tokenizer.decode(prepared.tokenizer.encode('a  b ▁')) == 'a  b ▁'
+
+
 def test_a_failed_preparation_leaves_nothing(tmp_path):
     with pytest.raises(UsageError):
         _prepare(_jsonl(tmp_path / 'a.jsonl', ['too little', 'text']), heldout=0.5, vocab_size=5000)
@@ -184,7 +247,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
 
 def test_the_spool_gives_the_same_order_whenever_it_is_flushed(tmp_path):
     contents = [_text(i).encode() for i in range(200)]
-    one, two = Spool(tmp_path / 'one', seed=3), Spool(tmp_path / 'two', seed=3)
+    one, two = Spool(tmp_path / 'one'), Spool(tmp_path / 'two')
     for content in contents:
         one.add(content, digest(content))
     for content in reversed(contents):

@@ -38,7 +38,25 @@ def test_mixture_is_read(text, expected):
     assert parse_mixture(text) == expected
 
 
-@pytest.mark.parametrize('text', ['', ' , ', 'a:0', 'a:-1', 'a:nan', 'a:inf', 'a:1,b', 'a,a', 'a:1,a:2', ':3'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        ' , ',
+        'a:0',
+        'a:-1',
+        'a:nan',
+        'a:inf',
+        'a:NaN',
+        'a:-Infinity',
+        'a:1e308,b:1e308',
+        'a:1,b:1e-320',
+        'a:1,b',
+        'a,a',
+        'a:1,a:2',
+        ':3',
+    ],
+)
 def test_mixture_is_refused_in_one_line(text):
     with pytest.raises(UsageError) as e:
         parse_mixture(text)
@@ -188,9 +206,34 @@ def test_prompts_are_the_twelve(tmp_path):
     prompts = load_prompts(Path(__file__).parent.parent / 'configs' / 'prompts.jsonl')
     kinds = [p.kind for p in prompts]
     assert [kinds.count(k) for k in ('operation', 'invented', 'chat', 'raw')] == [4, 2, 3, 3]
-    for bad in ('{"id": "a", "kind": "raw"}', '{"id": "a", "kind": "x", "text": ""}', 'nonsense', '[]'):
-        (tmp_path / 'p.jsonl').write_text(bad)
-        with pytest.raises(UsageError):
-            load_prompts(tmp_path / 'p.jsonl')
-    with pytest.raises(UsageError, match='no prompts'):
-        load_prompts(tmp_path / 'absent')
+    for absent in ('absent', '.'):
+        with pytest.raises(UsageError, match='no prompts'):
+            load_prompts(tmp_path / absent)
+
+
+_GOOD = b'{"id": "a", "kind": "raw", "text": "one\xe2\x80\xa8line"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ('line', 'says'),
+    [
+        (b'{"id": "b", "kind": "raw"}', 'exactly id, kind and text'),
+        (b'nonsense', 'exactly id, kind and text'),
+        (b'[]', 'exactly id, kind and text'),
+        (b'{"id": "b", "kind": "x", "text": "t"}', 'must be one of'),
+        (b'{"id": "b", "kind": "raw", "text": "caf\xe9"}', 'not UTF-8'),
+        (b'{"id": "b", "kind": "raw", "text": 5}', 'text must be'),
+        (b'{"id": "b", "kind": "raw", "text": " "}', 'text must be'),
+        (b'{"id": "b", "kind": "raw", "text": "\\ud800"}', 'text must be'),
+        (b'{"id": 1, "kind": "raw", "text": "t"}', 'id must be'),
+        (b'{"id": "b", "kind": ["raw"], "text": "t"}', 'kind must be'),
+    ],
+)
+def test_a_bad_prompt_is_one_line_with_its_place(tmp_path, line, says):
+    path = tmp_path / 'p.jsonl'
+    path.write_bytes(_GOOD)
+    assert load_prompts(path)[0].text == 'one\u2028line'
+    path.write_bytes(_GOOD + line)
+    with pytest.raises(UsageError, match=f'p.jsonl:3.*{says}') as e:
+        load_prompts(path)
+    assert '\n' not in str(e.value)

@@ -1,5 +1,6 @@
 """What a run writes and when it stops: files, time, non-finite steps, a full disk."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import running
 from running import lines, measured, status, steps_saved
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -21,8 +21,8 @@ from lm import main as lm_main
 from lm.errors import Preempted, RunError
 from lm.runtime import StopRequest
 from lm.stages import pretrain
+from lm.training import checkpoint, loop
 from lm.training import ledger as ledgers
-from lm.training import loop, runs
 from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, Meter
 from lm.training.recorder import Recorder
@@ -216,11 +216,14 @@ class NoWriter:
     def __init__(self):
         self.steps = []
 
-    def save(self, step, tree, **meta):
+    def save(self, step, tree):
         self.steps.append(step)
 
     def wait(self):
         pass
+
+    def set_aside(self, after):
+        self.steps = [step for step in self.steps if step <= after]
 
 
 def test_speed_counts_the_steps_and_their_seconds(clock):
@@ -265,12 +268,10 @@ def test_metrics_are_fetched_after_the_next_step_is_dispatched(monkeypatch):
 def test_everything_up_to_a_checkpoint_is_written_before_it(tmp_path):
     h = hooks(tmp_path / 'run', log_every=1, save_every=2)
     seen = []
-    h.writer.save = lambda step, tree, **meta: seen.append(
-        (step, max(r['step'] for r in lines(tmp_path / 'run')), meta['data'])
-    )
+    h.writer.save = lambda step, tree: seen.append((step, max(r['step'] for r in lines(tmp_path / 'run'))))
     ready = metrics()
     loop.run_loop(State(), lambda state, i: i, lambda s, b: (s, ready), steps=5, stop=StopRequest(), hooks=h)
-    assert seen == [(2, 2, 2), (4, 4, 4), (5, 5, 5)]
+    assert seen == [(2, 2), (4, 4), (5, 5)]
 
 
 @pytest.mark.parametrize('where', ['source', 'step'])
@@ -328,16 +329,30 @@ def test_a_bounded_number_of_bad_steps_is_passed_over(tmp_path):
     assert 'step 5 skipped: loss nan' in (tmp_path / 'run' / 'log.txt').read_text()
 
 
-def test_a_rate_that_explodes_ends_with_a_checkpoint_that_is_finite(lab, tmp_path, monkeypatch, capsys):
+def test_what_gives_no_finite_loss_pushes_no_checkpoint_out():
+    """Nothing is saved among skipped steps, and what was saved just before a streak that stops the run is set aside."""
+    good, bad = metrics(), metrics(loss=jnp.float32('nan'), skipped=jnp.int32(1))
+
+    def saved_by(pattern, steps):
+        h = hooks(save_every=1)
+        step = lambda s, b: (s, bad if b == 'x' else good)
+        with contextlib.nullcontext() if 'xxx' not in pattern else pytest.raises(RunError, match='non-finite'):
+            loop.run_loop(State(), lambda state, i: pattern[i], step, steps=steps, stop=StopRequest(), hooks=h)
+        return h.writer.steps
+
+    assert saved_by('..x.xx.', 7) == [1, 2, 4, 7]
+    assert saved_by('..xxx...', 8) == [1]
+
+
+def test_a_rate_that_explodes_leaves_no_checkpoint_of_it(lab, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / 'run'
     argv = lab.argv(workdir, optim__lr=1e30, optim__warmup=0, optim__max_skips=3, checkpoint__every=1)
     code, said = command(monkeypatch, capsys, argv)
     assert code == 1 and len(said) == 1 and '4 non-finite steps in a row' in said[0]
     assert status(workdir)['state'] == 'failed' and 'non-finite' in status(workdir)['reason']
     assert sum(r['train/skipped'] for r in lines(workdir) if 'train/skipped' in r) >= 3
-    with running.all_devices():
-        model = runs.load(str(workdir), warn=pytest.fail)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(model.params))
+    assert checkpoint.listed(workdir / 'checkpoints') == []
+    assert (workdir / 'checkpoints' / '1.damaged').is_dir()
 
 
 def test_one_bad_batch_is_skipped_and_the_run_goes_on(lab, tmp_path, monkeypatch):

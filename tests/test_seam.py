@@ -237,3 +237,12 @@ def test_parameters_are_born_where_they_stay(toy, mesh):
     assert params['layers']['wq_DNH'].addressable_shards[0].data.size * here == params['layers']['wq_DNH'].size
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
         assert_close(params, transformer.init_sharded(jax.random.key(0), cfg), rtol=1e-6)
+
+
+@pytest.mark.parametrize('mesh', ['one', 'tensor4'], indirect=True)
+def test_the_gradient_of_a_frequent_word_is_not_summed_in_bfloat16(mesh):
+    """8,192 times the same word: a bfloat16 sum of ones would stop at 256."""
+    table_VD, tokens_BT = jnp.ones((8, 4)), jnp.zeros((8, 1024), jnp.int32)
+    loss = lambda table_VD: jnp.sum(seam.lookup(table_VD, tokens_BT, dtype=jnp.bfloat16).astype(jnp.float32))
+    gradient_VD = jax.jit(jax.grad(loss))(table_VD)
+    np.testing.assert_array_equal(np.asarray(gradient_VD)[0], 8192.0)

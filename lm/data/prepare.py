@@ -1,8 +1,8 @@
 """From a mixture to token stores: read, deduplicate, split, train the tokenizer, encode. Done once, then cached.
 
 A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. What was seen is
-held in memory, about 100 bytes a document; the text itself goes through disk. Whether a document
-is held out depends on its text alone, so it never moves when others come or go.
+held in memory, about 100 bytes a document; the text itself goes through disk. Whether a document is held out depends
+on its text alone, so it never moves when others come or go, except where so few come that a part would be empty.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from etils import epath
 from lm import files
 from lm.data import cache
 from lm.data.sources import Counts, Source, open_source, parse_mixture
-from lm.data.store import Spool, TokenStore, digest, write_store
+from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
 
 # Part of the cache's key: raise it when the stores that come out change.
-RECIPE = 1
+RECIPE = 2
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 
 
@@ -62,7 +62,6 @@ def prepare(
     vocab_size: int,
     tokenizer: str | None,
     heldout: float,
-    seed: int,
     progress: Callable[[str], None],
 ) -> Prepared:
     """Prepares a mixture, or finds it in the cache.
@@ -82,12 +81,14 @@ def prepare(
         # Weights choose what the tokenizer is trained on, and nothing else of what is written.
         'tokenizer': existing.fingerprint if existing else [vocab_size, weights],
         'heldout': heldout,
-        'seed': seed,
     }
     directory = cache.build(
-        'prepared', key, lambda path: _write(path, sources, weights, vocab_size, existing, heldout, seed, progress)
+        'prepared', key, lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress)
     )
-    return _open(directory, weights)
+    try:
+        return _open(directory, weights)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
+        raise UsageError(f'the prepared data in {directory} is damaged ({e}): delete that folder') from e
 
 
 def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
@@ -103,13 +104,22 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
 
 
 def _open(directory: epath.Path, weights: Sequence[float | None]) -> Prepared:
-    index = json.loads((directory / 'prepared.json').read_text())
+    """Raises one of several errors if a file in it is damaged: all are a cache's, which can be made again."""
+    index = json.loads((directory / 'prepared.json').read_bytes())
+    if index.pop('fingerprint') != cache.fingerprint(index):
+        raise ValueError('prepared.json has changed')
     tokenizer = Tokenizer.load(directory / 'tokenizer')
+    if tokenizer.fingerprint != index['content'][0]:
+        raise ValueError('the tokenizer has changed')
     shares = _shares(weights, [source['counts']['train_tokens'] for source in index['sources']])
 
     def store(number: int, split: str) -> TokenStore:
-        path = directory / f'{number}' / split
-        return TokenStore.open(path, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+        return TokenStore.open(
+            directory / f'{number}' / split,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            checksums=index['sources'][number]['checksums'][split],
+        )
 
     sources = tuple(
         PreparedSource(source['name'], share, store(n, 'train'), store(n, 'heldout'), source['counts'])
@@ -131,26 +141,26 @@ def _write(
     vocab_size: int,
     existing: Tokenizer | None,
     heldout: float,
-    seed: int,
     progress: Callable[[str], None],
 ) -> None:
     seen: set[bytes] = set()
     spool = directory / 'spool'
-    splits = [_read(spool / f'{n}', source, seen, heldout, seed, progress) for n, source in enumerate(sources)]
+    splits = [_read(spool / f'{n}', source, seen, heldout, progress) for n, source in enumerate(sources)]
     tokenizer = existing or _train(splits, weights, vocab_size, progress)
     tokenizer.save(directory / 'tokenizer')
     described = [_encode(directory / f'{n}', split, tokenizer, progress) for n, split in enumerate(splits)]
     shutil.rmtree(spool)
     content = [tokenizer.fingerprint, [[s['name'], s['content']] for s in described]]
-    files.write_json(directory / 'prepared.json', {'content': content, 'sources': described})
+    index = {'content': content, 'sources': described}
+    files.write_json(directory / 'prepared.json', index | {'fingerprint': cache.fingerprint(index)})
 
 
 def _read(
-    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, seed: int, progress: Callable[[str], None]
+    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, progress: Callable[[str], None]
 ) -> _Split:
-    """Reads a source into two spools, without what `seen` holds. Raises UsageError if either stays empty."""
+    """Reads a source into two spools, without what `seen` holds. Raises UsageError for fewer than two documents."""
     progress(f'reading {source.name}')
-    split = _Split(source.name, Counts(), Spool(spool / 'train', seed=seed), Spool(spool / 'heldout', seed=seed))
+    split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
     for record in source.read(split.counts):
         content = record['text'].encode()
         content_digest = digest(content)
@@ -159,7 +169,8 @@ def _read(
             continue
         seen.add(content_digest)
         (split.heldout if is_heldout(content_digest, heldout) else split.train).add(content, content_digest)
-    _require_documents(split, heldout)
+    _require_documents(split)
+    _fill_empty_part(split)
     return split
 
 
@@ -168,7 +179,7 @@ def is_heldout(content_digest: bytes, share: float) -> bool:
     return int.from_bytes(content_digest[:8], 'big') < share * 2**64
 
 
-def _require_documents(split: _Split, heldout: float) -> None:
+def _require_documents(split: _Split) -> None:
     total = split.train.documents + split.heldout.documents
     if not total:
         dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
@@ -176,12 +187,19 @@ def _require_documents(split: _Split, heldout: float) -> None:
             f'data source {split.name!r} has no documents (read {split.counts.read}; dropped: {dropped or "none"}): '
             'name other data'
         )
-    if not split.heldout.documents or not split.train.documents:
-        part = 'training' if split.heldout.documents else 'held-out'
+    if total == 1:
         raise UsageError(
-            f'data source {split.name!r} has {total} documents and none falls into its {part} part: give more '
-            f'documents (a long text can be split), or change data.heldout={heldout}'
+            f'data source {split.name!r} has one document, and training and held-out data need one each: split it, '
+            'for example into a .jsonl file with an object {"text": ...} in each line'
         )
+
+
+def _fill_empty_part(split: _Split) -> None:
+    """Gives a part without documents the one nearest to it, the first that another share would have put there."""
+    for empty, full, nearest in ((split.heldout, split.train, min), (split.train, split.heldout, max)):
+        if not empty.documents:
+            content_digest, content = full.pop(nearest)
+            empty.add(content, content_digest)
 
 
 def _train(
@@ -211,6 +229,7 @@ def _encode(
     """Writes the two stores of a source; returns its entry of prepared.json."""
     progress(f'encoding {split.name}')
     counts: dict[str, Any] = asdict(split.counts)
+    checksums = {}
     content = hashlib.blake2b(digest_size=16)
     for name, spool in (('train', split.train), ('heldout', split.heldout)):
         counts[f'{name}_documents'] = spool.documents
@@ -224,8 +243,9 @@ def _encode(
             eos_id=tokenizer.eos_id,
         )
         content.update(name.encode())
+        checksums[name] = checksums_of(directory / name)
     counts['kept'] = split.train.documents + split.heldout.documents
-    return {'name': split.name, 'counts': counts, 'content': content.hexdigest()}
+    return {'name': split.name, 'counts': counts, 'content': content.hexdigest(), 'checksums': checksums}
 
 
 def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
@@ -23,9 +24,13 @@ class Prompt:
 def load_prompts(path: epath.PathLike) -> list[Prompt]:
     """The prompts of a jsonl file with `id`, `kind` and `text` a line. Raises UsageError for anything else."""
     path = epath.Path(path)
-    if not path.exists():
-        raise UsageError(f'no prompts at {path}: name a .jsonl file with id, kind and text in each line')
-    lines = path.read_text().splitlines()
+    try:
+        # Not splitlines: JSON may hold U+2028 and others that it takes for ends of lines.
+        lines = path.read_bytes().split(b'\n')
+    except OSError as e:
+        raise UsageError(
+            f'no prompts at {path} ({e.strerror or e}): name a .jsonl file with id, kind and text in each line'
+        ) from None
     prompts = [_parse(f'{path}:{number}', line) for number, line in enumerate(lines, 1) if line.strip()]
     ids = [prompt.id for prompt in prompts]
     if len(ids) > len(set(ids)):
@@ -33,11 +38,20 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
     return prompts
 
 
-def _parse(place: str, line: str) -> Prompt:
+def _parse(place: str, line: bytes) -> Prompt:
     try:
-        prompt = Prompt(**json.loads(line))
-    except (TypeError, ValueError):
+        prompt = Prompt(**json.loads(line.decode('utf-8')))
+    except UnicodeDecodeError:
+        raise UsageError(f'{place} is not UTF-8: save the file as UTF-8') from None
+    except (TypeError, ValueError, RecursionError):
         raise UsageError(f'{place} is not an object with exactly id, kind and text') from None
+    if wrong := [name for name, value in vars(prompt).items() if not _is_text(value)]:
+        raise UsageError(f'{place}: {wrong[0]} must be a text, and not an empty one')
     if prompt.kind not in KINDS:
         raise UsageError(f'{place} has the kind {prompt.kind!r}: it must be one of {", ".join(KINDS)}')
     return prompt
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is more than spaces, and without lone surrogates (JSON can write them, UTF-8 cannot)."""
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors='replace').decode()

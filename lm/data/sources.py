@@ -7,7 +7,6 @@ opens a `Source`, which gives records and counts what it read and what it droppe
 import difflib
 import glob
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,8 +19,10 @@ from lm.data import cache
 from lm.errors import UsageError
 
 CORPORA = ('botocore', 'chitchat')
-_NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?inf|nan')
+_NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
 _READ_AT_ONCE = 4096
+# Beyond these, shares of a sum overflow or vanish; the mixture rounds far more coarsely.
+_LIGHTEST, _HEAVIEST = 1e-9, 1e9
 
 
 class Record(TypedDict):
@@ -73,8 +74,8 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     if not colon or not _NUMBER.fullmatch(number):
         return part, None
     weight = float(number)
-    if not name or not math.isfinite(weight) or weight <= 0:
-        raise UsageError(f'the weight in {part!r} must be a positive number after a name')
+    if not name or not _LIGHTEST <= weight <= _HEAVIEST:
+        raise UsageError(f'the weight in {part!r} must be a number from {_LIGHTEST:g} to {_HEAVIEST:g} after a name')
     return name, weight
 
 

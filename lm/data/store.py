@@ -5,7 +5,9 @@ and `offsets.npy` (int64, [documents + 1]), where each begins. Opening and readi
 """
 
 import hashlib
+import os
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO
@@ -13,12 +15,15 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from lm.errors import UsageError
-
 _HEADER = struct.Struct('<16s16sI')
+# Any constant will do; another one changes the order of all data.
+_SALT = bytes(16)
 _BUCKETS = 64
 _BUFFER_BYTES = 64 << 20
 _CHUNK_CHARACTERS = 1 << 21
+_VERIFIED_BYTES = 1 << 30
+# [size, CRC-32] or [size] of each file of a store.
+Checksums = dict[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +35,12 @@ class TokenStore:
     pad_id: int = 0
 
     @classmethod
-    def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int) -> 'TokenStore':
-        """Raises UsageError if the files are damaged: a store is a cache, which can be deleted and made again."""
-        try:
-            tokens = np.memmap(directory / 'tokens.bin', dtype=token_dtype(vocab_size), mode='r')
-            offsets = np.load(directory / 'offsets.npy', mmap_mode='r')
-            if len(tokens) != offsets[-1]:
-                raise ValueError('the last offset is not the end of the tokens')
-        except (OSError, ValueError, EOFError) as e:
-            raise UsageError(
-                f'the prepared data in {directory} is damaged ({e}): delete {directory.parent.parent}'
-            ) from None
-        return cls(tokens, offsets, pad_id)
+    def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'TokenStore':
+        """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
+        if damaged := [name for name, found in checksums_of(directory).items() if found != checksums.get(name)]:
+            raise ValueError(f'{directory / damaged[0]} has changed')
+        tokens = np.memmap(directory / 'tokens.bin', dtype=token_dtype(vocab_size), mode='r')
+        return cls(tokens, np.load(directory / 'offsets.npy', mmap_mode='r'), pad_id)
 
     @property
     def documents(self) -> int:
@@ -53,6 +52,20 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def checksums_of(directory: epath.Path) -> Checksums:
+    """The size of each of a store's files and, below 1 GiB, its CRC-32.
+
+    Every start verifies them. A gibibyte takes about a second; of a larger file only the size is compared, since a
+    terabyte would take a quarter of an hour.
+    """
+    return {name: _checksum(directory / name) for name in ('tokens.bin', 'offsets.npy')}
+
+
+def _checksum(path: epath.Path) -> list[int]:
+    size = os.stat(path).st_size
+    return [size, zlib.crc32(np.memmap(path, np.uint8, 'r').data)] if size < _VERIFIED_BYTES else [size]
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -67,22 +80,21 @@ def digest(data: bytes) -> bytes:
 class Spool:
     """Documents on disk in buckets by shuffle key: written in any order, read back in the order of the keys.
 
-    The key is a hash of (seed, content), so the order depends on nothing else. Memory is bounded by a bucket, a 64th
-    of the text, and the buffer.
+    The key is a hash of the content, so the order depends on nothing else. Memory is bounded by a bucket, a 64th of
+    the text, and the buffer.
     """
 
-    def __init__(self, directory: epath.Path, *, seed: int):
+    def __init__(self, directory: epath.Path):
         directory.mkdir(parents=True)
         self._paths = [directory / f'{i:02d}' for i in range(_BUCKETS)]
         self._buffers: list[list[bytes]] = [[] for _ in range(_BUCKETS)]
         self._buffered = 0
-        self._seed = seed.to_bytes(16, 'little', signed=True)
         self.documents = 0
         self.bytes = 0
 
     def add(self, content: bytes, content_digest: bytes) -> None:
-        key = digest(self._seed + content_digest)
-        record = _HEADER.pack(key, content_digest, len(content)) + content
+        key = _shuffle_key(content_digest)
+        record = _record(key, content_digest, content)
         self._buffers[key[0] % _BUCKETS].append(record)
         self._buffered += len(record)
         self.documents += 1
@@ -106,8 +118,26 @@ class Spool:
                 for _, content_digest, content in sorted(_records(path.read_bytes())):
                     yield content_digest, content
 
-    def texts(self) -> Iterator[str]:
-        return (content.decode() for _, content in self.read())
+    def pop(self, choose: Callable[[Iterator[tuple[bytes, bytes]]], tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+        """Takes out the document, as (digest, content), that `choose` (min or max) picks; reads all of them for it."""
+        chosen = choose(self.read())
+        path = self._paths[_shuffle_key(chosen[0])[0] % _BUCKETS]
+        left = [record for record in _records(path.read_bytes()) if record[1:] != chosen]
+        path.write_bytes(b''.join(_record(*record) for record in left))
+        self.documents -= 1
+        self.bytes -= len(chosen[1])
+        return chosen
+
+
+def _shuffle_key(content_digest: bytes) -> bytes:
+    """Another hash than the content's own, which decides what is held out. Not the run's seed: every run reads the
+    same stores, and its seed shuffles their rows.
+    """
+    return digest(_SALT + content_digest)
+
+
+def _record(key: bytes, content_digest: bytes, content: bytes) -> bytes:
+    return _HEADER.pack(key, content_digest, len(content)) + content
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:

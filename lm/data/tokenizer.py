@@ -47,7 +47,8 @@ class Tokenizer:
     def from_model(cls, model: bytes) -> 'Tokenizer':
         """From the bytes of a SentencePiece model. Raises UsageError if it is not one, or not one of ours."""
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            processor = sentencepiece.SentencePieceProcessor()
+            processor.LoadFromSerializedProto(model)  # the constructor takes empty bytes for no model, and is silent
         except (RuntimeError, OSError) as e:
             raise UsageError('the tokenizer is not a SentencePiece model, or is damaged: name another') from e
         pieces = tuple(_piece_bytes(processor, i) for i in range(processor.vocab_size()))
@@ -162,6 +163,8 @@ _TRAINING: dict[str, Any] = dict(
     allow_whitespace_only_pieces=True,
     split_digits=True,
     character_coverage=0.9999,
+    # A text without spaces would leave the space out of the pieces, and then spaces do not come back.
+    required_chars=_SPACE,
     max_sentence_length=_LONGEST_SENTENCE,
     pad_id=0,
     bos_id=1,

@@ -22,14 +22,8 @@ def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -
     w, dims = transformer.head_weight(params, cfg)
     options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
     logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], **options)
-    weights_BT, written_BT = batch['weights_BT'], batch['bytes_BT']
-    spelled_BT = weights_BT * (written_BT > 0)
-    return {
-        'nll': -jnp.sum(weights_BT * logp_BT),
-        'tokens': jnp.sum(weights_BT),
-        'byte_nll': -jnp.sum(spelled_BT * logp_BT),
-        'bytes': jnp.sum(weights_BT * written_BT),
-    }
+    nll_BT = -batch['weights_BT'] * logp_BT
+    return {'nll': jnp.sum(nll_BT), 'byte_nll': jnp.sum(nll_BT * batch['spelled_BT'])}
 
 
 def sums(
@@ -37,15 +31,22 @@ def sums(
 ) -> dict[str, float]:
     """Sums over batches of packed rows: nll in nats over all targets, and over those that spell bytes; tokens; bytes.
 
+    Tokens and bytes are counted as integers on the host: float32 would be exact for 16 million of them alone.
+
     Args:
       bytes_V: how many UTF-8 bytes each id stands for; 0 for control symbols.
     """
-    total: dict[str, float] = dict.fromkeys(('nll', 'tokens', 'byte_nll', 'bytes'), 0.0)
+    found, tokens, written = [], 0, 0
     for batch in batches:
-        batch = {**batch, 'bytes_BT': bytes_V[batch['targets_BT']].astype(np.float32)}
-        for name, value in jax.device_get(_sums(params, sharding.shard_batch(batch), cfg=cfg)).items():
-            total[name] += float(value)
-    return total
+        bytes_BT = bytes_V[batch['targets_BT']] * (batch['weights_BT'] > 0)
+        tokens += int(np.count_nonzero(batch['weights_BT']))
+        written += int(bytes_BT.sum(dtype=np.int64))
+        spelled_BT = (bytes_BT > 0).astype(np.float32)
+        found.append(_sums(params, sharding.shard_batch({**batch, 'spelled_BT': spelled_BT}), cfg=cfg))
+    nll = {
+        name: float(np.sum([f[name] for f in jax.device_get(found)], dtype=np.float64)) for name in ('nll', 'byte_nll')
+    }
+    return {**nll, 'tokens': tokens, 'bytes': written}
 
 
 def metrics(totals: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

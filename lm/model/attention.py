@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 
-NEGATIVE = -1e30  # not -inf: a row that sees no key at all must give 0/1 = 0, not nan
+NEGATIVE = -1e30  # not -inf: a row that sees no key (padding) gives the mean of v, which nobody reads, and not nan
 QUERY_BLOCK = 64  # queries a block; small enough to skip most of what causality masks, large enough for the matmuls
 
 

@@ -89,11 +89,12 @@ def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
     """Rows of an embedding `VD`: [B, T] ids -> [B, T, D].
 
     The vocabulary may be split over `tensor`: each device looks up the rows that it has and the parts are added. (Left
-    to XLA, a table with V on tensor and D on fsdp is rematerialised whole, forward and backward.)
+    to XLA, a table with V on tensor and D on fsdp is rematerialised whole, forward and backward.) Rows are cast after
+    they are taken: a frequent word's gradient is a sum of thousands, which bfloat16 would lose most of.
     """
-    w_VD = dense(w).astype(dtype)
+    w_VD = dense(w)
     if not sharding.axis_sizes():
-        return w_VD.at[tokens_BT].get(mode='clip')
+        return w_VD.at[tokens_BT].get(mode='clip').astype(dtype)
     w_VD = gather(w_VD, 'VD')
     sizes = dict(zip('BTV', (*tokens_BT.shape, w_VD.shape[0]), strict=True))
     whole = sharding.spec('BTD', sharding.assign(sizes))  # V is before T, which takes what V leaves
@@ -101,10 +102,10 @@ def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
 
     def local(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if not vocab_axes:
-            return w_VD.at[tokens_BT].get(mode='clip')
+            return w_VD.at[tokens_BT].get(mode='clip').astype(dtype)
         row_BT = tokens_BT - jax.lax.axis_index(vocab_axes) * w_VD.shape[0]
         here_BT = (row_BT >= 0) & (row_BT < w_VD.shape[0])
-        rows_BTD = w_VD.at[jnp.where(here_BT, row_BT, 0)].get(mode='clip')
+        rows_BTD = w_VD.at[jnp.where(here_BT, row_BT, 0)].get(mode='clip').astype(dtype)
         return jax.lax.psum(jnp.where(here_BT[..., None], rows_BTD, 0), vocab_axes)
 
     tokens_spec = jax.sharding.PartitionSpec(*whole[:2])

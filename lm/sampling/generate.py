@@ -102,7 +102,8 @@ def _prefill(params, prompt_BT, length_B, key_B, sampling, stop_ids, *, cfg, len
         h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, at_start)
         index_B = jnp.clip(length_B - 1 - start, 0, chunk - 1)
         here_B = (length_B - 1 >= start) & (length_B - 1 < start + chunk)
-        picked_BD = _replicated(jnp.einsum('BT,BTD->BD', jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype), h_BTD))
+        one_hot_BT = jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype)
+        picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
         return (cache, jnp.where(here_B[:, None], picked_BD, last_BD)), None
 
     carry = (cache, jnp.zeros((B, cfg.dim), cfg.dtype))

@@ -66,7 +66,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     with ledger('prepare'):
         prepared = prepare(
             mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
-            heldout=config.data.heldout, seed=config.seed, progress=recorder.say,
+            heldout=config.data.heldout, progress=recorder.say,
         )  # fmt: skip
     if found and found['data'] != prepared.fingerprint:
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
@@ -204,7 +204,7 @@ def make_evaluate(
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
         batches = {
             s.name: pipeline.heldout_batches(
-                s, batch_size=config.batch_size, seq_len=config.seq_len, max_rows=config.eval.rows
+                s, batch_size=config.microbatch, seq_len=config.seq_len, max_rows=config.eval.rows
             )
             for s in prepared.sources
         }

@@ -23,6 +23,8 @@ from lm.training.recorder import Recorder
 def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises UsageError where an axis would not divide what it is for."""
     size = mesh.shape
+    if size['expert'] > 1:
+        raise UsageError(f'mesh.expert={size["expert"]}: no parameter has experts to split, leave it at 1')
     batch = size['data'] * size['fsdp']
     micro = config.microbatch or config.batch_size
     needs = (

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm.config import split_run
 from lm.errors import RunError, UsageError
 
 LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
@@ -96,12 +97,13 @@ def listed(directory: epath.PathLike) -> list[int]:
     if not directory.exists():
         return []
     return sorted(
-        (int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.name == str(int(p.name))), reverse=True
+        (int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.name == str(int(p.name))), reverse=True
     )
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-    """A checkpoint's JSON part. Raises ValueError if it is missing or damaged, UsageError if its layout is newer."""
+    """A checkpoint's JSON part. Raises ValueError if it is missing, damaged or of another step, UsageError if its
+    layout is newer."""
     file = path / 'meta' / 'metadata'
     if not file.exists():
         raise ValueError('it is incomplete (no meta/metadata)')
@@ -110,6 +112,8 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
         raise ValueError('the seal of meta/metadata is wrong')
     if meta['layout'] > LAYOUT:
         raise UsageError(f'{path} has layout {meta["layout"]}, this version reads up to {LAYOUT}: use a newer lm')
+    if str(meta['step']) != path.name:
+        raise ValueError(f'it is of step {meta["step"]}')
     return meta
 
 
@@ -122,15 +126,15 @@ def check_layout(directory: epath.PathLike) -> None:
 
 def locate(run: str) -> int:
     """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there, or newer than us."""
-    folder, at, step = run.partition('@')
+    folder, step = split_run(run)
     directory = epath.Path(folder) / 'checkpoints'
     steps = listed(directory)
     if not steps:
         raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
-    if at and (not step.isdigit() or int(step) not in steps):
+    if step is not None and step not in steps:
         raise UsageError(f'{folder} has no checkpoint {step} (it has: {", ".join(map(str, reversed(steps)))})')
     check_layout(directory)
-    return int(step) if at else steps[0]
+    return steps[0] if step is None else step
 
 
 def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -147,7 +151,7 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(path / 'state', args=args)
+            tree = checkpointer.restore(path.resolve() / 'state', args=args)
     except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
         raise ValueError(f'it cannot be read ({_first_line(error)})') from error
     missing = [p for p, x in jax.tree_util.tree_leaves_with_path(tree) if not isinstance(x, jax.Array)]
@@ -191,9 +195,9 @@ def read_newest(
 def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]]:
     """Reads 'DIR' (newest that holds) or 'DIR@STEP' (that one). Raises UsageError if it is not there."""
     step = locate(run)
-    folder, at, _ = run.partition('@')
+    folder, asked = split_run(run)
     directory = epath.Path(folder) / 'checkpoints'
-    if not at:
+    if asked is None:
         found = read_newest(directory, abstract, warn=warn)
         if found is None:
             raise RunError(f'{folder} has lost its checkpoints: name another run')
@@ -237,12 +241,12 @@ class Writer:
         with contextlib.nullcontext() if error is None else contextlib.suppress(RunError), self._guarded():
             self._manager.close()
 
-    def save(self, step: int, tree: Any, **meta: Any) -> None:
+    def save(self, step: int, tree: Any) -> None:
         """Starts saving; returns once the tree may be changed. Raises RunError if this or the last save failed."""
         sums = checksums(tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave(_sealed({'layout': LAYOUT, 'step': step, 'checksums': sums, **meta})),
+            meta=ocp.args.JsonSave(_sealed({'layout': LAYOUT, 'step': step, 'checksums': sums})),
         )
         with self._guarded():
             self._manager.save(step, args=args, force=True)
@@ -251,6 +255,13 @@ class Writer:
         """Until what was begun is on disk."""
         with self._guarded():
             self._manager.wait_until_finished()
+
+    def set_aside(self, after: int) -> None:
+        """Renames the checkpoints of steps past `after`: they can be read and are not worth going on from."""
+        self.wait()
+        for step in listed(self._directory):
+            if step > after:
+                _set_aside(self._directory / str(step))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

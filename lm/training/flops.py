@@ -12,7 +12,7 @@ from lm import sharding
 
 # Dense peak of one device in FLOP/s, bfloat16, from the makers' data sheets; the first name that fits counts.
 PEAK = {
-    'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L4': 121e12,
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
     'TPU7x': 2307e12, 'TPU v6 lite': 918e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
     'TPU v4': 275e12,
 }  # fmt: skip

@@ -51,7 +51,8 @@ def run_loop(
 
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
-      RunError: more than `max_skips` non-finite steps in a row, nothing saved since; or a save failed.
+      RunError: more than `max_skips` non-finite steps in a row, nothing saved since and what was saved just before
+        them set aside, because its parameters may be the cause; or a save failed.
     """
     stop.patient = True
     meter, profile = Meter(hooks), Profile(hooks)
@@ -77,12 +78,13 @@ def run_loop(
             if evaluates:
                 with hooks.ledger('eval'):
                     hooks.recorder.metrics(i, hooks.evaluate(state, i))
-            if saves or stops:
+            if (saves or stops) and not meter.skipping:  # what gives no finite loss does not push out what did
                 save(state, i, hooks)
             if stops:
                 with hooks.ledger('checkpoint'):
                     hooks.writer.wait()
-                raise Preempted(f'saved at step {i} after {stop.signal}: run the same command again to go on')
+                kept = 'stopped among skipped steps' if meter.skipping else 'saved'
+                raise Preempted(f'{kept} at step {i} after {stop.signal}: run the same command again to go on')
     profile.stop()
     with hooks.ledger('checkpoint'):
         hooks.writer.wait()
@@ -90,9 +92,9 @@ def run_loop(
 
 
 def save(state: TrainState, step: int, hooks: Hooks) -> None:
-    """Begins a checkpoint of what resuming needs: the state without `frozen`, and the data's position."""
+    """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
     with hooks.ledger('checkpoint'):
-        hooks.writer.save(step, saved(state), data=step)
+        hooks.writer.save(step, saved(state))
 
 
 def saved(state: TrainState) -> dict[str, Any]:
@@ -106,7 +108,6 @@ class Meter:
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._skipped_in_a_row = 0
-        self._skipped = 0
         self._steps_since, self._seconds_before = 0, hooks.ledger.spent('step', 'data')
 
     def read(self, step: int, metrics: Any, *, steps: int) -> None:
@@ -133,10 +134,16 @@ class Meter:
         if values['skipped']:
             self._hooks.recorder.say(f'step {step} skipped: loss {values["loss"]}, gradient norm {values["grad_norm"]}')
         if self._skipped_in_a_row > self._hooks.max_skips:
+            self._hooks.writer.set_aside(after=step - self._skipped_in_a_row - 1)
             raise RunError(
                 f'{self._skipped_in_a_row} non-finite steps in a row up to step {step}: lower optim.lr or look at the '
-                'data there; the last checkpoint is finite'
+                'data there; the last checkpoint is from before them'
             )
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step that was read was skipped."""
+        return self._skipped_in_a_row > 0
 
 
 class Profile:

@@ -131,7 +131,8 @@ class Recorder:
             return
         for name in ('metrics.jsonl', 'samples.jsonl'):
             if (self.workdir / name).exists():
-                kept = [r for r in files.read_json_lines(self.workdir / name) if r['step'] <= step]
+                records = files.read_json_lines(self.workdir / name, warn=self.say)
+                kept = [r for r in records if r['step'] <= step]
                 text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept)
                 files.write_text(self.workdir / name, text)
         for line in files.read_json_lines(self.workdir / 'metrics.jsonl'):

@@ -1,8 +1,11 @@
 """A run's directory: what lies in it, opening it to train, loading it to use."""
 
+import contextlib
+import fcntl
 import json
+import os
 import subprocess
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +14,14 @@ import jax
 from etils import epath
 
 from lm import files, runtime, sharding
-from lm.config import Config, differences
+from lm.config import Config, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
+LOCK = '.lock'
 VERSIONED = ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece')
 
 
@@ -39,7 +43,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 def read_config(run: str) -> dict[str, Any]:
     """The saved config.json of 'DIR' or 'DIR@STEP'. Raises UsageError if it is not a run."""
-    folder = epath.Path(run.partition('@')[0])
+    folder = epath.Path(split_run(run)[0])
     file = folder / 'config.json'
     if not file.exists():
         raise UsageError(f'{folder} is not a run: it has no config.json')
@@ -52,30 +56,89 @@ def read_config(run: str) -> dict[str, Any]:
     return saved
 
 
+@contextlib.contextmanager
+def claimed(workdir: epath.Path) -> Iterator[None]:
+    """Inside, this process alone trains in `workdir`: two at once would spoil each other's files.
+
+    The lock is the system's, which lets it go however the process ends. What was made for it is removed again unless
+    the run has put something there. A bucket has no locks.
+
+    Raises UsageError if another process trains there, or nothing can be written there.
+    """
+    if '://' in os.fspath(workdir):
+        yield
+        return
+    _check_folder(workdir)
+    folder, made, lock = Path(workdir), [], None
+    try:
+        try:
+            made = [p for p in (folder, *folder.parents) if not p.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / LOCK)
+        except OSError as error:
+            raise UsageError(f'{workdir} cannot be written ({error.strerror}): name another --workdir') from error
+        yield
+    finally:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(lock)
+        with contextlib.suppress(OSError):  # not empty: it is a run now
+            for path in made:
+                path.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock. Raises UsageError if another process does."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UsageError(f'another process trains in {path.parent}: wait for it or stop it') from None
+        except OSError:  # a file system without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file)):
+                return file
+        os.close(file)  # its holder removed it between our two calls
+
+
+def _check_folder(workdir: epath.Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f'{workdir} is a file: name another --workdir')
+
+
 def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     """The saved config.json if `workdir` holds this run already, None if it is new.
 
-    Raises UsageError if it holds another run, or files that are no run.
+    A run without a checkpoint has nothing to lose: it begins again, under whatever settings.
+
+    Raises UsageError if it holds another run, one that is beyond its last step, or files that are no run.
     """
+    _check_folder(workdir)
     if not workdir.exists():
         return None
-    if not workdir.is_dir():
-        raise UsageError(f'{workdir} is a file: name another --workdir')
     if not (workdir / 'config.json').exists():
-        if any(not files.is_temporary(path) for path in workdir.iterdir()):
+        if any(path.name != LOCK and not files.is_temporary(path) for path in workdir.iterdir()):
             raise UsageError(f'{workdir} holds files that are not a run: name another --workdir')
         return None
     saved = read_config(str(workdir))
+    steps = checkpoint.listed(workdir / 'checkpoints')
+    if not steps:
+        return None
     different = differences(saved['config'], config.to_dict())
     if different:
         keys = ', '.join(f'{k} ({old} there, {new} now)' for k, (old, new) in sorted(different.items())[:4])
         more = f' and {len(different) - 4} more' if len(different) > 4 else ''
         raise UsageError(f'{workdir} holds another run: {keys}{more}; name another --workdir')
     checkpoint.check_layout(workdir / 'checkpoints')
+    if config.steps and config.steps < steps[0]:
+        raise UsageError(f'{workdir} is at step {steps[0]} already, steps={config.steps}: set more')
     return saved
 
 
-def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path) -> None:
+def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path | None = None) -> None:
     """With init_from or branch_from, takes the model and the tokenizer of that run.
 
     Once `workdir` holds the run, its own config.json says all that the parent did, and the parent may be gone.
@@ -84,15 +147,19 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path) 
       chosen: the settings that the command line names or moves.
 
     Raises:
-      UsageError: one of them is a model.* that differs, or there is no such run or checkpoint.
+      UsageError: one of them is a model.* that differs, a branch has other data, or there is no such run or
+        checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
         return
-    resumed = (workdir / 'config.json').exists()
+    resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
     if not resumed:
         checkpoint.locate(parent)
-    model = read_config(str(workdir) if resumed else parent)['config']['model']
+    saved = read_config(str(workdir) if resumed else parent)['config']
+    if config.branch_from and not resumed:
+        _check_branch(config, saved)
+    model = saved['model']
     for key in sorted(chosen):
         name = key.removeprefix('model.')
         if key.startswith('model.') and config.model[name] != model.get(name):
@@ -101,7 +168,23 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path) 
             )
     config.model.update(model)
     if config.data.tokenizer is None:
-        config.data.tokenizer = str(epath.Path(parent.partition('@')[0]) / 'tokenizer')
+        config.data.tokenizer = tokenizer_folder(parent)
+
+
+def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
+    """Raises UsageError where a position in the parent's data is not one in the branch's."""
+    old, new = dict(leaves(saved)), dict(leaves(config))
+    keys = ['batch_size', 'seq_len', 'seed', *(k for k in new if k.startswith('data.') and k in old)]
+    same_tokens = new['data.tokenizer'] in (None, old['data.tokenizer'], tokenizer_folder(config.branch_from))
+    other = [k for k in keys if old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
+    if other:
+        told = ', '.join(f'{k} ({old[k]} there, {new[k]} now)' for k in other)
+        raise UsageError(f'{config.branch_from} has other data: {told}; a branch goes on in the same, init_from begins')
+
+
+def tokenizer_folder(run: str) -> str:
+    """The folder of a run's tokenizer."""
+    return str(epath.Path(split_run(run)[0]) / 'tokenizer')
 
 
 def write_config(workdir: epath.Path, config: Config, **more: Any) -> None:
@@ -121,7 +204,7 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     cfg = model_config(saved['config'])
     step, tree, _ = checkpoint.find(run, {'trainable': abstract_params(cfg)}, warn=warn)
     try:
-        tokenizer = Tokenizer.load(str(epath.Path(run.partition('@')[0]) / 'tokenizer'))
+        tokenizer = Tokenizer.load(tokenizer_folder(run))
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
     return Model(tree['trainable'], cfg, tokenizer, saved['config'], step)

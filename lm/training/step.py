@@ -90,9 +90,10 @@ def accumulate(value_and_grad: Callable, trainable: Any, batch: Batch, n: int) -
     def body(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(trainable, *xs)), None
 
-    first = value_and_grad(trainable, {name: x[0] for name, x in parts.items()}, 0)
-    rest = {name: x[1:] for name, x in parts.items()}
-    return jax.lax.scan(body, first, (rest, jnp.arange(1, n)))[0]
+    first = {name: x[0] for name, x in parts.items()}
+    shapes = jax.eval_shape(value_and_grad, trainable, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
+    return jax.lax.scan(body, zeros, (parts, jnp.arange(n)))[0]
 
 
 def split_rows(x: jax.Array, n: int) -> jax.Array:
