@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
-from lm.config import INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
+from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.sampling.generate import Sampling, stream
 from lm.training import runs
 from lm.training.runs import Model
 
-COLDEST, HOTTEST = 1e-4, 1e4  # logits divided by less or more are no numbers that differ
+COLDEST = 1e-4  # logits divided by much less are not finite
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,10 +38,11 @@ def check(flags: argparse.Namespace) -> None:
     for name, least, most in (('max_new_tokens', 1, MAX_NEW_TOKENS), ('top_k', 0, INT32_MAX), ('seed', 0, SEED_MAX)):
         if not least <= vars(flags)[name] <= most:
             raise UsageError(f'--{name}={vars(flags)[name]} must be from {least} to {most}')
-    if flags.temperature and not COLDEST <= flags.temperature <= HOTTEST:
-        raise UsageError(f'--temperature={flags.temperature} must be 0, or from {COLDEST} to {HOTTEST}')
+    if flags.temperature and not COLDEST <= flags.temperature < FLOAT32_END:
+        raise UsageError(f'--temperature={flags.temperature} must be 0, or from {COLDEST} on and finite')
     if not 0 < flags.top_p <= 1 or not 0 <= flags.min_p <= 1:
         raise UsageError('--top_p must lie in (0, 1] and --min_p in [0, 1]')
+    checked(flags.prompt or '')
     if not flags.raw:
         raise UsageError('these runs were pretrained and know no conversation: add --raw to continue plain text')
 
@@ -65,7 +66,7 @@ def answer(model: Model, prompt: str, flags: argparse.Namespace) -> Iterator[str
 def prompts(flags: argparse.Namespace) -> Iterator[str]:
     """The one prompt, or what is typed. Raises UsageError for what is no UTF-8."""
     if flags.prompt is not None:
-        yield checked(flags.prompt)
+        yield flags.prompt
         return
     while True:
         try:
@@ -91,7 +92,6 @@ def checked(prompt: str) -> str:
 def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
-    checked(flags.prompt or '')
     warn = lambda line: print(line, file=sys.stderr)
     with sharding.use_mesh():
         models = {name: runs.load(name, warn=warn) for name in flags.runs}

@@ -7,7 +7,6 @@ is None, and makes the string 'None' of None (ml_collections 1.1).
 import difflib
 import importlib.util
 import json
-import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -59,7 +59,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise UsageError(f'mesh {dict(shape)}: axes are {", ".join(AXES)}, sizes at least 1, and at most one is -1')
     if free:
         if len(devices) % known:
-            raise UsageError(f'mesh {dict(shape)} does not divide {len(devices)} devices: {known} is no divisor')
+            given = ', '.join(f'{axis}={size}' for axis, size in shape.items() if size != 1)
+            raise UsageError(f'mesh {given} does not divide {len(devices)} devices: nothing is left for {free[0]}=-1')
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise UsageError(f'mesh {sizes} has {known} devices in it, this job has {len(devices)}: make them divide')

@@ -69,8 +69,7 @@ def test_help(call, name):
      ('inspect', []), ('inspect', ['--config=x.py', '--rows=x'])],
 )  # fmt: skip
 def test_flags_that_do_not_exist_or_are_missing(call, name, words):
-    status, out, err = call(name, *words)
-    assert status == 2 and not out and 'error:' in err.splitlines()[-1]
+    refused(call(name, *words), 'whole number' if any(word.endswith('=x') for word in words) else '--help lists')
 
 
 @pytest.mark.parametrize('config', sorted((running.ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
@@ -119,8 +118,33 @@ def test_chat_continues_text(call, trained, tmp_path):
     assert both == f'--- {trained}\n{out}--- {tmp_path / "twin"}\n{out}'
 
 
+def test_chat_continues_nothing(call, trained):
+    words = ('--raw', '--prompt', '', '--max_new_tokens=5', '--temperature=1e-4', '--top_k=1e0')
+    status, out, err = call('chat', trained, *words)
+    assert status == 0 and out.endswith('\n') and not err
+
+
+def test_a_run_whose_name_has_an_at_sign(call, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'a@b')
+    words = ('--raw', '--prompt=the', '--max_new_tokens=2')
+    for run in (tmp_path / 'a@b', tmp_path / 'a@b@4'):
+        assert call('chat', run, *words)[0] == 0
+
+
+@pytest.mark.parametrize('name', ['chat', 'inspect'])
+def test_a_reader_that_leaves_is_no_error(lab, trained, name):
+    """As in `… | head -0`, in a process of its own."""
+    words = {'chat': [str(trained), '--raw', '--prompt=the'], 'inspect': [*lab.argv(None), '--rows=50']}[name]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, '-m', f'lm.{name}', *words]
+    with open(write, 'w') as closed:
+        process = subprocess.run(command, stdout=closed, stderr=-1, text=True, cwd=running.ROOT, timeout=60)
+    assert process.returncode == 0 and 'Error' not in process.stderr and 'Traceback' not in process.stderr
+
+
 def test_evaluate_measures_as_training_did(call, trained):
-    status, out, _ = call('evaluate', trained, '--rows=8')
+    status, out, _ = call('evaluate', trained, '--rows=8e0')
     found = running.one_object(out)
     assert status == 0 and found['step'] == 12
     assert found['eval/loss'] == pytest.approx(running.measured(trained)[12, 'eval/loss'], rel=1e-5)
@@ -144,6 +168,32 @@ def test_evaluate_does_without_the_parents_tokenizer(call, trained, lab, tmp_pat
 def test_inspect_shows_rows(call, lab):
     status, out, _ = call('inspect', *lab.argv(None), '--rows=1')
     assert status == 0 and 'row 0' in out and 'dropped' in out
+
+
+def test_inspect_shows_names_and_numbers_whole(call, lab, tmp_path, monkeypatch):
+    """At 80 columns; what looks like markup in a name is a part of it."""
+    monkeypatch.setenv('COLUMNS', '80')
+    mine = tmp_path / '[a]' / '[red]x.jsonl'
+    mine.parent.mkdir()
+    shutil.copy(lab.folder / 'one.jsonl', mine)
+    status, out, err = call('inspect', *lab.argv(None, data__mixture=mine), '--rows=0')
+    assert status == 0 and f'{mine}: dropped ' in out and f'reading {mine}' in err
+    counts = {'read': 4_067_512, 'kept': 4_067_512, 'heldout_documents': 81_350, 'train_tokens': 1_234_567_890}
+    counts |= {'train_bytes': 4_234_567_890, 'dropped': {'duplicate': 1_234_567, 'too short': 7}}
+    prepared = SimpleNamespace(sources=[SimpleNamespace(name='n/[a-c]*.jsonl', weight=0.7, counts=counts)])
+    with (console := inspect.Screen(width=80)).capture() as captured:
+        console.print(inspect.counts(prepared))
+    for word in ('4,067,512', '81,350', '1,234,567,890'):
+        assert word in captured.get()
+    assert '[a-c]' in captured.get()
+    assert inspect.dropped(prepared) == ['n/[a-c]*.jsonl: dropped duplicate 1,234,567, too short 7']
+
+
+def test_inspect_takes_the_parents_model(call, lab, trained, tmp_path):
+    words = lab.argv(None, init_from=str(trained), **lab.inherited)
+    status, _, err = call('inspect', *words, '--rows=1')
+    assert status == 0, err
+    refused(call('inspect', *lab.argv(None, init_from=str(trained), model__dim=64)), 'model.dim=64 differs from')
 
 
 # ---- a dry run ----
@@ -201,7 +251,9 @@ BAD_SETTINGS = [
     ({'model.head_dim': 7}, 'model.head_dim=7 is odd'),
     ({'remat': 'some'}, "remat='some' is not one of"),
     ({'stage': 'pretrian'}, 'stage=pretrian (did you mean pretrain?)'),
-    ({'mesh.data': 3}, 'this job has 8: make them divide'),
+    ({'mesh.data': 3}, 'mesh data=3, fsdp=-1 does not divide 8 devices'),
+    ({'mesh.data': 4, 'mesh.fsdp': 1}, 'this job has 8: make them divide'),
+    ({'mesh.expert': 2}, 'mesh.expert=2: no parameter has experts'),
     ({'mesh.data': -1}, 'at most one is -1'),
     ({'mesh.data': 0}, 'sizes at least 1'),
     ({'batch_size': 6}, 'batch_size=6 is not a multiple of mesh.data × mesh.fsdp=8'),
@@ -215,6 +267,7 @@ BAD_SETTINGS = [
     ({'data.tokenizer': '/no/tokenizer'}, 'no tokenizer at /no/tokenizer'),
     ({'eval.prompts': '/no/prompts.jsonl'}, 'no prompts at /no/prompts.jsonl'),
     ({'init_from': '/no/run'}, '/no/run has no checkpoint'),
+    ({'steps': 3e9}, 'steps=3000000000 must be from 1 to 2147483647'),
     ({'branch_from': '/no/run@3'}, '/no/run has no checkpoint'),
 ]
 
@@ -245,7 +298,7 @@ def test_data_that_cannot_be_trained_on(call, lab, tmp_path):
     refused(call('main', *lab.argv(tmp_path / 'run', data__mixture=empty)), 'has no documents', ('reading',))
     one = tmp_path / 'one.txt'
     one.write_text('one')
-    refused(call('main', *lab.argv(tmp_path / 'run', data__mixture=one)), 'none falls into its', ('reading',))
+    refused(call('main', *lab.argv(tmp_path / 'run', data__mixture=one)), 'has one document', ('reading',))
     big = lab.argv(tmp_path / 'run', model__vocab_size=4000)
     refused(call('main', *big), 'too little or too uniform for a vocabulary of 4000', ('reading', 'training'))
     assert not (tmp_path / 'run').exists()
@@ -293,6 +346,18 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
     refused(call('main', *lab.argv(tmp_path / 'a')), 'is damaged')
 
 
+@pytest.mark.usefixtures('nothing_allocated')
+def test_a_workdir_that_cannot_be_written(call, lab, tmp_path, monkeypatch):
+    """Seen before the data are read, and nothing is left behind."""
+    monkeypatch.setattr(pretrain, 'prepare', lambda **options: pytest.fail('this should have been seen before'))
+    (tmp_path / 'file').write_text('')
+    for workdir in ('/proc/lm-run', tmp_path / 'file' / 'run', tmp_path / 'new' / ('x' * 300)):
+        refused(call('main', *lab.argv(workdir)), f'{workdir} cannot be written')
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+    refused(call('main', *lab.argv(tmp_path / 'a' / 'b', init_from='/no/run')), '/no/run has no checkpoint')
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
 def test_sources_that_changed_under_a_run(call, lab, tmp_path):
     mine = tmp_path / 'mine.jsonl'
     mine.write_text((lab.folder / 'one.jsonl').read_text())
@@ -308,8 +373,13 @@ def test_chat_and_evaluate_refuse(call, trained, tmp_path):
     refused(call('chat', tmp_path, '--raw', '--prompt=x'), f'{tmp_path} is not a run')
     refused(call('chat', tmp_path / 'no', '--raw', '--prompt=x'), 'is not a run')
     refused(call('chat', trained, '--prompt=x'), 'add --raw')
+    refused(call('chat', f'{trained}@last', '--raw', '--prompt=x'), f'{trained} has no checkpoint last')
+    refused(call('chat', trained, '--raw', '--prompt=\udcff'), 'the prompt is not valid UTF-8')
     refused(call('chat', f'{trained}@5', '--raw', '--prompt=x'), f'{trained} has no checkpoint 5 (it has: 4, 8, 12)')
-    for flag in ('--max_new_tokens=0', '--temperature=-1', '--top_k=-1', '--top_p=0', '--min_p=2'):
+    for flag in (
+        '--max_new_tokens=0', '--max_new_tokens=1e7', '--temperature=-1', '--temperature=inf', '--temperature=nan',
+        '--temperature=1e-9', '--top_k=-1', '--top_k=3e9', '--top_p=0', '--min_p=2', '--seed=-1', '--seed=1e20',
+    ):  # fmt: skip
         refused(call('chat', trained, '--raw', '--prompt=x', flag), flag.partition('=')[0])
     refused(call('evaluate', tmp_path), f'{tmp_path} is not a run')
     refused(call('evaluate', f'{trained}@5'), 'has no checkpoint 5')

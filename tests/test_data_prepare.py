@@ -16,6 +16,7 @@ from lm.data.heldout import heldout_operation, normalized
 from lm.data.pipeline import train_batches
 from lm.data.prepare import prepare
 from lm.data.store import Spool, digest
+from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
 
 WORDS = [''.join(random.Random(i).choices('aeioubdklmnrst', k=2 + i % 6)) for i in range(300)]
@@ -220,6 +221,21 @@ def test_an_index_of_another_kind_is_damage_too(tmp_path, content):
     [directory] = (tmp_path / 'cache' / 'prepared').iterdir()
     (directory / 'prepared.json').write_text(content)
     with pytest.raises(UsageError, match='is damaged'):
+        _prepare(path, vocab_size=300)
+
+
+def test_a_whole_file_with_another_content_is_damage_too(tmp_path):
+    texts = [_text(i) for i in range(20)]
+    path = _jsonl(tmp_path / 'a.jsonl', texts)
+    _prepare(path, vocab_size=300)
+    [directory] = (tmp_path / 'cache' / 'prepared').iterdir()
+    index = (directory / 'prepared.json').read_text()
+    (directory / 'prepared.json').write_text(index.replace('"read": 20', '"read": 21'))
+    with pytest.raises(UsageError, match='prepared.json has changed'):
+        _prepare(path, vocab_size=300)
+    (directory / 'prepared.json').write_text(index)
+    train_tokenizer(texts[:5], vocab_size=300).save(directory / 'tokenizer')
+    with pytest.raises(UsageError, match='the tokenizer has changed'):
         _prepare(path, vocab_size=300)
 
 

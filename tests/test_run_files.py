@@ -463,6 +463,20 @@ def test_a_write_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ['file.json']
 
 
+def test_damaged_lines_are_left_out_and_named(lab, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    lab.train(workdir, steps=4)
+    before = measured(workdir)
+    path = workdir / 'metrics.jsonl'
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b'{"schema": 1, "st\xff\n' + b'\0\0\n' + b''.join(rest))
+    capsys.readouterr()
+    lab.train(workdir, steps=5)
+    err = capsys.readouterr().err
+    assert all(f'{path}:{n} is damaged' in err for n in (2, 3))
+    assert {k: v for k, v in measured(workdir).items() if k[0] <= 4} == before
+
+
 def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     path = tmp_path / 'lines.jsonl'
     assert files.read_json_lines(path) == []

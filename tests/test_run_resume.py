@@ -247,6 +247,47 @@ def test_a_newer_layout_is_refused_before_anything_is_written(lab, whole, tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
 
 
+# ---- one at a time, and again ----
+
+
+def test_two_at_once_do_not_train_in_one_workdir(lab, tmp_path):
+    """The second is refused while the first runs, and goes on as soon as that is killed."""
+    workdir = tmp_path / 'run'
+    first = lab.start(workdir, devices=DEVICES, steps=100_000)
+    running.wait_for_step(first, workdir, 2)
+    before = (workdir / 'config.json').read_bytes()
+    with pytest.raises(UsageError, match=rf'another process trains in {workdir}: wait for it or stop it'):
+        lab.train(workdir)
+    assert first.poll() is None and (workdir / 'config.json').read_bytes() == before
+    running.kill(first)
+    assert (workdir / runs.LOCK).exists()
+    assert lab.train(workdir, steps=max(12, *steps_saved(workdir), 0) + 1)['step'] >= 12
+    assert not (workdir / runs.LOCK).exists()
+
+
+def test_a_lock_left_in_an_empty_folder_is_no_other_run(lab, tmp_path):
+    (tmp_path / runs.LOCK).write_text('')
+    assert lab.train(tmp_path, steps=1)['step'] == 1
+
+
+def test_a_first_try_that_failed_does_not_keep_its_settings(lab, whole, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, signal.SIGINT, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            lab.train(workdir, optim__lr=1e-4, batch_size=16, checkpoint__every=100)
+    assert (workdir / 'config.json').exists() and not steps_saved(workdir) and lines(workdir)
+    lab.train(workdir)
+    assert_same(whole, workdir)
+
+
+def test_fewer_steps_than_were_done_are_refused(lab, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+    with pytest.raises(UsageError, match=f'{whole} is at step 12 already, steps=3: set more'):
+        lab.train(whole, steps=3)
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+
+
 # ---- elsewhere ----
 
 
@@ -291,6 +332,14 @@ def test_a_branch_takes_optimizer_and_position(lab, whole, tmp_path):
     lab.train(tmp_path / 'decay', branch_from=f'{whole}@8', optim__schedule='linear', **lab.inherited)
     assert measured(tmp_path / 'decay')[9, 'train/loss'] == a[9, 'train/loss']
     assert measured(tmp_path / 'decay')[12, 'train/loss'] != a[12, 'train/loss']
+
+
+def test_a_branch_in_other_data_is_refused(lab, whole, tmp_path):
+    other = {'batch_size': 16, 'seq_len': 16, 'seed': 1, 'data__heldout': 0.2, 'data__tokenizer': '/some/tokenizer'}
+    for key, value in other.items():
+        with pytest.raises(UsageError, match=rf'has other data: {key.replace("__", ".")} \(\S+ there, {value} now\)'):
+            lab.train(tmp_path / 'run', branch_from=f'{whole}@8', **(lab.inherited | {key: value}))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_branch_that_ends_before_it_begins(lab, whole, tmp_path):

@@ -24,7 +24,7 @@ from lm import files
 from lm.data import cache
 from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
-from lm.data.sources import Counts
+from lm.data.records import Counts
 from lm.errors import UsageError
 
 # Part of the cache's key: raise it when the text that comes out changes.

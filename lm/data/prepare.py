@@ -16,7 +16,8 @@ from etils import epath
 
 from lm import files
 from lm.data import cache
-from lm.data.sources import Counts, Source, open_source, parse_mixture
+from lm.data.records import Counts
+from lm.data.sources import Source, open_source, parse_mixture
 from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError

@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
 from lm.data import cache
+from lm.data.records import Counts, Record
 from lm.errors import UsageError
 
 CORPORA = ('botocore', 'chitchat')
@@ -23,27 +24,6 @@ _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:init
 _READ_AT_ONCE = 4096
 # Beyond these, shares of a sum overflow or vanish; the mixture rounds far more coarsely.
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
-
-
-class Record(TypedDict):
-    """One document. `bytes` is the length of `text` in UTF-8."""
-
-    id: str
-    source: str
-    text: str
-    bytes: int
-    meta: dict[str, Any]
-
-
-@dataclass
-class Counts:
-    """Documents read, and dropped by reason."""
-
-    read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, number: int = 1) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + number
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
         if lock is not None:
             (folder / LOCK).unlink(missing_ok=True)
             os.close(lock)
-        with contextlib.suppress(OSError):  # not empty: it is a run now
-            for path in made:
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or it is a run now
                 path.rmdir()
 
 
@@ -179,7 +179,7 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
     other = [k for k in keys if old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
     if other:
         told = ', '.join(f'{k} ({old[k]} there, {new[k]} now)' for k in other)
-        raise UsageError(f'{config.branch_from} has other data: {told}; a branch goes on in the same, init_from begins')
+        raise UsageError(f'{config.branch_from} has other data: {told}; set them as there, or start with init_from')
 
 
 def tokenizer_folder(run: str) -> str:
