@@ -301,16 +301,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 # ---- a run by name ----
 
 
-def split_run(run: str) -> tuple[str, int | None]:
-    """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None). A folder's own name may have an @ in it.
-
-    Raises UsageError for DIR@WORD where there is no such folder but DIR is one.
-    """
-    folder, at, tail = run.rpartition('@')
+def split_run(run: str) -> tuple[str, str | None]:
+    """'DIR@STEP' -> (DIR, STEP), 'DIR' -> (DIR, None). A folder's own name may have an @ in it."""
+    folder, at, step = run.rpartition('@')
     if not at or epath.Path(run).exists():
         return run, None
-    if tail.isascii() and tail.isdigit():
-        return folder, int(tail)
-    if epath.Path(folder).exists():
-        raise UsageError(f'{folder} has no checkpoint {tail}: a step is a number')
-    return run, None
+    return (folder, step) if step.isdecimal() or epath.Path(folder).exists() else (run, None)

@@ -131,10 +131,10 @@ def locate(run: str) -> int:
     steps = listed(directory)
     if not steps:
         raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
-    if step is not None and step not in steps:
+    if step is not None and (not step.isdecimal() or int(step) not in steps):
         raise UsageError(f'{folder} has no checkpoint {step} (it has: {", ".join(map(str, reversed(steps)))})')
     check_layout(directory)
-    return steps[0] if step is None else step
+    return steps[0] if step is None else int(step)
 
 
 def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
