@@ -6,7 +6,6 @@ Prints one JSON line: tokens_per_s, flops_per_s (6N plus the causal half of atte
 product's), and their ratio.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from lm import config as configs
 from lm import runtime, sharding
+from lm.errors import Parser
 from lm.model import transformer
 from lm.stages import pretrain, setup
 from lm.training import flops, runs
@@ -24,7 +24,7 @@ from lm.training import step as training
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser('python benchmarks/pretrain.py', __doc__)
     parser.add_argument('--config', default='configs/pretrain.py')
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--steps', type=int, default=5, help='steps a round')
@@ -34,9 +34,9 @@ def main() -> None:
     runtime.setup()
     cfg = runs.model_config(config)
     with sharding.use_mesh(config.mesh):
-        optimizer, _ = setup.make_optimizer(config)
+        optimizer, rate = setup.make_optimizer(config)
         abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-        step = pretrain.compile_step(config, cfg, optimizer, abstract)
+        step = pretrain.compile_step(config, cfg, optimizer, rate, abstract)
         params = transformer.init_sharded(jax.random.key(0), cfg)
         state = jax.jit(lambda p: training.create(p, None, optimizer, 0))(params)
         shape = (config.batch_size, config.seq_len)

@@ -206,7 +206,7 @@ def hooks(workdir=None, **changes) -> Hooks:
         recorder.open(workdir)
     values = {
         'recorder': recorder, 'ledger': Ledger(), 'writer': NoWriter(), 'evaluate': lambda state, i: {},
-        'rates': np.ones(100), 'tokens': 50, 'flops': 200.0, 'peak': 1000.0, 'log_every': 2, 'eval_every': 100,
+        'tokens': 50, 'flops': 200.0, 'peak': 1000.0, 'log_every': 2, 'eval_every': 100,
         'save_every': 100, 'max_skips': 2, 'profile': None,
     } | changes  # fmt: skip
     return Hooks(**values)

@@ -70,6 +70,8 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
         )  # fmt: skip
     if found and found['data'] != prepared.fingerprint:
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
+    if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
+        raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
 
@@ -94,7 +96,7 @@ def _fit(
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
     with ledger('compile'):
-        step = compile_step(config, cfg, optimizer, abstract)
+        step = compile_step(config, cfg, optimizer, rate, abstract)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
@@ -104,7 +106,7 @@ def _fit(
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer,
             evaluate=make_evaluate(config, cfg, prepared, prompts, recorder),
-            rates=np.asarray(rate(jnp.arange(config.steps))), tokens=rows,
+            tokens=rows,
             flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
             peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
             save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
@@ -147,10 +149,10 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
     return training.Loss(terms, weights, {'cross_entropy': 1.0})
 
 
-def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, abstract: training.TrainState) -> Any:
+def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
     fn = training.make_step(
-        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip,
+        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
         microbatches=config.batch_size // (config.microbatch or config.batch_size),
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
@@ -246,9 +248,9 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     """Compiles the step for this machine and prints what it would take."""
     if config.steps is None:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
-    optimizer, _ = setup.make_optimizer(config)
+    optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-    compiled = compile_step(config, cfg, optimizer, abstract)
+    compiled = compile_step(config, cfg, optimizer, rate, abstract)
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
     setup.report_plan(Recorder(), config, cfg, abstract, compiled, flops=cost, tokens=tokens)

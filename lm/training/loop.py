@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lm.errors import Preempted, RunError
 from lm.runtime import StopRequest
@@ -23,7 +22,6 @@ class Hooks(NamedTuple):
     ledger: Ledger
     writer: Writer
     evaluate: Callable[[TrainState, int], Mapping[str, float]]
-    rates: np.ndarray  # [steps] learning rates
     tokens: int  # tokens a step
     flops: float  # model FLOPs a step
     peak: float  # FLOP/s of all devices
@@ -122,7 +120,7 @@ class Meter:
         rate = hooks.tokens * self._steps_since / seconds
         mfu = hooks.flops * self._steps_since / seconds / hooks.peak
         self._steps_since, self._seconds_before = 0, busy
-        line = {f'train/{k}': v for k, v in values.items()} | {'train/lr': float(hooks.rates[step - 1])}
+        line = {f'train/{k}': v for k, v in values.items()}
         perf = {'perf/tokens_per_s': rate, 'perf/mfu': mfu, 'perf/goodput': hooks.ledger.goodput}
         hooks.recorder.metrics(step, line | perf)
         left = (steps - step) * hooks.tokens / rate

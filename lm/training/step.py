@@ -46,13 +46,22 @@ def create(trainable: Any, frozen: Any, optimizer: optax.GradientTransformation,
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, clip: float, microbatches: int = 1
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    clip: float | None,
+    microbatches: int = 1,
+    rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
     Gradients are summed over the microbatches, each divided by the weights of the whole batch, so any number of
     microbatches gives the same update. An update whose loss or gradient norm is not finite leaves parameters and
     optimizer as they were and reports skipped = 1.
+
+    Args:
+      clip: the largest global norm of the gradients; None is off.
+      rate: the optimizer's own schedule, only to be reported as `lr`.
     """
 
     update = optax.with_extra_args_support(optimizer).update
@@ -69,12 +78,14 @@ def make_step(
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
-            updates, opt = update(optim.clip(grads, norm, clip), state.opt, state.trainable, step=state.step)
+            clipped = grads if clip is None else optim.clip(grads, norm, clip)
+            updates, opt = update(clipped, state.opt, state.trainable, step=state.step)
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
         metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
+        metrics |= {} if rate is None else {'lr': jnp.asarray(rate(state.step))}
         return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt), metrics
 
     return step
