@@ -1,10 +1,11 @@
 """Pretraining on real text: AWS's API documentation (botocore) and human small talk (chitchat), half of the rows each.
 
     python -m lm.main --config=configs/pretrain.py                 1.4M parameters, for a laptop's CPU
-    python -m lm.main --config=configs/pretrain.py:depth=6         the dial: wider and deeper, longer
+    python -m lm.main --config=configs/pretrain.py:depth=6         the dial: wider and deeper, and longer
     python -m lm.main --config=configs/pretrain.py:124m            also 350m, 1b, 8b, 70b: for accelerators, your data
 
-Two cores, no accelerator: EXPECTED
+Two cores (AMD EPYC), no accelerator: 12 s of preparing the first time, then under two minutes; held-out bits per byte
+1.40 (botocore) and 1.79 (chitchat). 16 GiB of memory are plenty: it takes about one.
 A run goes to runs/pretrain, and the same command goes on where it stopped.
 """
 
