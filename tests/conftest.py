@@ -60,3 +60,15 @@ def lab(tmp_path_factory):
 def tiny() -> ModelConfig:
     """A decoder small enough for a test and odd enough to show mistakes: grouped heads, a padded vocabulary."""
     return ModelConfig(vocab_size=250, vocab_multiple=64, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)
+
+
+@pytest.fixture
+def set_block(monkeypatch):
+    """A function that sets how many queries a block of attention has."""
+    from lm.model import causal_blocks
+
+    def set_to(size):
+        for name in ('LEAST_BLOCK', 'MOST_BLOCK'):
+            monkeypatch.setattr(causal_blocks, name, size)
+
+    return set_to

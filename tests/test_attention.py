@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lm import sharding
-from lm.model import attention as module
 from lm.model.attention import attention, dense_attention
 
 B, H = 4, 4
@@ -53,8 +52,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(('T', 'block', 'N', 'K', 'window', 'softcap', 'packed'), CASES)
-def test_blocks_equal_the_dense_twin(monkeypatch, T, block, N, K, window, softcap, packed):
-    monkeypatch.setattr(module, 'QUERY_BLOCK', block)
+def test_blocks_equal_the_dense_twin(set_block, T, block, N, K, window, softcap, packed):
+    set_block(block)
     args = inputs(T, N=N, K=K)
     static = {'window': window, 'softcap': softcap}
     arrays = {'segments_BT': segments(T)} if packed else {}
@@ -89,9 +88,9 @@ def test_positions_say_how_much_of_a_cache_each_row_sees(window):
     np.testing.assert_allclose(got[0][1:2], alone, atol=1e-6)
 
 
-def test_every_mesh_gives_the_same(mesh, monkeypatch):
+def test_every_mesh_gives_the_same(mesh, set_block):
     """Segments, a window that crosses the devices' parts of the sequence, kv heads that do and do not divide."""
-    monkeypatch.setattr(module, 'QUERY_BLOCK', 4)
+    set_block(4)
     T, K = 16, 1 if mesh.shape['tensor'] == 4 or mesh.shape['seq'] == 2 else 2
     args, static, segments_BT = inputs(T, K=K), {'window': 7, 'softcap': None}, segments(T)
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):

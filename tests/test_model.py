@@ -12,7 +12,7 @@ from lm import sharding
 from lm.data.packing import PackedRows
 from lm.data.store import TokenStore
 from lm.errors import UsageError
-from lm.model import attention, transformer
+from lm.model import transformer
 from lm.model.layers import rms_norm
 
 B, T = 8, 16
@@ -88,8 +88,8 @@ def gradient_TT(cfg, params, segments_T, positions_T):
     return np.max(np.abs(jacobian_TVD[:, tokens_T]), axis=-1)
 
 
-def test_a_token_sees_itself_and_its_segment_before_it_alone(tiny, monkeypatch):
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)
+def test_a_token_sees_itself_and_its_segment_before_it_alone(tiny, set_block):
+    set_block(4)
     segments_T = np.array([1] * 7 + [2] * 5 + [3] * 4, np.int32)
     positions_T = np.concatenate([np.arange(7), np.arange(5), np.arange(4)]).astype(np.int32)
     t, s = np.arange(T)[:, None], np.arange(T)
@@ -98,8 +98,8 @@ def test_a_token_sees_itself_and_its_segment_before_it_alone(tiny, monkeypatch):
     np.testing.assert_array_equal(gradient_TT(cfg, make_params(cfg), segments_T, positions_T) != 0, expected_TT)
 
 
-def test_a_window_bounds_what_one_layer_sees(tiny, monkeypatch):
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 4)
+def test_a_window_bounds_what_one_layer_sees(tiny, set_block):
+    set_block(4)
     cfg = dataclasses.replace(tiny, layers=1, window=3)
     behind = np.arange(T)[:, None] - np.arange(T)
     seen_TT = gradient_TT(cfg, make_params(cfg), np.ones(T, np.int32), np.arange(T, dtype=np.int32)) != 0

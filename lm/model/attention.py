@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-
-NEGATIVE = -1e30  # not -inf: a row that sees no key (padding) gives the mean of v, which nobody reads, and not nan
-QUERY_BLOCK = 64  # queries a block; small enough to skip most of what causality masks, large enough for the matmuls
+from lm.model.causal_blocks import NEGATIVE, causal_blocks
 
 
 def attention(
@@ -69,44 +67,34 @@ def _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT):
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, offset, window, softcap):
     """One device's attention: in causal blocks of queries where query t is key t, else over all keys at once."""
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    q_BKJTH, k_BKSH, v_BKSH = _lead_heads(q_BTNH, k_BSKH, v_BSKH)
-    index_BT = positions_BT if positions_BT is not None else jnp.arange(T)[None] + (0 if offset is None else offset)
-    static = positions_BT is None and offset is None
-    outs = []
-    for start in range(0, T, QUERY_BLOCK if static else T):
-        stop = min(start + QUERY_BLOCK, T) if static else T
-        first, last = (max(0, start - window + 1) if window else 0, stop) if static else (0, S)
-        keys_S = jnp.arange(first, last)
-        behind_BTS = index_BT[:, start:stop, None] - keys_S
-        mask_BTS = behind_BTS >= 0
-        if window is not None:
-            mask_BTS &= behind_BTS < window
-        if segments_BT is not None:
-            mask_BTS &= segments_BT[:, start:stop, None] == segments_BS[:, None, first:last]
-        block = q_BKJTH[:, :, :, start:stop], k_BKSH[:, :, first:last], v_BKSH[:, :, first:last]
-        outs.append(_block(*block, mask_BTS, softcap=softcap))
-    out_BKJTH = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
-    return out_BKJTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    # Batch and heads lead, so that the products are batched matmuls without a transpose inside each.
+    q_BKTJH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    if positions_BT is None and offset is None:
+        out_BKTJH = causal_blocks(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window=window, softcap=softcap)
+        return out_BKTJH.transpose(0, 2, 1, 3, 4).reshape(q_BTNH.shape)
+    index_BT = positions_BT if positions_BT is not None else jnp.arange(T)[None] + offset
+    behind_BTS = index_BT[..., None] - jnp.arange(S)
+    mask_BTS = behind_BTS >= 0
+    if window is not None:
+        mask_BTS &= behind_BTS < window
+    if segments_BT is not None:
+        mask_BTS &= segments_BT[:, :, None] == segments_BS[:, None]
+    out_BKTJH = _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, softcap=softcap)
+    return out_BKTJH.transpose(0, 2, 1, 3, 4).reshape(q_BTNH.shape)
 
 
-def _lead_heads(q_BTNH, k_BSKH, v_BSKH):
-    """Batch and heads in front, so that the products are batched matmuls without a transpose inside each block."""
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    q_BKJTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return q_BKJTH, k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-
-
-def _block(q_BKJTH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
-    """Softmax attention of one block, its softmax in float32."""
-    B, K, J, T, H = q_BKJTH.shape
-    q_BKTH = (q_BKJTH * H**-0.5).reshape(B, K, J * T, H)
+def _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
+    """Softmax attention over all keys, its softmax in float32."""
+    B, K, T, J, H = q_BKTJH.shape
+    q_BKTH = q_BKTJH.reshape(B, K, T * J, H)
     logits_BKTS = jnp.einsum('BKTH,BKSH->BKTS', q_BKTH, k_BKSH, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits_BKTS = softcap * jnp.tanh(logits_BKTS / softcap)
-    mask_BKTS = jnp.tile(mask_BTS, (1, J, 1))[:, None]
+    mask_BKTS = jnp.repeat(mask_BTS, J, axis=1)[:, None]
     probs_BKTS = jax.nn.softmax(jnp.where(mask_BKTS, logits_BKTS, NEGATIVE), axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum('BKTS,BKSH->BKTH', probs_BKTS, v_BKSH).reshape(B, K, J, T, H)
+    return jnp.einsum('BKTS,BKSH->BKTH', probs_BKTS, v_BKSH).reshape(B, K, T, J, H)
 
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, positions_BT=None, window=None, softcap=None):
