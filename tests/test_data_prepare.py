@@ -13,7 +13,7 @@ import pytest
 
 from lm.data import corpora
 from lm.data.heldout import heldout_operation, normalized
-from lm.data.pipeline import train_batches
+from lm.data.pipeline import PERIOD, mix, train_batches
 from lm.data.prepare import prepare
 from lm.data.store import Spool, digest
 from lm.data.tokenizer import train_tokenizer
@@ -242,8 +242,12 @@ def test_a_whole_file_with_another_content_is_damage_too(tmp_path):
 def test_weights_of_any_size_that_is_let_in_can_be_prepared(tmp_path):
     a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(40)])
     b = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(40, 80)])
-    prepared = _prepare(f'{a}:1e9,{b}:1e-9', vocab_size=300)
-    assert min(source.weight for source in prepared.sources) > 0
+    for light in (1e-9, 3e4):
+        prepared = _prepare(f'{a}:{light * 3e4},{b}:{light}', vocab_size=300)
+        assert [source.weight for source in prepared.sources] == pytest.approx([3e4 / 30_001, 1 / 30_001])
+        assert mix(prepared, seq_len=8, seed=0).shares.tolist() == [PERIOD - 1, 1]
+    with pytest.raises(UsageError, match='none of 16,384 rows would be its own: give it at least'):
+        _prepare(f'{a}:4e4,{b}:1', vocab_size=300)
     with pytest.raises(UsageError, match='from 1e-09 to 1e\\+09'):
         _prepare(f'{a}:1e308,{b}:1e308', vocab_size=300)
 

@@ -62,8 +62,10 @@ def open_dataset(name: str, address: Address) -> Source:
     try:
         data = _saved(datasets, address) if _is_saved(address) else _loaded(datasets, address)
     except ConnectionError as e:
-        hint = 'connect, or put a copy into a folder and name hf:./FOLDER'
-        raise UsageError(f'data source {name!r} is not in the cache and the hub cannot be reached: {hint}') from e
+        folder = 'a folder and name hf:./FOLDER' if name.startswith('hf:') else f'$LM_DATA/{name}'
+        raise UsageError(
+            f'data source {name!r} is in no cache and the hub cannot be reached: connect, or put a copy into {folder}'
+        ) from e
     except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UsageError(f'data source {name!r} cannot be opened: {reason}') from e
@@ -120,13 +122,15 @@ def _loaded(datasets: Any, address: Address) -> Any:
 
 def _library(name: str, *, offline: bool) -> Any:
     """The module `datasets`. Raises UsageError if it is not installed."""
-    if offline:
-        # Read once, when the library is imported; without it an unknown name is retried for half a minute.
-        os.environ.setdefault('HF_HUB_OFFLINE', '1')
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise UsageError(f"data source {name!r} is read by the package datasets: pip install 'lm[hub]'") from None
+    # Otherwise it retries for half a minute. The environment's HF_HUB_OFFLINE is read at its import alone.
+    for module in (constants, datasets.config):
+        module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or offline
+    datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
