@@ -40,11 +40,17 @@ def load(path: epath.Path) -> Tokenizer:
         return from_files(saved)
     except UsageError as e:
         raise UsageError(f'the tokenizer {path} {e}: name another') from e.__cause__
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UsageError(f'the tokenizer {path} is damaged ({type(e).__name__}: {e}): name another') from e
 
 
 def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
-    """From the contents of the files. Raises UsageError with what is wrong with them."""
+    """From the contents of the files. Raises UsageError with what is wrong with them, KeyError and the like if they are
+    no description of a tokenizer.
+    """
     spec = _parse(saved[JSON_FILE], JSON_FILE)
+    if not isinstance(spec.get('model'), dict):
+        raise UsageError('is damaged (it has no model)')
     symbols = _symbols(spec, saved)
     _make_plain(spec, set(symbols.values()))
     _check_lossless(spec)
@@ -139,8 +145,6 @@ def _make_plain(spec: dict[str, Any], symbols: set[str]) -> None:
     """Turns off, in place, what puts something before, around or after a text, or changes it for no gain."""
     spec.update(truncation=None, padding=None, post_processor=None)
     spec['normalizer'] = _without(spec.get('normalizer'), ('NFC', 'Prepend'))
-    if 'model' not in spec or not isinstance(spec['model'], dict):
-        raise UsageError('is damaged (it has no model)')
     if 'dropout' in spec['model']:
         spec['model']['dropout'] = None
     for node in _nodes(spec.get('pre_tokenizer')):
