@@ -60,11 +60,14 @@ def open_dataset(name: str, address: Address) -> Source:
         raise UsageError(f'data source {name!r}: there is no folder {address.folder}')
     datasets = _library(name, offline=not address.folder and not _reachable())
     try:
-        data = _saved(datasets, address) if _is_saved(address) else _loaded(datasets, address)
+        folder = address.folder
+        data: Any = (
+            _saved(datasets, folder, address.split) if folder and _is_saved(folder) else _loaded(datasets, address)
+        )
     except ConnectionError as e:
-        folder = 'a folder and name hf:./FOLDER' if name.startswith('hf:') else f'$LM_DATA/{name}'
+        place = 'a folder and name hf:./FOLDER' if name.startswith('hf:') else f'$LM_DATA/{name}'
         raise UsageError(
-            f'data source {name!r} is in no cache and the hub cannot be reached: connect, or put a copy into {folder}'
+            f'data source {name!r} is in no cache and the hub cannot be reached: connect, or put a copy into {place}'
         ) from e
     except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
@@ -94,20 +97,19 @@ def _is_text(datasets: Any, feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ('string', 'large_string')
 
 
-def _is_saved(address: Address) -> bool:
+def _is_saved(folder: str) -> bool:
     """Whether save_to_disk wrote the folder."""
-    names = ('state.json', 'dataset_dict.json')
-    return bool(address.folder) and any(os.path.exists(os.path.join(address.folder, name)) for name in names)
+    return any((Path(folder) / name).exists() for name in ('state.json', 'dataset_dict.json'))
 
 
-def _saved(datasets: Any, address: Address) -> Any:
+def _saved(datasets: Any, folder: str, split: str | None) -> Any:
     """The split of what save_to_disk wrote; one dataset alone is its own split, or train."""
-    data = datasets.load_from_disk(address.folder)
-    split = address.split or 'train'
-    splits = list(data) if isinstance(data, datasets.DatasetDict) else [str(data.split or 'train')]
+    data, split = datasets.load_from_disk(folder), split or 'train'
+    several = isinstance(data, datasets.DatasetDict)
+    splits = list(data) if several else [str(data.split or 'train')]
     if split not in splits:
-        raise ValueError(f'{address.folder} has no split {split!r}, it has {", ".join(splits)}')
-    return data[split] if isinstance(data, datasets.DatasetDict) else data
+        raise ValueError(f'{folder} has no split {split!r}, it has {", ".join(splits)}')
+    return data[split] if several else data
 
 
 def _loaded(datasets: Any, address: Address) -> Any:
@@ -124,12 +126,13 @@ def _library(name: str, *, offline: bool) -> Any:
     """The module `datasets`. Raises UsageError if it is not installed."""
     try:
         import datasets
+        from datasets import config
         from huggingface_hub import constants
     except ImportError:
         raise UsageError(f"data source {name!r} is read by the package datasets: pip install 'lm[hub]'") from None
     # Otherwise it retries for half a minute. The environment's HF_HUB_OFFLINE is read at its import alone.
-    for module in (constants, datasets.config):
-        module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or offline
+    config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE or offline
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline
     datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
