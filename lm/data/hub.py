@@ -60,10 +60,7 @@ def open_dataset(name: str, address: Address) -> Source:
         raise UsageError(f'data source {name!r}: there is no folder {address.folder}')
     datasets = _library(name, offline=not address.folder and not _reachable())
     try:
-        folder = address.folder
-        data: Any = (
-            _saved(datasets, folder, address.split) if folder and _is_saved(folder) else _loaded(datasets, address)
-        )
+        data = _open(datasets, address)
     except ConnectionError as e:
         place = 'a folder and name hf:./FOLDER' if name.startswith('hf:') else f'$LM_DATA/{name}'
         raise UsageError(
@@ -75,13 +72,18 @@ def open_dataset(name: str, address: Address) -> Source:
     return _source(name, address, data, [k for k, v in data.features.items() if _is_text(datasets, v)])
 
 
+def _open(datasets: Any, address: Address) -> Any:
+    folder = address.folder
+    return _saved(datasets, folder, address.split) if folder and _is_saved(folder) else _loaded(datasets, address)
+
+
 def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
     column = choose_column(f'data source {name!r}', address.column, texts, data.column_names)
     files = [Path(file['filename']) for file in data.cache_files]
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     def read(counts: Counts) -> Iterator[Record]:
-        rows = grain.MapDataset.source(data.select_columns([column]))
+        rows: Any = grain.MapDataset.source(data.select_columns([column]))
         for number in range(len(rows)):
             counts.read += 1
             try:
