@@ -9,6 +9,8 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lm.data import corpora
@@ -172,6 +174,27 @@ def test_too_little_data_is_one_line(tmp_path, texts, heldout, says):
     with pytest.raises(UsageError, match=says) as e:
         _prepare(_jsonl(tmp_path / 'a.jsonl', texts), heldout=heldout)
     assert '\n' not in str(e.value)
+
+
+def test_every_source_is_checked_before_the_first_is_read(tmp_path):
+    a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(20)])
+    pq.write_table(pa.table({'body': ['one'], 'title': ['two']}), tmp_path / 'b.parquet')
+    said = []
+    with pytest.raises(UsageError, match="b.parquet has no column 'text': it has body, title"):
+        _prepare(f'{a}:1,{tmp_path}/b.parquet:1', vocab_size=300, progress=said.append)
+    assert not said
+
+
+def test_parquet_and_jsonl_give_the_same_data(tmp_path):
+    texts = [_text(i) for i in range(40)]
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'two').mkdir()
+    _jsonl(tmp_path / 'one' / 'a.jsonl', texts)
+    pq.write_table(pa.table({'text': [*texts, None, texts[0]]}), tmp_path / 'two' / 'a.parquet', row_group_size=7)
+    one, two = (_prepare(f'{tmp_path}/{name}', vocab_size=300) for name in ('one', 'two'))
+    np.testing.assert_array_equal(one.sources[0].train.tokens, two.sources[0].train.tokens)
+    counts = two.sources[0].counts
+    assert (counts['read'], counts['kept'], counts['dropped']) == (42, 40, {'no_text': 1, 'duplicate': 1})
 
 
 @pytest.mark.parametrize(('heldout', 'part', 'nearest'), [(1e-9, 'heldout', min), (1 - 1e-9, 'train', max)])
