@@ -170,12 +170,17 @@ def test_prepared_tfds_is_read_and_a_tfrecord_one_refused(tmp_path, monkeypatch)
         def _documents(self):
             return [('a', 'first', {}), ('b', '', {}), ('c', 'third', {})]
 
+        def _split_generators(self, dl_manager):
+            dev = {'id': 'd', 'source': 'tiny', 'text': 'fourth', 'meta': ''}
+            return super()._split_generators(dl_manager) | {'dev': iter([(0, dev)])}
+
     Tiny(Counts(), data_dir=tmp_path, file_format='array_record').download_and_prepare()
     records, counts = _read('tfds:tiny')
     assert [r['text'] for r in records] == ['first', 'third']
     assert counts.read == 3 and counts.dropped == {'empty': 1}
+    assert [r['text'] for r in _read('tfds:tiny@dev')[0]] == ['fourth']
     assert [r['text'] for r in _read('tfds:tiny@train#id')[0]] == ['a', 'b', 'c']
-    with pytest.raises(UsageError, match="has no split 'test', it has train"):
+    with pytest.raises(UsageError, match="has no split 'test', it has train, dev"):
         open_source('tfds:tiny@test')
     with pytest.raises(UsageError, match="has no column 'body': it has id, meta, source, text"):
         _read('tfds:tiny#body')

@@ -50,7 +50,7 @@ def _fallback(model):
 
     def bytes_are_pieces(spec):
         spec['model']['byte_fallback'] = True
-        spec['added_tokens'] = [token for token in spec['added_tokens'] if token['content'] not in BYTES]
+        spec['added_tokens'] = [t for t in spec['added_tokens'] if t['content'] not in ('<unk>', *BYTES)]
 
     return _edited(built, bytes_are_pieces)
 
@@ -154,6 +154,13 @@ def test_ids_are_those_of_the_library(tmp_path, built, kind):
             assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
+def test_typed_markers_are_cut_into_pieces_as_other_text(tmp_path, built):
+    ours, parts = _load(tmp_path / 'a', built['byte-level']), ['<|', 'im', '_', 'start', '|>']
+    ids = [found.ids for found in built['byte-level'].encode_batch(parts)]
+    assert ours.encode('<|im_start|>') == sum(ids, [])
+    assert ours.around is None, 'nothing has to go round the model'
+
+
 def test_nothing_stands_around_a_text(tmp_path, built):
     dressed, plain = _load(tmp_path / 'a', built['dressed']), _load(tmp_path / 'b', built['byte-level'])
     assert dressed.encode_batch(TEXTS) == plain.encode_batch(TEXTS)
@@ -221,10 +228,11 @@ def test_ids_may_have_holes_and_lie_beyond(tmp_path, built):
 def test_added_tokens_lie_beyond_the_vocabulary(tmp_path):
     made = _byte_level()
     made.add_special_tokens(['<|user|>'])
-    made.add_tokens([AddedToken('   ', normalized=False)])
+    made.add_tokens([AddedToken('   ', normalized=False), AddedToken('é!', normalized=False)])
     tokenizer = _load(tmp_path / 'a', made)
-    assert tokenizer.vocab_size == 402 and tokenizer.marker_id('<|user|>') == 400
-    assert tokenizer.encode('   ') == [401] and tokenizer.bytes_of_ids[400:].tolist() == [0, 3]
+    assert tokenizer.vocab_size == 403 and tokenizer.marker_id('<|user|>') == 400
+    assert tokenizer.encode('   é!') == [401, 402] and tokenizer.bytes_of_ids[400:].tolist() == [0, 3, 3]
+    assert tokenizer.decode([402]) == 'é!', 'an added token is not written in the alphabet of the bytes'
 
 
 def test_saved_is_loaded(tmp_path, built):
@@ -233,6 +241,7 @@ def test_saved_is_loaded(tmp_path, built):
     (tmp_path / 'a' / 'tokenizer.model').write_bytes(b"another library's")
     first.save(tmp_path / 'run' / 'tokenizer')
     again = Tokenizer.load(tmp_path / 'run' / 'tokenizer')
+    assert Tokenizer.load(tmp_path / 'a').fingerprint == first.fingerprint, 'the other file is not one of ours'
     assert again.fingerprint == first.fingerprint == Tokenizer.load(tmp_path / 'a' / 'tokenizer.json').fingerprint
     assert (again.eos_id, again.encode(TEXTS[3])) == (2, first.encode(TEXTS[3]))
     assert sorted(p.name for p in (tmp_path / 'run' / 'tokenizer').iterdir()) == [

@@ -34,11 +34,8 @@ def read_column(path: str, column: str) -> Iterator[bytes | None]:
     with _told(path), pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-                values: Any = batch.column(0)
-                if pa.types.is_dictionary(values.type):
-                    values = values.dictionary_decode()
                 # As bytes, because decoding a whole batch would fail for one value that is no UTF-8.
-                yield from values.cast(pa.large_binary()).to_pylist()
+                yield from batch.column(0).cast(pa.large_binary()).to_pylist()
 
 
 def _is_text(kind: Any) -> bool:

@@ -52,17 +52,17 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     if not isinstance(spec.get('model'), dict):
         raise UsageError('is damaged (it has no model)')
     symbols = _symbols(spec, saved)
-    _make_plain(spec, set(symbols.values()))
+    _make_plain(spec)
     _check_lossless(spec)
     library = _build(spec)
     vocab, added = library.get_vocab(with_added_tokens=False), library.get_added_tokens_decoder()
     ids = vocab | {token.content: i for i, token in added.items()}
     if missing := [name for name in symbols.values() if name not in ids]:
         raise UsageError(f'has no token {missing[0]}, which is to begin, end or fill up a text')
-    controls = {t.content: i for i, t in sorted(added.items()) if t.special} | {n: ids[n] for n in symbols.values()}
-    unknown = spec['model'].get('unk_token')
+    silent = [*symbols.values(), *_unknown(spec['model'])]
+    controls = {t.content: i for i, t in sorted(added.items()) if t.special} | {name: ids[name] for name in silent}
     spell, byte_names = (_byte_level if _is_byte_level(spec) else _byte_fallback)()
-    pieces = _pieces(vocab, added, spell, {*controls.values(), *([ids[unknown]] if unknown in ids else [])})
+    pieces = _pieces(vocab, added, spell, set(controls.values()))
     if lacking := [b for b in range(256) if b not in _IN_NO_TEXT and byte_names[b] not in vocab]:
         raise UsageError(f'lacks {len(lacking)} of the bytes that text is made of, so text is lost')
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
@@ -114,6 +114,13 @@ def _stop_ids(eos: int, controls: Mapping[str, int], saved: Mapping[str, bytes])
     return tuple(dict.fromkeys([eos, *(more if isinstance(more, list) else [more]), *ends]))
 
 
+def _unknown(model: dict[str, Any]) -> list[str]:
+    """The name of the token for what is in no piece, if there is one."""
+    number = model.get('unk_id')
+    name = model.get('unk_token') if number is None else model['vocab'][number][0]
+    return [name] if name else []
+
+
 # ---- the description, and what is changed in it ----
 
 
@@ -141,7 +148,7 @@ def _build(spec: dict[str, Any]) -> Any:
     return library
 
 
-def _make_plain(spec: dict[str, Any], symbols: set[str]) -> None:
+def _make_plain(spec: dict[str, Any]) -> None:
     """Turns off, in place, what puts something before, around or after a text, or changes it for no gain."""
     spec.update(truncation=None, padding=None, post_processor=None)
     spec['normalizer'] = _without(spec.get('normalizer'), ('NFC', 'Prepend'))
@@ -154,7 +161,7 @@ def _make_plain(spec: dict[str, Any], symbols: set[str]) -> None:
         elif node['type'] == 'ByteLevel':
             node['add_prefix_space'] = False
     for token in spec.get('added_tokens') or ():
-        token.update(lstrip=False, rstrip=False, special=token['special'] or token['content'] in symbols)
+        token.update(lstrip=False, rstrip=False)
 
 
 def _without(node: Any, kinds: Sequence[str]) -> Any:
