@@ -1,5 +1,6 @@
 """Parquet files, Hugging Face datasets, the table of named ones: the column and split asked for are what is read."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lm import chat
 from lm.data import hub, mixtures, sources
 from lm.data.records import Counts
 from lm.data.sources import open_source
@@ -299,3 +301,29 @@ def test_a_named_dataset_of_tfds_is_read_from_where_it_lies(tmp_path):
     link.mkdir()
     with pytest.raises(UsageError, match='holds no prepared TFDS dataset'):
         open_source('wiki40b')
+
+
+# ---- all of it ----
+
+
+@pytest.mark.slow
+def test_a_run_on_parquet_with_a_foreign_tokenizer_resumes_and_talks(lab, tmp_path, capsys):
+    library = pytest.importorskip('tokenizers', reason="pip install 'lm[hub]'")
+    texts = [json.loads(line)['text'] for line in (lab.folder / 'one.jsonl').read_text().splitlines()]
+    mixture = _parquet(tmp_path / 'x.parquet', {'body': texts, 'n': list(range(len(texts)))}) + '#body'
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=['</s>'], initial_alphabet=made.pre_tokenizer.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    made.save(str(tmp_path / 'tokenizer.json'))
+    settings = {'data__mixture': mixture, 'data__tokenizer': str(tmp_path / 'tokenizer.json')}
+    settings['optim__schedule'] = 'constant'  # which does not know how many steps there will be
+    whole = lab.train(tmp_path / 'whole', **settings)
+    lab.train(tmp_path / 'run', **settings, steps=4)
+    (tmp_path / 'tokenizer.json').rename(tmp_path / 'gone.json')
+    assert lab.train(tmp_path / 'run', **settings)['train/loss'] == whole['train/loss']
+    capsys.readouterr()
+    chat.talk(chat.parse([str(tmp_path / 'run'), '--raw', '--prompt', 'the </s> bucket', '--max_new_tokens', '4']))
+    assert capsys.readouterr().out.startswith('the </s> bucket')

@@ -178,6 +178,8 @@ def test_symbols_are_named_beside_or_usual(tmp_path, built):
     assert (usual.bos_id, usual.eos_id, usual.pad_id, usual.stop_ids) == (0, 0, 0, (0, 2))
     llama = _load(tmp_path / 'b', built['llama-2'])
     assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.stop_ids) == (1, 2, 2, (2,))
+    for kind in ('llama-2', 'unigram-fallback'):
+        assert _load(tmp_path / 'b', built[kind]).controls == {'<unk>': 0, '<s>': 1, '</s>': 2}
     config = {'bos_token': None, 'eos_token': {'content': '<|im_end|>'}, 'pad_token': '<|endoftext|>'}
     named = _load(
         tmp_path / 'c', built['byte-level'], tokenizer_config=config, generation_config={'eos_token_id': [2, 0, 399]}
