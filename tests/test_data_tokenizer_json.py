@@ -186,6 +186,10 @@ def test_symbols_are_named_beside_or_usual(tmp_path, built):
     )
     assert (named.bos_id, named.eos_id, named.pad_id, named.stop_ids) == (2, 2, 0, (2, 0, 399))
     assert named.fingerprint != usual.fingerprint, 'documents begin and end with other ids'
+    absent = {'pad_token': '[PAD]', 'eos_token': '<|im_end|>', 'unk_token': '[UNK]'}
+    assert _load(tmp_path / 'e', built['byte-level'], tokenizer_config=absent).pad_id == 2
+    with pytest.raises(UsageError, match=r'has no token \[EOS\], which is to end a text'):
+        _load(tmp_path / 'f', built['byte-level'], tokenizer_config={'eos_token': '[EOS]'})
     mapped = _load(tmp_path / 'd', built['byte-level'], special_tokens_map={'bos_token': '<|im_start|>'})
     assert (mapped.bos_id, mapped.eos_id) == (1, 0)
 
@@ -253,6 +257,9 @@ def test_saved_is_loaded(tmp_path, built):
     assert again.saved['tokenizer.json'] == (tmp_path / 'a' / 'tokenizer.json').read_bytes()
 
 
+_REMOVING = {'type': 'Split', 'pattern': {'String': 'qx'}, 'behavior': 'Removed', 'invert': False}
+
+
 def _with(**changes):
     return lambda spec: spec.update(changes)
 
@@ -281,6 +288,10 @@ def _lower(spec):
         (lambda s: s['model'].update(end_of_word_suffix='</w>'), 'marks the parts of words'),
         (lambda s: s['model'].update(type='WordLevel'), 'is neither a byte-level'),
         (_with(model=None), 'is damaged'),
+        (
+            lambda s: s.update(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [_REMOVING, s['pre_tokenizer']]}),
+            r'loses text \(pre-tokenizer Split\)',
+        ),
         (_with(added_tokens=[]), 'names no token that ends a text'),
         (lambda s: s['model']['merges'].append('zzz qqq'), 'is damaged'),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from lm.data.tokenizer import JSON_FILE, SPACE, Tokenizer, check_round_trip
+from lm.data.tokenizer import JSON_FILE, SPACE, Tokenizer, gives_back
 from lm.errors import UsageError
 
 # Which of its symbols is which stands beside a tokenizer.json, and so does the chat template.
@@ -51,24 +51,22 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     spec = _parse(saved[JSON_FILE], JSON_FILE)
     if not isinstance(spec.get('model'), dict):
         raise UsageError('is damaged (it has no model)')
-    symbols = _symbols(spec, saved)
+    names = _names(spec, saved)
     _make_plain(spec)
     _check_lossless(spec)
     library = _build(spec)
     vocab, added = library.get_vocab(with_added_tokens=False), library.get_added_tokens_decoder()
     ids = vocab | {token.content: i for i, token in added.items()}
-    if missing := [name for name in symbols.values() if name not in ids]:
-        raise UsageError(f'has no token {missing[0]}, which is to begin, end or fill up a text')
-    silent = [*symbols.values(), *_unknown(spec['model'])]
-    controls = {t.content: i for i, t in sorted(added.items()) if t.special} | {name: ids[name] for name in silent}
-    spell, byte_names = (_byte_level if _is_byte_level(spec) else _byte_fallback)()
+    if names['eos'] not in ids:
+        raise UsageError(f'has no token {names["eos"]}, which is to end a text')
+    bos, eos, pad = (ids.get(names[key], ids[names['eos']]) for key in ('bos', 'eos', 'pad'))
+    controls = {token.content: i for i, token in sorted(added.items()) if token.special}
+    controls |= {name: ids[name] for name in (*names.values(), *_unknown(spec['model'])) if name in ids}
+    spell, byte_names = _spelling(spec, vocab)
     pieces = _pieces(vocab, added, spell, set(controls.values()))
-    if lacking := [b for b in range(256) if b not in _IN_NO_TEXT and byte_names[b] not in vocab]:
-        raise UsageError(f'lacks {len(lacking)} of the bytes that text is made of, so text is lost')
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
         found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)
     ]
-    bos, eos, pad = (ids[symbols[key]] for key in ('bos', 'eos', 'pad'))
     identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad]).encode(), digest_size=8)
     tokenizer = Tokenizer(
         pieces=pieces,
@@ -83,19 +81,21 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
         around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
         byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
     )
-    check_round_trip(tokenizer)
+    if not gives_back(tokenizer):
+        raise UsageError('changes text, and losses per byte would be of another text')
     return tokenizer
 
 
 # ---- which symbol is which ----
 
 
-def _symbols(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
+def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     """The names of the symbols 'bos', 'eos' and 'pad'; without one of its own, bos and pad are eos.
 
     A padded place is known by its weight and segment, never by its id.
     """
-    config = _parse(saved.get(MAP_FILE, b'{}'), MAP_FILE) | _parse(saved.get(CONFIG_FILE, b'{}'), CONFIG_FILE)
+    mapped = {key: name for key, name in _parse(saved.get(MAP_FILE, b'{}'), MAP_FILE).items() if name}
+    config = _parse(saved.get(CONFIG_FILE, b'{}'), CONFIG_FILE) | mapped
     added = {token['content'] for token in spec.get('added_tokens') or ()}
     found = {}
     for key, usual in _USUAL.items():
@@ -206,6 +206,14 @@ def _check_lossless(spec: dict[str, Any]) -> None:
 # ---- the bytes of pieces ----
 
 Spelling = tuple[Callable[[str], bytes], list[str]]
+
+
+def _spelling(spec: dict[str, Any], vocab: Mapping[str, int]) -> Spelling:
+    """(bytes of a piece, the piece of each byte). Raises UsageError unless all bytes of text have pieces."""
+    spell, names = _byte_level() if _is_byte_level(spec) else _byte_fallback()
+    if lacking := [b for b in range(256) if b not in _IN_NO_TEXT and names[b] not in vocab]:
+        raise UsageError(f'lacks {len(lacking)} of the bytes that text is made of, so text is lost')
+    return spell, names
 
 
 def _byte_level() -> Spelling:
