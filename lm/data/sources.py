@@ -51,7 +51,7 @@ def parse_mixture(text: str) -> tuple[tuple[str, float | None], ...]:
     if light := next((part for part in parts if part[1] is not None and part[1] < least), None):
         raise UsageError(
             f'the weight {light[1]:g} of {light[0]!r} is so small beside the others that none of {PERIOD:,} rows would '
-            f'be its own: give it at least {least:.1g} or leave it out'
+            f'be its own: give it at least {2 * least:.1g} or leave it out'
         )
     return parts
 
