@@ -83,8 +83,8 @@ def base() -> Config:
     c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
 
     c.data = ConfigDict()
-    c.data.mixture = ''  # 'name:weight,…': botocore, chitchat, tfds:NAME, files (.jsonl, .txt), folders
-    c.data.tokenizer = placeholder(str)  # folder of a tokenizer; None: trained on the mixture, or init_from's
+    c.data.mixture = ''  # 'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py
+    c.data.tokenizer = placeholder(str)  # folder or tokenizer.json; None: trained on the mixture, or init_from's
     c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
 
     c.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'seq': 1, 'tensor': 1, 'expert': 1})  # -1 takes the devices left

@@ -9,11 +9,13 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lm.data import corpora
 from lm.data.heldout import heldout_operation, normalized
-from lm.data.pipeline import train_batches
+from lm.data.pipeline import PERIOD, mix, train_batches
 from lm.data.prepare import prepare
 from lm.data.store import Spool, digest
 from lm.data.tokenizer import train_tokenizer
@@ -174,6 +176,27 @@ def test_too_little_data_is_one_line(tmp_path, texts, heldout, says):
     assert '\n' not in str(e.value)
 
 
+def test_every_source_is_checked_before_the_first_is_read(tmp_path):
+    a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(20)])
+    pq.write_table(pa.table({'body': ['one'], 'title': ['two']}), tmp_path / 'b.parquet')
+    said = []
+    with pytest.raises(UsageError, match="b.parquet has no column 'text': it has body, title"):
+        _prepare(f'{a}:1,{tmp_path}/b.parquet:1', vocab_size=300, progress=said.append)
+    assert not said
+
+
+def test_parquet_and_jsonl_give_the_same_data(tmp_path):
+    texts = [_text(i) for i in range(40)]
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'two').mkdir()
+    _jsonl(tmp_path / 'one' / 'a.jsonl', texts)
+    pq.write_table(pa.table({'text': [*texts, None, texts[0]]}), tmp_path / 'two' / 'a.parquet', row_group_size=7)
+    one, two = (_prepare(f'{tmp_path}/{name}', vocab_size=300) for name in ('one', 'two'))
+    np.testing.assert_array_equal(one.sources[0].train.tokens, two.sources[0].train.tokens)
+    counts = two.sources[0].counts
+    assert (counts['read'], counts['kept'], counts['dropped']) == (42, 40, {'no_text': 1, 'duplicate': 1})
+
+
 @pytest.mark.parametrize(('heldout', 'part', 'nearest'), [(1e-9, 'heldout', min), (1 - 1e-9, 'train', max)])
 @pytest.mark.parametrize('count', [2, 30])
 def test_a_part_that_would_be_empty_gets_the_nearest_document(tmp_path, count, heldout, part, nearest):
@@ -242,8 +265,12 @@ def test_a_whole_file_with_another_content_is_damage_too(tmp_path):
 def test_weights_of_any_size_that_is_let_in_can_be_prepared(tmp_path):
     a = _jsonl(tmp_path / 'a.jsonl', [_text(i) for i in range(40)])
     b = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(40, 80)])
-    prepared = _prepare(f'{a}:1e9,{b}:1e-9', vocab_size=300)
-    assert min(source.weight for source in prepared.sources) > 0
+    for light in (1e-9, 3e4):
+        prepared = _prepare(f'{a}:{light * 3e4},{b}:{light}', vocab_size=300)
+        assert [source.weight for source in prepared.sources] == pytest.approx([3e4 / 30_001, 1 / 30_001])
+        assert mix(prepared, seq_len=8, seed=0).shares.tolist() == [PERIOD - 1, 1]
+    with pytest.raises(UsageError, match='none of 16,384 rows would be its own: give it at least'):
+        _prepare(f'{a}:4e4,{b}:1', vocab_size=300)
     with pytest.raises(UsageError, match='from 1e-09 to 1e\\+09'):
         _prepare(f'{a}:1e308,{b}:1e308', vocab_size=300)
 

@@ -11,7 +11,7 @@ from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
 from lm.data.prompts import load_prompts
 from lm.data.records import Counts
-from lm.data.sources import open_source, parse_mixture
+from lm.data.sources import PERIOD, open_source, parse_mixture
 from lm.errors import UsageError
 
 
@@ -42,11 +42,36 @@ def test_mixture_is_read(text, expected):
 _BAD_WEIGHTS = ['0', '-1', 'nan', 'NaN', 'inf', '-Infinity', '1e308', '1e-320']
 
 
-@pytest.mark.parametrize('text', ['', ' , ', 'a:1,b', 'a,a', 'a:1,a:2', ':3', *(f'a:{w},b:1' for w in _BAD_WEIGHTS)])
-def test_mixture_is_refused_in_one_line(text):
-    with pytest.raises(UsageError) as e:
+@pytest.mark.parametrize(
+    ('text', 'says'),
+    [
+        ('', 'is empty'),
+        (' , ', 'is empty'),
+        ('a:1,b', "give every source of the mixture a weight, or none: 'b' has none"),
+        ('a,b:1', "'a' has none"),
+        ('a,a', "names 'a' twice"),
+        ('a:1,a:2', "names 'a' twice"),
+        (':3', "the weight in ':3' must be a number from .* after a name"),
+        ('a:0.5,0.3', "'0.3' in the data mixture is a weight without a source"),
+        ('0.5', "'0.5' in the data mixture is a weight without a source"),
+        ('a:0.5:0.3,b:0.2', "'a:0.5:0.3' in the data mixture has two weights"),
+        ('a:,b:1', "'a:' in the data mixture has no weight after its colon"),
+        ('a:1,b:1e-5', "the weight 1e-05 of 'b' is so small beside the others.*at least 6e-05"),
+        ('a:1e9,b:1e-9', 'so small beside the others'),
+        *((f'a:{weight},b:1', f"the weight in 'a:{weight}' must be a number") for weight in _BAD_WEIGHTS),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(text, says):
+    with pytest.raises(UsageError, match=says) as e:
         parse_mixture(text)
     assert '\n' not in str(e.value)
+
+
+def test_a_weight_that_is_let_in_is_worth_a_row():
+    """The lightest that is let in, and the heaviest that is not."""
+    assert parse_mixture(f'a:1,b:{0.51 / PERIOD}')
+    with pytest.raises(UsageError, match='so small'):
+        parse_mixture(f'a:1,b:{0.49 / PERIOD}')
 
 
 def test_jsonl_counts_what_it_drops_by_reason(tmp_path):
@@ -71,6 +96,19 @@ def test_jsonl_counts_what_it_drops_by_reason(tmp_path):
     assert counts.dropped == {'no_text': 2, 'malformed': 2, 'not_utf8': 2, 'empty': 1}
 
 
+def test_jsonl_has_other_columns_too(tmp_path):
+    path = tmp_path / 'a#1.jsonl'
+    path.write_text('{"body": "one", "text": "no"}\n{"text": "no"}\n')
+    records, counts = _read(f'{path}#body')
+    assert [(r['text'], r['meta']) for r in records] == [('one', {'text': 'no'})]
+    assert counts.dropped == {'no_body': 1}
+    assert [r['text'] for r in _read(path)[0]] == ['no', 'no'], 'a # in the name of a file is its own'
+    (tmp_path / 'b.txt').write_text('one')
+    for name, says in ((f'{tmp_path}/b.txt#body', 'is plain text'), (f'{tmp_path}/b.txt#', 'write PATH#COLUMN')):
+        with pytest.raises(UsageError, match=says):
+            open_source(name)
+
+
 def test_directory_and_pattern_read_a_document_a_file(tmp_path):
     (tmp_path / 'sub').mkdir()
     (tmp_path / 'a.txt').write_bytes(b'first\r\n')
@@ -88,7 +126,9 @@ def test_directory_and_pattern_read_a_document_a_file(tmp_path):
     ('name', 'says'),
     [
         ('botocor', "did you mean 'botocore'"),
-        ('zzz', 'known: botocore, chitchat'),
+        ('zzz', 'known: botocore, chitchat, c4'),
+        ('finewebedu', "did you mean 'fineweb-edu'"),
+        ('chitchat:half', 'a weight is a number after a colon'),
         ('no/such.jsonl', 'does not exist'),
         ('no/such/*.txt', 'matches no file'),
         ('tfds:no_such_thing', 'download_and_prepare'),
@@ -130,14 +170,26 @@ def test_prepared_tfds_is_read_and_a_tfrecord_one_refused(tmp_path, monkeypatch)
         def _documents(self):
             return [('a', 'first', {}), ('b', '', {}), ('c', 'third', {})]
 
+        def _split_generators(self, dl_manager):
+            dev = {'id': 'd', 'source': 'tiny', 'text': 'fourth', 'meta': ''}
+            return super()._split_generators(dl_manager) | {'dev': iter([(0, dev)])}
+
     Tiny(Counts(), data_dir=tmp_path, file_format='array_record').download_and_prepare()
     records, counts = _read('tfds:tiny')
     assert [r['text'] for r in records] == ['first', 'third']
     assert counts.read == 3 and counts.dropped == {'empty': 1}
+    assert [r['text'] for r in _read('tfds:tiny@dev')[0]] == ['fourth']
+    assert [r['text'] for r in _read('tfds:tiny@train#id')[0]] == ['a', 'b', 'c']
+    with pytest.raises(UsageError, match="has no split 'test', it has train, dev"):
+        open_source('tfds:tiny@test')
+    with pytest.raises(UsageError, match="has no column 'body': it has id, meta, source, text"):
+        _read('tfds:tiny#body')
     info = tmp_path / 'tiny' / '1.0.0' / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     with pytest.raises(UsageError, match='needs TensorFlow'):
         open_source('tfds:tiny')
+    with pytest.raises(UsageError, match='needs TensorFlow'):
+        open_source('tfds:tiny@train#text')
     assert 'tensorflow' not in sys.modules
 
 

@@ -15,10 +15,9 @@ import numpy as np
 
 from lm.data.packing import PackedRows, Row
 from lm.data.prepare import Prepared, PreparedSource
+from lm.data.sources import PERIOD
 from lm.errors import UsageError
 
-# Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
-PERIOD = 1 << 14
 _THREADS = 2
 _PREFETCH = 8
 Batch = dict[str, np.ndarray]

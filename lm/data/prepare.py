@@ -16,8 +16,8 @@ from etils import epath
 
 from lm import files
 from lm.data import cache
-from lm.data.records import Counts
-from lm.data.sources import Source, open_source, parse_mixture
+from lm.data.records import Counts, Source
+from lm.data.sources import open_source, parse_mixture
 from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
@@ -144,6 +144,8 @@ def _write(
     heldout: float,
     progress: Callable[[str], None],
 ) -> None:
+    for source in sources:
+        source.check()
     seen: set[bytes] = set()
     spool = directory / 'spool'
     splits = [_read(spool / f'{n}', source, seen, heldout, progress) for n, source in enumerate(sources)]

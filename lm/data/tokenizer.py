@@ -1,8 +1,11 @@
-"""SentencePiece BPE that gives back every text as it was, and markers that no text can forge.
+"""Tokenizers: every text comes back as it was, and no text forges a control symbol, whichever library made them.
 
-Ids 0 to 7 are fixed: <pad> <bos> <eos> <unk> <|system|> <|user|> <|assistant|> <|end|>; the 256 bytes follow, then the
-learned pieces. The markers are control symbols: they come out of no text, so a person who types `<|end|>` gets its
-characters. <unk> never occurs, because what is in no piece becomes bytes.
+A `Tokenizer` knows the bytes of each of its ids. It is a SentencePiece BPE that we train, here, or a tokenizer.json of
+Hugging Face's library (lm/data/tokenizer_json.py); nothing else in lm knows which.
+
+In ours ids 0 to 7 are fixed: <pad> <bos> <eos> <unk> <|system|> <|user|> <|assistant|> <|end|>; the 256 bytes follow,
+then the learned pieces. The markers are control symbols: they come out of no text, so a person who types `<|end|>` gets
+its characters. <unk> never occurs, because what is in no piece becomes bytes.
 """
 
 import codecs
@@ -10,8 +13,9 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,83 +26,74 @@ from lm import files
 from lm.errors import UsageError
 
 MODEL_FILE = 'tokenizer.model'
+JSON_FILE = 'tokenizer.json'
 CHAT_MARKERS = ('<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
 FIRST_PIECE = 8 + 256
 # SentencePiece writes a space as U+2581, so that character itself would come back as a space, and NUL ends a C
 # string in some of its paths: both go round it, as bytes.
-_SPACE = '\u2581'
-_AROUND = re.compile(f'([{_SPACE}\0]+)')
+SPACE = '\u2581'
+_AROUND = re.compile(f'([{SPACE}\0]+)')
 # The trainer drops longer lines in silence, and its default is 4192 bytes.
 _LONGEST_SENTENCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A trained tokenizer. `bytes_of_ids` is [V] int32: the UTF-8 bytes that each id stands for, 0 for control."""
+    """A tokenizer, made by `load` or `train_tokenizer`.
 
-    model: bytes = field(repr=False)
-    bytes_of_ids: np.ndarray = field(repr=False)
+    Attributes:
+      pieces: the UTF-8 bytes that each id stands for, none for control symbols and for ids that are not used.
+      controls: the id of each control symbol by its name, as '<|user|>'.
+      stop_ids: the ids that end an answer: the end of a document, and of a chat turn.
+      saved: the files that `save` writes, by name.
+      encode_plain: the ids of texts without a match of `around`, whose matches are encoded as `byte_ids`.
+    """
+
+    pieces: tuple[bytes, ...] = field(repr=False)
+    controls: Mapping[str, int] = field(repr=False)
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
     fingerprint: str
-    _processor: sentencepiece.SentencePieceProcessor = field(repr=False)
-    _pieces: tuple[bytes, ...] = field(repr=False)
-    _byte_ids: tuple[int, ...] = field(repr=False)
+    saved: Mapping[str, bytes] = field(repr=False)
+    encode_plain: Callable[[list[str]], list[list[int]]] = field(repr=False)
+    around: re.Pattern[str] | None = field(repr=False)
+    byte_ids: Sequence[int] = field(repr=False)
 
-    @classmethod
-    def from_model(cls, model: bytes) -> 'Tokenizer':
-        """From the bytes of a SentencePiece model. Raises UsageError if it is not one, or not one of ours."""
-        try:
-            processor = sentencepiece.SentencePieceProcessor()
-            processor.LoadFromSerializedProto(model)  # the constructor takes empty bytes for no model, and is silent
-        except (RuntimeError, OSError) as e:
-            raise UsageError('the tokenizer is not a SentencePiece model, or is damaged: name another') from e
-        pieces = tuple(_piece_bytes(processor, i) for i in range(processor.vocab_size()))
-        tokenizer = cls(
-            model=model,
-            bytes_of_ids=np.array([len(p) for p in pieces], np.int32),
-            fingerprint=hashlib.blake2b(model, digest_size=8).hexdigest(),
-            _processor=processor,
-            _pieces=pieces,
-            _byte_ids=tuple(processor.piece_to_id(f'<0x{b:02X}>') for b in range(256)),
-        )
-        _check(tokenizer)
-        return tokenizer
+    @staticmethod
+    def load(directory: epath.PathLike) -> 'Tokenizer':
+        """From a directory that holds tokenizer.json or tokenizer.model, or that file. Raises UsageError if not so."""
+        path = find_tokenizer(directory)
+        if path is None:
+            raise UsageError(f'no tokenizer at {directory}: name a directory that holds {MODEL_FILE} or {JSON_FILE}')
+        if path.suffix != '.json':
+            return from_model(path.read_bytes())
+        from lm.data import tokenizer_json  # it stands on this file
 
-    @classmethod
-    def load(cls, directory: epath.PathLike) -> 'Tokenizer':
-        """From a directory that holds tokenizer.model, or that file. Raises UsageError if there is none."""
-        path = epath.Path(directory)
-        path = path / MODEL_FILE if path.is_dir() else path
-        if not path.exists():
-            raise UsageError(f'no tokenizer at {directory}: name a directory that holds {MODEL_FILE}')
-        return cls.from_model(path.read_bytes())
+        return tokenizer_json.load(path)
 
     def save(self, directory: epath.PathLike) -> None:
-        files.write_bytes(epath.Path(directory) / MODEL_FILE, self.model)
+        for name, content in self.saved.items():
+            files.write_bytes(epath.Path(directory) / name, content)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._pieces)
+        return len(self.pieces)
 
-    @property
-    def pad_id(self) -> int:
-        return self._processor.pad_id()
-
-    @property
-    def bos_id(self) -> int:
-        return self._processor.bos_id()
-
-    @property
-    def eos_id(self) -> int:
-        return self._processor.eos_id()
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: <eos>, and <|end|> of a chat turn."""
-        return self.eos_id, self.marker_id('<|end|>')
+    @cached_property
+    def bytes_of_ids(self) -> np.ndarray:
+        """[V] int32, how many UTF-8 bytes each id stands for; 0 for control symbols."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def marker_id(self, marker: str) -> int:
-        """The id of a control symbol, as '<|user|>'. This is the only way to one: `encode` never gives it."""
-        return self._processor.piece_to_id(marker)
+        """The id of a control symbol, as '<|user|>'. This is the only way to one: `encode` never gives it.
+
+        Raises UsageError if the tokenizer has no such symbol.
+        """
+        if marker not in self.controls:
+            raise UsageError(f'the tokenizer has no control symbol {marker}: it has {", ".join(self.controls)[:200]}')
+        return self.controls[marker]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without <bos> and <eos>."""
@@ -106,31 +101,79 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
-        plain = [text for text in texts if not _AROUND.search(text)]
-        ids = iter(self._processor.encode(plain, out_type=int, num_threads=_cores()) if plain else [])
-        return [self._encode_around(text) if _AROUND.search(text) else next(ids) for text in texts]
+        if self.around is None:
+            return self.encode_plain(list(texts))
+        search = self.around.search
+        plain = [text for text in texts if not search(text)]
+        ids = iter(self.encode_plain(plain) if plain else [])
+        return [self._encode_around(self.around, text) if search(text) else next(ids) for text in texts]
 
-    def _encode_around(self, text: str) -> list[int]:
+    def _encode_around(self, around: re.Pattern[str], text: str) -> list[int]:
         ids: list[int] = []
-        for part in _AROUND.split(text):
-            if _AROUND.match(part):
-                ids.extend(self._byte_ids[b] for b in part.encode())
+        for part in around.split(text):
+            if around.fullmatch(part):
+                ids.extend(self.byte_ids[b] for b in part.encode())
             elif part:
-                ids.extend(self._processor.encode(part, out_type=int))
+                ids.extend(self.encode_plain([part])[0])
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, control symbols left out; bytes that are not UTF-8 become U+FFFD."""
-        return b''.join(self._pieces[i] for i in ids).decode('utf-8', errors='replace')
+        return b''.join(self.pieces[i] for i in ids).decode('utf-8', errors='replace')
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as ids arrive, a character only when all its bytes have; together they are `decode(ids)`."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         for i in ids:
-            if text := decoder.decode(self._pieces[i]):
+            if text := decoder.decode(self.pieces[i]):
                 yield text
         if text := decoder.decode(b'', final=True):
             yield text
+
+
+def find_tokenizer(directory: epath.PathLike) -> epath.Path | None:
+    """The file of the tokenizer in a directory, or that file itself; None if there is none.
+
+    Where both are, as in folders of Hugging Face's, tokenizer.model is another's and not one of ours.
+    """
+    path = epath.Path(directory)
+    found = [path / JSON_FILE, path / MODEL_FILE] if path.is_dir() else [path]
+    return next((file for file in found if file.exists()), None)
+
+
+def from_model(model: bytes) -> Tokenizer:
+    """From the bytes of a SentencePiece model. Raises UsageError if it is not one, or not one of ours."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)  # the constructor takes empty bytes for no model, and is silent
+    except (RuntimeError, OSError) as e:
+        raise UsageError('the tokenizer is not a SentencePiece model, or is damaged: name another') from e
+    size = processor.vocab_size()
+    controls = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+    if missing := [name for name in ('<pad>', '<bos>', '<eos>', *CHAT_MARKERS) if name not in controls]:
+        raise UsageError(f'the tokenizer lacks the control symbols {" ".join(missing)}: train one, or name another')
+    tokenizer = Tokenizer(
+        pieces=tuple(_piece_bytes(processor, i) for i in range(size)),
+        controls=controls,
+        bos_id=controls['<bos>'],
+        eos_id=controls['<eos>'],
+        pad_id=controls['<pad>'],
+        stop_ids=(controls['<eos>'], controls['<|end|>']),
+        fingerprint=hashlib.blake2b(model, digest_size=8).hexdigest(),
+        saved={MODEL_FILE: model},
+        encode_plain=lambda texts: processor.encode(texts, out_type=int, num_threads=_cores()),
+        around=_AROUND,
+        byte_ids=tuple(processor.piece_to_id(f'<0x{b:02X}>') for b in range(256)),
+    )
+    if not gives_back(tokenizer):
+        raise UsageError('the tokenizer changes text (normalization, no byte fallback): train one, or name another')
+    return tokenizer
+
+
+def gives_back(tokenizer: Tokenizer) -> bool:
+    """Whether a text comes back as it was: if not, losses per byte would be of another text."""
+    probe = '  A\n\n\tb\0\u2581é\ufb01\U0001f600 '
+    return tokenizer.decode(tokenizer.encode(probe)) == probe
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -150,7 +193,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         # The message is '… [what was checked] what to do'.
         advice = str(e).rpartition(']')[2].strip() or 'give more text'
         raise UsageError(f'the text is too little or too uniform for a vocabulary of {vocab_size}: {advice}') from e
-    return Tokenizer.from_model(model.getvalue())
+    return from_model(model.getvalue())
 
 
 _TRAINING: dict[str, Any] = dict(
@@ -164,7 +207,7 @@ _TRAINING: dict[str, Any] = dict(
     split_digits=True,
     character_coverage=0.9999,
     # A text without spaces would leave the space out of the pieces, and then spaces do not come back.
-    required_chars=_SPACE,
+    required_chars=SPACE,
     max_sentence_length=_LONGEST_SENTENCE,
     pad_id=0,
     bos_id=1,
@@ -184,20 +227,7 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, i: int) -> byt
     piece = processor.id_to_piece(i)
     if processor.is_byte(i):
         return bytes([int(piece[3:5], 16)])
-    return piece.replace(_SPACE, ' ').encode()
-
-
-def _check(tokenizer: Tokenizer) -> None:
-    """Refuses a model without our markers or one that changes text: losses per byte would be of another text."""
-    processor = tokenizer._processor
-    names = {'<pad>': tokenizer.pad_id, '<bos>': tokenizer.bos_id, '<eos>': tokenizer.eos_id}
-    names |= {m: tokenizer.marker_id(m) for m in CHAT_MARKERS}
-    missing = [name for name, i in names.items() if i < 0 or not processor.is_control(i)]
-    if missing:
-        raise UsageError(f'the tokenizer lacks the control symbols {" ".join(missing)}: train one, or name another')
-    probe = '  a\n\n\tb\0\u2581é\U0001f600 '
-    if tokenizer.decode(tokenizer.encode(probe)) != probe:
-        raise UsageError('the tokenizer changes text (normalization, no byte fallback): train one, or name another')
+    return piece.replace(SPACE, ' ').encode()
 
 
 def _cores() -> int:

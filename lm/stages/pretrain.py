@@ -14,7 +14,7 @@ from lm.config import Config
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.data.prompts import Prompt, load_prompts
-from lm.data.tokenizer import MODEL_FILE, Tokenizer
+from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
 from lm.evals import heldout
 from lm.model import transformer
@@ -61,7 +61,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     if not prompts:
         raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
-    if tokenizer and found and (own / MODEL_FILE).exists():  # copied when the run began
+    if tokenizer and found and find_tokenizer(own):  # copied when the run began
         tokenizer = str(own)
     with ledger('prepare'):
         prepared = prepare(

@@ -22,7 +22,7 @@ from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
 LOCK = '.lock'
-VERSIONED = ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece')
+VERSIONED = ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece', 'tokenizers')
 
 
 class Model(NamedTuple):

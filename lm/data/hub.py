@@ -1,0 +1,153 @@
+"""Hugging Face datasets as sources, through the library `datasets` (of the extra [hub]).
+
+    hf:NAMESPACE/NAME[/CONFIG][@SPLIT][#COLUMN]     on the hub, or in the library's own cache
+    hf:./FOLDER[@SPLIT][#COLUMN]                    written by save_to_disk, or with parquet or jsonl files in it
+
+SPLIT is train by default; of the hub and of files it may be a slice, as train[:1%]. COLUMN is `text` by default, or
+the only text column. A dataset is random access, so Grain reads it as it is. None of its code runs: from version 4 on
+the library knows no loading scripts.
+"""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+
+from lm.data import cache
+from lm.data.records import Counts, Record, Source, choose_column, record
+from lm.errors import UsageError
+
+_HUB = 'https://huggingface.co'
+_PATIENCE_SECONDS = 3.0
+
+
+class Address(NamedTuple):
+    """Where a dataset is: on the hub, or in a local folder, whose config may be its only one, without a name."""
+
+    name: str
+    config: str | None
+    split: str | None
+    column: str | None
+    folder: str | None
+
+
+def parse(text: str, copy: str | None = None) -> Address:
+    """Reads 'hf:…'; `copy` is a folder to read in its place. Raises UsageError if it names nothing."""
+    rest, mark, column = text.removeprefix('hf:').partition('#')
+    name, at, split = rest.rpartition('@')
+    if not at or os.path.isdir(os.path.expanduser(rest)):
+        name, at, split = rest, '', ''
+    if not name.strip('/') or (mark and not column) or (at and not split):
+        raise UsageError(f'data source {text!r}: write hf:NAMESPACE/NAME[/CONFIG][@SPLIT][#COLUMN], or hf:./FOLDER')
+    if name.startswith(('.', '/', '~')):
+        return Address(name, None, split or None, column or None, os.path.expanduser(name))
+    parts = name.split('/', 2)
+    config = parts[2] if len(parts) == 3 else None
+    return Address('/'.join(parts[:2]), config, split or None, column or None, copy)
+
+
+def open_dataset(name: str, address: Address) -> Source:
+    """The source at an address; a dataset of the hub is fetched into the library's cache unless it is there.
+
+    Raises UsageError if it is not to be had, or has no such config, split or column.
+    """
+    if address.folder and not os.path.isdir(address.folder):
+        raise UsageError(f'data source {name!r}: there is no folder {address.folder}')
+    datasets = _library(name, offline=not address.folder and not _reachable())
+    try:
+        data = _open(datasets, address)
+    except ConnectionError as e:
+        place = 'a folder and name hf:./FOLDER' if name.startswith('hf:') else f'$LM_DATA/{name}'
+        raise UsageError(
+            f'data source {name!r} is in no cache and the hub cannot be reached: connect, or put a copy into {place}'
+        ) from e
+    except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
+        reason = ' '.join(str(e).split())[:300] or type(e).__name__
+        raise UsageError(f'data source {name!r} cannot be opened: {reason}') from e
+    return _source(name, address, data, [k for k, v in data.features.items() if _is_text(datasets, v)])
+
+
+def _open(datasets: Any, address: Address) -> Any:
+    folder = address.folder
+    return _saved(datasets, folder, address.split) if folder and _is_saved(folder) else _loaded(datasets, address)
+
+
+def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
+    column = choose_column(f'data source {name!r}', address.column, texts, data.column_names)
+    files = [Path(file['filename']) for file in data.cache_files]
+    state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+    def read(counts: Counts) -> Iterator[Record]:
+        rows: Any = grain.MapDataset.source(data.select_columns([column]))
+        for number in range(len(rows)):
+            counts.read += 1
+            try:
+                text = rows[number][column]
+            except UnicodeDecodeError:
+                text = b'\xff'  # no UTF-8, which is counted where all are
+            yield from record(name, str(number), text, counts, column=column)
+
+    return Source(name, [*state, len(data), column], read)
+
+
+def _is_text(datasets: Any, feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ('string', 'large_string')
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether save_to_disk wrote the folder."""
+    return any((Path(folder) / name).exists() for name in ('state.json', 'dataset_dict.json'))
+
+
+def _saved(datasets: Any, folder: str, split: str | None) -> Any:
+    """The split of what save_to_disk wrote; one dataset alone is its own split, or train."""
+    data, split = datasets.load_from_disk(folder), split or 'train'
+    several = isinstance(data, datasets.DatasetDict)
+    splits = list(data) if several else [str(data.split or 'train')]
+    if split not in splits:
+        raise ValueError(f'{folder} has no split {split!r}, it has {", ".join(splits)}')
+    return data[split] if several else data
+
+
+def _loaded(datasets: Any, address: Address) -> Any:
+    """A dataset of the hub, or the files in a folder, which become Arrow files in our cache."""
+    config, split = address.config, address.split or 'train'
+    if not address.folder:
+        return datasets.load_dataset(address.name, config, split=split)
+    if config and datasets.get_dataset_config_names(address.folder) == ['default']:
+        config = None  # a copy of this config alone
+    return datasets.load_dataset(address.folder, config, split=split, cache_dir=str(cache.cache_dir() / 'hf'))
+
+
+def _library(name: str, *, offline: bool) -> Any:
+    """The module `datasets`. Raises UsageError if it is not installed."""
+    try:
+        import datasets
+        from datasets import config
+        from huggingface_hub import constants
+    except ImportError:
+        raise UsageError(f"data source {name!r} is read by the package datasets: pip install 'lm[hub]'") from None
+    # Otherwise it retries for half a minute. The environment's HF_HUB_OFFLINE is read at its import alone.
+    config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE or offline
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _reachable() -> bool:
+    """Whether the hub answers at all."""
+    request = urllib.request.Request(os.environ.get('HF_ENDPOINT', _HUB), method='HEAD')
+    try:
+        urllib.request.urlopen(request, timeout=_PATIENCE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,60 @@
+"""Parquet files: which column holds the documents, and its values, row group by row group."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from lm.data.records import choose_column
+from lm.errors import UsageError
+
+# pyarrow takes half a second to import, and a start that finds its data prepared needs none of it.
+_ROWS_AT_ONCE = 1024
+
+
+def text_column(path: str, wanted: str | None) -> str:
+    """The column of a file that holds its documents. Reads its footer alone.
+
+    Raises UsageError if there is none, or the file is no whole parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    return choose_column(path, wanted, [field.name for field in schema if _is_text(field.type)], schema.names)
+
+
+def read_column(path: str, column: str) -> Iterator[bytes | None]:
+    """The values of a column in order, None where a row has none. At most a row group is in memory.
+
+    Raises UsageError where the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+                # As bytes, because decoding a whole batch would fail for one value that is no UTF-8.
+                yield from batch.column(0).cast(pa.large_binary()).to_pylist()
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this type can hold text: a string, plain or as a dictionary, or bytes that may be UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(test(kind) for test in tests)
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file becomes one line that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as e:
+        reason = str(e).strip().partition('\n')[0][:200]
+        raise UsageError(f'{path} is damaged or no parquet file ({reason}): restore it or leave it out') from e

@@ -1,0 +1,269 @@
+"""tokenizer.json files: byte-level BPE (GPT-2, Llama 3, Qwen) and pieces with byte fallback (Llama 2, Gemma).
+
+They are read by Hugging Face's library `tokenizers` (of the extra [hub]) and changed where text would not come back or
+a control symbol could be typed: nothing is put in front of a text or around it, NFC and dropout are off, nothing is cut
+off or filled up. What changes text in another way is refused. The ids of a text that is in NFC, as nearly all is, are
+those that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lm.data.tokenizer import JSON_FILE, SPACE, Tokenizer, gives_back
+from lm.errors import UsageError
+
+# Which of its symbols is which stands beside a tokenizer.json, and so does the chat template.
+CONFIG_FILE, MAP_FILE, GENERATION_FILE = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'
+_BESIDE = (CONFIG_FILE, MAP_FILE, GENERATION_FILE, 'chat_template.jinja')
+# The usual names, where it does not.
+_USUAL = {
+    'bos': ('<bos>', '<s>', '<|begin_of_text|>', '<|startoftext|>'),
+    'eos': ('<eos>', '</s>', '<|end_of_text|>', '<|endoftext|>'),
+    'pad': ('<pad>', '<|pad|>', '<|finetune_right_pad_id|>', '[PAD]'),
+}
+_TURN_ENDS = ('<|end|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>')
+_KEEP_TEXT = ('ByteLevel', 'Metaspace', 'Split', 'Digits', 'Punctuation', 'UnicodeScripts', 'Sequence')
+# C0, C1 and F5 to FF are in no UTF-8.
+_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+
+def load(path: epath.Path) -> Tokenizer:
+    """From a tokenizer.json and the files beside it. Raises UsageError if it is damaged, or loses or changes text."""
+    beside = {name: path.parent / name for name in _BESIDE}
+    saved = {JSON_FILE: path.read_bytes()} | {n: file.read_bytes() for n, file in beside.items() if file.exists()}
+    try:
+        return from_files(saved)
+    except UsageError as e:
+        raise UsageError(f'the tokenizer {path} {e}: name another') from e.__cause__
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UsageError(f'the tokenizer {path} is damaged ({type(e).__name__}: {e}): name another') from e
+
+
+def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
+    """From the contents of the files. Raises UsageError with what is wrong with them, KeyError and the like if they are
+    no description of a tokenizer.
+    """
+    spec = _parse(saved[JSON_FILE], JSON_FILE)
+    if not isinstance(spec.get('model'), dict):
+        raise UsageError('is damaged (it has no model)')
+    names = _names(spec, saved)
+    _make_plain(spec)
+    _check_lossless(spec)
+    library = _build(spec)
+    vocab, added = library.get_vocab(with_added_tokens=False), library.get_added_tokens_decoder()
+    ids = vocab | {token.content: i for i, token in added.items()}
+    if names['eos'] not in ids:
+        raise UsageError(f'has no token {names["eos"]}, which is to end a text')
+    bos, eos, pad = (ids.get(names[key], ids[names['eos']]) for key in ('bos', 'eos', 'pad'))
+    controls = {token.content: i for i, token in sorted(added.items()) if token.special}
+    controls |= {name: ids[name] for name in (*names.values(), *_unknown(spec['model'])) if name in ids}
+    spell, byte_names = _spelling(spec, vocab)
+    pieces = _pieces(vocab, added, spell, set(controls.values()))
+    encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
+        found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+    identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad]).encode(), digest_size=8)
+    tokenizer = Tokenizer(
+        pieces=pieces,
+        controls=controls,
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=pad,
+        stop_ids=_stop_ids(eos, controls, saved),
+        fingerprint=identity.hexdigest(),
+        saved=saved,
+        encode_plain=encode,
+        around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
+        byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
+    )
+    if not gives_back(tokenizer):
+        raise UsageError('changes text, and losses per byte would be of another text')
+    return tokenizer
+
+
+# ---- which symbol is which ----
+
+
+def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
+    """The names of the symbols 'bos', 'eos' and 'pad'; without one of its own, bos and pad are eos.
+
+    A padded place is known by its weight and segment, never by its id.
+    """
+    mapped = {key: name for key, name in _parse(saved.get(MAP_FILE, b'{}'), MAP_FILE).items() if name}
+    config = _parse(saved.get(CONFIG_FILE, b'{}'), CONFIG_FILE) | mapped
+    added = {token['content'] for token in spec.get('added_tokens') or ()}
+    found = {}
+    for key, usual in _USUAL.items():
+        named = config.get(f'{key}_token')
+        named = named.get('content') if isinstance(named, dict) else named
+        told = f'{key}_token' in config
+        found[key] = named if told else next((name for name in usual if name in added), None)
+    if not found['eos']:
+        raise UsageError(f'names no token that ends a text (eos_token in {CONFIG_FILE} beside it)')
+    return {key: name or found['eos'] for key, name in found.items()}
+
+
+def _stop_ids(eos: int, controls: Mapping[str, int], saved: Mapping[str, bytes]) -> tuple[int, ...]:
+    more = _parse(saved.get(GENERATION_FILE, b'{}'), GENERATION_FILE).get('eos_token_id') or []
+    ends = [controls[name] for name in (*_USUAL['eos'], *_TURN_ENDS) if name in controls]
+    return tuple(dict.fromkeys([eos, *(more if isinstance(more, list) else [more]), *ends]))
+
+
+def _unknown(model: dict[str, Any]) -> list[str]:
+    """The name of the token for what is in no piece, if there is one."""
+    number = model.get('unk_id')
+    name = model.get('unk_token') if number is None else model['vocab'][number][0]
+    return [name] if name else []
+
+
+# ---- the description, and what is changed in it ----
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f'is damaged ({name}: {e})') from e
+    if not isinstance(value, dict):
+        raise UsageError(f'is damaged ({name} is no object)')
+    return value
+
+
+def _build(spec: dict[str, Any]) -> Any:
+    """The library's tokenizer, for which the characters of a special token are characters."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UsageError("needs the package tokenizers (pip install 'lm[hub]')") from None
+    try:
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as e:  # the library raises nothing more exact
+        raise UsageError(f'is damaged ({" ".join(str(e).split())[:200]})') from e
+    library.encode_special_tokens = True
+    return library
+
+
+def _make_plain(spec: dict[str, Any]) -> None:
+    """Turns off, in place, what puts something before, around or after a text, or changes it for no gain."""
+    spec.update(truncation=None, padding=None, post_processor=None)
+    spec['normalizer'] = _without(spec.get('normalizer'), ('NFC', 'Prepend'))
+    if 'dropout' in spec['model']:
+        spec['model']['dropout'] = None
+    for node in _nodes(spec.get('pre_tokenizer')):
+        if node['type'] == 'Metaspace':
+            node.pop('add_prefix_space', None)
+            node['prepend_scheme'] = 'never'
+        elif node['type'] == 'ByteLevel':
+            node['add_prefix_space'] = False
+    for token in spec.get('added_tokens') or ():
+        token.update(lstrip=False, rstrip=False)
+
+
+def _without(node: Any, kinds: Sequence[str]) -> Any:
+    """A normalizer without the parts of these kinds."""
+    if not node or node['type'] in kinds:
+        return None
+    if node['type'] != 'Sequence':
+        return node
+    parts = [part for part in (_without(part, kinds) for part in node['normalizers']) if part]
+    return {**node, 'normalizers': parts} if parts else None
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer and all that it is made of."""
+    if node:
+        yield node
+        for part in (*node.get('normalizers', ()), *node.get('pretokenizers', ())):
+            yield from _nodes(part)
+
+
+def _is_byte_level(spec: dict[str, Any]) -> bool:
+    parts = [*_nodes(spec.get('normalizer')), *_nodes(spec.get('pre_tokenizer'))]
+    return any(part['type'] == 'ByteLevel' for part in parts)
+
+
+def _check_lossless(spec: dict[str, Any]) -> None:
+    """Raises UsageError for parts that change or lose text, which a probe alone might not show."""
+    model = spec['model']
+    if model.get('type') not in ('BPE', 'Unigram') or not (_is_byte_level(spec) or model.get('byte_fallback')):
+        raise UsageError('is neither a byte-level one nor one with byte fallback, so text is lost')
+    if model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
+        raise UsageError('marks the parts of words with a prefix or suffix, so text does not come back')
+    for node in _nodes(spec.get('normalizer')):
+        is_space = node['type'] == 'Replace' and node['pattern'] == {'String': ' '} and node['content'] == SPACE
+        if node['type'] not in ('Sequence', 'ByteLevel') and not is_space:
+            raise UsageError(f'changes text (normalizer {node["type"]}), and losses per byte would be of another text')
+    for node in _nodes(spec.get('pre_tokenizer')):
+        if node['type'] not in _KEEP_TEXT or 'Removed' in (node.get('behavior'), node.get('type')):
+            raise UsageError(f'loses text (pre-tokenizer {node["type"]}), and losses per byte would be of another text')
+
+
+# ---- the bytes of pieces ----
+
+Spelling = tuple[Callable[[str], bytes], list[str]]
+
+
+def _spelling(spec: dict[str, Any], vocab: Mapping[str, int]) -> Spelling:
+    """(bytes of a piece, the piece of each byte). Raises UsageError unless all bytes of text have pieces."""
+    spell, names = _byte_level() if _is_byte_level(spec) else _byte_fallback()
+    if lacking := [b for b in range(256) if b not in _IN_NO_TEXT and names[b] not in vocab]:
+        raise UsageError(f'lacks {len(lacking)} of the bytes that text is made of, so text is lost')
+    return spell, names
+
+
+def _byte_level() -> Spelling:
+    """(bytes of a piece, the piece of each byte) where a byte is written as one character.
+
+    GPT-2's way: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and on in turn.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    names = [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+    values = {name: b for b, name in enumerate(names)}
+
+    def spell(piece: str) -> bytes:
+        return bytes(values[c] for c in piece) if all(c in values for c in piece) else piece.encode()
+
+    return spell, names
+
+
+def _byte_fallback() -> Spelling:
+    """(bytes of a piece, the piece of each byte) where pieces are text, U+2581 is a space and <0x0A> a byte."""
+    names = [f'<0x{b:02X}>' for b in range(256)]
+    values = {name: bytes([b]) for b, name in enumerate(names)}
+    return lambda piece: values.get(piece) or piece.replace(SPACE, ' ').encode(), names
+
+
+def _pieces(
+    vocab: Mapping[str, int], added: Mapping[int, Any], spell: Callable[[str], bytes], silent: set[int]
+) -> tuple[bytes, ...]:
+    """The bytes of each id up to the largest, whatever ids there are between."""
+    pieces = [b''] * (max([*vocab.values(), *added]) + 1)
+    for piece, i in vocab.items():
+        pieces[i] = spell(piece)
+    for i, token in added.items():  # not written in the alphabet of the bytes
+        pieces[i] = token.content.replace(SPACE, ' ').encode()
+    for i in silent:
+        pieces[i] = b''
+    return tuple(pieces)
+
+
+def _taken_literally(
+    encode: Callable[[list[str]], list[list[int]]], pieces: Sequence[bytes], names: Sequence[str]
+) -> list[str]:
+    """The names of symbols and bytes that the model makes a symbol or a byte of when they stand in a text."""
+    spelled = [b''.join(pieces[i] for i in ids) for ids in encode(list(names))]
+    return [name for name, found in zip(names, spelled, strict=True) if found != name.encode()]
+
+
+def _around(names: Sequence[str], spec: dict[str, Any]) -> re.Pattern[str] | None:
+    """What is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
+    parts = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
+    if not _is_byte_level(spec):
+        parts.append(f'{SPACE}+')
+    return re.compile(f'({"|".join(parts)})') if parts else None
