@@ -9,7 +9,6 @@ methods of `Weight`. Nothing else in the model knows which it has.
 """
 
 import math
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -86,21 +85,16 @@ def _product(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     return y.reshape(*x.shape[: len(x_free)], *w.shape[len(shared) :])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    """[M, I] · [I, O] whose weight gradient is fast on CPU, too.
-
-    The weight's gradient is xᵀ·dy; the narrower of the two is turned around.
-    """
+def _plain_matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
 def _matmul_forward(x, w, dtype):
-    # Not `_matmul`: a remat policy has to see that this is a product.
-    return jnp.matmul(x, w, preferred_element_type=dtype), (x, w)
+    return _plain_matmul(x, w, dtype), (x, w)  # not `_matmul`: a remat policy has to see that this is a product
 
 
 def _matmul_backward(dtype, saved, dy):
+    """dw is xᵀ·dy with the narrower of the two turned around."""
     x, w = saved
     dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, w, (((1,), (1,)), ((), ())))
@@ -109,6 +103,8 @@ def _matmul_backward(dtype, saved, dy):
     return dx, (turned(dy) @ x).T
 
 
+# [M, I] · [I, O] whose weight gradient is fast on CPU, too.
+_matmul: Any = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
