@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from lm.errors import UsageError
 
@@ -147,25 +145,32 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, of
             f'attention=splash: {S} tokens in {S // T} parts are {T} each, not a multiple of {LANES}: change seq_len '
             'or mesh.seq, or set attention=blocks'
         )
-    kernel = _splash_kernel(q_BTNH.shape, k_BSKH.shape[1], offset, window, softcap)
+    ops = _splash_ops()
+    kernel = _splash_kernel(ops, q_BTNH.shape, k_BSKH.shape[1], offset, window, softcap)
+    segments = () if segments_BT is None else (ops.SegmentIds(segments_BT, segments_BS),)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    operands = heads_first(q_BTNH * H**-0.5), heads_first(k_BSKH), heads_first(v_BSKH)
-    if segments_BT is None:
-        out_BNTH = jax.vmap(kernel)(*operands)
-    else:
-        out_BNTH = jax.vmap(kernel)(*operands, splash_kernel.SegmentIds(segments_BT, segments_BS))
+    out_BNTH = jax.vmap(kernel)(heads_first(q_BTNH * H**-0.5), heads_first(k_BSKH), heads_first(v_BSKH), *segments)
     return heads_first(out_BNTH)[:, :T]
 
 
-def _splash_kernel(shape: tuple[int, ...], S: int, offset: Any, window: int | None, softcap: float | None) -> Any:
+def _splash_ops() -> Any:
+    """The kernel's module. It takes half a second to import, which only its users pay."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
+
+
+def _splash_kernel(
+    ops: Any, shape: tuple[int, ...], S: int, offset: Any, window: int | None, softcap: float | None
+) -> Any:
     """The kernel for [B, T, N, H] queries from `offset` on among S keys."""
     _, T, N, _ = shape
     block = next(b for b in (SPLASH_BLOCK, SPLASH_BLOCK // 2, LANES) if T % b == 0)
     fields = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-    sizes = splash_kernel.BlockSizes(**{f'block_{field}': block for field in fields})
-    mask = splash_mask.CausalMask((S, S)) if window is None else splash_mask.LocalMask((S, S), (window - 1, 0), 0)
-    kernel = splash_kernel.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
+    sizes = ops.BlockSizes(**{f'block_{field}': block for field in fields})
+    mask = ops.CausalMask((S, S)) if window is None else ops.LocalMask((S, S), (window - 1, 0), 0)
+    kernel = ops.make_splash_mha(
+        ops.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
         attn_logits_soft_cap=softcap, interpret=INTERPRET,
     )  # fmt: skip
     if offset is None:
