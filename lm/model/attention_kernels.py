@@ -21,7 +21,7 @@ NAMES = ('blocks', 'dense', 'cudnn', 'splash')
 PREFERRED = {'cuda': 'cudnn', 'tpu': 'splash'}  # of other platforms: blocks
 NEEDS = {'cudnn': ('cuda', 'an NVIDIA GPU'), 'splash': ('tpu', 'a TPU')}
 LANES = 128  # the splash kernel's queries and keys come in multiples of a TPU's vector width
-SPLASH_BLOCK = 512  # the largest block of queries and of keys; what fits on-chip memory on every generation
+SPLASH_BLOCKS = (512, 256, LANES)  # a side of its blocks, the first that divides; more would not fit in every TPU
 INTERPRET = False  # tests run the splash kernel on CPU, step by step
 
 
@@ -165,7 +165,7 @@ def _splash_kernel(
 ) -> Any:
     """The kernel for [B, T, N, H] queries from `offset` on among S keys."""
     _, T, N, _ = shape
-    block = next(b for b in (SPLASH_BLOCK, SPLASH_BLOCK // 2, LANES) if T % b == 0)
+    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
     fields = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
     sizes = ops.BlockSizes(**{f'block_{field}': block for field in fields})
     mask = ops.CausalMask((S, S)) if window is None else ops.LocalMask((S, S), (window - 1, 0), 0)
