@@ -144,7 +144,9 @@ def test_a_value_that_no_run_can_have_is_refused(text):
         load(f'--config.{text}')
 
 
-@pytest.mark.parametrize('text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16', 'attention=flash'])
+@pytest.mark.parametrize(
+    'text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16', 'attention=flash']
+)
 def test_a_choice_names_what_there_is(text):
     with pytest.raises(UsageError, match=f'^{text}.* is not one of'):
         load(f'--config.{text}')

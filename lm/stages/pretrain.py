@@ -138,9 +138,8 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
 
     def terms(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
         del frozen, key
-        h_BTD = transformer.forward(
-            params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
-        )
+        rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
+        h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
         with jax.named_scope('head'):
             total, parts = transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=z_loss)
         return {'cross_entropy': total}, {'nll': parts['nll'], 'z': parts['z'], 'accuracy': parts['correct']}
