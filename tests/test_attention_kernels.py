@@ -1,6 +1,13 @@
 """The accelerators' kernels: which one a device gets, and that each equals the dense twin."""
 
+import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +196,69 @@ def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, packed, window):
     assert set(re.findall(r'mask_type\W+(\w+)', text)) == {'CAUSAL'}
     reach = window if window and not packed else 0  # a mask has the window in it
     assert set(re.findall(r'sliding_window_length\W+(\d+)', text)) == {str(reach)}
+
+
+def worst_on_gpu(T=260, B=2, N=8, K=2, H=64):
+    """Run in a process that sees the GPU: {case: the largest difference of the kernel's output or a gradient from the
+    twin's, relative to the twin's largest}, in bfloat16."""
+    from test_attention import both
+
+    worst = {}
+    for packed, window in ((False, None), (False, 100), (True, None), (True, 100)):
+        (q, k, v, g), arrays = inputs(B, T, N, K, H, packed=packed)
+        args = [jnp.asarray(x, jnp.bfloat16) for x in (q / 4, k / 4, v, g)]
+        run = lambda fn, args, options: jax.device_get(jax.jit(lambda a: both(fn, *a, **options))(args))
+        got = run(attention, args, arrays | {'window': window, 'backend': 'cudnn'})
+        exact = run(dense_attention, [x.astype(jnp.float32) for x in args], arrays | {'window': window})
+        ratio = lambda a, b: float(np.max(np.abs(np.asarray(a, np.float32) - b)) / np.max(np.abs(b)))
+        worst[f'packed={packed}, window={window}'] = max(jax.tree.leaves(jax.tree.map(ratio, got, exact)))
+    return worst
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('nvidia-smi') is None, reason='there is no NVIDIA GPU')
+def test_cudnn_equals_the_twin_on_a_gpu():
+    """In a process of its own: this one was told to see CPUs alone."""
+    worst = in_a_process('worst_on_gpu')
+    assert len(worst) == 4 and max(worst.values()) < 0.02, worst
+
+
+def compiled_for_a_tpu():
+    """Run in a process that has libtpu: what the compiler makes of a split sequence, forward and backward."""
+    from jax.experimental import topologies
+
+    def loss(q, k, v, segments_BT):
+        options = {'segments_BT': segments_BT, 'window': 300, 'softcap': 30.0, 'backend': 'splash'}
+        return jnp.sum(attention(q, k, v, **options).astype(jnp.float32))
+
+    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4').devices
+    with sharding.use_mesh({'fsdp': 2, 'seq': 2, 'tensor': 2}, devices) as mesh:
+
+        def abstract(dims, shape, dtype=jnp.bfloat16):
+            where = jax.NamedSharding(mesh, sharding.activation_spec(dims, shape))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        q, k = (abstract('BTNH', (2, 1024, n, 64)) for n in (4, 2))
+        segments_BT = abstract('BT', (2, 1024), jnp.int32)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segments_BT)
+        text = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
+    return {'kernels': len(re.findall('custom_call_target="tpu_custom_call"', text))}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu, the compiler, is not installed')
+def test_splash_compiles_for_a_tpu():
+    """Without the machine. Forward, and backward for queries and for keys and values."""
+    machine = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+    assert in_a_process('compiled_for_a_tpu', JAX_PLATFORMS='cpu', **machine) == {'kernels': 3}
+
+
+def in_a_process(name, **env):
+    """What a function of this file returns in a process that is not told, as this one is, to see CPUs alone."""
+    code = f'import json, test_attention_kernels as t; print(json.dumps(t.{name}()))'
+    folder = Path(__file__).parent
+    env = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'XLA_FLAGS')} | env
+    env['PYTHONPATH'] = os.pathsep.join([str(folder), str(folder.parent)])
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
