@@ -46,6 +46,7 @@ def base() -> Config:
     c.init_from = placeholder(str)  # DIR[@STEP]: start from that run's weights, model and tokenizer
     c.branch_from = placeholder(str)  # DIR[@STEP]: as init_from, with the optimizer and the position in the data
     c.remat = 'none'  # none | full | dots | names: what the backward pass computes again instead of keeping
+    c.attention = placeholder(str)  # blocks | dense | cudnn | splash; None: the platform's own, said when a run starts
     c.z_loss = 1e-4  # coefficient of the squared logsumexp
     c.precision = ConfigDict()
     c.precision.compute = placeholder(str)  # dtype of activations; None: bfloat16, on CPU float32
@@ -264,6 +265,7 @@ def check(config: Config) -> None:
                 raise UsageError(f'{key}={values[key]} must be {words}')
     choices = {
         'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',), 'optim.schedule': SCHEDULES,
+        'attention': (None, 'blocks', 'dense', 'cudnn', 'splash'),
     }  # fmt: skip
     for key, allowed in choices.items():
         if values[key] not in allowed:
@@ -285,12 +287,13 @@ def check(config: Config) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{key: (old, new)} of the settings that differ and must not when a run is resumed.
 
-    What the run resolved for itself (None in `new`) stays as it is saved.
+    What the run resolved for itself (None in `new`) stays as it is saved; None for `attention` is the choice of the
+    platform that the run goes on on.
     """
     a, b = dict(leaves(old)), dict(leaves(new))
     fixed = [k for k in a | b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
     plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
-    resolved = ('microbatch', 'precision.compute')
+    resolved = ('microbatch', 'precision.compute', 'attention')
     return {
         k: (a.get(k), b.get(k))
         for k in fixed

@@ -210,6 +210,7 @@ def test_a_dry_run_says_what_it_would_take(call, lab, tmp_path):
     }
     for word in ('parameters', 'optimizer', 'temporaries', 'in all', 'FLOPs', 'mesh', 'tokens      3,072 planned'):
         assert word in err
+    assert 'attention   blocks (cpu)' in err
     assert len(jax.live_arrays()) == live and not (tmp_path / 'run').exists()
 
 
@@ -250,6 +251,7 @@ BAD_SETTINGS = [
     ({'model.heads': 3}, 'model.heads=3 is not a multiple of model.kv_heads=2'),
     ({'model.head_dim': 7}, 'model.head_dim=7 is odd'),
     ({'remat': 'some'}, "remat='some' is not one of"),
+    ({'attention': 'cudnn'}, 'attention=cudnn needs an NVIDIA GPU, this is cpu: '),
     ({'stage': 'pretrian'}, 'stage=pretrian (did you mean pretrain?)'),
     ({'mesh.data': 3}, 'mesh data=3, fsdp=-1 does not divide 8 devices'),
     ({'mesh.data': 4, 'mesh.fsdp': 1}, 'this job has 8: make them divide'),

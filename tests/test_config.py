@@ -144,7 +144,9 @@ def test_a_value_that_no_run_can_have_is_refused(text):
         load(f'--config.{text}')
 
 
-@pytest.mark.parametrize('text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16'])
+@pytest.mark.parametrize(
+    'text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16', 'attention=flash']
+)
 def test_a_choice_names_what_there_is(text):
     with pytest.raises(UsageError, match=f'^{text}.* is not one of'):
         load(f'--config.{text}')
@@ -290,7 +292,7 @@ def test_what_may_differ_when_a_run_is_resumed(text):
     'text',
     ['seed=1', 'batch_size=4', 'seq_len=64', 'model.dim=64', 'model.window=9', 'optim.lr=1', 'data.mixture=x',
      'z_loss=0', 'remat=full', 'microbatch=2', 'init_from=a', 'stage=x',
-     'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1'],
+     'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1', 'attention=dense'],
 )  # fmt: skip
 def test_what_must_not_differ_is_named(text):
     key = text.partition('=')[0]
@@ -298,7 +300,7 @@ def test_what_must_not_differ_is_named(text):
 
 
 def test_what_a_run_resolved_stays():
-    old = load('--config.microbatch=4', '--config.precision.compute=bfloat16')
+    old = load('--config.microbatch=4', '--config.precision.compute=bfloat16', '--config.attention=cudnn')
     assert configs.differences(saved(old), load().to_dict()) == {}
     assert list(configs.differences(saved(old), load('--config.microbatch=2').to_dict())) == ['microbatch']
 

@@ -16,12 +16,12 @@ import pytest
 from running import lines, measured, status, steps_saved
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lm import files
+from lm import files, sharding
 from lm import main as lm_main
 from lm.errors import Preempted, RunError
 from lm.runtime import StopRequest
 from lm.stages import pretrain
-from lm.training import checkpoint, loop
+from lm.training import checkpoint, loop, runs
 from lm.training import ledger as ledgers
 from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, Meter
@@ -150,6 +150,18 @@ def test_the_log_has_what_the_terminal_showed(lab, tmp_path, capsys):
     err = capsys.readouterr().err
     assert (tmp_path / 'run' / 'log.txt').read_text() == err
     assert 'parameters' in err and 'goodput' not in err and 'total' in err
+
+
+def test_the_choice_of_attention_is_told_and_is_the_platforms_own(lab, tmp_path):
+    """A run that was trained with a kernel which this platform lacks can be loaded, and goes on without it."""
+    lab.train(tmp_path / 'run', steps=2, attention='dense')
+    assert 'attention: dense (as set)' in (tmp_path / 'run/log.txt').read_text()
+    file = tmp_path / 'run/config.json'
+    file.write_text(file.read_text().replace('"attention": "dense"', '"attention": "cudnn"'))
+    with sharding.use_mesh():
+        assert runs.load(str(tmp_path / 'run'), warn=pytest.fail).cfg.attention == 'blocks'
+    lab.train(tmp_path / 'run', steps=4)
+    assert 'attention: blocks (cpu)' in (tmp_path / 'run/log.txt').read_text()
 
 
 def test_status_follows_the_run(lab, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
+from lm.model import attention_kernels as kernels
 from lm.model.causal_blocks import NEGATIVE, causal_blocks
 
 
@@ -23,6 +24,7 @@ def attention(
     positions_BT: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    backend: str = 'blocks',
 ) -> jax.Array:
     """Causal grouped-query attention (Ainslie et al., 2023) -> [B, T, N, H].
 
@@ -32,9 +34,12 @@ def attention(
       positions_BT: index of each query among the S keys (decoding with a cache); None: query t is key t.
       window: see the last `window` keys alone, oneself included (Beltagy et al., 2020); None sees all.
       softcap: logits become cap·tanh(logits/cap) (Gemma 2).
+      backend: one of `attention_kernels.NAMES`; with positions, i.e. over a cache, there is only one.
     """
-    attend = partial(_attend, window=window, softcap=softcap)
-    if not sharding.axis_sizes():
+    local = _attend if positions_BT is not None else BACKENDS[backend]
+    attend = partial(local, window=window, softcap=softcap)
+    manual = backend in kernels.NEEDS and not jax.sharding.get_abstract_mesh().empty  # on one device, too
+    if not sharding.axis_sizes() and not manual:
         return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, positions_BT, offset=None)
     return _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT)
 
@@ -97,7 +102,9 @@ def _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
     return jnp.einsum('BKTS,BKSH->BKTH', probs_BKTS, v_BKSH).reshape(B, K, T, J, H)
 
 
-def dense_attention(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, positions_BT=None, window=None, softcap=None):
+def dense_attention(
+    q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, segments_BS=None, positions_BT=None, window=None, softcap=None
+):
     """The same in the plainest way: the twin that tests compare every other form with."""
     T, S, J = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x, J, axis=2).astype(jnp.float32) for x in (k_BSKH, v_BSKH))
@@ -108,6 +115,17 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, positions_BT=No
     behind_BTS = index_BT[..., None] - jnp.arange(S)
     mask_BTS = (behind_BTS >= 0) & (behind_BTS < (S if window is None else window))
     if segments_BT is not None:
-        mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
+        mask_BTS &= segments_BT[:, :, None] == (segments_BT if segments_BS is None else segments_BS)[:, None]
     probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], logits_BNTS, NEGATIVE), axis=-1)
     return jnp.einsum('BNTS,BSNH->BTNH', probs_BNTS, v_BSNH).astype(q_BTNH.dtype)
+
+
+def _dense(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, offset, **options):
+    """The twin as a backend."""
+    if offset is not None:
+        positions_BT = jnp.arange(q_BTNH.shape[1])[None] + offset
+    segments = {'segments_BT': segments_BT, 'segments_BS': segments_BS}
+    return dense_attention(q_BTNH, k_BSKH, v_BSKH, **segments, positions_BT=positions_BT, **options)
+
+
+BACKENDS = {'blocks': _attend, 'dense': _dense, 'cudnn': kernels.cudnn, 'splash': kernels.splash}

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import head, seam
-from lm.model.attention import attention
+from lm.model.attention import BACKENDS, attention
 from lm.model.layers import block_norm, rms_norm, rope, rope_angles
 
 Params = Mapping[str, Any]
@@ -57,6 +57,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     scan: bool = False
     remat: str = 'none'
+    attention: str = 'blocks'  # one of attention_kernels.NAMES
     dtype: str = 'float32'  # of activations and products; parameters are float32
 
     def __post_init__(self):
@@ -66,6 +67,8 @@ class ModelConfig:
             raise UsageError(f'model.head_dim={self.head_dim} is odd: rotary positions pair its halves')
         if self.remat not in REMAT:
             raise UsageError(f'remat={self.remat!r} is not one of {", ".join(REMAT)}')
+        if self.attention not in BACKENDS:
+            raise UsageError(f'attention={self.attention!r} is not one of {", ".join(BACKENDS)}')
         for name in ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim'):
             if getattr(self, name) < 1:
                 raise UsageError(f'model.{name}={getattr(self, name)} must be at least 1')
@@ -146,7 +149,8 @@ def forward(
     angles = rope_angles(positions_BT, cfg.head_dim, theta=cfg.rope_theta)
 
     def attend(q, k, v):
-        return attention(q, k, v, segments_BT=segments_BT, window=cfg.window, softcap=cfg.attn_softcap)
+        options = {'window': cfg.window, 'softcap': cfg.attn_softcap, 'backend': cfg.attention}
+        return attention(q, k, v, segments_BT=segments_BT, **options)
 
     def block(x_BTD, layer):
         return _block(x_BTD, layer, cfg, angles, attend)

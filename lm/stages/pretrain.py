@@ -127,6 +127,8 @@ def describe(config: Config, cfg: ModelConfig, prepared: Prepared) -> list[str]:
         )
     count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
+    choice = runs.attention_choice(config)
+    lines += [f'attention: {choice.name} ({choice.why})']
     lines += [f'{count:,} parameters, {tokens:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}']
     return lines
 
@@ -136,9 +138,8 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
 
     def terms(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
         del frozen, key
-        h_BTD = transformer.forward(
-            params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
-        )
+        rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
+        h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
         with jax.named_scope('head'):
             total, parts = transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=z_loss)
         return {'cross_entropy': total}, {'nll': parts['nll'], 'z': parts['z'], 'accuracy': parts['correct']}
@@ -251,7 +252,9 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
     compiled = compile_step(config, cfg, optimizer, rate, abstract)
+    recorder, choice = Recorder(), runs.attention_choice(config)
+    recorder.say(f'attention   {choice.name} ({choice.why})')
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
-    setup.report_plan(Recorder(), config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
     return {'dry_run': True, 'flops_per_step': cost, 'tokens': tokens * config.steps}

@@ -17,7 +17,7 @@ from lm import files, runtime, sharding
 from lm.config import Config, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import transformer
+from lm.model import attention_kernels, transformer
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
@@ -36,9 +36,20 @@ class Model(NamedTuple):
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The frozen shape of the model that a config (a ConfigDict, or a saved one) describes."""
+    """The frozen shape of the model that a config (a ConfigDict, or a saved one) describes, as this platform runs it.
+
+    Raises UsageError for sizes that do not fit each other, and an attention that the platform lacks.
+    """
     dtype = runtime.compute_dtype(config['precision']['compute'])
-    return ModelConfig(**dict(config['model']), remat=config['remat'], dtype=dtype)
+    attention = attention_choice(config).name
+    return ModelConfig(**dict(config['model']), remat=config['remat'], attention=attention, dtype=dtype)
+
+
+def attention_choice(config: Mapping[str, Any]) -> attention_kernels.Choice:
+    """The attention that a config gets here, and why."""
+    model, dtype = config['model'], runtime.compute_dtype(config['precision']['compute'])
+    needs = {'dtype': dtype, 'head_dim': model['head_dim'], 'softcap': model['attn_softcap']}
+    return attention_kernels.choose(attention_kernels.this_device(), asked=config['attention'], **needs)
 
 
 def read_config(run: str) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     Raises UsageError if there is no such run or checkpoint, RunError if nothing in it can be read.
     """
     saved = read_config(run)
-    cfg = model_config(saved['config'])
+    cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
     step, tree, _ = checkpoint.find(run, {'trainable': abstract_params(cfg)}, warn=warn)
     try:
         tokenizer = Tokenizer.load(tokenizer_folder(run))
