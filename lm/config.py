@@ -24,6 +24,7 @@ Config: TypeAlias = Any
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
 OPTIONAL = ('optim.clip',)  # may be none, though they have a default
+OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
 SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
@@ -68,7 +69,7 @@ def base() -> Config:
     c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
 
     c.optim = ConfigDict()
-    c.optim.name = 'adamw'
+    c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest)
     c.optim.lr = 6e-3
     c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
     c.optim.warmup = 100  # steps
@@ -80,6 +81,7 @@ def base() -> Config:
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
+    c.optim.momentum = 0.95  # muon's, of the matrices
     c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
 
     c.data = ConfigDict()
@@ -254,7 +256,7 @@ def check(config: Config) -> None:
         'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta'),
         'at least 0 and finite': (lambda x: 0 <= x < FLOAT32_END, 'z_loss optim.weight_decay'),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
-        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2'),
+        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum'),
         'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
         f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
     }
@@ -263,7 +265,7 @@ def check(config: Config) -> None:
             if values[key] is not None and not holds(values[key]):
                 raise UsageError(f'{key}={values[key]} must be {words}')
     choices = {
-        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',), 'optim.schedule': SCHEDULES,
+        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': OPTIMIZERS, 'optim.schedule': SCHEDULES,
     }  # fmt: skip
     for key, allowed in choices.items():
         if values[key] not in allowed:

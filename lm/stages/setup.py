@@ -81,7 +81,11 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     """(the optimizer, its schedule) of a config with its steps resolved."""
     o = config.optim
     rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
-    return optim.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay), rate
+    options = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'weight_decay': o.weight_decay}
+    if o.name == 'muon':
+        dtype = runtime.compute_dtype(config.precision.compute)
+        return optim.muon_adamw(rate, momentum=o.momentum, dtype=dtype, **options), rate
+    return optim.adamw(rate, **options), rate
 
 
 def abstract_state(abstract_params: Any, optimizer: Any, seed: int) -> training.TrainState:

@@ -1,0 +1,194 @@
+"""Optimizers: what a leaf is, AdamW and Muon by hand, layouts, weights that are not arrays."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from lm import sharding
+from lm.model import transformer
+from lm.training import kinds, muon
+from lm.training import optimizer as optim
+
+ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
+MUON = {**ADAMW, 'momentum': 0.9, 'dtype': jnp.float32}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def gradients(cfg):
+    """One normal array for each parameter, none in a special layout."""
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    leaves, tree = jax.tree.flatten(shapes)
+    return tree.unflatten([normal(i, *x.shape) for i, x in enumerate(leaves)])
+
+
+def update(optimizer, params, grads):
+    """(updates, the state) of a first step, jitted."""
+    fn = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p, step=0))
+    return fn(params, grads)
+
+
+# ---- what a leaf is ----
+
+
+def test_matrices_decay_and_norms_biases_and_embeddings_do_not(tiny):
+    cfg = dataclasses.replace(tiny, tied=False)
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    params = {**params, 'layers': {**params['layers'], 'bias_q_NH': params['layers']['wq_DNH']}}
+    matrices = {'wq_DNH', 'wk_DKH', 'wv_DKH', 'wo_NHD', 'w_gate_DF', 'w_up_DF', 'w_down_FD'}
+    got = {p[-1].key for p, decays in jax.tree.leaves_with_path(kinds.decayed(params)) if decays}
+    assert got == matrices | {'head_DV'}
+    leaves = kinds.leaves_of(params)
+    assert {leaf.name for leaf in leaves if leaf.kind.matrix} == matrices
+    assert {leaf.name for leaf in leaves if not leaf.stacked} == {'embed_VD', 'final_norm_D', 'head_DV'}
+
+
+@pytest.mark.parametrize(
+    ('dims', 'rows', 'counts'),
+    [('DNH', 1, 1), ('NHD', 3, 1), ('EDF', 2, 2), ('EFD', 3, 2), ('NDH', None, 1), ('D', None, 1)],
+)
+def test_the_letters_say_which_matrix_an_array_is(dims, rows, counts):
+    leaf = kinds.Leaf(f'w_{dims}', dims, stacked=True)
+    assert (leaf.rows, leaf.counts, leaf.kind.matrix) == (rows, counts, rows is not None)
+    assert kinds.Leaf(f'w_{dims}', dims, stacked=False).rows == (None if rows is None else rows - 1)
+
+
+# ---- AdamW ----
+
+
+def test_adamw_is_adamw():
+    """Two steps by hand; decay is decoupled and multiplied by the rate."""
+    params = {'w_D': jnp.array([1.0, -2.0]), 'norm_D': jnp.array([1.0])}
+    optimizer = optim.adamw(lambda step: 0.1 * (step + 1), **ADAMW)
+    opt, w, m, v = optimizer.init(params), np.array([1.0, -2.0, 1.0]), np.zeros(3), np.zeros(3)
+    decay = np.array([0.1, 0.1, 0.0])
+    for i, g in enumerate(([0.5, -1.0, 2.0], [1.0, 3.0, -1.0])):
+        g = np.array(g)
+        updates, opt = optimizer.update({'w_D': jnp.asarray(g[:2]), 'norm_D': jnp.asarray(g[2:])}, opt, params, step=i)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.95 ** (i + 1))
+        w = w - 0.1 * (i + 1) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * w)
+    np.testing.assert_allclose(np.concatenate([params['w_D'], params['norm_D']]), w, rtol=1e-5)
+
+
+# ---- Muon ----
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (8, 64), (64, 8), (3, 2, 12, 20)], ids=str)
+def test_newton_schulz_keeps_the_singular_vectors_and_makes_the_values_near_1(shape):
+    x = jnp.asarray(normal(0, *shape))
+    y = muon.newton_schulz(100.0 * x)
+    U, _, Vt = np.linalg.svd(x, full_matrices=False)
+    inner = np.swapaxes(U, -1, -2) @ y @ np.swapaxes(Vt, -1, -2)
+    values = np.diagonal(inner, axis1=-2, axis2=-1)
+    assert values.min() > 0.6 and values.max() < 1.25
+    np.testing.assert_allclose(inner, values[..., None] * np.eye(inner.shape[-1]), atol=1e-4)
+    np.testing.assert_array_equal(muon.newton_schulz(0 * x), 0)
+
+
+def test_muon_is_muon():
+    """Two steps by hand: Nesterov's momentum, each layer's matrix made orthogonal alone, RMS 0.2, decoupled decay; and
+    AdamW for what is no matrix."""
+    L, D, N, H = 2, 8, 3, 4
+    w, norm = normal(0, L, D, N, H), np.ones((L, D), np.float32)
+    params = {'layers': {'wq_DNH': jnp.asarray(w), 'attn_norm_D': jnp.asarray(norm)}}
+    optimizer = optim.muon_adamw(lambda step: 0.1 * (step + 1), **MUON)
+    adamw = optim.adamw(lambda step: 0.1 * (step + 1), **ADAMW)
+    state, adam_state, mu = optimizer.init(params), adamw.init(params), np.zeros_like(w)
+    for i in range(2):
+        grads = {'layers': {'wq_DNH': jnp.asarray(normal(5 + i, L, D, N, H)), 'attn_norm_D': jnp.asarray(norm)}}
+        updates, state = optimizer.update(grads, state, params, step=i)
+        expected, adam_state = adamw.update(grads, adam_state, params, step=i)
+        np.testing.assert_array_equal(updates['layers']['attn_norm_D'], expected['layers']['attn_norm_D'])
+        g = np.asarray(grads['layers']['wq_DNH'])
+        mu = 0.9 * mu + 0.1 * g
+        ahead = (0.9 * mu + 0.1 * g).reshape(L, D, N * H)
+        made = np.stack([muon.newton_schulz(jnp.asarray(x)) for x in ahead]).reshape(w.shape)
+        np.testing.assert_allclose(
+            updates['layers']['wq_DNH'], -0.1 * (i + 1) * (0.2 * 12**0.5 * made + 0.1 * w), rtol=1e-4, atol=1e-6
+        )
+    assert set(state['moments']['layers']['wq_DNH']) == {'mu'}
+
+
+def test_the_update_of_every_matrix_has_the_same_rms(tiny):
+    """0.2, as near as the singular values are to 1."""
+    params = grads = gradients(tiny)
+    updates, _ = update(optim.muon_adamw(lambda step: 1.0, **{**MUON, 'weight_decay': 0.0}), params, grads)
+    for leaf, x in zip(kinds.leaves_of(params), jax.tree.leaves(updates), strict=True):
+        if leaf.kind.matrix:
+            assert float(jnp.sqrt(jnp.mean(x**2))) == pytest.approx(0.2, rel=0.25), leaf.name
+
+
+@pytest.fixture(scope='module')
+def on_one_device():
+    """Updates of Muon by the layer count, on one device."""
+    found = {}
+
+    def get(cfg, optimizer):
+        if cfg not in found:
+            with sharding.use_mesh({}, jax.devices()[:1]):
+                grads = gradients(cfg)
+                found[cfg] = jax.device_get(update(optimizer, grads, grads)[0])
+        return found[cfg]
+
+    return get
+
+
+def test_muon_is_the_same_on_every_mesh(mesh, tiny, on_one_device):
+    """Three layers divide no mesh; updates and moments stay where the parameters lie."""
+    optimizer = optim.muon_adamw(lambda step: 0.1, **MUON)
+    grads = gradients(tiny)
+    placed = jax.device_put(grads, sharding.shardings(mesh, sharding.param_specs(grads)))
+    updates, state = update(optimizer, placed, placed)
+    for name, got, expected in zip(
+        kinds.leaves_of(grads), jax.tree.leaves(updates), jax.tree.leaves(on_one_device(tiny, optimizer)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=str(name))
+    lies = lambda p, u, m: [x.sharding.is_equivalent_to(p.sharding, p.ndim) for x in (u, *m.values())]
+    assert all(jax.tree.leaves(jax.tree.map(lies, placed, updates, state['moments'])))
+
+
+def test_matrices_are_dealt_out_and_never_gathered(tiny):
+    """Under fsdp and tensor each device gets whole matrices and no device all of them: only all-to-alls."""
+    optimizer, grads = optim.muon_adamw(lambda step: 0.1, **MUON), gradients(tiny)
+    with sharding.use_mesh({'fsdp': 2, 'seq': 2, 'tensor': 2}) as mesh:
+        placed = jax.device_put(grads, sharding.shardings(mesh, sharding.param_specs(grads)))
+        fn = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p, step=0))
+        program = fn.lower(placed, placed).compile().as_text()
+    assert set(re.findall(r'(all-[\w-]+|collective-permute)\(', program)) == {'all-to-all'}
+
+
+@struct.dataclass
+class Adapter:
+    """A low-rank change of a frozen base."""
+
+    down: jax.Array
+    up: jax.Array
+
+    def dims(self, parent):
+        return {'down': parent[0] + 'R', 'up': 'R' + parent[1:]}
+
+    def einsum(self, eq, x):
+        raise NotImplementedError
+
+    def dense(self):
+        raise NotImplementedError
+
+
+def test_the_factors_of_an_adapter_are_trained_by_adamw(one_device):
+    params = {'layers': {'wq_DNH': Adapter(jnp.asarray(normal(0, 2, 8, 4)), jnp.asarray(normal(1, 2, 4, 2, 4)))}}
+    assert [leaf.dims for leaf in kinds.leaves_of(params)] == ['DR', 'RNH']
+    got, expected = (
+        update(make(lambda step: 0.1, **options), params, params)[0]
+        for make, options in ((optim.muon_adamw, MUON), (optim.adamw, ADAMW))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
