@@ -134,14 +134,14 @@ def assemble(
         moments = [choose(leaf).init(x, leaf) for x, leaf in zip(values, leaves_of(params), strict=True)]
         return {'count': jnp.zeros((), jnp.int32), 'moments': tree.unflatten(moments)}
 
-    def update(grads: Any, state: Any, params: Any = None, *, step: Any, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         values, tree = jax.tree.flatten(params)
         leaves, count = leaves_of(params), state['count'] + 1
-        given = zip(tree.flatten_up_to(grads), tree.flatten_up_to(state['moments']), leaves, strict=True)
+        given = zip(tree.flatten_up_to(updates), tree.flatten_up_to(state['moments']), leaves, strict=True)
         made = [choose(leaf).update(g, m, leaf, count) for g, m, leaf in given]
-        directions, factor = finish([d for d, _ in made], leaves), -jnp.asarray(rate(step))
+        directions, factor = finish([d for d, _ in made], leaves), -jnp.asarray(rate(extra['step']))
         decays = [weight_decay if leaf.kind.decays else 0.0 for leaf in leaves]
-        updates = [factor * (d + w * x) for d, w, x in zip(directions, decays, values, strict=True)]
-        return tree.unflatten(updates), {'count': count, 'moments': tree.unflatten([m for _, m in made])}
+        moves = [factor * (d + w * x) for d, w, x in zip(directions, decays, values, strict=True)]
+        return tree.unflatten(moves), {'count': count, 'moments': tree.unflatten([m for _, m in made])}
 
     return Optimizer(init, update)
