@@ -82,6 +82,7 @@ def base() -> Config:
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
     c.optim.momentum = 0.95  # muon's, of the matrices
+    c.optim.ema = placeholder(float)  # decay of an average of the weights, which is then what is evaluated and used
     c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
 
     c.data = ConfigDict()
@@ -257,7 +258,7 @@ def check(config: Config) -> None:
         'at least 0 and finite': (lambda x: 0 <= x < FLOAT32_END, 'z_loss optim.weight_decay'),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
         'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum'),
-        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
+        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout optim.ema'),
         f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
     }
     for words, (holds, keys) in bounds.items():

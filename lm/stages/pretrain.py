@@ -94,7 +94,7 @@ def _fit(
 
     # ---- state and step ----
     optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
     with ledger('compile'):
         step = compile_step(config, cfg, optimizer, rate, abstract)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
@@ -152,7 +152,7 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
 def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
     fn = training.make_step(
-        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
+        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
         microbatches=config.batch_size // (config.microbatch or config.batch_size),
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
@@ -172,15 +172,15 @@ def start(
         recorder.say(f'resumed at step {step}')
         return training.TrainState(frozen=None, **tree)
     recorder.rewind(0)
-    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed))
+    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed, ema=config.optim.ema is not None))
     if config.branch_from:
-        step, tree, _ = checkpoint.find(config.branch_from, saved(abstract), warn=recorder.say)
+        step, tree = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
         recorder.say(f'branched from {config.branch_from} at step {step}')
         return training.TrainState(frozen=None, **tree)
     if config.init_from:
-        step, tree, _ = checkpoint.find(config.init_from, {'trainable': abstract.trainable}, warn=recorder.say)
+        step, weights = runs.weights(config.init_from, abstract.trainable, warn=recorder.say)
         recorder.say(f'weights from {config.init_from} at step {step}')
-        return create(tree['trainable'])
+        return create(weights)
     return create(transformer.init_sharded(jax.random.key(config.seed), cfg))
 
 
@@ -210,8 +210,8 @@ def make_evaluate(
             )
             for s in prepared.sources
         }
-        metrics = heldout.by_source(state.trainable, cfg, batches, tokenizer.bytes_of_ids)
-        samples = continue_prompts(state.trainable, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed)
+        metrics = heldout.by_source(state.weights, cfg, batches, tokenizer.bytes_of_ids)
+        samples = continue_prompts(state.weights, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed)
         recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
         shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if k.endswith('bpb')}
         recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
@@ -249,7 +249,7 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     if config.steps is None:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
     compiled = compile_step(config, cfg, optimizer, rate, abstract)
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)

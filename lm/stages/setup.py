@@ -88,9 +88,9 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     return optim.adamw(rate, **options), rate
 
 
-def abstract_state(abstract_params: Any, optimizer: Any, seed: int) -> training.TrainState:
+def abstract_state(abstract_params: Any, optimizer: Any, seed: int, *, ema: bool = False) -> training.TrainState:
     """The state as shapes and shardings: what is restored into, and what a dry run compiles with."""
-    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed), abstract_params)
+    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed, ema=ema), abstract_params)
     return checkpoint.abstract(shapes)
 
 
@@ -110,6 +110,7 @@ def report_plan(
     """
     mesh = jax.sharding.get_mesh()
     parts = {'parameters': state.trainable, 'optimizer': state.opt}
+    parts |= {} if state.ema is None else {'average': state.ema}
     gib = lambda n: f'{n / 2**30:.3f} GiB'
     count = sum(x.size for x in jax.tree.leaves(state.trainable))
     recorder.say(f'parameters  {count:,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})')

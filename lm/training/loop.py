@@ -97,7 +97,8 @@ def save(state: TrainState, step: int, hooks: Hooks) -> None:
 
 def saved(state: TrainState) -> dict[str, Any]:
     """The part of a state that a checkpoint holds."""
-    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng}
+    average = {} if state.ema is None else {'ema': state.ema}
+    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng, **average}
 
 
 class Meter:

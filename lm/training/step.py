@@ -28,6 +28,12 @@ class TrainState:
     frozen: Any
     opt: Any
     rng: jax.Array  # key data; the key of step i is fold_in(rng, i)
+    ema: Any = None  # the average of `trainable`; None: off
+
+    @property
+    def weights(self) -> Any:
+        """What is evaluated, sampled from and handed on: the average if there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
 class Loss(NamedTuple):
@@ -39,10 +45,13 @@ class Loss(NamedTuple):
     coefs: Mapping[str, float]
 
 
-def create(trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def create(
+    trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
+) -> TrainState:
     """A state at step 0. Call it under jit and the current mesh: the moments then lie where their parameters do."""
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), key)
+    average = jax.tree.map(jnp.copy, trainable) if ema else None  # a copy: both are donated to the step
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), key, average)
 
 
 def make_step(
@@ -52,6 +61,7 @@ def make_step(
     clip: float | None,
     microbatches: int = 1,
     rate: optax.Schedule | None = None,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
@@ -62,6 +72,7 @@ def make_step(
     Args:
       clip: the largest global norm of the gradients; None is off.
       rate: the optimizer's own schedule, only to be reported as `lr`.
+      ema: decay of the average of the weights, for a state that has one.
     """
 
     update = optax.with_extra_args_support(optimizer).update
@@ -83,12 +94,20 @@ def make_step(
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
+            average = None if ema is None else averaged(state.ema, trainable, state.step, decay=ema)
         metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
         metrics |= {} if rate is None else {'lr': jnp.asarray(rate(state.step))}
-        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt), metrics
+        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt, ema=average), metrics
 
     return step
+
+
+def averaged(ema: Any, trainable: Any, step: jax.Array, *, decay: float) -> Any:
+    """The average with one more: decay is min(decay, (1 + step)/(10 + step)), so that it forgets where it began and is
+    at each step the weights to use, with no bias left to divide out."""
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, x: e + rate.astype(e.dtype) * (x - e), ema, trainable)
 
 
 def accumulate(value_and_grad: Callable, trainable: Any, batch: Batch, n: int) -> tuple[Any, Any]:
