@@ -29,6 +29,7 @@ SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
 SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
 FLOAT32_END = 2.0**128  # the first number that float32 has no room for
+MAX_BATCH_WARMUP = 10**6  # the batch of each of these steps is in a table
 MAX_NEW_TOKENS = 10**6  # the cache has a place for each
 
 
@@ -73,6 +74,7 @@ def base() -> Config:
     c.optim.lr = 6e-3
     c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
     c.optim.warmup = 100  # steps
+    c.optim.batch_warmup = 0  # steps over which the batch grows from one microbatch to batch_size
     c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
     c.optim.final = 0.0  # the last rate, as a fraction of lr
     c.optim.weight_decay = 0.1  # not on norms and embeddings
@@ -249,6 +251,7 @@ def check(config: Config) -> None:
             'model.kv_heads model.head_dim model.ffn_dim',
         ),
         f'from 0 to {INT32_MAX}': (lambda x: 0 <= x <= INT32_MAX, 'optim.warmup optim.max_skips log.profile'),
+        f'from 0 to {MAX_BATCH_WARMUP}': (lambda x: 0 <= x <= MAX_BATCH_WARMUP, 'optim.batch_warmup'),
         f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
         'positive and finite': (
             lambda x: 0 < x < FLOAT32_END,
@@ -278,6 +281,11 @@ def check(config: Config) -> None:
         )
     if config.microbatch and config.batch_size % config.microbatch:
         raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
+    if config.optim.batch_warmup and (config.microbatch or config.batch_size) == config.batch_size:
+        raise UsageError(
+            f'optim.batch_warmup={config.optim.batch_warmup} grows the batch by microbatches: set microbatch below '
+            f'batch_size={config.batch_size}'
+        )
     if config.init_from and config.branch_from:
         raise UsageError('init_from and branch_from are two ways to start: set one of them')
 

@@ -73,7 +73,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
         raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
-    setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
+    setup.resolve(config, found, epoch=setup.growth(config).steps_in(pipeline.rows_in_epoch(prepared, config.seq_len)))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     runs.write_config(workdir, config, data=prepared.fingerprint, tokenizer=prepared.tokenizer.fingerprint)
@@ -100,7 +100,7 @@ def _fit(
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
-    rows = config.batch_size * config.seq_len
+    rows, grown = config.batch_size * config.seq_len, setup.growth(config)
     source = make_source(config, prepared, start=int(state.step))
     with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
         hooks = Hooks(
@@ -110,6 +110,7 @@ def _fit(
             flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
             peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
             save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
+            batches=lambda i: grown.first(i) / config.batch_size,
         )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
     recorder.status('done', config.steps)
@@ -117,7 +118,7 @@ def _fit(
 
 def describe(config: Config, cfg: ModelConfig, prepared: Prepared) -> list[str]:
     """What is about to be trained on what, a line each."""
-    tokens = config.batch_size * config.seq_len * config.steps
+    tokens = setup.growth(config).first(config.steps) * config.seq_len
     lines = []
     for s in prepared.sources:
         c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
@@ -151,9 +152,10 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
 
 def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
+    grown = setup.growth(config)
     fn = training.make_step(
         make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
-        microbatches=config.batch_size // (config.microbatch or config.batch_size),
+        microbatches=grown.microbatches, counts=grown.counts if grown.steps else None,
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
@@ -187,8 +189,9 @@ def start(
 def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
     """source(state, i) -> batch i. Batches come in order; the state is not looked at."""
     batches = pipeline.train_batches(
-        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start, rows=None
-    )
+        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start,
+        growth=setup.growth(config),
+    )  # fmt: skip
 
     def source(state: Any, i: int) -> dict[str, jax.Array]:
         del state, i
@@ -254,4 +257,5 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
     setup.report_plan(Recorder(), config, cfg, abstract, compiled, flops=cost, tokens=tokens)
-    return {'dry_run': True, 'flops_per_step': cost, 'tokens': tokens * config.steps}
+    planned = config.seq_len * setup.growth(config).first(config.steps)
+    return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm import runtime, sharding
 from lm.config import Config
+from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
@@ -77,6 +78,12 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     recorder.say(ledger.line())
 
 
+def growth(config: Config) -> Growth:
+    """How the batch of a config grows, its microbatch resolved."""
+    microbatch = config.microbatch or config.batch_size
+    return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
+
+
 def make_optimizer(config: Config) -> tuple[Any, Any]:
     """(the optimizer, its schedule) of a config with its steps resolved."""
     o = config.optim
@@ -123,7 +130,8 @@ def report_plan(
     recorder.say(f'temporaries {gib(memory.temp_size_in_bytes)} per device, compiled, not run')
     recorder.say(f'in all      {gib(total)} per device')
     recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
-    recorder.say(f'tokens      {tokens * config.steps:,} planned ({config.steps:,} steps of {tokens:,})')
+    planned = tokens * growth(config).first(config.steps) // config.batch_size
+    recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
     limit = memory_limit(mesh.devices.flat[0])
     if limit and total > limit:
         raise RunError(

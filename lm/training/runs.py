@@ -178,7 +178,14 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
         raise UsageError(
             f'{config.branch_from} has the state of optim.name={old["optim.name"]}: set it so, or start with init_from'
         )
-    keys = ['batch_size', 'seq_len', 'seed', *(k for k in new if k.startswith('data.') and k in old)]
+    position = ['optim.batch_warmup', 'microbatch'] if new['optim.batch_warmup'] else ['optim.batch_warmup']
+    keys = [
+        'batch_size',
+        'seq_len',
+        'seed',
+        *(k for k in position if k in old),
+        *(k for k in new if k.startswith('data.') and k in old),
+    ]
     same_tokens = new['data.tokenizer'] in (None, old['data.tokenizer'], tokenizer_folder(config.branch_from))
     other = [k for k in keys if old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
     if other:

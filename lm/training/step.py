@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
@@ -62,6 +63,7 @@ def make_step(
     microbatches: int = 1,
     rate: optax.Schedule | None = None,
     ema: float | None = None,
+    counts: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
@@ -72,6 +74,8 @@ def make_step(
     Args:
       clip: the largest global norm of the gradients; None is off.
       rate: the optimizer's own schedule, only to be reported as `lr`.
+      counts: how many of the microbatches are computed at each step, while the batch grows; the last number holds for
+        every later step. The others have weight 0. None: all of them.
       ema: decay of the average of the weights, for a state that has one.
     """
 
@@ -85,7 +89,9 @@ def make_step(
             terms, metrics = loss.terms(trainable, state.frozen, part, jax.random.fold_in(key, index))
             return objective(terms, weights, loss.coefs), {**metrics, **terms}
 
-        (value, sums), grads = accumulate(jax.value_and_grad(micro, has_aux=True), state.trainable, batch, microbatches)
+        count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
+        value_and_grad = jax.value_and_grad(micro, has_aux=True)
+        (value, sums), grads = accumulate(value_and_grad, state.trainable, batch, microbatches, count)
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -110,20 +116,23 @@ def averaged(ema: Any, trainable: Any, step: jax.Array, *, decay: float) -> Any:
     return jax.tree.map(lambda e, x: e + rate.astype(e.dtype) * (x - e), ema, trainable)
 
 
-def accumulate(value_and_grad: Callable, trainable: Any, batch: Batch, n: int) -> tuple[Any, Any]:
-    """Sums ((value, aux), gradients) over n microbatches; microbatch j is rows j, j+n, j+2n, …, so that every device
-    keeps its own rows."""
+def accumulate(
+    value_and_grad: Callable, trainable: Any, batch: Batch, n: int, count: jax.Array | int
+) -> tuple[Any, Any]:
+    """Sums ((value, aux), gradients) over the first `count` of n microbatches; microbatch j is rows j, j+n, j+2n, …, so
+    that every device keeps its own rows."""
     if n == 1:
         return value_and_grad(trainable, batch, 0)
     parts = {name: split_rows(x, n) for name, x in batch.items()}
 
-    def body(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(trainable, *xs)), None
+    def body(j: jax.Array, total: Any) -> Any:
+        part = {name: jax.lax.dynamic_index_in_dim(x, j, keepdims=False) for name, x in parts.items()}
+        return jax.tree.map(jnp.add, total, value_and_grad(trainable, part, j))
 
     first = {name: x[0] for name, x in parts.items()}
     shapes = jax.eval_shape(value_and_grad, trainable, first, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
-    return jax.lax.scan(body, zeros, (parts, jnp.arange(n)))[0]
+    return jax.lax.fori_loop(0, count, body, zeros)
 
 
 def split_rows(x: jax.Array, n: int) -> jax.Array:
