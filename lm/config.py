@@ -24,7 +24,7 @@ Config: TypeAlias = Any
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
 OPTIONAL = ('optim.clip',)  # may be none, though they have a default
-OPTIMIZERS = ('adamw', 'muon')
+OPTIMIZERS = ('adamw', 'muon', 'adafactor')
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
 SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
@@ -70,7 +70,7 @@ def base() -> Config:
     c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
 
     c.optim = ConfigDict()
-    c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest)
+    c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest) | adafactor
     c.optim.lr = 6e-3
     c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
     c.optim.warmup = 100  # steps

@@ -76,7 +76,14 @@ def test_a_step_of_fewer_microbatches_is_one_of_a_smaller_batch_and_does_not_loo
     assert accumulated(np.array([2, 4], np.int32), {'x_B': x_B, 'weights_B': weights_B})[1]['skipped'] == 0
 
 
-GROWING = {'microbatch': 2, 'optim__batch_warmup': 6, 'mesh__data': 2, 'mesh__fsdp': 1, 'mesh__tensor': 4}
+GROWING = {
+    'optim__name': 'muon',
+    'microbatch': 2,
+    'optim__batch_warmup': 6,
+    'mesh__data': 2,
+    'mesh__fsdp': 1,
+    'mesh__tensor': 4,
+}
 
 
 @pytest.fixture(scope='module')

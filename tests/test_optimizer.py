@@ -1,6 +1,7 @@
 """Optimizers: what a leaf is, AdamW and Muon by hand, layouts, weights that are not arrays."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -128,32 +129,31 @@ def test_the_update_of_every_matrix_has_the_same_rms(tiny):
             assert float(jnp.sqrt(jnp.mean(x**2))) == pytest.approx(0.2, rel=0.25), leaf.name
 
 
-@pytest.fixture(scope='module')
-def on_one_device():
-    """Updates of Muon by the layer count, on one device."""
-    found = {}
-
-    def get(cfg, optimizer):
-        if cfg not in found:
-            with sharding.use_mesh({}, jax.devices()[:1]):
-                grads = gradients(cfg)
-                found[cfg] = jax.device_get(update(optimizer, grads, grads)[0])
-        return found[cfg]
-
-    return get
+OPTIMIZERS = {
+    'muon': optim.muon_adamw(lambda step: 0.1, **MUON),
+    'adafactor': optim.adafactored(lambda step: 0.1, weight_decay=0.1),
+}
 
 
-def test_muon_is_the_same_on_every_mesh(mesh, tiny, on_one_device):
-    """Three layers divide no mesh; updates and moments stay where the parameters lie."""
-    optimizer = optim.muon_adamw(lambda step: 0.1, **MUON)
+@functools.cache
+def on_one_device(name, cfg):
+    with sharding.use_mesh({}, jax.devices()[:1]):
+        grads = gradients(cfg)
+        return jax.device_get(update(OPTIMIZERS[name], grads, grads)[0])
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_updates_are_the_same_on_every_mesh(mesh, tiny, name):
+    """Three layers divide no mesh. Updates, and moments of their shape, stay where the parameters lie."""
     grads = gradients(tiny)
     placed = jax.device_put(grads, sharding.shardings(mesh, sharding.param_specs(grads)))
-    updates, state = update(optimizer, placed, placed)
-    for name, got, expected in zip(
-        kinds.leaves_of(grads), jax.tree.leaves(updates), jax.tree.leaves(on_one_device(tiny, optimizer)), strict=True
+    updates, state = update(OPTIMIZERS[name], placed, placed)
+    for leaf, got, expected in zip(
+        kinds.leaves_of(grads), jax.tree.leaves(updates), jax.tree.leaves(on_one_device(name, tiny)), strict=True
     ):
-        np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=str(name))
-    lies = lambda p, u, m: [x.sharding.is_equivalent_to(p.sharding, p.ndim) for x in (u, *m.values())]
+        np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=str(leaf))
+    there = lambda p, x: x.shape != p.shape or x.sharding.is_equivalent_to(p.sharding, p.ndim)
+    lies = lambda p, u, m: [there(p, x) for x in (u, *m.values())]
     assert all(jax.tree.leaves(jax.tree.map(lies, placed, updates, state['moments'])))
 
 
@@ -192,3 +192,48 @@ def test_the_factors_of_an_adapter_are_trained_by_adamw(one_device):
         for make, options in ((optim.muon_adamw, MUON), (optim.adamw, ADAMW))
     )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# ---- Adafactor ----
+
+
+def test_adafactor_is_adafactor():
+    """Two updates by hand of a matrix (the second's larger than it may be), each layer alone, and of a vector."""
+    L, D, N, H = 2, 6, 2, 3
+    optimizer = optim.adafactored(lambda step: 0.1, weight_decay=0.5)
+    params = {'layers': {'wo_NHD': jnp.asarray(normal(0, L, N, H, D)), 'attn_norm_D': jnp.ones((L, D))}}
+    state, kept = optimizer.init(params), [(np.zeros(D), np.zeros(N * H))] * L
+    nu = np.zeros((L, D))
+    for i, scale in enumerate((1.0, 10.0)):
+        grads = {'layers': {'wo_NHD': scale * normal(3 + i, L, N, H, D), 'attn_norm_D': scale * normal(9 + i, L, D)}}
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params, step=i)
+        decay = 1 - (i + 1.0) ** -0.8
+        clipped = lambda u: u / max(1.0, np.sqrt(np.mean(u**2)))
+        for layer in range(L):
+            g = grads['layers']['wo_NHD'][layer].reshape(N * H, D)
+            row, col = kept[layer]
+            row, col = decay * row + (1 - decay) * (g**2).mean(0), decay * col + (1 - decay) * (g**2).mean(1)
+            kept[layer] = row, col
+            moved = clipped(g / np.sqrt(np.outer(col, row) / row.mean())).reshape(N, H, D)
+            expected = -0.1 * (moved + 0.5 * np.asarray(params['layers']['wo_NHD'][layer]))
+            np.testing.assert_allclose(updates['layers']['wo_NHD'][layer], expected, rtol=1e-4, atol=1e-6)
+        g = grads['layers']['attn_norm_D']
+        nu = decay * nu + (1 - decay) * g**2
+        expected = -0.1 * np.stack([clipped(u) for u in g / np.sqrt(nu)])
+        np.testing.assert_allclose(updates['layers']['attn_norm_D'], expected, rtol=1e-4)
+
+
+def test_adafactor_keeps_the_sides_of_each_matrix(tiny):
+    """Bytes of the state: a few parts in a hundred of AdamW's, and no layer or word shares with another."""
+    params = jax.eval_shape(
+        lambda: transformer.init(jax.random.key(0), dataclasses.replace(tiny, dim=256, ffn_dim=512))
+    )
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    state = jax.eval_shape(optim.adafactored(lambda step: 0.1, weight_decay=0.1).init, params)
+    adam = jax.eval_shape(optim.adamw(lambda step: 0.1, **ADAMW).init, params)
+    assert size(adam) > 2 * size(params) and size(state) < 0.03 * size(adam)
+    shapes = jax.tree.map(lambda x: x.shape, state['moments'], is_leaf=lambda x: hasattr(x, 'shape'))
+    assert shapes['embed_VD'] == {'row': (256,), 'col': (256,)}
+    assert shapes['layers']['w_gate_DF'] == {'row': (3, 256), 'col': (3, 512)}
+    assert shapes['layers']['wo_NHD'] == {'row': (3, 256), 'col': (3, 4, 8)}
+    assert shapes['layers']['q_norm_H'] == {'nu': (3, 8)}

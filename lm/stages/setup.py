@@ -92,6 +92,8 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     if o.name == 'muon':
         dtype = runtime.compute_dtype(config.precision.compute)
         return optim.muon_adamw(rate, momentum=o.momentum, dtype=dtype, **options), rate
+    if o.name == 'adafactor':
+        return optim.adafactored(rate, weight_decay=o.weight_decay), rate
     return optim.adamw(rate, **options), rate
 
 

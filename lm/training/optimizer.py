@@ -1,4 +1,4 @@
-"""Schedules, clipping, and the optimizers: AdamW, and Muon for matrices with AdamW for the rest."""
+"""Schedules, clipping, and the optimizers: AdamW, Muon for matrices with AdamW for the rest, Adafactor."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -9,7 +9,7 @@ import optax
 
 from lm.config import SCHEDULES, nearest
 from lm.errors import UsageError
-from lm.training import muon
+from lm.training import adafactor, muon
 from lm.training.kinds import Leaf, leaves_of
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
@@ -110,6 +110,12 @@ def muon_adamw(
 
     choose = lambda leaf: matrices if leaf.kind.matrix else rest
     return assemble(choose, rate, weight_decay=weight_decay, finish=finish)
+
+
+def adafactored(rate: optax.Schedule, *, weight_decay: float) -> Optimizer:
+    """Adafactor for every leaf, with AdamW's decay."""
+    rule = Rule(adafactor.init, adafactor.update)
+    return assemble(lambda leaf: rule, rate, weight_decay=weight_decay)
 
 
 def assemble(
