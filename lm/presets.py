@@ -20,13 +20,19 @@ def _size(
 
 
 def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:
-    schedule = {'optim.lr': lr, 'optim.warmup': min(2000, steps // 10), 'optim.schedule': 'cosine', 'optim.final': 0.1}
+    schedule = {
+        'optim.name': 'adamw',
+        'optim.lr': lr,
+        'optim.warmup': min(2000, steps // 10),
+        'optim.schedule': 'cosine',
+        'optim.final': 0.1,
+    }
     return {'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps} | schedule | more
 
 
 # Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of
-# Llama 3 (Grattafiori et al., 2024, table 3); rates from the same papers; steps for 20 tokens a parameter (Hoffmann et
-# al., 2022).
+# Llama 3 (Grattafiori et al., 2024, table 3); AdamW and its rates from the same papers; steps for 20 tokens a parameter
+# (Hoffmann et al., 2022).
 PRESETS: dict[str, dict[str, Any]] = {
     '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
     '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),

@@ -168,6 +168,17 @@ def test_matrices_are_dealt_out_and_never_gathered(tiny):
     assert set(re.findall(r'(all-[\w-]+|collective-permute)\(', program)) == {'all-to-all'}
 
 
+def test_bfloat16_products_are_nearly_the_same(tiny):
+    grads = gradients(tiny)
+    half, full = (
+        update(optim.muon_adamw(lambda step: 1.0, **{**MUON, 'dtype': d}), grads, grads)[0]
+        for d in ('bfloat16', 'float32')
+    )
+    for leaf, a, b in zip(kinds.leaves_of(grads), jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < (0.05 if leaf.kind.matrix else 1e-6), leaf
+
+
 @struct.dataclass
 class Adapter:
     """A low-rank change of a frozen base."""

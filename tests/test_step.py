@@ -185,9 +185,9 @@ def model_batch(cfg, rows=8, T=16):
     }
 
 
-def new_state(cfg):
+def new_state(cfg, optimizer=OPTIMIZER):
     params = transformer.init_sharded(jax.random.key(0), cfg)
-    return jax.jit(lambda p: training.create(p, None, OPTIMIZER, 0))(params)
+    return jax.jit(lambda p: training.create(p, None, optimizer, 0))(params)
 
 
 def one_update(cfg, mesh, microbatches):
@@ -254,9 +254,12 @@ def test_the_capture_sees_the_message(said):
 def test_no_compiled_step_rematerializes_involuntarily(model, shape, said):
     """The whole step on meshes that split batch, sequence, vocabulary and storage."""
     cfg = dataclasses.replace(model, remat='full')
+    optimizer = optim.muon_adamw(lambda _: 0.1, momentum=0.95, dtype=jnp.bfloat16, **ADAMW)  # moves most about
     with sharding.use_mesh(shape):
-        step = training.make_step(make_loss(cfg, z_loss=1e-4), OPTIMIZER, clip=1.0, microbatches=1)
-        jax.jit(step, donate_argnums=0).lower(new_state(cfg), sharding.shard_batch(model_batch(cfg))).compile()
+        step = training.make_step(make_loss(cfg, z_loss=1e-4), optimizer, clip=1.0, microbatches=1)
+        jax.jit(step, donate_argnums=0).lower(
+            new_state(cfg, optimizer), sharding.shard_batch(model_batch(cfg))
+        ).compile()
     assert REMATERIALIZED not in said()
 
 
