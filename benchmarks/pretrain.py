@@ -1,6 +1,6 @@
 """Training tokens per second: `python benchmarks/pretrain.py [--config=…] [--config.KEY=VALUE …] [--rounds=N]`.
 
-Method: the compiled training step (forward, backward, clipping, AdamW) on fixed random tokens, no data, no evaluation;
+Method: the compiled training step (forward, backward, optimizer) on fixed random tokens, no data, no evaluation;
 rounds of a few steps alternate with rounds of a 1024³ matrix product, so that both see the same machine. Medians.
 Prints one JSON line: tokens_per_s, flops_per_s (6N plus the causal half of attention), ceiling_flops_per_s (the
 product's), and their ratio.
@@ -35,10 +35,12 @@ def main() -> None:
     cfg = runs.model_config(config)
     with sharding.use_mesh(config.mesh):
         optimizer, rate = setup.make_optimizer(config)
-        abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+        abstract = setup.abstract_state(
+            runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None
+        )
         step = pretrain.compile_step(config, cfg, optimizer, rate, abstract)
         params = transformer.init_sharded(jax.random.key(0), cfg)
-        state = jax.jit(lambda p: training.create(p, None, optimizer, 0))(params)
+        state = jax.jit(lambda p: training.create(p, None, optimizer, 0, ema=config.optim.ema is not None))(params)
         shape = (config.batch_size, config.seq_len)
         tokens = jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size)
         ones = jnp.ones(shape, jnp.int32)

@@ -24,10 +24,12 @@ Config: TypeAlias = Any
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
 OPTIONAL = ('optim.clip',)  # may be none, though they have a default
+OPTIMIZERS = ('adamw', 'muon', 'adafactor')
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
 SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
 FLOAT32_END = 2.0**128  # the first number that float32 has no room for
+MAX_BATCH_WARMUP = 10**6  # the batch of each of these steps is in a table
 MAX_NEW_TOKENS = 10**6  # the cache has a place for each
 
 
@@ -69,10 +71,11 @@ def base() -> Config:
     c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
 
     c.optim = ConfigDict()
-    c.optim.name = 'adamw'
+    c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest) | adafactor
     c.optim.lr = 6e-3
     c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
     c.optim.warmup = 100  # steps
+    c.optim.batch_warmup = 0  # steps over which the batch grows from one microbatch to batch_size
     c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
     c.optim.final = 0.0  # the last rate, as a fraction of lr
     c.optim.weight_decay = 0.1  # not on norms and embeddings
@@ -81,6 +84,8 @@ def base() -> Config:
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
     c.optim.eps = 1e-8
+    c.optim.momentum = 0.95  # muon's, of the matrices
+    c.optim.ema = placeholder(float)  # decay of an average of the weights, which is then what is evaluated and used
     c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
 
     c.data = ConfigDict()
@@ -247,6 +252,7 @@ def check(config: Config) -> None:
             'model.kv_heads model.head_dim model.ffn_dim',
         ),
         f'from 0 to {INT32_MAX}': (lambda x: 0 <= x <= INT32_MAX, 'optim.warmup optim.max_skips log.profile'),
+        f'from 0 to {MAX_BATCH_WARMUP}': (lambda x: 0 <= x <= MAX_BATCH_WARMUP, 'optim.batch_warmup'),
         f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
         'positive and finite': (
             lambda x: 0 < x < FLOAT32_END,
@@ -255,8 +261,8 @@ def check(config: Config) -> None:
         'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta'),
         'at least 0 and finite': (lambda x: 0 <= x < FLOAT32_END, 'z_loss optim.weight_decay'),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
-        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2'),
-        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout'),
+        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum'),
+        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout optim.ema'),
         f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
     }
     for words, (holds, keys) in bounds.items():
@@ -264,7 +270,7 @@ def check(config: Config) -> None:
             if values[key] is not None and not holds(values[key]):
                 raise UsageError(f'{key}={values[key]} must be {words}')
     choices = {
-        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': ('adamw',), 'optim.schedule': SCHEDULES,
+        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': OPTIMIZERS, 'optim.schedule': SCHEDULES,
         'attention': (None, 'blocks', 'dense', 'cudnn', 'splash'),
     }  # fmt: skip
     for key, allowed in choices.items():
@@ -277,6 +283,11 @@ def check(config: Config) -> None:
         )
     if config.microbatch and config.batch_size % config.microbatch:
         raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
+    if config.optim.batch_warmup and (config.microbatch or config.batch_size) == config.batch_size:
+        raise UsageError(
+            f'optim.batch_warmup={config.optim.batch_warmup} grows the batch by microbatches: set microbatch below '
+            f'batch_size={config.batch_size}'
+        )
     if config.init_from and config.branch_from:
         raise UsageError('init_from and branch_from are two ways to start: set one of them')
 

@@ -20,13 +20,19 @@ def _size(
 
 
 def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:
-    schedule = {'optim.lr': lr, 'optim.warmup': min(2000, steps // 10), 'optim.schedule': 'cosine', 'optim.final': 0.1}
+    schedule = {
+        'optim.name': 'adamw',
+        'optim.lr': lr,
+        'optim.warmup': min(2000, steps // 10),
+        'optim.schedule': 'cosine',
+        'optim.final': 0.1,
+    }
     return {'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps} | schedule | more
 
 
 # Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of
-# Llama 3 (Grattafiori et al., 2024, table 3); rates from the same papers; steps for 20 tokens a parameter (Hoffmann et
-# al., 2022).
+# Llama 3 (Grattafiori et al., 2024, table 3); AdamW and its rates from the same papers; steps for 20 tokens a parameter
+# (Hoffmann et al., 2022).
 PRESETS: dict[str, dict[str, Any]] = {
     '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
     '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),
@@ -37,21 +43,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
 }  # fmt: skip
 
-HEAD_DIM, LAPTOP_DEPTH, LAPTOP_DIM = 32, 4, 128
+HEAD_DIM, DIM_PER_LAYER, FFN_PER_DIM = 32, 32, 3
+LAPTOP_DEPTH = 4  # what the files in configs/ are tuned at
+BATCH_STEP = 8  # batches stay multiples of it, for meshes to divide
 
 
-def depth(n: int) -> dict[str, Any]:
-    """One dial: a model of depth n is 32·n wide, and takes the rate and the horizon that go with its size.
+def _parameters(n: int, vocab_size: int) -> int:
+    """Of a model of depth n: the tied embedding; four square matrices and three of the feed-forward a layer."""
+    dim = DIM_PER_LAYER * n
+    return vocab_size * dim + n * (4 + 3 * FFN_PER_DIM) * dim**2
 
-    The rate falls as 1/√width from the laptop run's, and the steps grow with the parameters per token of batch, so
-    that each size sees about as many tokens per parameter as the laptop run does.
+
+def depth(n: int, config: Config) -> dict[str, Any]:
+    """One dial: a model of depth n is 32·n wide, and the rest follows from what `config` has at depth 4.
+
+    tokens        as the parameters: as many tokens a parameter at each size (Hoffmann et al., 2022)
+    batch         as the root of the tokens, near the critical batch size (Zhang et al., 2024); never below config's
+    rate          as 1/√width: a change of a matrix then changes what it gives by as much at each width (Yang et al.,
+                  2023: spectral norms; an update whose elements have a fixed RMS has one of √width)
+    weight decay  so that rate × decay × steps stays: the average that the weights are over past updates reaches back
+                  over the same part of the run (Wang and Aitchison, 2024; Bergsma et al., 2025)
+    warmup        the same part of the run
     """
-    dim = LAPTOP_DIM // LAPTOP_DEPTH * n
-    growth = (n / LAPTOP_DEPTH) ** 3  # parameters of the layers: depth × width²
+    dim, vocab_size = DIM_PER_LAYER * n, config.model.vocab_size
+    tokens = _parameters(n, vocab_size) / _parameters(LAPTOP_DEPTH, vocab_size)
+    batch_size = max(config.batch_size, BATCH_STEP * round(config.batch_size * tokens**0.5 / BATCH_STEP))
+    steps = tokens * config.batch_size / batch_size
+    rate = (LAPTOP_DEPTH / n) ** 0.5
     return {
         'model.dim': dim, 'model.layers': n, 'model.heads': dim // HEAD_DIM, 'model.kv_heads': dim // HEAD_DIM,
-        'model.head_dim': HEAD_DIM, 'model.ffn_dim': 3 * dim, 'model.scan': n > 8,
-        'optim.lr': ('×', (LAPTOP_DIM / dim) ** 0.5), 'steps': ('×', max(1.0, growth)),
+        'model.head_dim': HEAD_DIM, 'model.ffn_dim': FFN_PER_DIM * dim, 'model.scan': n > 8, 'batch_size': batch_size,
+        'steps': ('×', steps), 'optim.warmup': ('×', steps), 'optim.lr': ('×', rate),
+        'optim.weight_decay': ('×', 1 / (rate * steps)),
     }  # fmt: skip
 
 
@@ -70,7 +93,7 @@ def apply(config: Config, arg: str) -> Config:
         elif key == 'depth':
             if not text.isdigit() or int(text) < 1:
                 raise UsageError(f'depth={text}: must be a whole number of layers, at least 1')
-            _set(config, depth(int(text)))
+            _set(config, depth(int(text), config))
         else:
             override(config, key, text)
     return config

@@ -224,12 +224,24 @@ def test_a_preset_has_the_parameters_that_its_name_says(arg, millions):
     assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
-def test_depth_moves_width_rate_and_horizon():
-    laptop, same, deep = load(), load(arg='depth=4'), load(arg='depth=12')
-    assert (same.model.dim, same.optim.lr, same.steps) == (laptop.model.dim, laptop.optim.lr, laptop.steps)
-    assert (deep.model.layers, deep.model.dim, deep.model.heads, deep.model.head_dim) == (12, 384, 12, 32)
-    assert deep.optim.lr == pytest.approx(laptop.optim.lr / 3**0.5, rel=5e-3)
-    assert deep.steps == 27 * laptop.steps
+def test_depth_4_is_what_the_file_says():
+    assert dict(configs.leaves(load(arg='depth=4'))) == dict(configs.leaves(load()))
+
+
+@pytest.mark.parametrize('n', [1, 2, 6, 12, 24])
+def test_depth_moves_width_rate_batch_horizon_and_decay(n):
+    laptop, other = load(), load(arg=f'depth={n}')
+    assert (other.model.layers, other.model.dim, other.model.heads, other.model.head_dim) == (n, 32 * n, n, 32)
+    assert other.optim.lr == pytest.approx(laptop.optim.lr / (n / 4) ** 0.5, rel=5e-3)
+    count = lambda c: jax.eval_shape(partial(transformer.init, cfg=runs.model_config(c)), jax.random.key(0))
+    size, tokens = (lambda c: sum(x.size for x in jax.tree.leaves(count(c)))), (lambda c: c.steps * c.batch_size)
+    assert tokens(other) / tokens(laptop) == pytest.approx(size(other) / size(laptop), rel=0.02)
+    assert other.batch_size % 8 == 0 and other.batch_size >= laptop.batch_size
+    growth = max(1.0, (tokens(other) / tokens(laptop)) ** 0.5)
+    assert other.batch_size / laptop.batch_size == pytest.approx(growth, rel=0.3)
+    reach = lambda c: c.optim.lr * c.optim.weight_decay * c.steps
+    assert reach(other) == pytest.approx(reach(laptop), rel=0.02)
+    assert other.optim.warmup / other.steps == pytest.approx(laptop.optim.warmup / laptop.steps, rel=0.06)
 
 
 def test_a_small_rate_keeps_its_digits():

@@ -3,7 +3,7 @@
 import pytest
 from running import measured
 
-PRETRAIN = {
+ADAMW = {
     (1, 'train/loss'): 5.99248,
     (1, 'train/grad_norm'): 3.19109,
     (4, 'train/loss'): 5.37825,
@@ -12,6 +12,16 @@ PRETRAIN = {
     (12, 'train/grad_norm'): 1.73590,
     (12, 'eval/one.jsonl/bpb'): 5.30469,
     (12, 'eval/two.jsonl/bpb'): 5.12384,
+}
+MUON = {
+    (1, 'train/loss'): 5.99248,
+    (1, 'train/grad_norm'): 3.19109,
+    (4, 'train/loss'): 5.91074,
+    (8, 'train/loss'): 5.38114,
+    (12, 'train/loss'): 5.26243,
+    (12, 'train/grad_norm'): 2.71815,
+    (12, 'eval/one.jsonl/bpb'): 6.25905,
+    (12, 'eval/two.jsonl/bpb'): 6.04239,
 }
 TOLERANCE = 1e-4  # relative; JAX 0.10 and 0.12 differ by 2e-6
 
@@ -25,7 +35,8 @@ def assert_golden(workdir, golden):
     )
 
 
-def test_pretraining_learns_as_it_did(lab, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('optimizer', 'golden'), [('adamw', ADAMW), ('muon', MUON)], ids=['adamw', 'muon'])
+def test_pretraining_learns_as_it_did(lab, tmp_path, monkeypatch, optimizer, golden):
     monkeypatch.chdir(lab.folder)  # a source's name, here relative, is part of what orders its rows
-    lab.train(tmp_path / 'run', data__mixture='one.jsonl:0.7,two.jsonl:0.3')
-    assert_golden(tmp_path / 'run', PRETRAIN)
+    lab.train(tmp_path / 'run', data__mixture='one.jsonl:0.7,two.jsonl:0.3', optim__name=optimizer)
+    assert_golden(tmp_path / 'run', golden)

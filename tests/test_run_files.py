@@ -238,9 +238,10 @@ class NoWriter:
         self.steps = [step for step in self.steps if step <= after]
 
 
-def test_speed_counts_the_steps_and_their_seconds(clock):
+@pytest.mark.parametrize('part', [1.0, 0.5], ids=['full', 'while-the-batch-is-half'])
+def test_speed_counts_the_steps_and_their_seconds(clock, part):
     """Each step takes a second, all of it waiting for its metrics; what lies between does not count."""
-    h = hooks()
+    h = hooks(batches=lambda i: part * i)
     meter = Meter(h)
     values = {'loss': np.float32(1), 'grad_norm': np.float32(1), 'skipped': np.int32(0)}
     for step in range(1, 7):
@@ -249,8 +250,8 @@ def test_speed_counts_the_steps_and_their_seconds(clock):
             meter.read(step, values, steps=6)
         with h.ledger('eval'):
             clock.pass_(7)
-        assert h.recorder.last.get('perf/tokens_per_s', 50) == 50
-    assert h.recorder.last['perf/mfu'] == pytest.approx(0.2)
+        assert h.recorder.last.get('perf/tokens_per_s', part * 50) == part * 50
+    assert h.recorder.last['perf/mfu'] == pytest.approx(part * 0.2)
     assert h.recorder.last['perf/goodput'] == pytest.approx(6 / 41)
 
 
@@ -258,7 +259,7 @@ class State:
     """What the loop asks of a state."""
 
     def __init__(self, step=0):
-        self.step, self.trainable, self.opt, self.rng = jnp.int32(step), {}, {}, {}
+        self.step, self.trainable, self.opt, self.rng, self.ema = jnp.int32(step), {}, {}, {}, None
 
 
 def metrics(**changes):

@@ -13,6 +13,7 @@ from functools import cached_property
 import grain
 import numpy as np
 
+from lm.data.growth import Growth
 from lm.data.packing import PackedRows, Row
 from lm.data.prepare import Prepared, PreparedSource
 from lm.data.sources import PERIOD
@@ -69,10 +70,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Batches:
-    """What Grain reads from: batch start + index, this host's rows of it."""
+    """What Grain reads from: batch start + index, this host's rows of it. While the batch grows, what it will have and
+    does not yet have is rows of weight 0, which fill whole microbatches (row p of a batch is of microbatch p mod n)."""
 
     mixture: Mixture
-    batch_size: int
+    growth: Growth
     rows: slice
     start: int
 
@@ -80,8 +82,11 @@ class _Batches:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        first = (self.start + index) * self.batch_size
-        return stack([self.mixture.row(first + b) for b in range(self.batch_size)[self.rows]])
+        step, n = self.start + index, self.growth.microbatches
+        first, count = self.growth.first(step), self.growth.count(step)
+        places = [divmod(p, n) for p in range(self.growth.microbatch * n)[self.rows]]
+        empty = _empty_like(self.mixture.row(first), self.mixture.rows[0].store.pad_id) if count < n else {}
+        return stack([self.mixture.row(first + k * count + j) if j < count else empty for k, j in places])
 
 
 def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
@@ -91,15 +96,19 @@ def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
 
 
 def train_batches(
-    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: slice | None = None
-) -> Iterator[Batch]:
+    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: slice | None = None,
+    growth: Growth | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Batches start, start + 1, … without end: arrays [B, T] under tokens_BT, targets_BT, weights_BT, segments_BT and
     positions_BT, where B counts this host's `rows` of the batch (None: all).
+
+    Args:
+      growth: of the batch, in its first steps. None: it is full from the start.
     """
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
     mixture = mix(prepared, seq_len=seq_len, seed=seed)
-    source = _Batches(mixture, batch_size, rows or slice(None), start)
+    source = _Batches(mixture, growth or Growth(batch_size, 1, 0), rows or slice(None), start)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 

@@ -73,7 +73,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
         raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
-    setup.resolve(config, found, epoch=pipeline.rows_in_epoch(prepared, config.seq_len) // config.batch_size)
+    setup.resolve(config, found, epoch=setup.growth(config).steps_in(pipeline.rows_in_epoch(prepared, config.seq_len)))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     runs.write_config(workdir, config, data=prepared.fingerprint, tokenizer=prepared.tokenizer.fingerprint)
@@ -94,13 +94,13 @@ def _fit(
 
     # ---- state and step ----
     optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
     with ledger('compile'):
         step = compile_step(config, cfg, optimizer, rate, abstract)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
-    rows = config.batch_size * config.seq_len
+    rows, grown = config.batch_size * config.seq_len, setup.growth(config)
     source = make_source(config, prepared, start=int(state.step))
     with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
         hooks = Hooks(
@@ -110,6 +110,7 @@ def _fit(
             flops=rows * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window),
             peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
             save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
+            batches=lambda i: grown.first(i) / config.batch_size,
         )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
     recorder.status('done', config.steps)
@@ -117,7 +118,7 @@ def _fit(
 
 def describe(config: Config, cfg: ModelConfig, prepared: Prepared) -> list[str]:
     """What is about to be trained on what, a line each."""
-    tokens = config.batch_size * config.seq_len * config.steps
+    tokens = setup.growth(config).first(config.steps) * config.seq_len
     lines = []
     for s in prepared.sources:
         c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
@@ -152,9 +153,10 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
 
 def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
+    grown = setup.growth(config)
     fn = training.make_step(
-        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
-        microbatches=config.batch_size // (config.microbatch or config.batch_size),
+        make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
+        microbatches=grown.microbatches, counts=grown.counts if grown.steps else None,
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
@@ -173,23 +175,24 @@ def start(
         recorder.say(f'resumed at step {step}')
         return training.TrainState(frozen=None, **tree)
     recorder.rewind(0)
-    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed))
+    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed, ema=config.optim.ema is not None))
     if config.branch_from:
-        step, tree, _ = checkpoint.find(config.branch_from, saved(abstract), warn=recorder.say)
+        step, tree = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
         recorder.say(f'branched from {config.branch_from} at step {step}')
         return training.TrainState(frozen=None, **tree)
     if config.init_from:
-        step, tree, _ = checkpoint.find(config.init_from, {'trainable': abstract.trainable}, warn=recorder.say)
+        step, weights = runs.weights(config.init_from, abstract.trainable, warn=recorder.say)
         recorder.say(f'weights from {config.init_from} at step {step}')
-        return create(tree['trainable'])
+        return create(weights)
     return create(transformer.init_sharded(jax.random.key(config.seed), cfg))
 
 
 def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
     """source(state, i) -> batch i. Batches come in order; the state is not looked at."""
     batches = pipeline.train_batches(
-        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start, rows=None
-    )
+        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start,
+        growth=setup.growth(config),
+    )  # fmt: skip
 
     def source(state: Any, i: int) -> dict[str, jax.Array]:
         del state, i
@@ -211,8 +214,8 @@ def make_evaluate(
             )
             for s in prepared.sources
         }
-        metrics = heldout.by_source(state.trainable, cfg, batches, tokenizer.bytes_of_ids)
-        samples = continue_prompts(state.trainable, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed)
+        metrics = heldout.by_source(state.weights, cfg, batches, tokenizer.bytes_of_ids)
+        samples = continue_prompts(state.weights, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed)
         recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
         shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if k.endswith('bpb')}
         recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
@@ -250,11 +253,12 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
     if config.steps is None:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
     compiled = compile_step(config, cfg, optimizer, rate, abstract)
     recorder, choice = Recorder(), runs.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
     setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
-    return {'dry_run': True, 'flops_per_step': cost, 'tokens': tokens * config.steps}
+    planned = config.seq_len * setup.growth(config).first(config.steps)
+    return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm import runtime, sharding
 from lm.config import Config
+from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
@@ -77,16 +78,28 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     recorder.say(ledger.line())
 
 
+def growth(config: Config) -> Growth:
+    """How the batch of a config grows, its microbatch resolved."""
+    microbatch = config.microbatch or config.batch_size
+    return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
+
+
 def make_optimizer(config: Config) -> tuple[Any, Any]:
     """(the optimizer, its schedule) of a config with its steps resolved."""
     o = config.optim
     rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
-    return optim.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay), rate
+    options = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'weight_decay': o.weight_decay}
+    if o.name == 'muon':
+        dtype = runtime.compute_dtype(config.precision.compute)
+        return optim.muon_adamw(rate, momentum=o.momentum, dtype=dtype, **options), rate
+    if o.name == 'adafactor':
+        return optim.adafactored(rate, weight_decay=o.weight_decay), rate
+    return optim.adamw(rate, **options), rate
 
 
-def abstract_state(abstract_params: Any, optimizer: Any, seed: int) -> training.TrainState:
+def abstract_state(abstract_params: Any, optimizer: Any, seed: int, *, ema: bool = False) -> training.TrainState:
     """The state as shapes and shardings: what is restored into, and what a dry run compiles with."""
-    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed), abstract_params)
+    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed, ema=ema), abstract_params)
     return checkpoint.abstract(shapes)
 
 
@@ -106,6 +119,7 @@ def report_plan(
     """
     mesh = jax.sharding.get_mesh()
     parts = {'parameters': state.trainable, 'optimizer': state.opt}
+    parts |= {} if state.ema is None else {'average': state.ema}
     gib = lambda n: f'{n / 2**30:.3f} GiB'
     count = sum(x.size for x in jax.tree.leaves(state.trainable))
     recorder.say(f'parameters  {count:,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})')
@@ -118,7 +132,8 @@ def report_plan(
     recorder.say(f'temporaries {gib(memory.temp_size_in_bytes)} per device, compiled, not run')
     recorder.say(f'in all      {gib(total)} per device')
     recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
-    recorder.say(f'tokens      {tokens * config.steps:,} planned ({config.steps:,} steps of {tokens:,})')
+    planned = tokens * growth(config).first(config.steps) // config.batch_size
+    recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
     limit = memory_limit(mesh.devices.flat[0])
     if limit and total > limit:
         raise RunError(

@@ -22,14 +22,15 @@ class Hooks(NamedTuple):
     ledger: Ledger
     writer: Writer
     evaluate: Callable[[TrainState, int], Mapping[str, float]]
-    tokens: int  # tokens a step
-    flops: float  # model FLOPs a step
+    tokens: int  # tokens a full batch
+    flops: float  # model FLOPs a full batch
     peak: float  # FLOP/s of all devices
     log_every: int
     eval_every: int
     save_every: int
     max_skips: int
     profile: int | None
+    batches: Callable[[int], float] = float  # full batches' worth of the first i steps
 
 
 def run_loop(
@@ -97,7 +98,8 @@ def save(state: TrainState, step: int, hooks: Hooks) -> None:
 
 def saved(state: TrainState) -> dict[str, Any]:
     """The part of a state that a checkpoint holds."""
-    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng}
+    average = {} if state.ema is None else {'ema': state.ema}
+    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng, **average}
 
 
 class Meter:
@@ -106,24 +108,24 @@ class Meter:
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._skipped_in_a_row = 0
-        self._steps_since, self._seconds_before = 0, hooks.ledger.spent('step', 'data')
+        self._batches_since, self._seconds_before = 0.0, hooks.ledger.spent('step', 'data')
 
     def read(self, step: int, metrics: Any, *, steps: int) -> None:
         """Fetches a step's metrics and writes a line if one is due."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._count(step, values)
-        self._steps_since += 1
+        self._batches_since += self._hooks.batches(step) - self._hooks.batches(step - 1)
         if step % self._hooks.log_every and step != steps:
             return
         hooks, busy = self._hooks, self._hooks.ledger.spent('step', 'data')
         seconds = max(busy - self._seconds_before, 1e-9)
-        rate = hooks.tokens * self._steps_since / seconds
-        mfu = hooks.flops * self._steps_since / seconds / hooks.peak
-        self._steps_since, self._seconds_before = 0, busy
+        rate = hooks.tokens * self._batches_since / seconds
+        mfu = hooks.flops * self._batches_since / seconds / hooks.peak
+        self._batches_since, self._seconds_before = 0.0, busy
         line = {f'train/{k}': v for k, v in values.items()}
         perf = {'perf/tokens_per_s': rate, 'perf/mfu': mfu, 'perf/goodput': hooks.ledger.goodput}
         hooks.recorder.metrics(step, line | perf)
-        left = (steps - step) * hooks.tokens / rate
+        left = (hooks.batches(steps) - hooks.batches(step)) * hooks.tokens / rate
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
         hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
 

@@ -1,6 +1,7 @@
-"""Schedules, weight-decay masks, AdamW."""
+"""Schedules, clipping, and the optimizers: AdamW, Muon for matrices with AdamW for the rest, Adafactor."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,11 @@ import optax
 
 from lm.config import SCHEDULES, nearest
 from lm.errors import UsageError
+from lm.training import adafactor, muon
+from lm.training.kinds import Leaf, leaves_of
+
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+Moments: TypeAlias = dict[str, jax.Array]
 
 
 def schedule(name: str, *, lr: float, steps: int, warmup: int, decay: float, final: float) -> optax.Schedule:
@@ -38,34 +44,110 @@ def schedule(name: str, *, lr: float, steps: int, warmup: int, decay: float, fin
     return rate
 
 
-def decayed(params: Any) -> Any:
-    """The tree of booleans: which leaves decay. Not norms, not biases, not embeddings, told by their names."""
-
-    def leaf(path: tuple[Any, ...], _: Any) -> bool:
-        name = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)][-1]
-        return not ('norm' in name or name.startswith(('embed', 'bias')))
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def adamw(
-    rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
-) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov and Hutter, 2019): decay is decoupled and multiplied by the rate.
-
-    Its update takes the keyword `step`. Optax's own counts updates, and would fall behind with every skipped one.
-    """
-
-    def scale(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        factor = -jnp.asarray(rate(extra['step']))
-        return jax.tree.map(lambda u: factor * u, updates), state
-
-    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale)
-    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
-    return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay, scaled)
-
-
 def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
     """Scales the gradients so that their global norm is at most `limit`; `norm` is what it is before."""
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+
+# ---- the optimizers: one rule a leaf ----
+
+
+class Rule(NamedTuple):
+    """How a leaf's gradient becomes a direction, still to be multiplied by −rate.
+
+    `init(param, leaf) -> moments`; `update(grad, moments, leaf, count) -> (direction, moments)`, count being the number
+    of updates up to this one.
+    """
+
+    init: Callable[[jax.Array, Leaf], Moments]
+    update: Callable[[jax.Array, Moments, Leaf, jax.Array], tuple[jax.Array, Moments]]
+
+
+def adam(*, b1: float, b2: float, eps: float) -> Rule:
+    """Adam (Kingma and Ba, 2015), its bias corrected."""
+
+    def update(grad: jax.Array, moments: Moments, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, Moments]:
+        mu = b1 * moments['mu'] + (1 - b1) * grad
+        nu = b2 * moments['nu'] + (1 - b2) * grad * grad
+        mu_hat, nu_hat = mu / (1 - b1**count), nu / (1 - b2**count)
+        return mu_hat / (jnp.sqrt(nu_hat) + eps), {'mu': mu, 'nu': nu}
+
+    return Rule(lambda param, leaf: {'mu': jnp.zeros_like(param), 'nu': jnp.zeros_like(param)}, update)
+
+
+def nesterov(*, momentum: float) -> Rule:
+    """An average of the gradients that looks a step ahead: what Muon makes orthogonal."""
+
+    def update(grad: jax.Array, moments: Moments, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, Moments]:
+        mu = momentum * moments['mu'] + (1 - momentum) * grad
+        return momentum * mu + (1 - momentum) * grad, {'mu': mu}
+
+    return Rule(lambda param, leaf: {'mu': jnp.zeros_like(param)}, update)
+
+
+def adamw(rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019)."""
+    rule = adam(b1=b1, b2=b2, eps=eps)
+    return assemble(lambda leaf: rule, rate, weight_decay=weight_decay)
+
+
+def muon_adamw(
+    rate: optax.Schedule, *, b1: float, b2: float, eps: float, momentum: float, weight_decay: float, dtype: Any
+) -> Optimizer:
+    """Muon for the matrices and AdamW for the rest, at one rate and one decay (Liu et al., 2025).
+
+    Args:
+      dtype: of the products that make a matrix orthogonal.
+    """
+    matrices, rest = nesterov(momentum=momentum), adam(b1=b1, b2=b2, eps=eps)
+
+    def finish(directions: list[jax.Array], leaves: list[Leaf]) -> list[jax.Array]:
+        own = [i for i, leaf in enumerate(leaves) if leaf.kind.matrix]
+        made = muon.orthogonal([directions[i] for i in own], [leaves[i] for i in own], dtype=dtype)
+        made = dict(zip(own, made, strict=True))
+        return [made.get(i, x) for i, x in enumerate(directions)]
+
+    choose = lambda leaf: matrices if leaf.kind.matrix else rest
+    return assemble(choose, rate, weight_decay=weight_decay, finish=finish)
+
+
+def adafactored(rate: optax.Schedule, *, weight_decay: float) -> Optimizer:
+    """Adafactor for every leaf, with AdamW's decay."""
+    rule = Rule(adafactor.init, adafactor.update)
+    return assemble(lambda leaf: rule, rate, weight_decay=weight_decay)
+
+
+def assemble(
+    choose: Callable[[Leaf], Rule],
+    rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    finish: Callable[[list[jax.Array], list[Leaf]], list[jax.Array]] = lambda directions, leaves: directions,
+) -> Optimizer:
+    """The optimizer whose update of a leaf is −rate·(direction + weight_decay·parameter): decay is decoupled from the
+    gradient and follows the rate.
+
+    Its state is {'count': updates made, 'moments': the parameters' tree with a dict of moments at each leaf}. `update`
+    takes the keyword `step`, which the rate is of: `count` falls behind with every skipped step.
+
+    Args:
+      finish: what is done to all directions together.
+    """
+
+    def init(params: Any) -> Any:
+        values, tree = jax.tree.flatten(params)
+        moments = [choose(leaf).init(x, leaf) for x, leaf in zip(values, leaves_of(params), strict=True)]
+        return {'count': jnp.zeros((), jnp.int32), 'moments': tree.unflatten(moments)}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        values, tree = jax.tree.flatten(params)
+        leaves, count = leaves_of(params), state['count'] + 1
+        given = zip(tree.flatten_up_to(updates), tree.flatten_up_to(state['moments']), leaves, strict=True)
+        made = [choose(leaf).update(g, m, leaf, count) for g, m, leaf in given]
+        directions, factor = finish([d for d, _ in made], leaves), -jnp.asarray(rate(extra['step']))
+        decays = [weight_decay if leaf.kind.decays else 0.0 for leaf in leaves]
+        moves = [factor * (d + w * x) for d, w, x in zip(directions, decays, values, strict=True)]
+        return tree.unflatten(moves), {'count': count, 'moments': tree.unflatten([m for _, m in made])}
+
+    return Optimizer(init, update)

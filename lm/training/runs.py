@@ -185,7 +185,18 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path |
 def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
     """Raises UsageError where a position in the parent's data is not one in the branch's."""
     old, new = dict(leaves(saved)), dict(leaves(config))
-    keys = ['batch_size', 'seq_len', 'seed', *(k for k in new if k.startswith('data.') and k in old)]
+    if old['optim.name'] != new['optim.name']:
+        raise UsageError(
+            f'{config.branch_from} has the state of optim.name={old["optim.name"]}: set it so, or start with init_from'
+        )
+    position = ['optim.batch_warmup', 'microbatch'] if new['optim.batch_warmup'] else ['optim.batch_warmup']
+    keys = [
+        'batch_size',
+        'seq_len',
+        'seed',
+        *(k for k in position if k in old),
+        *(k for k in new if k.startswith('data.') and k in old),
+    ]
     same_tokens = new['data.tokenizer'] in (None, old['data.tokenizer'], tokenizer_folder(config.branch_from))
     other = [k for k in keys if old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
     if other:
@@ -213,12 +224,36 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     """
     saved = read_config(run)
     cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
-    step, tree, _ = checkpoint.find(run, {'trainable': abstract_params(cfg)}, warn=warn)
+    step, params = weights(run, abstract_params(cfg), warn=warn)
     try:
         tokenizer = Tokenizer.load(tokenizer_folder(run))
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
-    return Model(tree['trainable'], cfg, tokenizer, saved['config'], step)
+    return Model(params, cfg, tokenizer, saved['config'], step)
+
+
+def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, Any]:
+    """(step, what a run's checkpoint has for use): the average of its weights if it kept one, else the weights.
+
+    Args:
+      abstract: the parameters as shapes and shardings.
+    """
+    item = 'ema' if _averages(read_config(run)['config']) else 'trainable'
+    step, tree, _ = checkpoint.find(run, {item: abstract}, warn=warn)
+    return step, tree[item]
+
+
+def branch(run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    """(step, a checkpoint's tree to go on from). An average that the run did not keep begins with its weights."""
+    begins = 'ema' in abstract and not _averages(read_config(run)['config'])
+    asked = {k: v for k, v in abstract.items() if not (begins and k == 'ema')}
+    step, tree, _ = checkpoint.find(run, asked, warn=warn)
+    return step, tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+
+
+def _averages(saved: Mapping[str, Any]) -> bool:
+    """Whether a run with these saved settings kept an average of its weights; older ones do not name the setting."""
+    return saved['optim'].get('ema') is not None
 
 
 def abstract_params(cfg: ModelConfig) -> Any:

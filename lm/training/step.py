@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
@@ -28,6 +29,12 @@ class TrainState:
     frozen: Any
     opt: Any
     rng: jax.Array  # key data; the key of step i is fold_in(rng, i)
+    ema: Any = None  # the average of `trainable`; None: off
+
+    @property
+    def weights(self) -> Any:
+        """What is evaluated, sampled from and handed on: the average if there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
 class Loss(NamedTuple):
@@ -39,10 +46,13 @@ class Loss(NamedTuple):
     coefs: Mapping[str, float]
 
 
-def create(trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def create(
+    trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
+) -> TrainState:
     """A state at step 0. Call it under jit and the current mesh: the moments then lie where their parameters do."""
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), key)
+    average = jax.tree.map(jnp.copy, trainable) if ema else None  # a copy: both are donated to the step
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable), key, average)
 
 
 def make_step(
@@ -52,6 +62,8 @@ def make_step(
     clip: float | None,
     microbatches: int = 1,
     rate: optax.Schedule | None = None,
+    ema: float | None = None,
+    counts: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
@@ -62,6 +74,9 @@ def make_step(
     Args:
       clip: the largest global norm of the gradients; None is off.
       rate: the optimizer's own schedule, only to be reported as `lr`.
+      counts: how many of the microbatches are computed at each step, while the batch grows; the last number holds for
+        every later step. The others have weight 0. None: all of them.
+      ema: decay of the average of the weights, for a state that has one.
     """
 
     update = optax.with_extra_args_support(optimizer).update
@@ -74,7 +89,9 @@ def make_step(
             terms, metrics = loss.terms(trainable, state.frozen, part, jax.random.fold_in(key, index))
             return objective(terms, weights, loss.coefs), {**metrics, **terms}
 
-        (value, sums), grads = accumulate(jax.value_and_grad(micro, has_aux=True), state.trainable, batch, microbatches)
+        count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
+        value_and_grad = jax.value_and_grad(micro, has_aux=True)
+        (value, sums), grads = accumulate(value_and_grad, state.trainable, batch, microbatches, count)
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -83,28 +100,39 @@ def make_step(
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
+            average = None if ema is None else averaged(state.ema, trainable, state.step, decay=ema)
         metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
         metrics |= {} if rate is None else {'lr': jnp.asarray(rate(state.step))}
-        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt), metrics
+        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt, ema=average), metrics
 
     return step
 
 
-def accumulate(value_and_grad: Callable, trainable: Any, batch: Batch, n: int) -> tuple[Any, Any]:
-    """Sums ((value, aux), gradients) over n microbatches; microbatch j is rows j, j+n, j+2n, …, so that every device
-    keeps its own rows."""
+def averaged(ema: Any, trainable: Any, step: jax.Array, *, decay: float) -> Any:
+    """The average with one more: decay is min(decay, (1 + step)/(10 + step)), so that it forgets where it began and is
+    at each step the weights to use, with no bias left to divide out."""
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, x: e + rate.astype(e.dtype) * (x - e), ema, trainable)
+
+
+def accumulate(
+    value_and_grad: Callable, trainable: Any, batch: Batch, n: int, count: jax.Array | int
+) -> tuple[Any, Any]:
+    """Sums ((value, aux), gradients) over the first `count` of n microbatches; microbatch j is rows j, j+n, j+2n, …, so
+    that every device keeps its own rows."""
     if n == 1:
         return value_and_grad(trainable, batch, 0)
     parts = {name: split_rows(x, n) for name, x in batch.items()}
 
-    def body(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(trainable, *xs)), None
+    def body(j: jax.Array, total: Any) -> Any:
+        part = {name: jax.lax.dynamic_index_in_dim(x, j, keepdims=False) for name, x in parts.items()}
+        return jax.tree.map(jnp.add, total, value_and_grad(trainable, part, j))
 
     first = {name: x[0] for name, x in parts.items()}
     shapes = jax.eval_shape(value_and_grad, trainable, first, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
-    return jax.lax.scan(body, zeros, (parts, jnp.arange(n)))[0]
+    return jax.lax.fori_loop(0, count, body, zeros)
 
 
 def split_rows(x: jax.Array, n: int) -> jax.Array:
