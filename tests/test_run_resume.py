@@ -107,7 +107,7 @@ def test_the_second_ctrl_c_interrupts(lab, whole, tmp_path, monkeypatch, capsys)
 
 
 def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch):
-    def compile_step(*args):
+    def compile_step(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         pytest.fail('went on')

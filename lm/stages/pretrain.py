@@ -95,8 +95,13 @@ def _fit(
     # ---- state and step ----
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    build = partial(compile_step, config, cfg, optimizer, rate, abstract)
     with ledger('compile'):
-        step = compile_step(config, cfg, optimizer, rate, abstract)
+        step, told = setup.settle_microbatch(
+            config, cfg, abstract, build, lambda: make_source(config, prepared, start=0)(None, 0)
+        )
+    runs.write_config(workdir, config, data=prepared.fingerprint, tokenizer=prepared.tokenizer.fingerprint)
+    recorder.say(told)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
@@ -149,11 +154,13 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
     return training.Loss(terms, weights, {'cross_entropy': 1.0})
 
 
-def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
+def compile_step(
+    config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState, microbatch: int
+) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
     fn = training.make_step(
         make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
-        microbatches=config.batch_size // (config.microbatch or config.batch_size),
+        microbatches=config.batch_size // microbatch,
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
@@ -250,8 +257,11 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-    compiled = compile_step(config, cfg, optimizer, rate, abstract)
+    build = partial(compile_step, config, cfg, optimizer, rate, abstract)
+    compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
+    recorder = Recorder()
+    recorder.say(told)
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
-    setup.report_plan(Recorder(), config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
     return {'dry_run': True, 'flops_per_step': cost, 'tokens': tokens * config.steps}
