@@ -51,14 +51,14 @@ SIZES = {
 @pytest.mark.parametrize('name', SIZES)
 @pytest.mark.parametrize('found', [divisors(n, p) for n, p in ((480, 1), (480, 8), (8, 1), (2048, 16), (7, 1), (8, 8))])
 def test_the_largest_that_fits_is_found(name, found):
-    """Against trying all of them; an accumulator or a fragment may make memory fall a little, and then it still fits."""
+    """Against trying all of them; where memory is not quite monotone, what is found fits all the same."""
     for limit in (0, 999, 1000, 1001, 1010, 1100, 1310, 1700, 3000, 5800, 10**9):
         chosen, asked = searched(found, SIZES[name], limit)
         fitting = [m for m in found if SIZES[name](m) <= limit]
         assert chosen in fitting or (not fitting and chosen == found[0])
         if name in ('linear', 'flat then steep', 'does not compile', 'constant'):
             assert chosen == max(fitting, default=found[0])
-        assert len(asked) <= 5 + math.ceil(math.log2(max(2, len(found)))) + (name == 'flat then steep') * 6
+        assert len(asked) <= 5 + math.ceil(math.log2(max(2, len(found))))
 
 
 def test_linear_memory_takes_four_compiles():
@@ -136,19 +136,20 @@ def accelerator(monkeypatch):
 
 
 def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
-    config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, batch_size=64))[1])
+    config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, model__layers=1))[1])
     config.precision.compute = 'float32'
     cfg = runs.model_config(config)
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
     build = functools.cache(functools.partial(pretrain.compile_step, config, cfg, optimizer, rate, abstract))
-    sizes = {m: microbatch.step_bytes(build(m)) for m in (8, 16, 64)}
-    assert sizes[8] < sizes[16] < sizes[64]
-    accelerator((sizes[16] + 1000) / microbatch.USED['cpu'])
+    sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}
+    assert sizes[2] < sizes[4] < sizes[8]
+    accelerator((sizes[4] + 1000) / microbatch.USED['cpu'])
     step, told = setup.settle_microbatch(config, cfg, abstract, build, None)
-    assert config.microbatch == 16 and step is build(16) and told.startswith('microbatch 16 (of 64, what fits')
+    assert config.microbatch == 4 and step is build(4) and told.startswith('microbatch 4 (of 8, what fits')
 
 
+@pytest.mark.slow
 def test_a_small_memory_takes_a_small_microbatch_and_a_resumed_run_keeps_it(lab, tmp_path, accelerator):
     """What comes out does not depend on it, beyond rounding."""
     accelerator(2**30)
@@ -182,11 +183,11 @@ def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, 'start', lambda *args: (_ for _ in ()).throw(RunError('killed here')))
         with pytest.raises(RunError):
-            lab.train(tmp_path / 'run', steps=4, batch_size=32)
+            lab.train(tmp_path / 'run', steps=2, batch_size=32)
     assert saved_microbatch(tmp_path / 'run') == 8
-    lab.train(tmp_path / 'run', steps=4, batch_size=32)
+    lab.train(tmp_path / 'run', steps=2, batch_size=32)
     assert [list(seconds) for seconds in asked] == [[32, 8]] and min(asked[0].values()) > 0
-    lab.train(tmp_path / 'fixed', steps=4, batch_size=32, microbatch=8)
+    lab.train(tmp_path / 'fixed', steps=2, batch_size=32, microbatch=8)
     assert running.measured(tmp_path / 'run') == running.measured(tmp_path / 'fixed')
 
 
