@@ -242,6 +242,15 @@ def test_a_newer_layout_is_refused_before_anything_is_written(lab, whole, tmp_pa
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
 
 
+def test_what_only_looks_like_a_later_step_is_no_reason_to_refuse(lab, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    (workdir / 'checkpoints' / '15').mkdir()
+    assert lab.train(workdir)['step'] == 12
+    assert (workdir / 'checkpoints' / '15.damaged').exists()
+    assert 'resumed at step 12' in (workdir / 'log.txt').read_text()
+
+
 # ---- one at a time, and again ----
 
 
