@@ -108,7 +108,8 @@ def settle_microbatch(
     part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
     limit = (memory := memory_limit(device)) and memory * part
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
-    timed = device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
+    alone = jax.process_count() == 1  # clocks differ, compiled sizes do not: several processes time nothing, and agree
+    timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
     if timed and batch is not None:
         time_them = lambda steps: microbatch.time_steps(steps, abstract, batch())
         key = {
