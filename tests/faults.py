@@ -98,6 +98,7 @@ class Bench:
     seen: Counter[str] = field(default_factory=Counter)  # what has been done and was met
     done: list[str] = field(default_factory=list)  # in the round under way
     damaged: set[int] = field(default_factory=set)  # steps whose checkpoint was, in that round
+    process: subprocess.Popen | None = None  # the last one
 
     def note(self, what: str, detail: str = '') -> None:
         self.seen[what] += 1
@@ -116,7 +117,8 @@ class Bench:
         return saved(setup.abstract_state(params, setup.make_optimizer(config)[0], config.seed))
 
     def start(self, workdir: Path) -> subprocess.Popen:
-        return self.lab.start(workdir, **SETTINGS)
+        self.process = self.lab.start(workdir, **SETTINGS)
+        return self.process
 
     def finish(self, process: subprocess.Popen) -> str:
         """Waits, and returns what was said on stderr."""
@@ -158,14 +160,16 @@ def bench() -> Iterator[Bench]:
     mounted = shutil.which('mount') is not None and subprocess.run(options, capture_output=True).returncode == 0
     before = os.environ.get('LM_CACHE')
     os.environ['LM_CACHE'] = str(folder / 'cache')
+    (folder / 'corpus').mkdir()
+    found = Bench(folder, mounted, running.make_lab(folder / 'corpus'))
     try:
-        (folder / 'corpus').mkdir()
-        found = Bench(folder, mounted, running.make_lab(folder / 'corpus'))
         process = found.start(found.whole)
         said = found.finish(process)
         check(process.returncode == 0, f'the uninterrupted run failed: {said[-2000:]}')
         yield found
     finally:
+        if found.process:
+            found.process.kill()
         os.environ.pop('LM_CACHE') if before is None else os.environ.update(LM_CACHE=before)
         if mounted:
             subprocess.run(['umount', '-l', str(folder)], check=True)
@@ -295,7 +299,8 @@ def damage(found: Bench, workdir: Path, fault: Fault) -> None:
         if len(steps) == 1:
             return refuse(found, workdir, newest / 'meta' / 'metadata', 1, 'none of the 1 checkpoints')
         files = sorted(p for p in newest.rglob('*') if p.is_file() and p.stat().st_size)
-        path = newest / 'meta' / 'metadata' if fault.damage == 'no meta' else draw.choice(files)
+        largest = max(files, key=lambda p: p.stat().st_size)  # the arrays
+        path = newest / 'meta' / 'metadata' if fault.damage == 'no meta' else draw.choice([largest, draw.choice(files)])
         found.done.append(str(path.relative_to(workdir)))
         found.damaged.add(steps[-1])
         harm(path, fault.damage, draw)
@@ -427,6 +432,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the first round; each next one has the next')
     flags = parser.parse_args()
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # so that the disk is given back
     try:
         seen = rounds(range(flags.seed, flags.seed + flags.rounds), lambda line: print(line, flush=True))
     except Failure as failure:
