@@ -22,6 +22,7 @@ from lm.training import runs
 from lm.training.runs import Model
 
 TASKS = ('heldout',)
+TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,6 +49,12 @@ def heldout_data(run: str, model: Model, mixture: str | None) -> Prepared:
     return prepare(mixture=mixture or data['mixture'], tokenizer=own, progress=say, **options)
 
 
+def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
+    """The microbatch of training, or less where that was for a larger machine, shared by the devices."""
+    rows = min(microbatch, max(1, TOKENS_A_DEVICE * devices // seq_len))
+    return math.ceil(rows / devices) * devices
+
+
 def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
     """The metrics of the tasks asked for. Raises UsageError for an unknown task, a bad mixture or no such run."""
     for task in flags.tasks.split(','):
@@ -58,7 +65,7 @@ def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
     with sharding.use_mesh() as mesh:
         model = runs.load(flags.run, warn=lambda line: print(line, file=sys.stderr))
         prepared = heldout_data(flags.run, model, flags.mixture)
-        batch_size = math.ceil(model.config['microbatch'] / mesh.size) * mesh.size
+        batch_size = rows_at_once(model.config['microbatch'], model.config['seq_len'], mesh.size)
         shape = {'batch_size': batch_size, 'seq_len': model.config['seq_len'], 'max_rows': flags.rows}
         batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
         metrics = heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,14 +64,30 @@ class StopRequest:
         if not self.patient:
             raise Preempted(f'stopped by {self.signal} before the first step: run the same command again to go on')
 
+    def _again(self, second: bool) -> None:
+        """Sends this process its signal once more, a little later."""
+        number = signal.SIGINT if second else signal.Signals[self.signal or 'SIGINT']
+        self.signal = self.signal if second else None
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C inside, so that the loop can save and leave between two steps."""
-    request = StopRequest()
+    request, report = StopRequest(), sys.unraisablehook
+
+    def dropped(unraisable: Any) -> None:
+        """A destructor or a callback of the garbage collector cannot be left by an exception: Python drops it."""
+        if isinstance(unraisable.exc_value, Preempted | KeyboardInterrupt):
+            request._again(isinstance(unraisable.exc_value, KeyboardInterrupt))
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = dropped
     old = {s: signal.signal(s, request._handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:
+        sys.unraisablehook = report
         for s, handler in old.items():
             signal.signal(s, handler)

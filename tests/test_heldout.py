@@ -9,6 +9,7 @@ import pytest
 
 from lm import sharding
 from lm.evals import heldout
+from lm.evaluate import rows_at_once
 from lm.model import transformer
 
 B, T = 8, 16
@@ -86,3 +87,11 @@ def test_a_model_that_knows_nothing_pays_the_entropy_of_its_alphabet():
     """256 words of one byte each, all equally likely: eight bits per byte."""
     nll = math.log(256) * 100
     assert heldout.bpb({'nll': nll, 'tokens': 100, 'byte_nll': nll, 'bytes': 100}) == pytest.approx(8.0)
+
+
+def test_rows_at_once_are_those_of_training_unless_they_were_for_a_larger_machine():
+    assert rows_at_once(8, 256, 1) == 8
+    assert rows_at_once(8, 256, 16) == 16
+    assert rows_at_once(480, 1024, 1) == 32
+    assert rows_at_once(480, 1024, 8) == 256
+    assert rows_at_once(3, 2**20, 4) == 4

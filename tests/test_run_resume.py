@@ -1,7 +1,7 @@
 """A run that was stopped, killed or damaged and resumed is the run that was never stopped."""
 
+import contextlib
 import os
-import random
 import shutil
 import signal
 import sys
@@ -15,6 +15,7 @@ import running
 from running import lines, measured, status, steps_saved
 
 from lm import main as lm_main
+from lm import runtime
 from lm.errors import Preempted, RunError, UsageError
 from lm.stages import pretrain
 from lm.training import checkpoint, loop, runs
@@ -107,7 +108,7 @@ def test_the_second_ctrl_c_interrupts(lab, whole, tmp_path, monkeypatch, capsys)
 
 
 def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch):
-    def compile_step(*args):
+    def compile_step(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         pytest.fail('went on')
@@ -116,6 +117,25 @@ def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch)
     with pytest.raises(Preempted, match='before the first step'):
         lab.train(tmp_path / 'run')
     assert status(tmp_path / 'run')['state'] == 'preempted'
+
+
+@pytest.mark.parametrize(('numbers', 'error'), [([15], Preempted), ([2], Preempted), ([2, 2], KeyboardInterrupt)])
+def test_a_signal_that_a_destructor_drops_comes_again(numbers, error, capsys):
+    """Python cannot leave a destructor by an exception, nor a callback of the garbage collector, which XLA has."""
+
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), numbers[-1])
+            os.getpid()
+
+    with pytest.raises(error), runtime.stop_request():
+        with contextlib.suppress(Preempted):
+            for number in numbers[:-1]:
+                os.kill(os.getpid(), number)
+        Last()
+        time.sleep(5)
+        pytest.fail('went on')
+    assert 'ignored' not in capsys.readouterr().err
 
 
 def test_a_run_that_is_done_says_so_again(lab, whole, capsys, monkeypatch):
@@ -140,21 +160,8 @@ def test_more_steps_go_on_where_it_ended(lab, whole, tmp_path):
 # ---- killed ----
 
 
-def kill_rounds(lab, workdir: Path, draw: random.Random, rounds: int) -> int:
-    """Kills the run again and again, at random moments after it has begun to step; how often it was still running."""
-    killed = 0
-    for _ in range(rounds):
-        process = lab.start(workdir, devices=DEVICES, checkpoint__every=3)
-        before = max((r['step'] for r in lines(workdir)), default=0) if (workdir / 'metrics.jsonl').exists() else 0
-        running.wait_for_step(process, workdir, min(before + 1, 12))
-        time.sleep(draw.uniform(0, 0.4))
-        killed += process.poll() is None
-        running.kill(process)
-    return killed
-
-
-def test_killed_during_a_save_and_at_random(lab, whole, tmp_path):
-    """The first process dies inside its second save, the next at random; the rest is done here."""
+def test_killed_during_a_save(lab, whole, tmp_path):
+    """A process dies inside its second save; the rest is done here. Random moments: tests/faults.py."""
     workdir = tmp_path / 'run'
     die = (
         'import os, sys\nfrom lm import main\nfrom lm.training.checkpoint import Writer\nsave = Writer.save\n'
@@ -168,21 +175,9 @@ def test_killed_during_a_save_and_at_random(lab, whole, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert steps_saved(workdir) == [3] and any('tmp' in p.name for p in (workdir / 'checkpoints').iterdir())
     assert max(r['step'] for r in lines(workdir)) == 6
-    kill_rounds(lab, workdir, random.Random(0), 1)
     lab.train(workdir, checkpoint__every=3)
     assert steps_saved(workdir) == [6, 9, 12] and not any('tmp' in p.name for p in (workdir / 'checkpoints').iterdir())
     assert_same(whole, workdir)
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(lab, whole, tmp_path):
-    draw, killed = random.Random(1), 0
-    for i in range(4):
-        workdir = tmp_path / f'run{i}'
-        killed += kill_rounds(lab, workdir, draw, 4)
-        lab.train(workdir, checkpoint__every=3)
-        assert_same(whole, workdir)
-    assert killed >= 4
 
 
 def test_a_kill_before_anything_was_written_leaves_a_run_that_starts(lab, tmp_path, monkeypatch):
@@ -245,6 +240,15 @@ def test_a_newer_layout_is_refused_before_anything_is_written(lab, whole, tmp_pa
     with pytest.raises(UsageError, match='use a newer lm'):
         lab.train(workdir)
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+
+
+def test_what_only_looks_like_a_later_step_is_no_reason_to_refuse(lab, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    (workdir / 'checkpoints' / '15').mkdir()
+    assert lab.train(workdir)['step'] == 12
+    assert (workdir / 'checkpoints' / '15.damaged').exists()
+    assert 'resumed at step 12' in (workdir / 'log.txt').read_text()
 
 
 # ---- one at a time, and again ----

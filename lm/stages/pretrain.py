@@ -95,8 +95,13 @@ def _fit(
     # ---- state and step ----
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
+    build = partial(compile_step, config, cfg, optimizer, rate, abstract)
     with ledger('compile'):
-        step = compile_step(config, cfg, optimizer, rate, abstract)
+        step, told = setup.settle_microbatch(
+            config, cfg, abstract, build, lambda: make_source(config, prepared, start=0)(None, 0)
+        )
+    runs.write_config(workdir, config, data=prepared.fingerprint, tokenizer=prepared.tokenizer.fingerprint)
+    recorder.say(told)
     state = start(config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
@@ -151,12 +156,14 @@ def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
     return training.Loss(terms, weights, {'cross_entropy': 1.0})
 
 
-def compile_step(config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState) -> Any:
+def compile_step(
+    config: Config, cfg: ModelConfig, optimizer: Any, rate: Any, abstract: training.TrainState, microbatch: int
+) -> Any:
     """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
     grown = setup.growth(config)
     fn = training.make_step(
         make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
-        microbatches=grown.microbatches, counts=grown.counts if grown.steps else None,
+        microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
     )  # fmt: skip
     batch = setup.abstract_batch(BATCH, batch_size=config.batch_size, seq_len=config.seq_len)
     return jax.jit(fn, donate_argnums=0).lower(abstract, batch).compile()
@@ -254,9 +261,11 @@ def _dry_run(config: Config, cfg: ModelConfig) -> dict[str, Any]:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed, ema=config.optim.ema is not None)
-    compiled = compile_step(config, cfg, optimizer, rate, abstract)
+    build = partial(compile_step, config, cfg, optimizer, rate, abstract)
+    compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder, choice = Recorder(), runs.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
+    recorder.say(told)
     tokens = config.batch_size * config.seq_len
     cost = tokens * flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
     setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)

@@ -1,8 +1,9 @@
 """What every stage does before and around its loop."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from lm.config import Config
 from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
-from lm.training import checkpoint
+from lm.training import checkpoint, microbatch
 from lm.training import optimizer as optim
 from lm.training import step as training
 from lm.training.ledger import Ledger
@@ -41,7 +42,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> None:
-    """Fills in what the user left to us.
+    """Fills in what the user left to us, the microbatch aside.
 
     Args:
       epoch: steps in one epoch of the data.
@@ -50,7 +51,6 @@ def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> N
       UsageError: a branch that begins after its end.
     """
     config.steps = config.steps or max(1, epoch)
-    config.microbatch = config.microbatch or config.batch_size
     config.precision.compute = runtime.compute_dtype(config.precision.compute)
     if config.branch_from and not saved and (begins := checkpoint.locate(config.branch_from)) >= config.steps:
         raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
@@ -103,6 +103,40 @@ def abstract_state(abstract_params: Any, optimizer: Any, seed: int, *, ema: bool
     return checkpoint.abstract(shapes)
 
 
+def settle_microbatch(
+    config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
+    batch: Callable[[], training.Batch] | None,
+) -> tuple[Any, str]:  # fmt: skip
+    """(the compiled step, the microbatch in words), with config.microbatch filled in if the user left it to us.
+
+    Args:
+      build: microbatch -> the compiled step.
+      batch: makes a batch to time steps with; None in a dry run, which times nothing.
+    """
+    if config.microbatch:
+        return build(config.microbatch), f'microbatch {config.microbatch}'
+    build, mesh = functools.cache(build), jax.sharding.get_mesh()
+    found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
+    device = mesh.devices.flat[0]
+    part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
+    limit = (memory := memory_limit(device)) and memory * part
+    search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
+    alone = jax.process_count() == 1  # clocks differ, compiled sizes do not: several processes time nothing, and agree
+    timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
+    if timed and batch is not None:
+        time_them = lambda steps: microbatch.time_steps(steps, abstract, batch())
+        key = {
+            'batch': [config.batch_size, config.seq_len], 'model': repr(cfg), 'optimizer': config.optim.name,
+            'device': device.device_kind, 'cpus': os.cpu_count(), 'mesh': dict(mesh.shape), 'jax': jax.__version__,
+        }  # fmt: skip
+        choice = microbatch.remembered(key, lambda: search(time_them=time_them))
+    else:
+        choice = search()
+    config.microbatch = choice.microbatch
+    later = '; timed at the start of a run' if timed and batch is None else ''
+    return build(choice.microbatch), f'microbatch {choice.microbatch} ({choice.why}{later})'
+
+
 def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of [B, T] arrays, {name: dtype}, as shapes and shardings."""
     mesh, shape = jax.sharding.get_mesh(), (batch_size, seq_len)
@@ -126,10 +160,8 @@ def report_plan(
     recorder.say(f'mesh        {dict(mesh.shape)} over {mesh.size} × {mesh.devices.flat[0].device_kind}')
     for name, tree in parts.items():
         recorder.say(f'{name:<11} {gib(sum(map(_device_bytes, jax.tree.leaves(tree))))} per device')
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    total -= memory.alias_size_in_bytes
-    recorder.say(f'temporaries {gib(memory.temp_size_in_bytes)} per device, compiled, not run')
+    total = microbatch.step_bytes(compiled)
+    recorder.say(f'temporaries {gib(compiled.memory_analysis().temp_size_in_bytes)} per device, compiled, not run')
     recorder.say(f'in all      {gib(total)} per device')
     recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
     planned = tokens * growth(config).first(config.steps) // config.batch_size

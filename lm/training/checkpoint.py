@@ -124,6 +124,14 @@ def check_layout(directory: epath.PathLike) -> None:
             read_meta(epath.Path(directory) / str(step))
 
 
+def newest_sealed(directory: epath.PathLike) -> int | None:
+    """The newest step whose meta holds; whether its arrays do is another question. Raises UsageError as `read_meta`."""
+    for step in listed(directory):
+        with contextlib.suppress(ValueError):
+            return read_meta(epath.Path(directory) / str(step))['step']
+    return None
+
+
 def locate(run: str) -> int:
     """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there, or newer than us."""
     folder, step = split_run(run)

@@ -144,8 +144,9 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
         more = f' and {len(different) - 4} more' if len(different) > 4 else ''
         raise UsageError(f'{workdir} holds another run: {keys}{more}; name another --workdir')
     checkpoint.check_layout(workdir / 'checkpoints')
-    if config.steps and config.steps < steps[0]:
-        raise UsageError(f'{workdir} is at step {steps[0]} already, steps={config.steps}: set more')
+    at = checkpoint.newest_sealed(workdir / 'checkpoints')  # not what only looks like a later step
+    if config.steps and at and config.steps < at:
+        raise UsageError(f'{workdir} is at step {at} already, steps={config.steps}: set more')
     return saved
 
 
