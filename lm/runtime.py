@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lm import processes
 from lm.errors import Preempted
 
 
@@ -53,6 +54,12 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step: every process asks after every step, and all are told the same."""
+        why = processes.stops_after(step, self.signal)
+        self.signal = why or self.signal
+        return why is not None
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame

@@ -17,6 +17,7 @@ There is no pipeline axis on purpose: FSDP over a pod's fast links with tensor p
 codebase is for, and a pipeline schedule would put a second execution order next to the only one a reader has to learn.
 """
 
+import bisect
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,8 +148,44 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
 
 
-def shard_batch(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh."""
+def local_rows(batch_size: int, seq_len: int) -> list[int] | None:
+    """The rows of a batch [B, T] that this process's devices have a part of; None where they have all of it.
+
+    Processes whose devices split a row (along `seq`) or share it (along `tensor`) have the same rows.
+    """
+    where = NamedSharding(jax.sharding.get_mesh(), activation_spec('BT', (batch_size, seq_len)))
+    if where.is_fully_addressable:
+        return None
+    parts = where.addressable_devices_indices_map((batch_size, seq_len)).values()
+    return sorted({row for rows, _ in filter(None, parts) for row in range(batch_size)[rows]})
+
+
+def shard_batch(
+    batch: Mapping[str, Any], *, rows: Sequence[int] | None = None, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh.
+
+    Args:
+      rows: which rows of a batch of `batch_size` the arrays hold, at least `local_rows`; None: all of it.
+    """
     mesh = jax.sharding.get_mesh()
-    put = lambda dims, x: jax.device_put(x, NamedSharding(mesh, activation_spec(dims, x.shape)))
+
+    def put(dims: str, x: Any) -> jax.Array:
+        shape = x.shape if rows is None else (batch_size, *x.shape[1:])
+        where = NamedSharding(mesh, activation_spec(dims, shape))
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        parts = where.addressable_devices_indices_map(shape).items()
+        blocks = [jax.device_put(_block(x, rows, index), device) for device, index in parts]
+        return jax.make_array_from_single_device_arrays(shape, where, blocks)
+
     return {name: put(dims_of(name), x) for name, x in batch.items()}
+
+
+def _block(x: Any, rows: Sequence[int] | None, index: tuple[slice, ...]) -> Any:
+    """The part of an array at `index`, of which `x` holds these rows."""
+    if rows is None:
+        return x[index]
+    first, last, _ = index[0].indices(rows[-1] + 1)
+    begin, end = bisect.bisect_left(rows, first), bisect.bisect_left(rows, last)
+    return x[(slice(begin, end), *index[1:])]

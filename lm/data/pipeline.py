@@ -74,7 +74,7 @@ class _Batches:
 
     mixture: Mixture
     batch_size: int
-    rows: slice
+    rows: slice | Sequence[int]
     start: int
 
     def __len__(self) -> int:
@@ -82,7 +82,8 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Batch:
         first = (self.start + index) * self.batch_size
-        return stack([self.mixture.row(first + b) for b in range(self.batch_size)[self.rows]])
+        rows = range(self.batch_size)[self.rows] if isinstance(self.rows, slice) else self.rows
+        return stack([self.mixture.row(first + b) for b in rows])
 
 
 def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
@@ -92,7 +93,13 @@ def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
 
 
 def train_batches(
-    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: slice | None = None
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    start: int,
+    rows: slice | Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Batches start, start + 1, … without end: arrays [B, T] under tokens_BT, targets_BT, weights_BT, segments_BT and
     positions_BT, where B counts this host's `rows` of the batch (None: all).
@@ -100,7 +107,7 @@ def train_batches(
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
     mixture = mix(prepared, seq_len=seq_len, seed=seed)
-    source = _Batches(mixture, batch_size, rows or slice(None), start)
+    source = _Batches(mixture, batch_size, slice(None) if rows is None else rows, start)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 

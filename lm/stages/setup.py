@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import runtime, sharding
+from lm import processes, runtime, sharding
 from lm.config import Config
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
@@ -65,8 +65,14 @@ def recall(config: Config, saved: Mapping[str, Any] | None) -> None:
 @contextlib.contextmanager
 def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     """Inside runs the training: if it ends early, status.json and log.txt say why."""
+
+    def failed(reason: str) -> None:
+        recorder.note(reason)
+        recorder.status('failed', reason=reason)
+
     try:
-        yield
+        with processes.last_words(failed):
+            yield
     except BaseException as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         with contextlib.suppress(RunError):  # the disk may be what failed
