@@ -70,6 +70,7 @@ class Hub:
         self._at: dict[int, int] = {}
         self._ended: set[int] = set()
         self._stopping = self._over = False
+        self._refusal: str | None = None
         try:
             self._listener = listen(host, port)
         except OSError as error:
@@ -107,7 +108,7 @@ class Hub:
 
     def _welcome(self, index: int, hello: Message, line: Line) -> bool:
         if self._over:
-            line.send(lm='refused', line='the processes have come together already, or were refused: start all again')
+            line.send(lm='refused', line=self._refusal or 'the run has begun without this process: start all again')
             return False
         if index in self._lines:
             both = ' and '.join(h['name'] for h in (self._hellos[index], hello))
@@ -142,7 +143,7 @@ class Hub:
                 self.refuse(f'of {self._count} processes these did not come: {ids}; start them with the same command')
 
     def refuse(self, line: str) -> None:
-        self._over = True
+        self._over, self._refusal = True, line
         self._tell(lm='refused', line=line)
 
     def _handle(self, index: int, *, lm: str, **said: Any) -> None:

@@ -123,17 +123,10 @@ def stops_after(step: int, signal: str | None) -> str | None:
     return signal if _member is None else _member.stops_after(step, signal)
 
 
-@contextlib.contextmanager
-def last_words(say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `say(line)` is called before this process is ended because of another."""
-    if _member is None:
-        yield
-        return
-    _member.last_words = say
-    try:
-        yield
-    finally:
-        _member.last_words = None
+def last_words(say: Callable[[str], None]) -> None:
+    """From now on `say(line)` is called before this process is ended because of another."""
+    if _member is not None:
+        _member.last_words = say
 
 
 @contextlib.contextmanager
@@ -230,6 +223,8 @@ class Member:
         if answer is None:
             raise UsageError(f'process 0 at {self.place.coordinator} ended, or it is another program: look at its log')
         if answer['lm'] != 'begin':
+            if self._hub is not None:
+                time.sleep(GRACE)  # those who are still starting shall hear it, too
             raise UsageError(answer.get('line') or self._told_of(answer))
         self._names = answer['names']
         return answer['port']
@@ -340,7 +335,6 @@ class Member:
             return
         line = self._told_of(lost)
         if self.last_words is not None:
-            with contextlib.suppress(RunError):  # the disk may be what failed
-                self.last_words(line)
+            self.last_words(line)
         print(f'lm: {line}', file=sys.stderr, flush=True)
         os._exit(lost['status'])

@@ -66,19 +66,18 @@ def recall(config: Config, saved: Mapping[str, Any] | None) -> None:
 def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     """Inside runs the training: if it ends early, status.json and log.txt say why."""
 
-    def failed(reason: str) -> None:
-        recorder.note(reason)
-        recorder.status('failed', reason=reason)
-
-    try:
-        with processes.last_words(failed):
-            yield
-    except BaseException as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
+    def ended(reason: str, state: str = 'failed') -> None:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
-            recorder.status('preempted' if isinstance(error, Preempted) else 'failed', reason=reason)
+            recorder.status(state, reason=reason)
+
+    try:
+        processes.last_words(ended)
+        yield
+    except BaseException as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
         raise
     recorder.say(ledger.line())
 
