@@ -20,7 +20,7 @@ ROOMS = (
     {'presets'},
     {'config'},
     {'runtime', 'files', 'sharding'},
-    {'processes'},
+    {'processes', 'xla'},
     {'hub'},
     {'errors'},
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import processes, sharding
+from lm import processes, sharding, xla
 from lm.config import Config
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
@@ -57,6 +57,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     # ---- data ----
     ledger = Ledger()
     recorder = Recorder()
+    recorder.say(xla.line())
     prompts = load_prompts(config.eval.prompts)
     if not prompts:
         raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
