@@ -66,7 +66,8 @@ follow() { # process 0's log, and the status, which is the same in all
 }
 
 [ -n "$dry" ] || [ "$(state)" = GONE ] || delete
-create && install && start "$(printf '%q ' .venv/bin/python -m lm.main --coordinator=auto "$@")"
+create || { delete; exit 1; } # no right, no quota, a wrong name: once more would not help
+install && start "$(printf '%q ' .venv/bin/python -m lm.main --coordinator=auto "$@")"
 status=$?
 if [ "$status" -eq 0 ]; then
   follow &

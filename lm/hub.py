@@ -49,6 +49,8 @@ class Line:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._reader.close()
         self._connection.close()
 
 
@@ -84,6 +86,12 @@ class Hub:
             except OSError:  # closed
                 return
             threading.Thread(target=self._serve, args=(Line(connection),), daemon=True).start()
+
+    def close(self) -> None:
+        """Lets nobody in any more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _serve(self, line: Line) -> None:
         hello = line.receive()
@@ -175,7 +183,7 @@ class Hub:
 
 def different(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any, int]:
     """(the first key that differs, our value, theirs, how many more keys differ)."""
-    keys = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+    keys = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
     return keys[0], ours.get(keys[0]), theirs.get(keys[0]), len(keys) - 1
 
 

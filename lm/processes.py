@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ GRACE = 2.0  # seconds in which a process that has an error of its own may tell 
 JAX_HEARTBEAT_SECONDS = 24 * 3600  # ours is the connection: a long compile under the interpreter's lock is no death
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Which process this is to be."""
 
     coordinator: str  # HOST:PORT of process 0's hub

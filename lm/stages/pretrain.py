@@ -189,14 +189,15 @@ def start(
 
 def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
     """source(state, i) -> batch i. Batches come in order; the state is not looked at."""
-    rows = sharding.local_rows(config.batch_size, config.seq_len)
+    local = sharding.local_rows(config.batch_size, config.seq_len)
     batches = pipeline.train_batches(
-        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start, rows=rows
-    )
+        prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start,
+        rows=None if local is None else local.rows,
+    )  # fmt: skip
 
     def source(state: Any, i: int) -> dict[str, jax.Array]:
         del state, i
-        return sharding.shard_batch(next(batches), rows=rows, batch_size=config.batch_size)
+        return sharding.shard_batch(next(batches), local)
 
     return source
 

@@ -149,8 +149,9 @@ class Profile:
 
     def __init__(self, hooks: Hooks) -> None:
         self._recorder, first = hooks.recorder, hooks.profile
-        off = first is None or self._recorder.workdir is None  # of several processes the first alone is traced
-        self._steps = range(0) if off else range(first, first + PROFILED_STEPS)
+        if self._recorder.workdir is None:  # of several processes the first alone is traced
+            first = None
+        self._steps = range(0) if first is None else range(first, first + PROFILED_STEPS)
         self._tracing = False
 
     def before(self, i: int) -> None:
