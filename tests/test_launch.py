@@ -105,7 +105,7 @@ def test_local_without_a_command(words):
 @pytest.mark.slow
 def test_local_trains(lab, tmp_path):
     """For real; then one is killed, and the others end with it."""
-    env = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+    env = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
     command = lambda **more: [LOCAL, '2', '--', sys.executable, '-m', 'lm.main', *lab.argv(tmp_path / 'run', **more)]
     done = subprocess.run(command(), capture_output=True, text=True, timeout=240, env=env, cwd=running.ROOT)
     assert done.returncode == 0, done.stderr
@@ -113,10 +113,10 @@ def test_local_trains(lab, tmp_path):
     shutil.rmtree(tmp_path / 'run')
     script = subprocess.Popen(command(steps=10_000), stderr=subprocess.PIPE, text=True, env=env, cwd=running.ROOT)
     running.wait_for_step(script, tmp_path / 'run', 3)
-    listed = subprocess.run(
-        ['pgrep', '-f', f'workdir={tmp_path}/run .*--process_id=1$'], capture_output=True, text=True
-    )
-    os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
+    for file in Path('/proc').glob('[0-9]*/cmdline'):
+        words = file.read_bytes().split(b'\0')
+        if b'lm.main' in words and b'--process_id=1' in words and f'--workdir={tmp_path}/run'.encode() in words:
+            os.kill(int(file.parent.name), signal.SIGKILL)
     _, err = script.communicate(timeout=60)
     assert script.returncode == 137 and '[0] lm: process 1 of 2' in err
 
@@ -128,7 +128,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$*" >>"$FAKE/asked"
 case $* in
   *describe*) cat "$FAKE/state" 2>/dev/null || exit 1 ;;
-  *" create "*) echo ACTIVE >"$FAKE/state" ;;
+  *" create "*) [ -z "${REFUSED:-}" ] || exit 1; echo ACTIVE >"$FAKE/state" ;;
   *delete*) rm -f "$FAKE/state" ;;
   *"tail -n +1"*)
     status=$(head -n 1 "$FAKE/statuses"); sed -i 1d "$FAKE/statuses"
@@ -191,6 +191,11 @@ def test_a_preempted_pod_begins_again(tmp_path, statuses, rounds, status):
     left, _, asked = pod(tmp_path, *WORDS, statuses=statuses)
     assert left == status and sum(' create ' in line for line in asked) == rounds
     assert 'delete' in asked[-1] and not (tmp_path / 'state').exists()
+
+
+def test_a_pod_that_is_refused_is_not_asked_for_again(tmp_path):
+    status, _, asked = pod(tmp_path, *WORDS, REFUSED='1')
+    assert status == 1 and sum(' create ' in line for line in asked) == 1
 
 
 def test_a_pod_without_a_place(tmp_path):
