@@ -90,11 +90,6 @@ def exchange(value: Any) -> list[Any]:
     return [value] if _member is None else _member.exchange(value)
 
 
-def from_first(value: Any) -> Any:
-    """Process 0's value (JSON), for what a process decides by its own clock or disk."""
-    return exchange(value)[0]
-
-
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """Process 0 does what is inside before the others begin."""
@@ -123,6 +118,13 @@ def agreed(error: Exception | None) -> str | None:
 def stops_after(step: int, signal: str | None) -> str | None:
     """Why to stop after `step`, the same step in every process, if one of them had a signal; None to go on."""
     return signal if _member is None else _member.stops_after(step, signal)
+
+
+def settle(error: BaseException) -> None:
+    """Before an error is told: one that another process's death caused is not, because that one is told instead, and
+    this process ends here. A death shows first as an error of a collective; which process died, the hub knows."""
+    if _member is not None and not isinstance(error, UsageError | Preempted | KeyboardInterrupt):
+        time.sleep(GRACE)
 
 
 def last_words(say: Callable[[str], None]) -> None:
@@ -309,13 +311,10 @@ class Member:
             return
         if isinstance(error, Preempted) and self._step >= self._stop_after:
             return self.end()
-        if not isinstance(error, UsageError | Preempted | KeyboardInterrupt):
-            # A process that is gone shows first as an error of a collective. The hub knows which, and ends us.
-            time.sleep(GRACE)
+        settle(error)
         self._leaving = True
         known = isinstance(error, UsageError | RunError | Preempted)
-        text = ' '.join(str(error).split()) or type(error).__name__
-        reason = text if known else f'{type(error).__name__}: {text}'
+        reason = ' '.join(f'{"" if known else type(error).__name__} {error}'.split())
         self._send(lm='bye', status=error.status if known else RunError.status, reason=reason)
         self._thread.join(GRACE)  # the hub has passed it on, and closes the line
 

@@ -76,6 +76,7 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         processes.last_words(ended)
         yield
     except BaseException as error:
+        processes.settle(error)
         reason = ' '.join(str(error).split()) or type(error).__name__
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
         raise
