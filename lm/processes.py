@@ -214,7 +214,8 @@ class Member:
     # -- coming --
 
     def enter(self, facts: Mapping[str, Any]) -> int:
-        """Meets the others: the port of JAX's service. Raises UsageError if they do not come, or do not fit."""
+        """Meets the others: the port of JAX's service. Raises UsageError if they do not come, or do not fit, and what
+        the other has if one ends while all wait."""
         self._line = Line(self._connect())
         name = f'{socket.gethostname()}, pid {os.getpid()}'
         hello = {'index': self.place.index, 'count': self.place.count, 'name': name, 'facts': dict(facts)}
@@ -229,7 +230,10 @@ class Member:
         if answer['lm'] != 'begin':
             if self._hub is not None:
                 time.sleep(GRACE)  # those who are still starting shall hear it, too
-            raise UsageError(answer.get('line') or self._told_of(answer))
+            if answer['lm'] == 'refused':
+                raise UsageError(answer['line'])
+            kind = {UsageError.status: UsageError, Preempted.status: Preempted}.get(answer['status'], RunError)
+            raise kind(self._told_of(answer))
         self._names = answer['names']
         return answer['port']
 
@@ -307,7 +311,7 @@ class Member:
 
     def leave(self, error: BaseException) -> None:
         """Tells the others why this process ends, unless they all end for the same reason."""
-        if self._line is None or not self._thread.is_alive():
+        if self._line is None or self._thread.ident is not None and not self._thread.is_alive():
             return
         if isinstance(error, Preempted) and self._step >= self._stop_after:
             return self.end()
@@ -316,7 +320,8 @@ class Member:
         known = isinstance(error, UsageError | RunError | Preempted)
         reason = ' '.join(f'{"" if known else type(error).__name__} {error}'.split())
         self._send(lm='bye', status=error.status if known else RunError.status, reason=reason)
-        self._thread.join(GRACE)  # the hub has passed it on, and closes the line
+        if self._thread.is_alive():
+            self._thread.join(GRACE)  # the hub has passed it on, and closes the line
 
     def _told_of(self, lost: Message) -> str:
         index = lost['index']

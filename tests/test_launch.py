@@ -71,7 +71,9 @@ def test_local_starts_all_with_their_flags():
     assert out == [f'--config=a b --coordinator=127.0.0.1:{port} --num_processes=3 --process_id={i}' for i in range(3)]
 
 
-@pytest.mark.parametrize(('statuses', 'worst'), [('0 0', 0), ('0 1', 1), ('75 1', 1), ('2 1', 2), ('1 137', 137)])
+@pytest.mark.parametrize(
+    ('statuses', 'worst'), [('0 0', 0), ('0 1', 1), ('75 1', 1), ('1 75', 1), ('2 1', 2), ('1 137', 137)]
+)
 def test_local_leaves_with_the_worst_status(statuses, worst):
     """One that was preempted is worse than one that is done, and better than one that failed."""
     assert local(2, 'i=${!#}; shift "${i#*=}"; exit "$1"', 'x', *statuses.split())[0] == worst

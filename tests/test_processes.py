@@ -15,7 +15,7 @@ import running
 from running import lines, measured, status, steps_saved
 
 from lm import hub, processes, sharding
-from lm.errors import UsageError
+from lm.errors import Preempted, RunError, UsageError
 from lm.processes import Member, Place
 
 N = 3
@@ -104,6 +104,23 @@ def test_who_does_not_come_is_named():
     assert 'of 3 processes these did not come: 1' in refusal(told) and time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize(
+    ('error', 'status', 'line'), [(None, 1, 'process 1 of 3 has died'), (Preempted('a'), 75, 'process 1: a')]
+)
+def test_one_that_ends_while_all_wait_is_named(error, status, line):
+    where = coordinator()
+    first, second = new_member(where, N, 0), new_member(where, N, 1)
+    with ThreadPoolExecutor(2) as pool:
+        entered = [pool.submit(member.enter, {}) for member in (first, second)]
+        while len(first._hub._lines) < 2:
+            time.sleep(0.01)
+        second.leave(error) if error else second._line.close()
+        with pytest.raises((RunError, Preempted), match=line) as found:
+            entered[0].result()
+        assert found.value.status == status
+        assert isinstance(entered[1].exception(), (UsageError, Preempted))
+
+
 def test_without_process_0_the_others_say_so():
     (told,) = meet(ids=(1,), wait=1)
     assert 'process 0 was not to be reached at 127.0.0.1:' in told
@@ -174,7 +191,7 @@ def test_all_stop_after_the_same_step(members, who):
 
     def run(member):
         index = member.place.index
-        for step in range(1, 10_000):
+        for step in range(1, 2_000):
             time.sleep(paces[index])
             if why := member.stops_after(step, 'SIGTERM' if index == who and step >= 40 else None):
                 assert why == f'SIGTERM to process {who}'
