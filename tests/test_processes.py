@@ -251,9 +251,9 @@ def test_one_process_has_all_rows(mesh):
 # ---- two processes of four devices against one of eight ----
 
 
-def start(lab, workdir, *, devices=1, differing=({}, {}), **settings) -> list[subprocess.Popen]:
+def start(lab, workdir, *words, devices=1, differing=({}, {}), **settings) -> list[subprocess.Popen]:
     """Two processes with so many devices each, which find each other at a free port."""
-    several = [f'--coordinator={coordinator()}', '--num_processes=2']
+    several = [f'--coordinator={coordinator()}', '--num_processes=2', *words]
     return [
         lab.start(workdir, *several, f'--process_id={i}', devices=devices, **settings, **differing[i]) for i in range(2)
     ]
@@ -375,6 +375,13 @@ def test_what_differs_is_refused_before_anything_is_written(lab, tmp_path):
     started = start(lab, tmp_path / 'run', differing=({}, {'optim__lr': 0.5}))
     line = 'lm: process 1 has optim.lr=0.5, process 0 has 0.003: start all of them alike'
     assert [(code, told) for code, _, told in ended(started)] == [(2, [line])] * 2
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two(lab, tmp_path):
+    (code_0, out, _), (code_1, nothing, _) = ended(start(lab, tmp_path / 'run', '--dry_run'))
+    assert code_0 == code_1 == 0 and running.one_object(out)['dry_run'] and nothing == ''
     assert not (tmp_path / 'run').exists()
 
 
