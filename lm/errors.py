@@ -64,10 +64,10 @@ def run_command(command: Callable[[], None]) -> int:
 
 def leave(status: int) -> NoReturn:
     """Ends the process: after a failure at once, since what a failed save of Orbax's left waiting would hold it for
-    minutes (0.12.8: threads that wait for a signal which never comes)."""
+    minutes (0.12.8: threads that wait for a signal which never comes), and JAX would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == RunError.status:
+    if status in (RunError.status, UsageError.status):
         os._exit(status)
     sys.exit(status)
 

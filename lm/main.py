@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from lm import config as configs
-from lm import runtime
+from lm import processes, runtime
 from lm.errors import Parser, UsageError, leave, run_command
 
 
@@ -30,6 +30,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
     parser.add_argument(
         '--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing'
+    )
+    several = parser.add_argument_group('several processes, which train one run together')
+    number = lambda name: configs.whole(f'--{name}')
+    several.add_argument(
+        '--coordinator',
+        metavar='HOST:PORT',
+        help='where process 0 listens; auto: ask the cluster (Cloud TPU, Slurm, …)',
+    )
+    several.add_argument('--num_processes', metavar='N', type=number('num_processes'), help='how many there are')
+    several.add_argument('--process_id', metavar='I', type=number('process_id'), help='which of them this is, from 0')
+    several.add_argument(
+        '--wait', metavar='SECONDS', type=number('wait'), default=300, help='for the others to come (300)'
     )
     words, settings = configs.split_settings(argv)
     return parser.parse_args(words), settings
@@ -49,13 +61,26 @@ def train(argv: Sequence[str]) -> dict:
         )
     suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
     workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
-    with runtime.stop_request() as stop, contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir):
+    place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
+    facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
+    with (
+        runtime.stop_request() as stop,
+        processes.joined(place, facts, wait=flags.wait),
+        contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir),
+    ):
         runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
-        return STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
+        last = STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
+        return last if processes.first() else {}
 
 
 def main() -> int:
-    return run_command(lambda: print(json.dumps(train(sys.argv[1:]))))
+    return run_command(lambda: tell(train(sys.argv[1:])))
+
+
+def tell(last: dict) -> None:
+    """The last metrics as one line; of several processes the first alone has them."""
+    if last:
+        print(json.dumps(last))
 
 
 if __name__ == '__main__':

@@ -12,15 +12,18 @@ from typing import Any
 
 import jax
 
+from lm import processes, xla
 from lm.errors import Preempted
 
 
 def setup() -> None:
-    """Turns on the compile cache (12 s to the first step become 1 s) and asks XLA to keep its warnings to itself.
+    """Turns on the compile cache (12 s to the first step become 1 s), sets XLA's flags for the platform and asks XLA to
+    keep its warnings to itself.
 
     JAX caches by default only what took a second to compile; the laptop's steps are quicker and still worth keeping.
     """
     _keep_memory()
+    xla.setup()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     cache = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'xla'
     if not jax.config.values['jax_compilation_cache_dir']:
@@ -55,6 +58,12 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step: every process asks after every step, and all are told the same."""
+        why = processes.stops_after(step, self.signal)
+        self.signal = why or self.signal
+        return why is not None
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame

@@ -17,10 +17,11 @@ There is no pipeline axis on purpose: FSDP over a pod's fast links with tensor p
 codebase is for, and a pipeline schedule would put a second execution order next to the only one a reader has to learn.
 """
 
+import bisect
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -147,8 +148,47 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
 
 
-def shard_batch(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh."""
+class LocalRows(NamedTuple):
+    """The rows that a process holds of a batch of `batch_size`."""
+
+    rows: Sequence[int]
+    batch_size: int
+
+
+def local_rows(batch_size: int, seq_len: int) -> LocalRows | None:
+    """The rows of a batch [B, T] that this process's devices have a part of; None where they have all of it.
+
+    Processes whose devices split a row (along `seq`) or share it (along `tensor`) have the same rows.
+    """
+    where = NamedSharding(jax.sharding.get_mesh(), activation_spec('BT', (batch_size, seq_len)))
+    if where.is_fully_addressable:
+        return None
+    parts = filter(None, where.addressable_devices_indices_map((batch_size, seq_len)).values())
+    return LocalRows(sorted({row for rows, _ in parts for row in range(batch_size)[rows]}), batch_size)
+
+
+def shard_batch(batch: Mapping[str, Any], local: LocalRows | None = None) -> dict[str, jax.Array]:
+    """Puts host arrays, named by their dims (`tokens_BT`), on the current mesh.
+
+    Args:
+      local: which rows of the batch the arrays hold, at least `local_rows`; None: all.
+    """
     mesh = jax.sharding.get_mesh()
-    put = lambda dims, x: jax.device_put(x, NamedSharding(mesh, activation_spec(dims, x.shape)))
+
+    def put(dims: str, x: Any) -> jax.Array:
+        held = LocalRows(range(len(x)), len(x)) if local is None else local
+        shape = (held.batch_size, *x.shape[1:])
+        where = NamedSharding(mesh, activation_spec(dims, shape))
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        parts = where.addressable_devices_indices_map(shape).items()
+        blocks = [jax.device_put(_block(x, held.rows, index), device) for device, index in parts if index is not None]
+        return jax.make_array_from_single_device_arrays(shape, where, blocks)
+
     return {name: put(dims_of(name), x) for name, x in batch.items()}
+
+
+def _block(x: Any, rows: Sequence[int], index: tuple[slice, ...]) -> Any:
+    """The part of a batch at `index`; `x` holds these rows of it."""
+    first, last, _ = index[0].indices(rows[-1] + 1)
+    return x[(slice(bisect.bisect_left(rows, first), bisect.bisect_left(rows, last)), *index[1:])]

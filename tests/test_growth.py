@@ -41,7 +41,7 @@ def test_batches_have_each_row_once_in_whole_microbatches(lab, hosts):
     expected = np.concatenate([next(plain)['tokens_BT'] for _ in range(6)])
 
     def batch(step):
-        parts = [slice(h * 8 // hosts, (h + 1) * 8 // hosts) for h in range(hosts)]
+        parts = [range(h * 8 // hosts, (h + 1) * 8 // hosts) for h in range(hosts)]
         found = [next(train_batches(prepared, start=step, growth=growth, rows=rows, **options)) for rows in parts]
         return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
 

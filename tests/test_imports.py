@@ -20,6 +20,8 @@ ROOMS = (
     {'presets'},
     {'config'},
     {'runtime', 'files', 'sharding'},
+    {'processes', 'xla'},
+    {'hub'},
     {'errors'},
 )
 ENTRY_POINTS = ROOMS[0]

@@ -75,7 +75,7 @@ class _Batches:
 
     mixture: Mixture
     growth: Growth
-    rows: slice
+    rows: Sequence[int]
     start: int
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class _Batches:
     def __getitem__(self, index: int) -> Batch:
         step, n = self.start + index, self.growth.microbatches
         first, count = self.growth.first(step), self.growth.count(step)
-        places = [divmod(p, n) for p in range(self.growth.microbatch * n)[self.rows]]
+        places = [divmod(p, n) for p in self.rows]
         empty = _empty_like(self.mixture.row(first), self.mixture.rows[0].store.pad_id) if count < n else {}
         return stack([self.mixture.row(first + k * count + j) if j < count else empty for k, j in places])
 
@@ -96,7 +96,7 @@ def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
 
 
 def train_batches(
-    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: slice | None = None,
+    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: Sequence[int] | None = None,
     growth: Growth | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Batches start, start + 1, … without end: arrays [B, T] under tokens_BT, targets_BT, weights_BT, segments_BT and
@@ -108,7 +108,7 @@ def train_batches(
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
     mixture = mix(prepared, seq_len=seq_len, seed=seed)
-    source = _Batches(mixture, growth or Growth(batch_size, 1, 0), rows or slice(None), start)
+    source = _Batches(mixture, growth or Growth(batch_size, 1, 0), range(batch_size) if rows is None else rows, start)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import sharding
+from lm import processes, sharding, xla
 from lm.config import Config
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
@@ -57,17 +57,19 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     # ---- data ----
     ledger = Ledger()
     recorder = Recorder()
+    recorder.say(xla.line())
     prompts = load_prompts(config.eval.prompts)
     if not prompts:
         raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
     if tokenizer and found and find_tokenizer(own):  # copied when the run began
         tokenizer = str(own)
-    with ledger('prepare'):
+    with ledger('prepare'), processes.in_turn():  # the others find it in a cache that they share, or make their own
         prepared = prepare(
             mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
             heldout=config.data.heldout, progress=recorder.say,
         )  # fmt: skip
+    processes.same('prepared data', prepared.fingerprint)
     if found and found['data'] != prepared.fingerprint:
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
@@ -87,7 +89,8 @@ def _fit(
     config: Config, cfg: ModelConfig, workdir: epath.Path, prepared: Prepared, prompts: Sequence[Prompt],
     recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
-    prepared.tokenizer.save(str(workdir / 'tokenizer'))
+    if processes.first():
+        prepared.tokenizer.save(str(workdir / 'tokenizer'))
     for line in describe(config, cfg, prepared):
         recorder.say(line)
     recorder.status('compiling', 0)
@@ -196,14 +199,15 @@ def start(
 
 def make_source(config: Config, prepared: Prepared, *, start: int) -> Callable[[Any, int], dict[str, jax.Array]]:
     """source(state, i) -> batch i. Batches come in order; the state is not looked at."""
+    local = sharding.local_rows(config.batch_size, config.seq_len)
     batches = pipeline.train_batches(
         prepared, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, start=start,
-        growth=setup.growth(config),
+        growth=setup.growth(config), rows=None if local is None else local.rows,
     )  # fmt: skip
 
     def source(state: Any, i: int) -> dict[str, jax.Array]:
         del state, i
-        return sharding.shard_batch(next(batches))
+        return sharding.shard_batch(next(batches), local)
 
     return source
 

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import runtime, sharding
+from lm import processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
@@ -66,14 +66,20 @@ def recall(config: Config, saved: Mapping[str, Any] | None) -> None:
 @contextlib.contextmanager
 def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     """Inside runs the training: if it ends early, status.json and log.txt say why."""
-    try:
-        yield
-    except BaseException as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
+
+    def ended(reason: str, state: str = 'failed') -> None:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
-            recorder.status('preempted' if isinstance(error, Preempted) else 'failed', reason=reason)
+            recorder.status(state, reason=reason)
+
+    try:
+        processes.last_words(ended)
+        yield
+    except BaseException as error:
+        processes.settle(error)
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
         raise
     recorder.say(ledger.line())
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm import processes
 from lm.config import split_run
 from lm.errors import RunError, UsageError
 
@@ -154,22 +155,34 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
       ValueError: what is damaged, by name. UsageError: a newer layout.
     """
-    meta = read_meta(path)
+    tree, meta, damage = None, {}, None
     try:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(path.resolve() / 'state', args=args)
-    except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
-        raise ValueError(f'it cannot be read ({_first_line(error)})') from error
-    missing = [p for p, x in jax.tree_util.tree_leaves_with_path(tree) if not isinstance(x, jax.Array)]
-    if missing:  # a part that orbax does not find it leaves as it was asked for
-        raise ValueError(f'{jax.tree_util.keystr(missing[0])} is not in it')
+        meta = read_meta(path)
+        tree = _restore(path, abstract)
+    except ValueError as error:
+        damage = error
+    if (told := processes.agreed(damage)) is not None:  # what one of several processes cannot read, none of them takes
+        raise ValueError(told) from damage
     saved = meta['checksums']
     wrong = [leaf for leaf, words in checksums(tree).items() if saved.get(leaf) != words]
     if wrong:
         raise ValueError(f'checksum of {wrong[0]} is wrong' + (f', and of {len(wrong) - 1} more' if wrong[1:] else ''))
     return tree, meta
+
+
+def _restore(path: epath.Path, abstract: Any) -> Any:
+    """What `read` reads, unverified. Each process reads its own shards, and waits for nobody. Raises ValueError."""
+    try:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.restore(path.resolve() / 'state', args=args)
+    except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
+        raise ValueError(f'it cannot be read ({_first_line(error)})') from error
+    missing = [p for p, x in jax.tree_util.tree_leaves_with_path(tree) if not isinstance(x, jax.Array)]
+    if missing:  # a part that orbax does not find it leaves as it was asked for
+        raise ValueError(f'{jax.tree_util.keystr(missing[0])} is not in it')
+    return tree
 
 
 def read_newest(
@@ -190,8 +203,8 @@ def read_newest(
             warn(f'checkpoint {path} is damaged: {error}; falling back to the one before')
             damaged.append(path)
             continue
-        for path in damaged if set_aside else ():
-            _set_aside(path)
+        if set_aside:
+            _set_aside(damaged)
         return step, tree, meta
     if damaged:
         raise RunError(
@@ -216,11 +229,13 @@ def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, 
         raise RunError(f'checkpoint {run} is damaged: {error}') from error
 
 
-def _set_aside(path: epath.Path) -> None:
-    target, n = path.parent / f'{path.name}.damaged', 1
-    while target.exists():
-        target, n = path.parent / f'{path.name}.damaged.{n}', n + 1
-    path.rename(target)
+def _set_aside(paths: Sequence[epath.Path]) -> None:
+    for path in paths if processes.first() else ():
+        target, n = path.parent / f'{path.name}.damaged', 1
+        while target.exists():
+            target, n = path.parent / f'{path.name}.damaged.{n}', n + 1
+        path.rename(target)
+    processes.exchange('set aside')  # until it is done
 
 
 def _first_line(error: BaseException) -> str:
@@ -267,9 +282,7 @@ class Writer:
     def set_aside(self, after: int) -> None:
         """Renames the checkpoints of steps past `after`: they can be read and are not worth going on from."""
         self.wait()
-        for step in listed(self._directory):
-            if step > after:
-                _set_aside(self._directory / str(step))
+        _set_aside([self._directory / str(step) for step in listed(self._directory) if step > after])
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

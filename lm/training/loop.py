@@ -69,7 +69,7 @@ def run_loop(
                         meter.read(*pending, steps=steps)
                 i, pending = i + 1, (i + 1, metrics)
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
-            stops = bool(stop) and i < steps  # asked once: a signal that comes below is for the next step
+            stops = stop.after(i) and i < steps  # asked once: a signal that comes below is for the next step
             if evaluates or saves or stops:
                 with hooks.ledger('step'):
                     meter.read(*pending, steps=steps)
@@ -151,6 +151,8 @@ class Profile:
 
     def __init__(self, hooks: Hooks) -> None:
         self._recorder, first = hooks.recorder, hooks.profile
+        if self._recorder.workdir is None:  # of several processes the first alone is traced
+            first = None
         self._steps = range(0) if first is None else range(first, first + PROFILED_STEPS)
         self._tracing = False
 

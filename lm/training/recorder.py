@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from lm import files
+from lm import files, processes
 
 # Their fields are declared at run time, where no type checker sees them.
 Event: Any = vars(event_pb2)['Event']
@@ -28,14 +28,15 @@ PATIENCE = 15  # seconds
 class Recorder:
     """Writes into a run's directory, and speaks on stderr (stdout is kept for the last JSON line).
 
-    Before `open` it speaks and keeps what it said for log.txt: a run that is refused leaves no directory behind.
+    Before `open` it speaks and keeps what it said for log.txt: a run that is refused leaves no directory behind. Of
+    several processes, the first alone speaks and writes.
     """
 
     def __init__(self) -> None:
         self.workdir: epath.Path | None = None
         self.last: dict[str, Any] = {}
         self._said: list[str] = []
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, quiet=not processes.first())
         self._events: epath.Path | None = None
         self._step = self._rewound = 0
         self._bar: Progress | None = None
@@ -43,6 +44,8 @@ class Recorder:
 
     def open(self, workdir: epath.Path) -> None:
         """From now on everything is written into `workdir`, too."""
+        if not processes.first():
+            return
         files.sweep(workdir)
         self.workdir = workdir
         for line in self._said:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lm import files, runtime, sharding
+from lm import files, processes, runtime, sharding
 from lm.config import Config, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
@@ -22,7 +23,19 @@ from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
 LOCK = '.lock'
-VERSIONED = ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece', 'tokenizers')
+VERSIONED = (
+    'lm',
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'grain',
+    'sentencepiece',
+    'tokenizers',
+    'numpy',
+)
+NUMERIC = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'threefry_partitionable')  # settings of JAX
 
 
 class Model(NamedTuple):
@@ -72,11 +85,11 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
     """Inside, this process alone trains in `workdir`: two at once would spoil each other's files.
 
     The lock is the system's, which lets it go however the process ends. What was made for it is removed again unless
-    the run has put something there. A bucket has no locks.
+    the run has put something there. A bucket has no locks. Of several processes, the first holds it for all.
 
     Raises UsageError if another process trains there, or nothing can be written there.
     """
-    if '://' in os.fspath(workdir):
+    if '://' in os.fspath(workdir) or not processes.first():
         yield
         return
     _check_folder(workdir)
@@ -211,11 +224,26 @@ def tokenizer_folder(run: str) -> str:
 
 
 def write_config(workdir: epath.Path, config: Config, **more: Any) -> None:
-    """Writes config.json: the resolved settings, and where they ran."""
+    """Writes config.json: the resolved settings, and where they ran.
+
+    Raises UsageError if one of several processes does not see it: checkpoints are written together.
+    """
     parents = [p for p in (config.init_from, config.branch_from) if p]
-    versions = {name: _version(name) for name in VERSIONED}
-    value = {'config': config.to_dict(), 'parents': parents, 'versions': versions, 'commit': _commit(), **more}
-    files.write_json(workdir / 'config.json', value)
+    value = {'config': config.to_dict(), 'parents': parents, 'versions': versions(), 'commit': commit(), **more}
+    if processes.first():
+        files.write_json(workdir / 'config.json', value)
+    processes.exchange('written')
+    seen = processes.exchange((workdir / 'config.json').exists())
+    if not all(seen):
+        raise UsageError(
+            f'process {seen.index(False)} does not see {workdir} of process 0: name a folder that all share'
+        )
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What must be the same in all processes of a run: {setting or name of a package: value}."""
+    found = {f'jax_{name}': jax.config.values[f'jax_{name}'] for name in NUMERIC}
+    return {**dict(leaves(config)), **versions(), 'python': platform.python_version(), 'commit': commit(), **found}
 
 
 def load(run: str, *, warn: Callable[[str], None]) -> Model:
@@ -270,6 +298,11 @@ def with_shardings(shapes: Any) -> Any:
     return jax.tree.map(put, shapes, sharding.shardings(mesh, sharding.param_specs(shapes)))
 
 
+def versions() -> dict[str, str | None]:
+    """What is installed of what a run's numbers depend on."""
+    return {name: _version(name) for name in VERSIONED}
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -277,7 +310,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, if this is one."""
     root = Path(__file__).parents[2]
     try:
