@@ -62,5 +62,6 @@ def setup() -> None:
 
 def line() -> str:
     """What XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'."""
-    told = [f'{name}={os.environ[name]}' for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS') if os.environ.get(name)]
+    set_here = {name: ' '.join(os.environ.get(name, '').split()) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+    told = [f'{name}={value}' for name, value in set_here.items() if value]
     return f'xla: {platform()}' + (' ' + ' '.join(told) if told else ', its defaults')

@@ -57,7 +57,6 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
     # ---- data ----
     ledger = Ledger()
     recorder = Recorder()
-    recorder.say(xla.line())
     prompts = load_prompts(config.eval.prompts)
     if not prompts:
         raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
@@ -74,6 +73,7 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
         raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
+    recorder.say(xla.line())
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     setup.resolve(config, found, epoch=setup.growth(config).steps_in(pipeline.rows_in_epoch(prepared, config.seq_len)))
 
