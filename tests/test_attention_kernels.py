@@ -18,7 +18,7 @@ from test_attention import assert_same, jitted
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import attention_kernels as kernels
-from lm.model.attention import attention, dense_attention
+from lm.model.attention import BACKENDS, attention, dense_attention
 
 H100 = kernels.Device('cuda', 'NVIDIA H100', 9.0)
 A100 = kernels.Device('cuda', 'NVIDIA A100', 8.0)
@@ -53,6 +53,7 @@ def test_the_platform_decides_and_says_why(device, changes, name, why):
 
 
 def test_what_is_asked_for_is_what_one_gets():
+    assert tuple(BACKENDS) == kernels.NAMES
     for device in (CPU, TPU, H100):
         assert kernels.choose(device, **MODEL, asked='dense').name == 'dense'
     assert kernels.choose(H100, **MODEL, asked='cudnn').name == 'cudnn'
@@ -178,7 +179,8 @@ def test_what_is_asked_of_cudnn_is_attention(cudnn_by_xla, shape, T, options):
 
 
 @pytest.mark.parametrize(('packed', 'window'), [(False, None), (False, 7), (True, 7)])
-def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, packed, window):
+@pytest.mark.parametrize('shape', [{}, {'fsdp': 2, 'tensor': 2}])
+def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, shape, packed, window):
     """Lowered here for CUDA; what finds the version of cuDNN asks a GPU, so it is told."""
     inner = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
     monkeypatch.setattr(inner, 'check_cudnn_version', lambda: 91_000)
@@ -187,10 +189,11 @@ def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, packed, window):
         out = attention(q, k, v, segments_BT=segments_BT, window=window, backend='cudnn')
         return jnp.sum(out.astype(jnp.float32))
 
-    q, k = (jax.ShapeDtypeStruct((2, 64, n, 16), jnp.bfloat16) for n in (4, 2))
-    segments_BT = jax.ShapeDtypeStruct((2, 64), jnp.int32) if packed else None
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segments_BT)
-    text = traced.lower(lowering_platforms=('cuda',)).as_text().replace(r'\22', '"')
+    with sharding.use_mesh(shape, jax.devices()[: 4 if shape else 1]) as mesh:
+        q, k = (abstract(mesh, 'BTNH', (2, 64, n, 16)) for n in (4, 2))
+        segments_BT = abstract(mesh, 'BT', (2, 64), jnp.int32) if packed else None
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segments_BT)
+        text = traced.lower(lowering_platforms=('cuda',)).as_text().replace(r'\22', '"')
     kind = 'ScaleBias' if packed else ''
     assert set(re.findall(r'__cudnn\$(\w+)', text)) == {f'fmha{kind}Softmax', f'fmha{kind}SoftmaxBackward'}
     assert set(re.findall(r'mask_type\W+(\w+)', text)) == {'CAUSAL'}
@@ -233,13 +236,8 @@ def compiled_for_a_tpu():
 
     devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4').devices
     with sharding.use_mesh({'fsdp': 2, 'seq': 2, 'tensor': 2}, devices) as mesh:
-
-        def abstract(dims, shape, dtype=jnp.bfloat16):
-            where = jax.NamedSharding(mesh, sharding.activation_spec(dims, shape))
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-        q, k = (abstract('BTNH', (2, 1024, n, 64)) for n in (4, 2))
-        segments_BT = abstract('BT', (2, 1024), jnp.int32)
+        q, k = (abstract(mesh, 'BTNH', (2, 1024, n, 64)) for n in (4, 2))
+        segments_BT = abstract(mesh, 'BT', (2, 1024), jnp.int32)
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segments_BT)
         text = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
     return {'kernels': len(re.findall('custom_call_target="tpu_custom_call"', text))}
@@ -251,6 +249,10 @@ def test_splash_compiles_for_a_tpu():
     """Without the machine. Forward, and backward for queries and for keys and values."""
     machine = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
     assert in_a_process('compiled_for_a_tpu', JAX_PLATFORMS='cpu', **machine) == {'kernels': 3}
+
+
+def abstract(mesh, dims, shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, sharding.activation_spec(dims, shape)))
 
 
 def in_a_process(name, **env):

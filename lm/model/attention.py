@@ -38,7 +38,8 @@ def attention(
     """
     local = _attend if positions_BT is not None else BACKENDS[backend]
     attend = partial(local, window=window, softcap=softcap)
-    manual = backend in kernels.NEEDS and not jax.sharding.get_abstract_mesh().empty  # on one device, too
+    # Under a mesh, even of one device, JAX cannot lay a kernel out: it is run on each device's own arrays.
+    manual = backend in kernels.NEEDS and not jax.sharding.get_abstract_mesh().empty
     if not sharding.axis_sizes() and not manual:
         return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, positions_BT, offset=None)
     return _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT)

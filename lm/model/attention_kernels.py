@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 def this_device() -> Device:
     """The device that JAX computes on."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != 'gpu':
         return Device(device.platform, device.device_kind)
     if 'cuda' not in device.client.platform_version.lower():
