@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import jax
@@ -249,6 +250,17 @@ def test_what_only_looks_like_a_step(three):
     assert step == 3 and equal(tree, trees[3])
     assert len(said) == 2 and '/9 is damaged' in said[0] and '/8 is damaged' in said[1]
     assert (folder / '9.damaged').exists() and (folder / '8.damaged').exists()
+
+
+@pytest.mark.parametrize('folder', ['orbax', 'ours'])
+def test_a_read_that_orbax_gave_up_is_not_told_twice(folder):
+    """Its coroutine is destroyed some time later, where nobody can catch what it raises then."""
+    found = {}
+    exec(compile('async def read(): raise OSError', f'/lib/{folder}/checkpoint/read.py', 'exec'), found)
+    coroutine = found['read']()
+    coroutine.close()
+    for error, told in ((OSError('truncated'), folder == 'orbax'), (RuntimeError('Event loop is closed'), True)):
+        assert checkpoint._told_by_us(types.SimpleNamespace(object=coroutine, exc_value=error)) == told
 
 
 def test_a_damaged_step_can_be_saved_again(three):

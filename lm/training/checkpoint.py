@@ -9,10 +9,12 @@ damaged is renamed out of the way.
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,17 +30,25 @@ LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code 
 
 
 def _quieten() -> None:
-    """When a file cannot be read or written, Orbax and TensorStore log a traceback from each thread that finds out, and
-    TensorStore one for each answer that comes after that. We raise the error, and it is told in one line."""
+    """When a file cannot be read or written, Orbax and TensorStore log a traceback from each thread that finds out,
+    TensorStore one for each answer that comes after that, and Python one for each read of Orbax's that was given up. We
+    raise the error, and it is told in one line."""
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != 'Event loop is closed':
+        if not _told_by_us(unraisable):
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _told_by_us(unraisable: Any) -> bool:
+    """Whether an exception that nobody could catch is one of a failed read or write."""
+    left = unraisable.object
+    of_orbax = inspect.iscoroutine(left) and 'orbax' in Path(left.cr_code.co_filename).parts
+    return of_orbax or str(unraisable.exc_value) == 'Event loop is closed'
 
 
 _quieten()
