@@ -5,14 +5,17 @@ own batch rows and heads with all the keys (`jax.shard_map`); with a split seque
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 
 NEGATIVE = -1e30  # not -inf: a row that sees no key (padding) gives the mean of v, which nobody reads, and not nan
+EMPTY = np.iinfo(np.int32).max  # the position of a slot that holds no token: after every query
 QUERY_BLOCK = 64  # queries a block; small enough to skip most of what causality masks, large enough for the matmuls
 
 
@@ -107,6 +110,64 @@ def _block(q_BKJTH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
     mask_BKTS = jnp.tile(mask_BTS, (1, J, 1))[:, None]
     probs_BKTS = jax.nn.softmax(jnp.where(mask_BKTS, logits_BKTS, NEGATIVE), axis=-1).astype(v_BKSH.dtype)
     return jnp.einsum('BKTS,BKSH->BKTH', probs_BKTS, v_BKSH).reshape(B, K, J, T, H)
+
+
+class Places(NamedTuple):
+    """Where the tokens of `cached_attention` stand in their texts; EMPTY is a token that nobody sees."""
+
+    query_BT: jax.Array
+    new_BT: jax.Array  # of the keys that are read with the queries
+    cached_BS: jax.Array
+    slot: jax.Array  # the first slot to write to
+
+
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places: Places, *, window=None, softcap=None):
+    """Attention to a cache and to the T tokens after it, which it then writes: ([B, T, N, H], k_BKSH, v_BKSH).
+
+    Reads the cache as it was and takes the new tokens from its arguments, so that the cache is written in place: a
+    product that reads what was just written has XLA copy the cache at batch 1. Under a mesh heads are split as the
+    cache is, and each device writes its part.
+    """
+    local = partial(_cached, window=window, softcap=softcap)
+    if not sharding.axis_sizes():
+        return local(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places)
+    (B, T, _, _), K = q_BTNH.shape, k_BKSH.shape[1]
+    taken = sharding.assign({'B': B, 'K': K, 'T': T})
+    q_spec, kv_spec, cache_spec = (sharding.spec(dims, taken) for dims in ('BTKH', 'BSKH', 'BKSH'))
+    row, all_rows = sharding.spec('BT', taken), sharding.spec('BS', taken)
+    specs = (q_spec, kv_spec, kv_spec, cache_spec, cache_spec, Places(row, all_rows, all_rows, P()))
+    args = jax.tree.map(jax.reshard, (q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places), specs)
+    out_specs = (q_spec, cache_spec, cache_spec)
+    return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+
+
+def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, *, window, softcap):
+    """One device's `cached_attention`: one softmax, in float32, over two sets of keys that lie apart."""
+    q_BKJTH, *new = _lead_heads(q_BTNH, k_BTKH, v_BTKH)
+    B, K, J, T, H = q_BKJTH.shape
+    q_BKTH = (q_BKJTH * H**-0.5).reshape(B, K, J * T, H)
+    new_k_BKTH, new_v_BKTH = (x.astype(k_BKSH.dtype) for x in new)
+
+    def logits(keys_BKSH, position_BS):
+        x_BKTS = jnp.einsum('BKTH,BKSH->BKTS', q_BKTH, keys_BKSH, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            x_BKTS = softcap * jnp.tanh(x_BKTS / softcap)
+        mask_BTS = position_BS[:, None] <= places.query_BT[..., None]
+        if window is not None:
+            mask_BTS &= position_BS[:, None] > places.query_BT[..., None] - window
+        return jnp.where(jnp.tile(mask_BTS, (1, J, 1))[:, None], x_BKTS, NEGATIVE)
+
+    old_BKTS, new_BKTT = logits(k_BKSH, places.cached_BS), logits(new_k_BKTH, places.new_BT)
+    top_BKT1 = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (old_BKTS, new_BKTT)))
+    old_BKTS, new_BKTT = jnp.exp(old_BKTS - top_BKT1), jnp.exp(new_BKTT - top_BKT1)
+    total_BKT1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in (old_BKTS, new_BKTT))
+    product = partial(jnp.einsum, 'BKTS,BKSH->BKTH', preferred_element_type=jnp.float32)
+    out_BKTH = product(old_BKTS.astype(v_BKSH.dtype), v_BKSH) + product(new_BKTT.astype(v_BKSH.dtype), new_v_BKTH)
+    out_BKTH = (out_BKTH / total_BKT1).astype(q_BTNH.dtype)
+    # 0 that XLA cannot know: the write waits for the reads above, else XLA copies the cache to be safe
+    start = (0, 0, places.slot + jnp.isinf(out_BKTH[0, 0, 0, 0]), 0)
+    k_BKSH, v_BKSH = (jax.lax.dynamic_update_slice(*x, start) for x in ((k_BKSH, new_k_BKTH), (v_BKSH, new_v_BKTH)))
+    return out_BKTH.reshape(B, K, J, T, H).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), k_BKSH, v_BKSH
 
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, positions_BT=None, window=None, softcap=None):
