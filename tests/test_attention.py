@@ -1,6 +1,7 @@
 """Attention: every form of it equals the dense twin, values and gradients."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,15 @@ import numpy as np
 import pytest
 
 from lm import sharding
-from lm.model.attention import attention, dense_attention
+from lm.model.attention import EMPTY, Places, attention, cached_attention, dense_attention
 
 B, H = 4, 4
 
 
-def inputs(T, *, S=None, N=4, K=2, seed=0):
+def inputs(T, *, N=4, K=2, seed=0):
     """Queries, keys, values and a cotangent; logits large enough for the soft-cap to matter."""
     rng = np.random.default_rng(seed)
-    S = T if S is None else S
-    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
     return [2 * rng.standard_normal(s, np.float32) for s in shapes]
 
 
@@ -76,16 +76,43 @@ def test_the_twin_is_attention_written_out():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('window', [None, 4])
-def test_positions_say_how_much_of_a_cache_each_row_sees(window):
-    args = inputs(3, S=11)
-    positions_BT = np.array([[0, 1, 2], [5, 6, 7], [8, 9, 10], [2, 3, 4]], np.int32)
-    static = {'window': window, 'softcap': None}
-    got = jitted(attention, *args, static=static, positions_BT=positions_BT)
-    assert_same(got, jitted(dense_attention, *args, static=static, positions_BT=positions_BT))
-    q, k, v, _ = args
-    alone = attention(q[1:2], k[1:2, :8], v[1:2, :8], positions_BT=positions_BT[1:2], window=window)
-    np.testing.assert_allclose(got[0][1:2], alone, atol=1e-6)
+def cached(q, k, v, *, K=2, slots=11, seed=0):
+    """Arguments of `cached_attention`: new queries, keys and values after a cache filled to another length per row.
+
+    The keys that each row has lie anywhere among its slots, in no order; the last three slots are free.
+    """
+    rng = np.random.default_rng(seed)
+    length_B, T = np.array([0, 7, 3, 5], np.int32), q.shape[1]
+    position_BS = np.full((B, slots), EMPTY, np.int32)
+    for b, n in enumerate(length_B):
+        position_BS[b, rng.permutation(slots - 3)[:n]] = rng.permutation(n)
+    k_BKSH, v_BKSH = (rng.standard_normal((B, K, slots, H), np.float32) for _ in range(2))
+    query_BT = length_B[:, None] + np.arange(T, dtype=np.int32)
+    return q, k, v, k_BKSH, v_BKSH, Places(query_BT, query_BT, position_BS, np.int32(slots - 3))
+
+
+def in_order(row, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places):
+    """(keys, values) [1, S, K, H] of one row as they stand in its text."""
+    position_S = places.cached_BS[row]
+    order = np.argsort(position_S)[: np.sum(position_S != EMPTY)]
+    both = ((k_BKSH, k_BTKH), (v_BKSH, v_BTKH))
+    return [np.concatenate([old[row][:, order].swapaxes(0, 1), new[row]])[None] for old, new in both]
+
+
+@pytest.mark.parametrize(('window', 'softcap'), [(None, None), (4, 1.5)])
+def test_a_cache_gives_what_the_whole_text_gives(window, softcap):
+    q, *new = inputs(3)[:3]
+    args = cached(q, *new)
+    options = {'window': window, 'softcap': softcap}
+    out, k_BKSH, v_BKSH = jax.jit(partial(cached_attention, **options))(*args)
+    for row in range(B):
+        k, v = in_order(row, *args[1:])
+        positions_BT = args[-1].query_BT[row : row + 1]
+        expected = dense_attention(q[row : row + 1], k, v, positions_BT=positions_BT, **options)
+        np.testing.assert_allclose(out[row : row + 1], expected, atol=1e-5)
+    for after, before, x in ((k_BKSH, args[3], new[0]), (v_BKSH, args[4], new[1])):
+        np.testing.assert_array_equal(after[:, :, 8:], x.swapaxes(1, 2))
+        np.testing.assert_array_equal(after[:, :, :8], before[:, :, :8])
 
 
 def test_every_mesh_gives_the_same(mesh, set_block):
@@ -104,22 +131,22 @@ def test_every_mesh_gives_the_same(mesh, set_block):
 
 @pytest.mark.parametrize('mesh', ['data2-fsdp2-tensor2', 'tensor4', 'seq4-tensor2'], indirect=True)
 def test_a_cache_under_a_mesh(mesh):
-    args, positions_BT = inputs(4, S=11, K=1), np.arange(4, dtype=np.int32) + np.array([[0], [7], [3], [5]], np.int32)
+    args = cached(*inputs(4, K=1)[:3], K=1)
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
-        expected = jitted(dense_attention, *args, static={}, positions_BT=positions_BT)
-    put = lambda dims, x: jax.device_put(
-        np.asarray(x), jax.NamedSharding(mesh, sharding.activation_spec(dims, x.shape))
+        expected = jax.device_get(jax.jit(cached_attention)(*args))
+    put = lambda dims, x: jax.device_put(x, jax.NamedSharding(mesh, sharding.activation_spec(dims, x.shape)))
+    placed = [put(d, x) for d, x in zip(('BTNH', 'BTKH', 'BTKH', 'BKSH', 'BKSH'), args[:5], strict=True)]
+    places = Places(*(put(d, x) for d, x in zip(('BT', 'BT', 'BS', ''), args[5], strict=True)))
+    assert_same(jax.device_get(jax.jit(cached_attention)(*placed, places)), expected)
+
+
+def test_a_query_that_sees_no_key_is_finite():
+    """Padding of a ragged batch, before anything is in the cache, must not poison its row."""
+    *args, places = cached(*inputs(2)[:3])
+    nothing = places._replace(
+        new_BT=np.full_like(places.new_BT, EMPTY), cached_BS=np.full_like(places.cached_BS, EMPTY)
     )
-    placed = [put(dims, x) for dims, x in zip(('BTNH', 'BSKH', 'BSKH', 'BTNH'), args, strict=True)]
-    assert_same(jitted(attention, *placed, static={}, positions_BT=put('BT', positions_BT)), expected)
-
-
-def test_a_row_that_sees_no_key_is_finite():
-    """A query behind the cache's start (padding of a ragged batch) must not poison its row."""
-    q, k, v, g = inputs(2, S=3)
-    positions_BT = np.full((B, 2), -1, np.int32)
-    out, grads = both(attention, q, k, v, g, positions_BT=positions_BT)
-    assert all(np.all(np.isfinite(x)) for x in (out, *grads))
+    assert np.all(np.isfinite(cached_attention(*args, nothing)[0]))
 
 
 def test_the_softmax_is_float32():

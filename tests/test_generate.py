@@ -70,7 +70,6 @@ def cached_logits(params, cfg, tokens_BT, parts):
     out, start = [], 0
     for size in parts:
         h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT[:, start : start + size], cache)
-        cache = cache._replace(length_B=cache.length_B + size)
         out.append(transformer.logits(params, cfg, h_BTD))
         start += size
     return jnp.concatenate(out, axis=1)
@@ -98,8 +97,8 @@ def test_each_row_of_a_cache_is_filled_on_its_own():
     cfg, params = CFG, params_of(CFG)
     tokens_BT = np.array(prompts_of(6, 6), np.int32)
     read = jax.jit(transformer.forward_cached, static_argnums=1)
-    _, cache = read(params, cfg, tokens_BT, transformer.empty_cache(cfg, 2, 8))
-    cache = cache._replace(length_B=jnp.array([5, 2]))  # the fourth and later tokens of row 1 were padding
+    count_B = jnp.array([5, 2])  # the third and later tokens of row 1 are padding
+    _, cache = read(params, cfg, tokens_BT, transformer.empty_cache(cfg, 2, 8), count_B=count_B)
     next_B = jnp.array([7, 9])
     h_BTD, cache = read(params, cfg, next_B[:, None], cache)
     got = transformer.logits(params, cfg, h_BTD)[:, 0]

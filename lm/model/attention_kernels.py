@@ -6,8 +6,7 @@
     splash   the Pallas kernel that skips what the mask hides (`jax.experimental.pallas.ops.tpu`), on TPUs
 
 A kernel here is one device's share of the work and has the signature of `attention._attend`: queries [B, T, N, H],
-which begin at `offset` in a sequence of S keys [B, S, K, H], and the segments of both. `positions_BT` is of decoding,
-which is no work for these.
+which begin at `offset` in a sequence of S keys [B, S, K, H], and the segments of both.
 """
 
 from typing import Any, NamedTuple
@@ -100,7 +99,7 @@ def visible(
     return mask_TS[None] if segments_BT is None else mask_TS & (segments_BT[:, :, None] == segments_BS[:, None])
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, offset, window, softcap):
+def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, *, offset, window, softcap):
     """cuDNN's flash attention (Dao, 2023), through `jax.nn`, in bfloat16 or float16.
 
     Causality and the window cost nothing, they are the kernel's own. Segments and the offset of a split sequence are a
@@ -108,7 +107,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, off
     (The kernel's packed layout would do without, but its statistics are as large as the most segments that a row may
     have times B·N·T, and it is not public.)
     """
-    del positions_BT, softcap
+    del softcap
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if segments_BT is None and offset is None:
         reach = None if window is None else (window - 1, 0)
@@ -126,7 +125,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, off
     return out_BTNH[:, :T]
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, offset, window, softcap):
+def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, *, offset, window, softcap):
     """Splash attention: blocks that the mask hides are neither computed nor fetched, and no mask is held.
 
     What it knows of the mask is made for the whole sequence; a device with a part of the queries takes its rows of
@@ -134,7 +133,6 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, positions_BT, *, of
 
     Raises UsageError if a split sequence's parts are no multiple of 128.
     """
-    del positions_BT
     T, (_, S, _, H) = q_BTNH.shape[1], k_BSKH.shape
     if offset is None:
         extra = -T % LANES

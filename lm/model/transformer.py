@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import head, seam
-from lm.model.attention import BACKENDS, attention
+from lm.model.attention import BACKENDS, EMPTY, Places, attention, cached_attention
 from lm.model.layers import block_norm, rms_norm, rope, rope_angles
 
 Params = Mapping[str, Any]
@@ -81,11 +80,17 @@ class ModelConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of what has been read: [L, B, S, K, H] each, and how much of each row is filled."""
+    """Keys and values of what has been read, one array [B, K, S, H] a layer: one that a product reads as it lies.
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    length_B: jax.Array
+    All rows write to the same slots S, and each slot knows its token's position in each row, so ragged rows need no
+    scatter, and padding is a slot that no query sees.
+    """
+
+    k_BKSH: tuple[jax.Array, ...]
+    v_BKSH: tuple[jax.Array, ...]
+    position_BS: jax.Array  # EMPTY where nothing was written, or padding
+    length_B: jax.Array  # tokens read of each row: the next one's position
+    used: jax.Array  # slots written
 
 
 def names(cfg: ModelConfig) -> dict[str, Any]:
@@ -166,68 +171,62 @@ def forward(
     return block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps)
 
 
-def forward_cached(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads T more tokens of each row after what the cache holds: ([B, T, D], the cache with them written).
+def forward_cached(
+    params: Params, cfg: ModelConfig, tokens_BT: jax.Array, cache: Cache, *, count_B: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """Reads T more tokens of each row after what the cache holds: ([B, T, D], the cache with them).
 
-    Rows may be filled to different lengths. `length_B` is left alone: the caller advances it by what was real, and what
-    was padding is overwritten later, unseen meanwhile because queries see no key after their own.
+    Args:
+      params: best from `unstacked`; else the layers are taken apart here, each time.
+      count_B: the first so many of a row's tokens are real, the others padding; None: all are.
     """
     B, T = tokens_BT.shape
     position_BT = cache.length_B[:, None] + jnp.arange(T)
     angles = rope_angles(position_BT, cfg.head_dim, theta=cfg.rope_theta)
+    count_B = jnp.full_like(cache.length_B, T) if count_B is None else count_B
+    new_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, EMPTY)
+    places = Places(position_BT, new_BT, cache.position_BS, cache.used)
+    x_BTD, ks, vs = _embed(params, cfg, tokens_BT), [], []
+    for layer, *kv in zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True):
 
-    def body(carry, layer_and_index):
-        x_BTD, k_LBSKH, v_LBSKH = carry
-        layer, index = layer_and_index
-
-        def attend(q_BTNH, k_BTKH, v_BTKH):
-            nonlocal k_LBSKH, v_LBSKH
-            k_LBSKH = write_cache(k_LBSKH, k_BTKH, index, cache.length_B)
-            v_LBSKH = write_cache(v_LBSKH, v_BTKH, index, cache.length_B)
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in (k_LBSKH, v_LBSKH))
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=tuple(kv)):
             options = {'window': cfg.window, 'softcap': cfg.attn_softcap}
-            return attention(q_BTNH, k_BSKH, v_BSKH, positions_BT=position_BT, **options)
+            out_BTNH, k_BKSH, v_BKSH = cached_attention(q_BTNH, k_BTKH, v_BTKH, *kv, places, **options)
+            ks.append(k_BKSH)
+            vs.append(v_BKSH)
+            return out_BTNH
 
         x_BTD = _block(x_BTD, layer, cfg, angles, attend)
-        return (x_BTD, k_LBSKH, v_LBSKH), None
-
-    carry = (_embed(params, cfg, tokens_BT), cache.k_LBSKH, cache.v_LBSKH)
-    if cfg.scan:
-        carry, _ = jax.lax.scan(body, carry, (params['layers'], jnp.arange(cfg.layers)))
-    else:
-        for index, layer in enumerate(unstack(params['layers'], cfg.layers)):
-            carry, _ = body(carry, (layer, index))
-    x_BTD, k_LBSKH, v_LBSKH = carry
-    return block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps), cache._replace(k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+    position_BS = jax.lax.dynamic_update_slice(cache.position_BS, new_BT, (0, cache.used))
+    cache = Cache(tuple(ks), tuple(vs), position_BS, cache.length_B + count_B, cache.used + T)
+    return block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps), cache
 
 
-def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
-    """A cache for `batch` rows of up to `length` tokens, split over the mesh as attention wants it."""
-    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_dim)
-    x = jnp.zeros(shape, cfg.dtype)
+def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
+    """A cache for `batch` rows with room for `slots` tokens, split over the mesh as attention wants it."""
+    shape = (batch, cfg.kv_heads, slots, cfg.head_dim)
+    zeros = lambda: jnp.zeros(shape, cfg.dtype)
     if sharding.axis_sizes():
-        x = jax.reshard(x, P(None, *sharding.array_spec('BSKH', shape[1:])))
-    return Cache(x, x, jnp.zeros(batch, jnp.int32))
+        zeros = lambda: jax.reshard(jnp.zeros(shape, cfg.dtype), sharding.array_spec('BKSH', shape))
+    k_BKSH, v_BKSH = (tuple(zeros() for _ in range(cfg.layers)) for _ in range(2))
+    position_BS = jnp.full((batch, slots), EMPTY, jnp.int32)
+    return Cache(k_BKSH, v_BKSH, position_BS, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def write_cache(cache_LBSKH: jax.Array, new_BTKH: jax.Array, index: jax.Array | int, start_B: jax.Array) -> jax.Array:
-    """Writes T new keys or values into layer `index`, row b from `start_B[b]` on."""
+def unstacked(params: Params, cfg: ModelConfig) -> dict[str, Any]:
+    """The parameters as generation reads them: a list of layers, and matrices in the dtype of the products.
 
-    def local(cache_LBSKH, new_BTKH, index, start_B):
-        if new_BTKH.shape[0] == 1:  # one row: a plain in-place slice, which XLA does without copying the cache
-            return jax.lax.dynamic_update_slice(cache_LBSKH, new_BTKH[None], (index, 0, start_B[0], 0, 0))
-        rows = jnp.arange(new_BTKH.shape[0])[:, None]
-        slots = start_B[:, None] + jnp.arange(new_BTKH.shape[1])
-        return cache_LBSKH.at[index, rows, slots].set(new_BTKH, mode='drop')
+    A slice of a stack is a copy, made again for each token that is drawn; this makes it once. What is unstacked
+    already comes back as it is.
+    """
+    if not isinstance(params['layers'], Mapping):
+        return dict(params)
 
-    new_BTKH = new_BTKH.astype(cache_LBSKH.dtype)
-    if not sharding.axis_sizes():
-        return local(cache_LBSKH, new_BTKH, index, start_B)
-    spec = jax.typeof(cache_LBSKH).sharding.spec
-    row = P(spec[1])
-    new_BTKH = jax.reshard(new_BTKH, P(*spec[1:]))
-    fn = jax.shard_map(local, in_specs=(spec, P(*spec[1:]), P(), row), out_specs=spec, check_vma=False)
-    return fn(cache_LBSKH, new_BTKH, index, jax.reshard(start_B, row))
+    def cast(path, w):
+        return w.astype(cfg.dtype) if isinstance(w, jax.Array) and 'norm' not in path[-1].key else w
+
+    params = jax.tree.map_with_path(cast, dict(params), is_leaf=lambda w: isinstance(w, seam.Weight))
+    return params | {'layers': unstack(params['layers'], cfg.layers)}
 
 
 def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:
@@ -256,6 +255,12 @@ def unstack(layers: Any, n: int) -> list[Any]:
     leaves, tree = jax.tree.flatten(layers)
     parts = [jax.lax.split(x, (1,) * n) for x in leaves]
     return [tree.unflatten([jnp.squeeze(p[i], 0) for p in parts]) for i in range(n)]
+
+
+def _layers(params: Params, cfg: ModelConfig) -> list[Any]:
+    """The layers one by one, however they are kept."""
+    layers = params['layers']
+    return unstack(layers, cfg.layers) if isinstance(layers, Mapping) else layers
 
 
 def _embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:

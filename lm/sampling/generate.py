@@ -1,7 +1,7 @@
 """Generation with a key/value cache: prompts are read in chunks, then tokens are drawn in one compiled loop."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from lm.model import transformer
 from lm.model.transformer import Cache, ModelConfig, Params
 
 PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
-ROUND = 64  # caches and prompts are rounded up to this many tokens, so that few shapes are compiled
+ROUND = 64  # caches are rounded up to this many tokens, so that few shapes are compiled
 
 
 class Sampling(NamedTuple):
@@ -62,7 +62,14 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, f
     if filtered:
         x_BV = _filter(x_BV, top_k, top_p, min_p)
     drawn_B = jax.vmap(jax.random.categorical)(key_B, x_BV)
-    return _replicated(jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32))
+    return _replicated(jnp.where(temperature > 0, drawn_B, likeliest(logits_BV)))
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the highest logits of each row: argmax as two plain reductions, which a CPU vectorizes."""
+    V = logits_BV.shape[-1]
+    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    return jnp.minimum(jnp.min(jnp.where(best_BV, jnp.arange(V), V), axis=-1), V - 1).astype(jnp.int32)
 
 
 def _replicated(x: jax.Array) -> jax.Array:
@@ -88,54 +95,58 @@ def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
     return jnp.where(above_BV | equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1), x_BV, -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=('cfg', 'length', 'room', 'filtered'))
-def _prefill(params, prompt_BT, length_B, key_B, sampling, stop_ids, *, cfg, length, room, filtered) -> State:
+@partial(jax.jit, static_argnames=('cfg', 'slots', 'room', 'how'))
+def _prefill(params, prompt_BT, length_B, seed, sampling, stop_ids, *, cfg, slots, room, how) -> State:
     """Reads the prompts and draws the first token of each row."""
     B, T = prompt_BT.shape
-    cache = transformer.empty_cache(cfg, B, length)
     chunk = math.gcd(T, PREFILL_CHUNK)
 
     def read(carry, start):
         cache, last_BD = carry
         tokens_BT = jax.lax.dynamic_slice_in_dim(prompt_BT, start, chunk, axis=1)
-        at_start = cache._replace(length_B=jnp.full_like(length_B, start))
-        h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, at_start)
-        index_B = jnp.clip(length_B - 1 - start, 0, chunk - 1)
+        count_B = jnp.clip(length_B - start, 0, chunk)
+        h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, cache, count_B=count_B)
         here_B = (length_B - 1 >= start) & (length_B - 1 < start + chunk)
-        one_hot_BT = jax.nn.one_hot(index_B, chunk, dtype=h_BTD.dtype)
+        one_hot_BT = jax.nn.one_hot(count_B - 1, chunk, dtype=h_BTD.dtype)
         picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
         return (cache, jnp.where(here_B[:, None], picked_BD, last_BD)), None
 
-    carry = (cache, jnp.zeros((B, cfg.dim), cfg.dtype))
+    carry = (transformer.empty_cache(cfg, B, slots), jnp.zeros((B, cfg.dim), cfg.dtype))
     (cache, last_BD), _ = jax.lax.scan(read, carry, jnp.arange(0, T, chunk))
-    cache = cache._replace(length_B=length_B)
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
     out_BT = jnp.zeros((B, room), jnp.int32)
     state = State(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), key_B, jnp.zeros((), jnp.int32), out_BT)
-    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, filtered)
+    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, how)
 
 
-def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, filtered) -> State:
+def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, how: str) -> State:
     """Draws each row's next token from its last hidden state. The key of the i-th token of a row is fold_in(row, i), so
     what is drawn does not depend on who shares the batch."""
     logits_BV = transformer.logits(params, cfg, h_BTD)[:, 0]
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
-    next_B = sample(logits_BV, key_B, sampling, filtered=filtered)
+    if how == 'greedy':  # random bits for a whole vocabulary cost as much as a layer
+        next_B = _replicated(likeliest(logits_BV))
+    else:
+        key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
+        next_B = sample(logits_BV, key_B, sampling, filtered=how == 'filtered')
     next_B = jnp.where(state.done_B, stop_ids[0], next_B)
     out_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn))
     done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
     return state._replace(next_B=next_B, done_B=done_B, drawn=state.drawn + 1, out_BT=out_BT)
 
 
-@partial(jax.jit, static_argnames=('cfg', 'filtered'), donate_argnums=1)
-def _decode(params, state: State, until, sampling, stop_ids, *, cfg, filtered) -> State:
+@partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
+def _decode(params, state: State, until, sampling, stop_ids, *, cfg, how) -> State:
     """Draws tokens until `until` are drawn or every row is done."""
 
     def body(state: State) -> State:
         h_BTD, cache = transformer.forward_cached(params, cfg, state.next_B[:, None], state.cache)
-        state = state._replace(cache=cache._replace(length_B=cache.length_B + 1))
-        return _draw(params, cfg, state, h_BTD, sampling, stop_ids, filtered)
+        return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, how)
 
     return jax.lax.while_loop(lambda s: (s.drawn < until) & ~jnp.all(s.done_B), body, state)
+
+
+# Once for all that is generated with these parameters; without it `stream` does it at each call.
+prepare = jax.jit(transformer.unstacked, static_argnums=1)
 
 
 def stream(
@@ -160,24 +171,23 @@ def stream(
     if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
         raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
     B, longest = len(prompts), max(map(len, prompts))
-    width = math.ceil(longest / ROUND) * ROUND
-    room = math.ceil(max_new_tokens / ROUND) * ROUND
+    width, room = _rounded(longest), math.ceil(max_new_tokens / ROUND) * ROUND
     prompt_BT = np.zeros((B, width), np.int32)
     for row, prompt in zip(prompt_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(p) for p in prompts], np.int32)
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
-    filtered = bool(np.any(np.asarray(sampling.top_k) > 0) or np.any(np.asarray(sampling.top_p) < 1))
-    filtered |= bool(np.any(np.asarray(sampling.min_p) > 0))
-    knobs = tuple(map(jnp.asarray, sampling))
-    stops = jnp.asarray(list(stop_ids), jnp.int32)
-    static = {'cfg': cfg, 'filtered': filtered}
-    args = (jnp.asarray(prompt_BT), jnp.asarray(length_B), key_B, knobs, stops)
-    state = _prefill(params, *args, length=width + room, room=room, **static)
+    knobs = Sampling(*(np.asarray(x) for x in sampling))
+    stops = np.asarray(stop_ids, np.int32)
+    if isinstance(params['layers'], Mapping):
+        params = prepare(params, cfg)
+    static = {'cfg': cfg, 'how': _how(knobs)}
+    state = _prefill(
+        params, prompt_BT, length_B, np.uint32(seed), knobs, stops, slots=width + room, room=room, **static
+    )
     drawn = 0
     while True:
         until = min(drawn + every, max_new_tokens)
-        state = _decode(params, state, jnp.int32(until), knobs, stops, **static)
+        state = _decode(params, state, np.int32(until), knobs, stops, **static)
         drawn = int(state.drawn)
         finished = drawn >= max_new_tokens or bool(jnp.all(state.done_B))
         yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
@@ -189,6 +199,19 @@ def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]],
     """`stream`, whole: one compiled loop for all tokens."""
     *_, last = stream(params, cfg, prompts, every=options['max_new_tokens'], **options)
     return last
+
+
+def _rounded(n: int) -> int:
+    """A prompt's width in the batch: the next power of two up to ROUND, then multiples of it."""
+    return min(1 << (n - 1).bit_length(), math.ceil(n / ROUND) * ROUND)
+
+
+def _how(knobs: Sampling) -> str:
+    """What of `sample` is needed: it is compiled without the rest."""
+    if not np.any(knobs.temperature > 0):
+        return 'greedy'
+    filters = np.any(knobs.top_k > 0) or np.any(knobs.top_p < 1) or np.any(knobs.min_p > 0)
+    return 'filtered' if filters else 'drawn'
 
 
 def _rows(out_BT: np.ndarray, drawn: int, stops: set[int]) -> list[Generation]:
