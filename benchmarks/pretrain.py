@@ -1,4 +1,4 @@
-"""Training tokens per second: `python benchmarks/pretrain.py [--peer=transformers] [--rounds=N] [--config.KEY=VALUE …]`.
+"""Training tokens per second: `python benchmarks/pretrain.py [--peer=transformers] [--config.KEY=VALUE …]`.
 
 Method: the compiled training step (forward, backward, clipping, optimizer) on fixed random tokens, no data, no
 evaluation, its microbatch settled as a run settles it; rounds of a few steps alternate with rounds of a 1024³ matrix

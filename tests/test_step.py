@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lm import sharding
 from lm.errors import UsageError
@@ -230,7 +231,12 @@ REMATERIALIZED = 'nvoluntary full rematerialization'
 
 @pytest.fixture
 def said(capfd):
-    """What XLA wrote to the terminal, as a function."""
+    """What XLA wrote to the terminal, as a function.
+
+    Of a program that is in the cache of compiled ones, which another test may have turned on, it says nothing.
+    """
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
     return lambda: ''.join(capfd.readouterr())
 
 
