@@ -59,7 +59,8 @@ def readers(nbytes: int) -> list[Callable[[], object]]:
     x = jnp.ones((rows, nbytes // 4 // rows), jnp.float32)
     v = jnp.ones(x.shape[1], jnp.float32)
     kernels = (lambda x, v: jnp.sum(x, 1)), (lambda x, v: jnp.max(x, 1)), (lambda x, v: x @ v)
-    return [lambda f=jax.jit(kernel): jax.block_until_ready(f(x, v)) for kernel in kernels]
+    call = lambda f: lambda: jax.block_until_ready(f(x, v))
+    return [call(jax.jit(kernel)) for kernel in kernels]
 
 
 def bandwidth(kernels: list[Callable[[], object]], nbytes: int, calls: int = 30) -> float:
@@ -73,39 +74,11 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def torch_model(params, attention: str):
-    """The same model in transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=CFG.vocab_size, hidden_size=CFG.dim, num_hidden_layers=CFG.layers, num_attention_heads=CFG.heads,
-        num_key_value_heads=CFG.kv_heads, head_dim=CFG.head_dim, intermediate_size=CFG.ffn_dim,
-        rms_norm_eps=CFG.norm_eps, tie_word_embeddings=True, max_position_embeddings=PROMPT + NEW,
-        attn_implementation=attention, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    places = {
-        'self_attn.q_proj': 'wq_DNH', 'self_attn.k_proj': 'wk_DKH', 'self_attn.v_proj': 'wv_DKH',
-        'self_attn.o_proj': 'wo_NHD', 'mlp.gate_proj': 'w_gate_DF', 'mlp.up_proj': 'w_up_DF',
-        'mlp.down_proj': 'w_down_FD', 'input_layernorm': 'attn_norm_D', 'post_attention_layernorm': 'mlp_norm_D',
-    }  # fmt: skip
-    state = {'model.embed_tokens.weight': params['embed_VD'], 'model.norm.weight': params['final_norm_D']}
-    for i, (theirs, ours) in itertools.product(range(CFG.layers), places.items()):
-        w = np.asarray(params['layers'][ours][i])
-        if 'norm' not in ours:
-            w = (w.reshape(-1, CFG.dim) if ours == 'wo_NHD' else w.reshape(w.shape[0], -1)).T
-        state[f'model.layers.{i}.{theirs}.weight'] = w
-    state = {name: torch.tensor(np.array(w)) for name, w in state.items()}
-    model.load_state_dict(state | {'lm_head.weight': state['model.embed_tokens.weight']})
-    return model
-
-
 def peer_calls(params, prompts: list[list[int]]):
     """Each way of generating with transformers: (its name, a call that returns the drawn ids)."""
     import torch
+    from peers import torch_llama
 
-    torch.set_num_threads(os.cpu_count() or 1)
     ids = torch.tensor(prompts)
     options = {'do_sample': False, 'max_new_tokens': NEW, 'min_new_tokens': NEW, 'disable_compile': True}
     options |= {'attention_mask': torch.ones_like(ids)}
@@ -113,7 +86,7 @@ def peer_calls(params, prompts: list[list[int]]):
     for attention, cache, compiled in itertools.product(('eager', 'sdpa'), ('dynamic', 'static'), compilers):
         if compiled and cache == 'dynamic':
             continue  # its shapes change with each token
-        model = torch_model(params, attention)
+        model = torch_llama(params, CFG, length=PROMPT + NEW, attention=attention).eval()
         if compiled:
             model.forward = torch.compile(model.forward)
 

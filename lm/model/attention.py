@@ -5,7 +5,7 @@ own batch rows and heads with all the keys (`jax.shard_map`); with a split seque
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +111,10 @@ def _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
 class Places(NamedTuple):
     """Where the tokens of `cached_attention` stand in their texts; EMPTY is a token that nobody sees."""
 
-    query_BT: jax.Array
-    new_BT: jax.Array  # of the keys that are read with the queries
-    cached_BS: jax.Array
-    slot: jax.Array  # the first slot to write to
+    query_BT: Any
+    new_BT: Any  # of the keys that are read with the queries
+    cached_BS: Any
+    slot: Any  # the first slot to write to
 
 
 def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places: Places, *, window=None, softcap=None):

@@ -189,9 +189,9 @@ def forward_cached(
     x_BTD, ks, vs = _embed(params, cfg, tokens_BT), [], []
     for layer, *kv in zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True):
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=tuple(kv)):
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=kv):
             options = {'window': cfg.window, 'softcap': cfg.attn_softcap}
-            out_BTNH, k_BKSH, v_BKSH = cached_attention(q_BTNH, k_BTKH, v_BTKH, *kv, places, **options)
+            out_BTNH, k_BKSH, v_BKSH = cached_attention(q_BTNH, k_BTKH, v_BTKH, kv[0], kv[1], places, **options)
             ks.append(k_BKSH)
             vs.append(v_BKSH)
             return out_BTNH
@@ -225,8 +225,8 @@ def unstacked(params: Params, cfg: ModelConfig) -> dict[str, Any]:
     def cast(path, w):
         return w.astype(cfg.dtype) if isinstance(w, jax.Array) and 'norm' not in path[-1].key else w
 
-    params = jax.tree.map_with_path(cast, dict(params), is_leaf=lambda w: isinstance(w, seam.Weight))
-    return params | {'layers': unstack(params['layers'], cfg.layers)}
+    ready = jax.tree.map_with_path(cast, dict(params), is_leaf=lambda w: isinstance(w, seam.Weight))
+    return {**ready, 'layers': unstack(ready['layers'], cfg.layers)}
 
 
 def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:

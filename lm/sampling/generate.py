@@ -176,7 +176,7 @@ def stream(
     for row, prompt in zip(prompt_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array([len(p) for p in prompts], np.int32)
-    knobs = Sampling(*(np.asarray(x) for x in sampling))
+    knobs = tuple(np.asarray(x) for x in sampling)
     stops = np.asarray(stop_ids, np.int32)
     if isinstance(params['layers'], Mapping):
         params = prepare(params, cfg)
@@ -206,11 +206,12 @@ def _rounded(n: int) -> int:
     return min(1 << (n - 1).bit_length(), math.ceil(n / ROUND) * ROUND)
 
 
-def _how(knobs: Sampling) -> str:
+def _how(knobs: Sequence[np.ndarray]) -> str:
     """What of `sample` is needed: it is compiled without the rest."""
-    if not np.any(knobs.temperature > 0):
+    temperature, top_k, top_p, min_p = knobs
+    if not np.any(temperature > 0):
         return 'greedy'
-    filters = np.any(knobs.top_k > 0) or np.any(knobs.top_p < 1) or np.any(knobs.min_p > 0)
+    filters = np.any(top_k > 0) or np.any(top_p < 1) or np.any(min_p > 0)
     return 'filtered' if filters else 'drawn'
 
 
