@@ -14,7 +14,7 @@ from lm import config, presets
 
 def get_config(arg: str = '') -> config.Config:
     c = config.base()
-    c.steps = 1500
+    c.steps = 1350
     c.optim.name, c.optim.lr = 'muon', 2.4e-2
     c.data.mixture = 'botocore:0.5,chitchat:0.5'
     return presets.apply(c, arg)
