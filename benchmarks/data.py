@@ -55,7 +55,7 @@ def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     cfg = runs.model_config(config)
     optimizer, schedule = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-    step = pretrain.compile_step(config, cfg, optimizer, schedule, abstract)
+    step = pretrain.compile_step(config, cfg, optimizer, schedule, abstract, config.microbatch or config.batch_size)
     params = transformer.init_sharded(jax.random.key(config.seed), cfg)
     state = jax.jit(lambda p: training.create(p, None, optimizer, config.seed))(params)
 
