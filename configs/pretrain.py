@@ -4,8 +4,8 @@
     python -m lm.main --config=configs/pretrain.py:depth=6         the dial: wider and deeper, and longer
     python -m lm.main --config=configs/pretrain.py:124m            also 350m, 1b, 8b, 70b: for accelerators, your data
 
-Two cores (AMD EPYC), no accelerator: 12 s of preparing the first time, then under two minutes; held-out bits per byte
-1.40 (botocore) and 1.79 (chitchat). 16 GiB of memory are plenty: it takes about one.
+Two cores (AMD EPYC), no accelerator: 15 s of preparing the first time, then two to three minutes; held-out bits per
+byte 1.33 (botocore) and 1.75 (chitchat). 16 GiB of memory are plenty: it takes about one.
 A run goes to runs/pretrain, and the same command goes on where it stopped.
 """
 
