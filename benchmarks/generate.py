@@ -109,7 +109,7 @@ def best_peer(params, prompts: list[list[int]]):
 def measure(params, batch: int, *, pairs: int, peer: bool) -> dict[str, object]:
     """The figures of one batch size."""
     prompts = np.random.default_rng(0).integers(0, CFG.vocab_size, (batch, PROMPT)).tolist()
-    prepared = prepare(params, CFG)
+    prepared = prepare(params, CFG, batch=batch)
     options = {'stop_ids': [CFG.vocab_size]}  # an id that no row can draw
     ours = lambda n=NEW: [g.ids for g in generate(prepared, CFG, prompts, max_new_tokens=n, **options)]
     name, theirs = best_peer(params, prompts) if peer else ('', None)

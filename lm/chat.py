@@ -7,12 +7,12 @@ terminal, an empty line or Ctrl-D ends.
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lm import runtime, sharding
 from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.sampling.generate import Sampling, stream
+from lm.sampling.generate import Sampling, prepare, stream
 from lm.training import runs
 from lm.training.runs import Model
 
@@ -89,12 +89,18 @@ def checked(prompt: str) -> str:
     return prompt
 
 
+def _load(name: str, warn: Callable[[str], None]) -> Model:
+    """A run's model, its parameters laid out once for all answers."""
+    model = runs.load(name, warn=warn)
+    return model._replace(params=prepare(model.params, model.cfg, batch=1))
+
+
 def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
     warn = lambda line: print(line, file=sys.stderr)
     with sharding.use_mesh():
-        models = {name: runs.load(name, warn=warn) for name in flags.runs}
+        models = {name: _load(name, warn) for name in flags.runs}
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a conversation
             for prompt in prompts(flags):
                 for name, model in models.items():

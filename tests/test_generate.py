@@ -128,6 +128,18 @@ def test_ragged_greedy_rows_are_each_row_by_whole_forwards(mesh, small_pieces):
     assert [g.ids for g in out] == expected and not any(g.ended for g in out)
 
 
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
+def test_a_cache_that_grows_is_the_whole_forward(mesh, small_pieces):
+    """Room for 8 tokens after the prompts, then for 24: parts of the stream end past the first, and with it."""
+    prompts = prompts_of(2, 5, seed=1)
+    with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
+        expected = [greedy_by_forward(CFG, tuple(p), 18) for p in prompts]
+    params, options = place(weights(CFG), mesh), {'max_new_tokens': 18, 'stop_ids': [CFG.vocab_size + 1]}
+    for every, lengths in ((7, [7, 14, 18]), (9, [9, 18])):
+        parts = list(stream(params, CFG, prompts, every=every, **options))
+        assert [g.ids for g in parts[-1]] == expected and [len(p[0].ids) for p in parts] == lengths
+
+
 @pytest.mark.parametrize('mesh', ['data8', 'data2-tensor2-expert2'], indirect=True)
 def test_what_is_drawn_does_not_depend_on_the_mesh(mesh):
     prompts = prompts_of(3, 5, 2, 9, 4, 4, 1, 6)

@@ -213,11 +213,23 @@ def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     return Cache(k_BKSH, v_BKSH, position_BS, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def unstacked(params: Params, cfg: ModelConfig) -> dict[str, Any]:
-    """The parameters as generation reads them: a list of layers, and matrices in the dtype of the products.
+def grow_cache(cache: Cache, slots: int) -> Cache:
+    """The cache with room for `slots` tokens."""
 
-    A slice of a stack is a copy, made again for each token that is drawn; this makes it once. What is unstacked
-    already comes back as it is.
+    def grow(x: jax.Array, axis: int, value: int) -> jax.Array:
+        widths = [(0, slots - x.shape[axis] if i == axis else 0, 0) for i in range(x.ndim)]
+        return jax.lax.pad(x, jnp.array(value, x.dtype), widths)
+
+    k_BKSH, v_BKSH = (tuple(grow(x, 2, 0) for x in xs) for xs in (cache.k_BKSH, cache.v_BKSH))
+    return cache._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH, position_BS=grow(cache.position_BS, 1, EMPTY))
+
+
+def unstacked(params: Params, cfg: ModelConfig, *, batch: int) -> dict[str, Any]:
+    """The parameters as generation of `batch` rows reads them: layers in a list, matrices in the dtype of the products.
+
+    A slice of a stack is a copy, made again for each token that is drawn; this makes it once. A CPU keeps the tied head
+    of several rows as [D, V] too, for it multiplies them by the transpose of a matrix at up to half the speed. What is
+    unstacked already comes back as it is.
     """
     if not isinstance(params['layers'], Mapping):
         return dict(params)
@@ -226,12 +238,15 @@ def unstacked(params: Params, cfg: ModelConfig) -> dict[str, Any]:
         return w.astype(cfg.dtype) if isinstance(w, jax.Array) and 'norm' not in path[-1].key else w
 
     ready = jax.tree.map_with_path(cast, dict(params), is_leaf=lambda w: isinstance(w, seam.Weight))
-    return {**ready, 'layers': unstack(ready['layers'], cfg.layers)}
+    ready = {**ready, 'layers': unstack(ready['layers'], cfg.layers)}
+    if cfg.tied and batch > 1 and jax.default_backend() == 'cpu' and not sharding.axis_sizes():
+        ready['head_DV'] = seam.dense(ready['embed_VD']).T
+    return ready
 
 
 def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:
-    """The head's weight and its dims: the tied embedding, or the head's own."""
-    return (params['embed_VD'], 'VD') if cfg.tied else (params['head_DV'], 'DV')
+    """The head's weight and its dims: the head's own, or the tied embedding."""
+    return (params['embed_VD'], 'VD') if cfg.tied and 'head_DV' not in params else (params['head_DV'], 'DV')
 
 
 def logits(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:

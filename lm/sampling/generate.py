@@ -1,7 +1,7 @@
 """Generation with a key/value cache: prompts are read in chunks, then tokens are drawn in one compiled loop."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -146,7 +146,13 @@ def _decode(params, state: State, until, sampling, stop_ids, *, cfg, how) -> Sta
 
 
 # Once for all that is generated with these parameters; without it `stream` does it at each call.
-prepare = jax.jit(transformer.unstacked, static_argnums=1)
+prepare = jax.jit(transformer.unstacked, static_argnames=('cfg', 'batch'))
+
+
+@partial(jax.jit, static_argnames='slots')
+def _grow(state: State, *, slots: int) -> State:
+    """The state with a cache of so many slots."""
+    return state._replace(cache=transformer.grow_cache(state.cache, slots))
 
 
 def stream(
@@ -179,24 +185,35 @@ def stream(
     knobs = tuple(np.asarray(x) for x in sampling)
     stops = np.asarray(stop_ids, np.int32)
     if isinstance(params['layers'], Mapping):
-        params = prepare(params, cfg)
+        params = prepare(params, cfg, batch=B)
     static = {'cfg': cfg, 'how': _how(knobs)}
-    state = _prefill(
-        params, prompt_BT, length_B, np.uint32(seed), knobs, stops, slots=width + room, room=room, **static
-    )
+    sizes = {'slots': width + min(room, ROUND), 'room': room}  # empty slots are read too: the cache begins small
+    state = _prefill(params, prompt_BT, length_B, np.uint32(seed), knobs, stops, **sizes, **static)
+    decode = lambda state, until: _decode(params, state, np.int32(until), knobs, stops, **static)
     drawn = 0
     while True:
         until = min(drawn + every, max_new_tokens)
-        state = _decode(params, state, np.int32(until), knobs, stops, **static)
+        state = _advance(state, until, decode, width=width, most=width + room)
         drawn = int(state.drawn)
-        finished = drawn >= max_new_tokens or bool(jnp.all(state.done_B))
         yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
-        if finished:
+        if drawn >= max_new_tokens or np.all(state.done_B):
             return
 
 
+def _advance(state: State, until: int, decode: Callable[[State, int], State], *, width: int, most: int) -> State:
+    """Draws until `until` tokens are drawn or every row is done. Prompts fill the cache to `width`; when it is full it
+    doubles, up to `most` slots."""
+    while int(state.drawn) < until and not np.all(state.done_B):
+        slots = state.cache.position_BS.shape[1]
+        if int(state.drawn) > slots - width:  # the newest token has no slot
+            slots = min(2 * slots, most)
+            state = _grow(state, slots=slots)
+        state = decode(state, min(until, slots - width + 1))
+    return state
+
+
 def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-    """`stream`, whole: one compiled loop for all tokens."""
+    """`stream`, whole: one compiled loop for as long as the cache has room."""
     *_, last = stream(params, cfg, prompts, every=options['max_new_tokens'], **options)
     return last
 
