@@ -127,7 +127,7 @@ def settle_microbatch(
     part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
     limit = (memory := memory_limit(device)) and memory * part
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
-    alone = jax.process_count() == 1  # clocks differ, compiled sizes do not: several processes time nothing, and agree
+    alone = jax.process_count() == 1  # clocks differ: several processes time nothing
     timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
     if timed and batch is not None:
         time_them = lambda steps: microbatch.time_steps(steps, abstract, batch())
@@ -138,9 +138,9 @@ def settle_microbatch(
         choice = microbatch.remembered(key, lambda: search(time_them=time_them))
     else:
         choice = search()
-    config.microbatch = choice.microbatch
+    config.microbatch = min(processes.exchange(choice.microbatch))  # hosts may have unequal memory
     later = '; timed at the start of a run' if timed and batch is None else ''
-    return build(choice.microbatch), f'microbatch {choice.microbatch} ({choice.why}{later})'
+    return build(config.microbatch), f'microbatch {config.microbatch} ({choice.why}{later})'
 
 
 def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
