@@ -82,6 +82,7 @@ def test_each_config_runs_two_steps(call, lab, tmp_path, config):
     )
 
 
+@pytest.mark.slow
 def test_as_a_person_types_it(lab, tmp_path):
     """In processes of their own: the status, one line on stderr, one object on stdout; the run of a whole."""
     process = lab.start(tmp_path / 'run', steps=2, devices=8)

@@ -301,6 +301,7 @@ def test_the_spool_gives_the_same_order_whenever_it_is_flushed(tmp_path):
     assert one.documents == 200 and one.bytes == sum(map(len, contents))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(p) for p in ('botocore', 'chitchat_dataset')), reason="pip install 'lm[corpus]'"
 )

@@ -75,6 +75,7 @@ def test_the_average_is_what_is_evaluated_and_loaded(lab, averaging):
     assert again['eval/loss'] == pytest.approx(measured(averaging)[6, 'eval/loss'], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_does_not_look_at_the_average_and_resumes_with_it(lab, averaging, tmp_path):
     lab.train(tmp_path / 'plain', **SHORT)
     assert same(saved(tmp_path / 'plain'), saved(averaging))

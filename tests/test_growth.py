@@ -93,6 +93,7 @@ def growing(lab, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_resumed_while_it_grows(lab, growing, tmp_path):
     """From steps 4 (growing) and 8 (full): the same losses, and the same rows."""
     for keep in (4, 8):
@@ -105,6 +106,7 @@ def test_resumed_while_it_grows(lab, growing, tmp_path):
         assert measured(workdir) == measured(growing)
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_as_they_are(lab, growing):
     growth = Growth(2, 4, 6)
     rows = sum(2 * growth.count(i) for i in range(12))

@@ -135,6 +135,7 @@ def accelerator(monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, model__layers=1))[1])
     config.precision.compute = 'float32'
@@ -167,6 +168,7 @@ def test_a_small_memory_takes_a_small_microbatch_and_a_resumed_run_keeps_it(lab,
     assert running.lines(tmp_path / 'large', 'samples.jsonl') == running.lines(small, 'samples.jsonl')[:2]
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
     """A run that was killed before its first checkpoint chooses again, and finds the same."""
     monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))

@@ -200,7 +200,8 @@ def test_all_stop_after_the_same_step(members, who):
 
     with ThreadPoolExecutor(N) as pool:
         list(pool.map(run, members))
-    assert len(set(stopped)) == 1 and stopped[0] >= 41
+    # 40 itself if the answer comes while the one who asked is still in that call
+    assert len(set(stopped)) == 1 and stopped[0] >= 40
 
 
 def test_a_process_past_its_last_step_keeps_nobody_waiting(members):

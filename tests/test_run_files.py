@@ -446,6 +446,7 @@ ocp.type_handlers.ArrayHandler.serialize = full
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('when', FULL)
 def test_a_disk_that_fills_while_a_checkpoint_is_written(lab, tmp_path, when):
     """The process ends at once, whatever Orbax still waits for."""

@@ -160,6 +160,7 @@ def test_more_steps_go_on_where_it_ended(lab, whole, tmp_path):
 # ---- killed ----
 
 
+@pytest.mark.slow
 def test_killed_during_a_save(lab, whole, tmp_path):
     """A process dies inside its second save; the rest is done here. Random moments: tests/faults.py."""
     workdir = tmp_path / 'run'
@@ -254,6 +255,7 @@ def test_what_only_looks_like_a_later_step_is_no_reason_to_refuse(lab, whole, tm
 # ---- one at a time, and again ----
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_train_in_one_workdir(lab, tmp_path):
     """The second is refused while the first runs, and goes on as soon as that is killed."""
     workdir = tmp_path / 'run'
