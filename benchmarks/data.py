@@ -1,7 +1,7 @@
 """Tokens per second from prepared data to the step: `python benchmarks/data.py [--config=…] [--config.KEY=VALUE …]`.
 
 Method: the mixture of the config is prepared as by training (or found in the cache), so its token stores lie on disk
-and are memory-mapped; then, for each batch shape, batches are asked of `train_batches` and put onto the mesh by
+and are memory-mapped; then, for each batch shape, batches are asked of `pipeline.batches` and put onto the mesh by
 `shard_batch`, as the loop does, without a step to compute. Rounds of --seconds each, the shapes in turn; a round starts
 elsewhere in the data, and its first batch is not counted, since it waits for Grain's threads to start. Between them the
 compiled training step runs on one batch of the config's shape, for the same time, on the same machine. Medians.
@@ -23,11 +23,11 @@ import jax
 
 from lm import config as configs
 from lm import runtime, sharding
-from lm.data.pipeline import train_batches
+from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.errors import Parser
 from lm.model import transformer
-from lm.stages import pretrain, setup
+from lm.stages import pretrain, setup, wiring
 from lm.training import runs
 from lm.training import step as training
 
@@ -46,7 +46,8 @@ def rate(next_thing: Callable[[], Any], *, seconds: float) -> float:
 
 def batches(prepared: Prepared, shape: tuple[int, int], *, seed: int, start: int) -> Callable[[], Any]:
     """Gives one batch of a shape after the other, on the mesh, from batch `start` on."""
-    found = train_batches(prepared, batch_size=shape[0], seq_len=shape[1], seed=seed, start=start)
+    mixture = pipeline.mix(prepared, seq_len=shape[1], seed=seed)
+    found = pipeline.batches(mixture, batch_size=shape[0], start=start)
     return lambda: sharding.shard_batch(next(found))
 
 
@@ -55,7 +56,8 @@ def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     cfg = runs.model_config(config)
     optimizer, schedule = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-    step = pretrain.compile_step(config, cfg, optimizer, schedule, abstract, config.microbatch or config.batch_size)
+    rows = config.microbatch or config.batch_size
+    step = wiring.compile_step(pretrain.stage(), config, cfg, None, optimizer, schedule, abstract, rows)
     params = transformer.init_sharded(jax.random.key(config.seed), cfg)
     state = jax.jit(lambda p: training.create(p, None, optimizer, config.seed))(params)
 

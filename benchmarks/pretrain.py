@@ -24,7 +24,7 @@ from common import fixed_batch, fresh_state, median_seconds
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser
-from lm.stages import pretrain, setup
+from lm.stages import pretrain, setup, wiring
 from lm.training import flops, runs
 
 PEER_SETTINGS = [
@@ -90,8 +90,8 @@ def main() -> None:
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=1)
         optimizer, rate = setup.make_optimizer(config)
         abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-        build = partial(pretrain.compile_step, config, cfg, optimizer, rate, abstract)
-        step, _ = setup.settle_microbatch(config, cfg, abstract, build, lambda: batch)
+        build = partial(wiring.compile_step, pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
+        step, _ = setup.settle_microbatch(config, cfg, abstract, build, lambda microbatch: batch)
         state = fresh_state(cfg, optimizer)
         if flags.peer:
             peer = peer_step(state.trainable, cfg, jax.device_get(batch['tokens_BT']))

@@ -14,7 +14,7 @@ import running
 
 from lm import chat, evaluate, inspect
 from lm import main as lm_main
-from lm.stages import pretrain, setup
+from lm.stages import pretrain, setup, wiring
 from lm.training import checkpoint
 
 COMMANDS = {'main': lm_main, 'chat': chat, 'evaluate': evaluate, 'inspect': inspect}
@@ -50,7 +50,7 @@ def nothing_allocated(monkeypatch):
     def no(*args, **options):
         pytest.fail('this should have been seen before')
 
-    for module, name in ((pretrain, 'compile_step'), (pretrain, 'start'), (checkpoint, 'Writer')):
+    for module, name in ((wiring, 'compile_step'), (wiring, 'start'), (checkpoint, 'Writer')):
         monkeypatch.setattr(module, name, no)
 
 
@@ -219,7 +219,7 @@ def test_a_dry_run_counts_a_devices_share(call, lab, monkeypatch):
     """Two float32 moments are twice the parameters, and each of eight devices holds an eighth of them."""
     sizes = dict.fromkeys(('argument', 'temp', 'output', 'alias'), 0)
     memory = SimpleNamespace(**{f'{name}_size_in_bytes': size for name, size in sizes.items()})
-    monkeypatch.setattr(pretrain, 'compile_step', lambda *args: SimpleNamespace(memory_analysis=lambda: memory))
+    monkeypatch.setattr(wiring, 'compile_step', lambda *args: SimpleNamespace(memory_analysis=lambda: memory))
 
     def figures(**settings):
         err = call('main', *lab.argv(None, '--dry_run', model__dim=256, model__ffn_dim=4096, **settings))[2]
@@ -406,7 +406,7 @@ def test_out_of_memory_is_one_line(call, lab, tmp_path, monkeypatch):
     def compile_step(*args):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore\nlines')
 
-    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    monkeypatch.setattr(wiring, 'compile_step', compile_step)
     status, _, err = call('main', *lab.argv(tmp_path / 'run'))
     assert status == 1 and err.splitlines()[-1].startswith('lm: out of memory (RESOURCE_EXHAUSTED')
 
@@ -415,7 +415,7 @@ def test_our_own_mistakes_keep_their_traceback(call, lab, tmp_path, monkeypatch)
     def compile_step(*args):
         raise RuntimeError('a mistake')
 
-    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    monkeypatch.setattr(wiring, 'compile_step', compile_step)
     with pytest.raises(RuntimeError, match='a mistake'):
         call('main', *lab.argv(tmp_path / 'run'))
     assert running.status(tmp_path / 'run')['state'] == 'failed'

@@ -8,7 +8,7 @@ import pytest
 
 from lm.data import store as store_module
 from lm.data.packing import PackedRows, permute
-from lm.data.pipeline import PERIOD, Mixture, heldout_batches, mix, rows_in_epoch, train_batches
+from lm.data.pipeline import PERIOD, Mixture, batches, heldout_batches, mix, rows_in_epoch
 from lm.data.prepare import Prepared, PreparedSource
 from lm.data.store import TokenStore, checksums_of, token_dtype, write_store
 from lm.errors import UsageError
@@ -133,8 +133,9 @@ def _prepared(weights=(0.7, 0.3), documents=(400, 200)):
 
 
 def _take(n, **kwargs):
-    arguments: dict[str, Any] = dict(batch_size=4, seq_len=16, seed=5, start=0, rows=None) | kwargs
-    return list(itertools.islice(train_batches(_prepared(), **arguments), n))
+    arguments: dict[str, Any] = dict(batch_size=4, start=0, rows=None) | kwargs
+    mixture = mix(_prepared(), seq_len=arguments.pop('seq_len', 16), seed=arguments.pop('seed', 5))
+    return list(itertools.islice(batches(mixture, **arguments), n))
 
 
 def test_any_batch_can_be_resumed_from():

@@ -13,10 +13,10 @@ from running import lines, measured
 from lm import config as configs
 from lm import main as lm_main
 from lm.data.growth import Growth
-from lm.data.pipeline import train_batches
+from lm.data.pipeline import batches, mix
 from lm.data.prepare import prepare
 from lm.errors import UsageError
-from lm.stages import pretrain
+from lm.stages import wiring
 from lm.training import step as training
 
 
@@ -36,13 +36,13 @@ def test_batches_have_each_row_once_in_whole_microbatches(lab, hosts):
     """And are those of the plan whatever step is asked for first, and however many hosts share a batch."""
     prepared = prepare(mixture=lab.mixture, vocab_size=300, tokenizer=None, heldout=0.1, progress=print)
     growth, n = Growth(2, 4, 6), 4
-    options = {'batch_size': 8, 'seq_len': 32, 'seed': 0}
-    plain = train_batches(prepared, start=0, **options)
+    mixture = mix(prepared, seq_len=32, seed=0)
+    plain = batches(mixture, batch_size=8, start=0)
     expected = np.concatenate([next(plain)['tokens_BT'] for _ in range(6)])
 
     def batch(step):
         parts = [range(h * 8 // hosts, (h + 1) * 8 // hosts) for h in range(hosts)]
-        found = [next(train_batches(prepared, start=step, growth=growth, rows=rows, **options)) for rows in parts]
+        found = [next(batches(mixture, batch_size=8, start=step, growth=growth, rows=rows)) for rows in parts]
         return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
 
     seen = []
@@ -120,7 +120,7 @@ def test_tokens_are_counted_as_they_are(lab, growing):
 
 def test_an_epoch_is_as_many_steps_as_its_rows_make(lab, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain, '_fit', lambda config, *rest: seen.append(config.steps))
+    monkeypatch.setattr(wiring, '_fit', lambda stage, config, *rest: seen.append(config.steps))
     lab.train(tmp_path / 'plain', steps='none')
     lab.train(tmp_path / 'growing', steps='none', **GROWING)
     rows = seen[0] * 8

@@ -11,7 +11,7 @@ import running
 
 from lm import config as configs
 from lm.errors import RunError
-from lm.stages import pretrain, setup
+from lm.stages import pretrain, setup, wiring
 from lm.training import microbatch, runs
 
 
@@ -142,7 +142,8 @@ def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     cfg = runs.model_config(config)
     optimizer, rate = setup.make_optimizer(config)
     abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
-    build = functools.cache(functools.partial(pretrain.compile_step, config, cfg, optimizer, rate, abstract))
+    own = (pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
+    build = functools.cache(functools.partial(wiring.compile_step, *own))
     sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}
     assert sizes[2] < sizes[4] < sizes[8]
     accelerator((sizes[4] + 1000) / microbatch.USED['cpu'])
@@ -183,7 +184,7 @@ def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
 
     monkeypatch.setattr(microbatch, 'time_steps', time_steps)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, 'start', lambda *args: (_ for _ in ()).throw(RunError('killed here')))
+        patch.setattr(wiring, 'start', lambda *args: (_ for _ in ()).throw(RunError('killed here')))
         with pytest.raises(RunError):
             lab.train(tmp_path / 'run', steps=2, batch_size=32)
     assert saved_microbatch(tmp_path / 'run') == 8

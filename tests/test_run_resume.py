@@ -17,7 +17,7 @@ from running import lines, measured, status, steps_saved
 from lm import main as lm_main
 from lm import runtime
 from lm.errors import Preempted, RunError, UsageError
-from lm.stages import pretrain
+from lm.stages import pretrain, wiring
 from lm.training import checkpoint, loop, runs
 from lm.training.recorder import Recorder
 
@@ -113,7 +113,7 @@ def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch)
         time.sleep(5)
         pytest.fail('went on')
 
-    monkeypatch.setattr(pretrain, 'compile_step', compile_step)
+    monkeypatch.setattr(wiring, 'compile_step', compile_step)
     with pytest.raises(Preempted, match='before the first step'):
         lab.train(tmp_path / 'run')
     assert status(tmp_path / 'run')['state'] == 'preempted'
@@ -305,9 +305,9 @@ def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypat
             lab.train(workdir)
     real = pretrain.make_source
 
-    def make_source(*args, start):
+    def make_source(config, data, start):
         """Compares each batch with that of a source which began at 0."""
-        source, reference = real(*args, start=start), real(*args, start=0)
+        source, reference = real(config, data, start), real(config, data, 0)
         expected = [reference(None, i) for i in range(12)]
 
         def compared(state, i):

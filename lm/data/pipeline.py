@@ -95,10 +95,9 @@ def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
     return Mixture(rows, tuple(s.weight for s in prepared.sources))
 
 
-def train_batches(
-    prepared: Prepared, *, batch_size: int, seq_len: int, seed: int, start: int, rows: Sequence[int] | None = None,
-    growth: Growth | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+def batches(
+    mixture: Mixture, *, batch_size: int, start: int, rows: Sequence[int] | None = None, growth: Growth | None = None
+) -> Iterator[Batch]:
     """Batches start, start + 1, … without end: arrays [B, T] under tokens_BT, targets_BT, weights_BT, segments_BT and
     positions_BT, where B counts this host's `rows` of the batch (None: all).
 
@@ -107,7 +106,6 @@ def train_batches(
     """
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
-    mixture = mix(prepared, seq_len=seq_len, seed=seed)
     source = _Batches(mixture, growth or Growth(batch_size, 1, 0), range(batch_size) if rows is None else rows, start)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

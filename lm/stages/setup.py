@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from lm import processes, runtime, sharding
 from lm.config import Config
@@ -84,6 +85,13 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     recorder.say(ledger.line())
 
 
+def with_microbatch(config: Config, microbatch: int) -> Config:
+    """A copy of the config with its microbatch resolved."""
+    config = ConfigDict(config)
+    config.microbatch = microbatch
+    return config
+
+
 def growth(config: Config) -> Growth:
     """How the batch of a config grows, its microbatch resolved."""
     microbatch = config.microbatch or config.batch_size
@@ -111,13 +119,13 @@ def abstract_state(abstract_params: Any, optimizer: Any, seed: int, *, ema: bool
 
 def settle_microbatch(
     config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
-    batch: Callable[[], training.Batch] | None,
+    batch: Callable[[int], training.Batch] | None,
 ) -> tuple[Any, str]:  # fmt: skip
     """(the compiled step, the microbatch in words), with config.microbatch filled in if the user left it to us.
 
     Args:
       build: microbatch -> the compiled step.
-      batch: makes a batch to time steps with; None in a dry run, which times nothing.
+      batch: microbatch -> a batch to time its step with; None in a dry run, which times nothing.
     """
     if config.microbatch:
         return build(config.microbatch), f'microbatch {config.microbatch}'
@@ -130,10 +138,11 @@ def settle_microbatch(
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
     timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
     if timed and batch is not None:
-        time_them = lambda steps: microbatch.time_steps(steps, abstract, batch())
+        time_them = lambda steps: microbatch.time_steps(steps, abstract, {m: batch(m) for m in steps})
         key = {
-            'batch': [config.batch_size, config.seq_len], 'model': repr(cfg), 'optimizer': config.optim.name,
-            'device': device.device_kind, 'cpus': os.cpu_count(), 'mesh': dict(mesh.shape), 'jax': jax.__version__,
+            'stage': config.stage, 'batch': [config.batch_size, config.seq_len], 'model': repr(cfg),
+            'optimizer': config.optim.name, 'device': device.device_kind, 'cpus': os.cpu_count(),
+            'mesh': dict(mesh.shape), 'jax': jax.__version__,
         }  # fmt: skip
         choice = microbatch.remembered(key, lambda: search(time_them=time_them))
     else:

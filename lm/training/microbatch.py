@@ -118,8 +118,8 @@ def step_bytes(compiled: Any) -> int:
     return whole - memory.alias_size_in_bytes
 
 
-def time_steps(steps: Mapping[int, Any], abstract: Any, batch: Any) -> dict[int, float]:
-    """{microbatch: seconds of its best step} on one batch and a state that is thrown away.
+def time_steps(steps: Mapping[int, Any], abstract: Any, batches: Mapping[int, Any]) -> dict[int, float]:
+    """{microbatch: seconds of its best step} on a batch for each and a state that is thrown away.
 
     They take turns, so that what else the machine does slows all of them down.
     """
@@ -129,7 +129,7 @@ def time_steps(steps: Mapping[int, Any], abstract: Any, batch: Any) -> dict[int,
     def lap(m: int) -> float:
         nonlocal state
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(steps[m](state, batch))
+        state, metrics = jax.block_until_ready(steps[m](state, batches[m]))
         del metrics
         return time.perf_counter() - start
 

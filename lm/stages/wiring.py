@@ -1,0 +1,283 @@
+"""What is the same in every stage: the run's directory, the data, the state, the compiled step, the one loop."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from etils import epath
+
+from lm import processes, sharding, xla
+from lm.config import Config
+from lm.data import pipeline
+from lm.data.prompts import Prompt, load_prompts
+from lm.data.tokenizer import Tokenizer, find_tokenizer
+from lm.errors import UsageError
+from lm.model import transformer
+from lm.model.transformer import ModelConfig
+from lm.runtime import StopRequest
+from lm.stages import setup
+from lm.training import checkpoint, flops, runs
+from lm.training import step as training
+from lm.training.ledger import Ledger
+from lm.training.loop import Hooks, run_loop, saved
+from lm.training.recorder import Recorder
+
+Source = Callable[[Any, int], Mapping[str, jax.Array]]
+Evaluate = Callable[[training.TrainState, int], Mapping[str, float]]
+# Of packed rows of tokens.
+ROWS = {
+    'tokens_BT': np.int32,
+    'targets_BT': np.int32,
+    'weights_BT': np.float32,
+    'segments_BT': np.int32,
+    'positions_BT': np.int32,
+}
+
+
+class Data(Protocol):
+    """What a stage trains on; `fingerprint` changes with all that it is made of."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]) -> Any:
+    """The weights of the run it starts from, else random ones."""
+    if not config.init_from:
+        return transformer.init_sharded(jax.random.key(config.seed), cfg)
+    step, weights = runs.weights(config.init_from, abstract, warn=say)
+    say(f'weights from {config.init_from} at step {step}')
+    return weights
+
+
+def no_frozen(*_: Any) -> None:
+    """Nothing but what is trained."""
+
+
+class Stage(NamedTuple):
+    """What is a stage's own. `data` below is what its `prepare` gave; `say` tells the user a line."""
+
+    # (config, folder of the tokenizer to use or None, say) -> data
+    prepare: Callable[[Config, str | None, Callable[[str], None]], Any]
+    # (config, data) -> steps in one epoch
+    epoch: Callable[[Config, Any], int]
+    # (config, data; None in a dry run) -> a batch as shapes and shardings; as `source`, with config.microbatch resolved
+    batch: Callable[[Config, Any], Mapping[str, jax.ShapeDtypeStruct]]
+    # (config, data, start) -> source(state, i), to be asked for start, start + 1, …
+    source: Callable[[Config, Any, int], Source]
+    # (config, cfg) -> the loss
+    loss: Callable[[Config, ModelConfig], training.Loss]
+    # (config, cfg, data, prompts, recorder) -> evaluate(state, step) -> metrics
+    evaluate: Callable[[Config, ModelConfig, Any, Sequence[Prompt], Recorder], Evaluate]
+    # data -> lines on it
+    describe: Callable[[Any], list[str]]
+    # cfg -> what is trained, as shapes and shardings
+    abstract: Callable[[ModelConfig], Any] = runs.abstract_params
+    # (config, cfg, abstract, say) -> the weights to begin with
+    weights: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = first_weights
+    # (config, cfg) -> what the step reads and does not train, as shapes and shardings; None: nothing
+    frozen: Callable[[Config, ModelConfig], Any] = no_frozen
+    # (config, cfg, frozen as shapes, say) -> the same as arrays
+    load_frozen: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = no_frozen
+
+
+def run(
+    stage: Stage, config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False
+) -> dict[str, Any]:
+    """Trains, or resumes, the run at `workdir`, and returns its last metrics.
+
+    Raises UsageError before anything is allocated, RunError and Preempted while running.
+    """
+    found = runs.open_workdir(config, workdir)
+    setup.recall(config, found)
+    cfg = runs.model_config(config)
+    with sharding.use_mesh(config.mesh) as mesh:
+        setup.check_mesh(config, mesh)
+        if dry_run:
+            return _dry_run(stage, config, cfg)
+        return _train(stage, config, cfg, workdir, found, stop)
+
+
+def _train(
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest
+) -> dict[str, Any]:
+    # ---- data ----
+    ledger = Ledger()
+    recorder = Recorder()
+    prompts = load_prompts(config.eval.prompts)
+    if not prompts:
+        raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
+    tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
+    if tokenizer and found and find_tokenizer(own):  # copied when the run began
+        tokenizer = str(own)
+    with ledger('prepare'), processes.in_turn():  # the others find it in a cache that they share, or make their own
+        data = stage.prepare(config, tokenizer, recorder.say)
+    processes.same('prepared data', data.fingerprint)
+    if found and found['data'] != data.fingerprint:
+        raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
+    if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != data.fingerprint:
+        raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
+    recorder.say(xla.line())
+    recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
+    setup.resolve(config, found, epoch=stage.epoch(config, data))
+
+    # ---- the run's directory: config.json first, it is what makes it a run ----
+    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint)
+    recorder.open(workdir)
+    with setup.told(recorder, ledger):
+        _fit(stage, config, cfg, workdir, data, prompts, recorder, ledger, stop)
+    return recorder.last
+
+
+def _fit(
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, data: Any, prompts: Sequence[Prompt],
+    recorder: Recorder, ledger: Ledger, stop: StopRequest,
+) -> None:  # fmt: skip
+    if processes.first():
+        data.tokenizer.save(str(workdir / 'tokenizer'))
+    for line in stage.describe(data):
+        recorder.say(line)
+    recorder.status('compiling', 0)
+
+    # ---- state and step ----
+    optimizer, rate = setup.make_optimizer(config)
+    abstract = abstract_state(stage, config, cfg, optimizer)
+    build = partial(compile_step, stage, config, cfg, data, optimizer, rate, abstract)
+    with ledger('compile'):
+        first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
+        step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
+    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint)
+    tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
+    for line in describe_run(config, cfg, tokens=tokens):
+        recorder.say(line)
+    recorder.say(told)
+    state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
+
+    # ---- loop ----
+    source = stage.source(config, data, int(state.step))
+    with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
+        hooks = Hooks(
+            recorder=recorder, ledger=ledger, writer=writer,
+            evaluate=stage.evaluate(config, cfg, data, prompts, recorder),
+            tokens=tokens, flops=tokens * _flops_per_token(config, cfg),
+            peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
+            save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
+            batches=lambda i: grown.first(i) / config.batch_size,
+        )  # fmt: skip
+        run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
+    recorder.status('done', config.steps)
+
+
+def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
+    """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
+    planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
+    mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
+    choice = runs.attention_choice(config)
+    return [
+        f'attention: {choice.name} ({choice.why})',
+        f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
+    ]
+
+
+def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Places for tokens in a full batch."""
+    return math.prod(batch['tokens_BT'].shape)
+
+
+def _flops_per_token(config: Config, cfg: ModelConfig) -> float:
+    return flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
+
+
+def abstract_state(stage: Stage, config: Config, cfg: ModelConfig, optimizer: Any) -> training.TrainState:
+    """The state as shapes and shardings."""
+    ema = config.optim.ema is not None
+    state = setup.abstract_state(stage.abstract(cfg), optimizer, config.seed, ema=ema)
+    return dataclasses.replace(state, frozen=stage.frozen(config, cfg))
+
+
+def compile_step(
+    stage: Stage, config: Config, cfg: ModelConfig, data: Any, optimizer: Any, rate: Any,
+    abstract: training.TrainState, microbatch: int,
+) -> Any:  # fmt: skip
+    """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
+    config = setup.with_microbatch(config, microbatch)
+    grown = setup.growth(config)
+    fn = training.make_step(
+        stage.loss(config, cfg), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
+        microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
+    )  # fmt: skip
+    return jax.jit(fn, donate_argnums=0).lower(abstract, stage.batch(config, data)).compile()
+
+
+def start(
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, abstract: training.TrainState, optimizer: Any,
+    recorder: Recorder,
+) -> training.TrainState:  # fmt: skip
+    """The state to go on from: this run's newest checkpoint, else what the stage begins with."""
+    frozen = stage.load_frozen(config, cfg, abstract.frozen, recorder.say)
+    newest = checkpoint.read_newest(
+        workdir / 'checkpoints', saved(abstract), warn=partial(recorder.say, style='red'), set_aside=True
+    )
+    if newest is not None:
+        step, tree, _ = newest
+        recorder.rewind(step)
+        recorder.say(f'resumed at step {step}')
+        return training.TrainState(frozen=frozen, **tree)
+    recorder.rewind(0)
+    if config.branch_from:
+        step, tree = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
+        recorder.say(f'branched from {config.branch_from} at step {step}')
+        return training.TrainState(frozen=frozen, **tree)
+    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed, ema=config.optim.ema is not None))
+    state = create(stage.weights(config, cfg, abstract.trainable, recorder.say))
+    return dataclasses.replace(state, frozen=frozen)
+
+
+def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
+    """Compiles the step for this machine and prints what it would take."""
+    if config.steps is None:
+        raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
+    optimizer, rate = setup.make_optimizer(config)
+    abstract = abstract_state(stage, config, cfg, optimizer)
+    build = partial(compile_step, stage, config, cfg, None, optimizer, rate, abstract)
+    compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
+    recorder, choice = Recorder(), runs.attention_choice(config)
+    recorder.say(f'attention   {choice.name} ({choice.why})')
+    recorder.say(told)
+    tokens = _tokens(stage.batch(config, None))
+    cost = tokens * _flops_per_token(config, cfg)
+    setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
+    return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}
+
+
+# ---- what stages have in common ----
+
+
+def packed_batch(config: Config, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed rows as shapes and shardings."""
+    del data
+    return setup.abstract_batch(ROWS, batch_size=config.batch_size, seq_len=config.seq_len)
+
+
+def batches_of(mixture: pipeline.Mixture, config: Config, start: int) -> Source:
+    """source(state, i): this process's rows of batch i of a mixture, on its devices."""
+    local = sharding.local_rows(config.batch_size, config.seq_len)
+    rows = None if local is None else local.rows
+    batches = pipeline.batches(
+        mixture, batch_size=config.batch_size, start=start, growth=setup.growth(config), rows=rows
+    )
+
+    def source(state: Any, i: int) -> dict[str, jax.Array]:
+        del state, i
+        return sharding.shard_batch(next(batches), local)
+
+    return source
