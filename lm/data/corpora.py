@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +61,18 @@ def package_version(name: str) -> str:
 
 def prepare_corpus(name: str) -> tuple[epath.Path, Counts]:
     """Where the array_record data of a corpus lies, built on first use, and what was read and dropped for it."""
-    key = {'corpus': name, 'version': package_version(name), 'recipe': RECIPE}
-    directory = cache.build('tfds', key, lambda path: _build_corpus(name, path))
+    return prepare_with(name, {'version': package_version(name), 'recipe': RECIPE}, _BUILDERS[name])
+
+
+def prepare_with(name: str, state: dict[str, Any], make: Callable[..., Any]) -> tuple[epath.Path, Counts]:
+    """Where a builder's data lies, `make(tally, data_dir=…, file_format=…)` run once for each `state`, and its tally."""
+    directory = cache.build('tfds', {'corpus': name} | state, lambda path: _build_corpus(make, path))
     return directory / name / '1.0.0', Counts(**json.loads((directory / 'tally.json').read_text()))
 
 
-def _build_corpus(name: str, directory: epath.Path) -> None:
+def _build_corpus(make: Callable[..., Any], directory: epath.Path) -> None:
     tally = Counts()
-    builder = _BUILDERS[name](tally, data_dir=directory, file_format='array_record')
+    builder = make(tally, data_dir=directory, file_format='array_record')
     tfds.disable_progress_bar()
     # TFDS prints that it downloads, which it does not: it is told not to ask its bucket for prepared data either.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -76,17 +80,18 @@ def _build_corpus(name: str, directory: epath.Path) -> None:
     files.write_json(directory / 'tally.json', {'read': tally.read, 'dropped': tally.dropped})
 
 
-class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A corpus of plain documents with one split, `train`; a subclass says where they come from."""
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Data of text FIELDS with one split, `train`, which counts in `tally` what it leaves out."""
 
     VERSION = tfds.core.Version('1.0.0')
+    FIELDS: tuple[str, ...]
 
     def __init__(self, tally: Counts, **kwargs: Any):
         self._tally = tally
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {key: tfds.features.Text() for key in ('id', 'source', 'text', 'meta')}
+        features = {key: tfds.features.Text() for key in self.FIELDS}
         # Kept in the order of generation: preparation shuffles by content, so a second shuffle here buys nothing.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -94,6 +99,12 @@ class _TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         return {'train': self._generate_examples()}
+
+
+class _TextBuilder(Builder, skip_registration=True):
+    """A corpus of plain documents; a subclass says where they come from."""
+
+    FIELDS = ('id', 'source', 'text', 'meta')
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for number, (key, text, meta) in enumerate(self._documents()):
@@ -130,16 +141,25 @@ class Chitchat(_TextBuilder, skip_registration=True):
     name = 'chitchat'
 
     def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        conversations = json.loads((package_dir('chitchat_dataset') / 'dataset.json').read_bytes())
-        for key, conversation in conversations.items():
+        for key, conversation in conversations():
             self._tally.read += 1
-            turns = [' '.join(' '.join(m['text'] for m in turn).split()) for turn in conversation['messages']]
-            turns = [turn for turn in turns if turn]
-            if len(turns) < 2:
+            text = conversation_text(conversation)
+            if '\n' not in text:
                 self._tally.drop('one_turn')
                 continue
             # Some conversations have no prompt, some no ratings.
-            yield key, '\n'.join(turns), {k: conversation[k] for k in ('prompt', 'ratings') if k in conversation}
+            yield key, text, {k: conversation[k] for k in ('prompt', 'ratings') if k in conversation}
+
+
+def conversations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, conversation) of all that the package holds: its `messages`, a list a turn, and its prompt and ratings."""
+    yield from json.loads((package_dir('chitchat_dataset') / 'dataset.json').read_bytes()).items()
+
+
+def conversation_text(conversation: dict[str, Any]) -> str:
+    """The document that pretraining reads of a conversation: a line a turn."""
+    turns = (' '.join(' '.join(m['text'] for m in turn).split()) for turn in conversation['messages'])
+    return '\n'.join(turn for turn in turns if turn)
 
 
 _BUILDERS: dict[str, type[_TextBuilder]] = {'botocore': Botocore, 'chitchat': Chitchat}

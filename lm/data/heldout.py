@@ -1,4 +1,4 @@
-"""What pretraining must not see: the answers that operation Q&A holds out.
+"""What is held out: by its content, and what pretraining must not see, the answers that operation Q&A holds out.
 
 Fine-tuning asks what an operation does and answers with the first sentence of its documentation. It is split by the
 operation's *name*, and pretraining leaves out every document that contains the answer of a held-out name.
@@ -17,6 +17,11 @@ def heldout_operation(name: str) -> bool:
     """Whether operation Q&A holds out the operations called `name`, in every service: about one name in twenty."""
     digest = hashlib.blake2b(b'operation:' + name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') < HELDOUT_SHARE * 2**64
+
+
+def is_heldout(content_digest: bytes, share: float) -> bool:
+    """Whether the document with this digest is held out: a hash of its content, not its place, decides."""
+    return int.from_bytes(content_digest[:8], 'big') < share * 2**64
 
 
 def normalized(text: str) -> str:

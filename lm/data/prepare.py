@@ -16,6 +16,7 @@ from etils import epath
 
 from lm import files
 from lm.data import cache
+from lm.data.heldout import is_heldout
 from lm.data.records import Counts, Source
 from lm.data.sources import open_source, parse_mixture
 from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
@@ -175,11 +176,6 @@ def _read(
     _require_documents(split)
     _fill_empty_part(split)
     return split
-
-
-def is_heldout(content_digest: bytes, share: float) -> bool:
-    """Whether the document with this digest is held out: a hash of its content, not its place, decides."""
-    return int.from_bytes(content_digest[:8], 'big') < share * 2**64
 
 
 def _require_documents(split: _Split) -> None:
