@@ -39,14 +39,20 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def find(kind: str, key: dict[str, Any]) -> epath.Path | None:
+    """The directory that `build` made for this key, if it has."""
+    path = cache_dir() / kind / fingerprint(key)
+    return path if path.exists() else None
+
+
 def build(kind: str, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> epath.Path:
     """The directory `kind/fingerprint(key)`, filled by `fn(directory)` unless it is there already.
 
     `key` is saved in it as key.json, for the reader. Raises RunError if the disk is full, and what `fn` raises.
     """
+    if found := find(kind, key):
+        return found
     final = cache_dir() / kind / fingerprint(key)
-    if final.exists():
-        return final
     _make_parent(final.parent)
     try:
         _sweep(final.parent)

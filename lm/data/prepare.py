@@ -1,4 +1,7 @@
-"""From a mixture to token stores: read, deduplicate, split, train the tokenizer, encode. Done once, then cached.
+"""From a mixture to stores: read, deduplicate, split, train the tokenizer, encode. Done once, then cached.
+
+A `Form` says what becomes of the records of a kind: documents of text here, conversations and pairs in modules of their
+own.
 
 A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. What was seen is
 held in memory, about 100 bytes a document; the text itself goes through disk. Whether a document is held out depends
@@ -10,16 +13,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from lm import files
 from lm.data import cache
 from lm.data.heldout import is_heldout
-from lm.data.records import Counts, Source
+from lm.data.records import Counts, Kind, Source, content, split_content
 from lm.data.sources import open_source, parse_mixture
-from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
+from lm.data.store import Checksums, Spool, TokenStore, checksums_of, digest, write_store
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
 
@@ -28,15 +31,49 @@ RECIPE = 2
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 
 
+class Form(NamedTuple):
+    """How the records of a kind are kept.
+
+    Attributes:
+      key: JSON-able, what a store depends on besides its records and the tokenizer.
+      write: (directory, contents of records as `records.content` has them, tokenizer, counts) -> tokens written.
+      open: (directory, tokenizer, checksums) -> the store; raises OSError or ValueError if it is damaged.
+      files: the names of a store's files.
+    """
+
+    kind: Kind
+    key: Any
+    write: Callable[[epath.Path, Iterator[bytes], Tokenizer, Counts], int]
+    open: Callable[[epath.Path, Tokenizer, Checksums], Any]
+    files: tuple[str, ...]
+
+
+def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
+    del counts
+    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id}
+    return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
+
+
+def _open_text(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> TokenStore:
+    return TokenStore.open(
+        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
+    )  # fmt: skip
+
+
+TEXT = Form('text', None, _write_text, _open_text, ('tokens.bin', 'offsets.npy'))
+
+
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source ready to train on. `weight` is its share of the rows; `counts` what became of its documents."""
+    """A source ready to train on. `weight` is its share of the rows; `counts` what became of its records; `content` a
+    digest of them. `train` and `heldout` are stores of the form that was asked for."""
 
     name: str
     weight: float
-    train: TokenStore = field(repr=False)
-    heldout: TokenStore = field(repr=False)
+    train: Any = field(repr=False)
+    heldout: Any = field(repr=False)
     counts: dict[str, Any]
+    content: str = ''
 
 
 @dataclass(frozen=True)
@@ -65,16 +102,23 @@ def prepare(
     tokenizer: str | None,
     heldout: float,
     progress: Callable[[str], None],
+    form: Form = TEXT,
+    strict: bool = False,
 ) -> Prepared:
     """Prepares a mixture, or finds it in the cache.
 
-    `tokenizer` is a directory with one, or None to train one of `vocab_size` on the mixture; `heldout` the share of
-    documents held out; `progress` is told each step. Raises UsageError for missing, empty or too little data.
+    Args:
+      tokenizer: a directory with one, or None to train one of `vocab_size` on a mixture of text.
+      heldout: the share of records held out, where a source has no split of its own.
+      progress: is told each step, and the first malformed records.
+      strict: a malformed record is an error and not only counted.
+
+    Raises UsageError for missing, empty or too little data.
     """
     parts = parse_mixture(mixture)
     if not 0 < heldout < 1:
         raise UsageError(f'data.heldout={heldout} is no share of the documents: give a number between 0 and 1')
-    sources = [open_source(name) for name, _ in parts]
+    sources = [open_source(name, form.kind, strict=strict) for name, _ in parts]
     weights = [weight for _, weight in parts]
     existing = _load_tokenizer(tokenizer, vocab_size)
     key = {
@@ -84,11 +128,16 @@ def prepare(
         'tokenizer': existing.fingerprint if existing else [vocab_size, weights],
         'heldout': heldout,
     }
-    directory = cache.build(
-        'prepared', key, lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress)
-    )
+    key |= {} if form.key is None else {'form': form.key}
+    # Those who trained this very tokenizer on this mixture have encoded it too.
+    trained = cache.find('prepared', key | {'tokenizer': [vocab_size, weights]}) if existing else None
+    if trained and Tokenizer.load(trained / 'tokenizer').fingerprint == key['tokenizer']:
+        directory = trained
+    else:
+        write = lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress, form)
+        directory = cache.build('prepared', key, write)
     try:
-        return _open(directory, weights)
+        return _open(directory, weights, form)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise UsageError(f'the prepared data in {directory} is damaged ({e}): delete that folder') from e
 
@@ -105,7 +154,7 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
-def _open(directory: epath.Path, weights: Sequence[float | None]) -> Prepared:
+def _open(directory: epath.Path, weights: Sequence[float | None], form: Form) -> Prepared:
     """Raises one of several errors if a file in it is damaged: all are a cache's, which can be made again."""
     index = json.loads((directory / 'prepared.json').read_bytes())
     if index.pop('fingerprint') != cache.fingerprint(index):
@@ -115,17 +164,12 @@ def _open(directory: epath.Path, weights: Sequence[float | None]) -> Prepared:
         raise ValueError('the tokenizer has changed')
     shares = _shares(weights, [source['counts']['train_tokens'] for source in index['sources']])
 
-    def store(number: int, split: str) -> TokenStore:
-        return TokenStore.open(
-            directory / f'{number}' / split,
-            vocab_size=tokenizer.vocab_size,
-            pad_id=tokenizer.pad_id,
-            checksums=index['sources'][number]['checksums'][split],
-        )
+    def store(number: int, split: str) -> Any:
+        return form.open(directory / f'{number}' / split, tokenizer, index['sources'][number]['checksums'][split])
 
     sources = tuple(
-        PreparedSource(source['name'], share, store(n, 'train'), store(n, 'heldout'), source['counts'])
-        for n, (source, share) in enumerate(zip(index['sources'], shares, strict=True))
+        PreparedSource(s['name'], share, store(n, 'train'), store(n, 'heldout'), s['counts'], s['content'])
+        for n, (s, share) in enumerate(zip(index['sources'], shares, strict=True))
     )
     return Prepared(tokenizer, sources, cache.fingerprint([index['content'], shares]))
 
@@ -144,6 +188,7 @@ def _write(
     existing: Tokenizer | None,
     heldout: float,
     progress: Callable[[str], None],
+    form: Form,
 ) -> None:
     for source in sources:
         source.check()
@@ -152,7 +197,7 @@ def _write(
     splits = [_read(spool / f'{n}', source, seen, heldout, progress) for n, source in enumerate(sources)]
     tokenizer = existing or _train(splits, weights, vocab_size, progress)
     tokenizer.save(directory / 'tokenizer')
-    described = [_encode(directory / f'{n}', split, tokenizer, progress) for n, split in enumerate(splits)]
+    described = [_encode(directory / f'{n}', split, tokenizer, progress, form) for n, split in enumerate(splits)]
     shutil.rmtree(spool)
     content = [tokenizer.fingerprint, [[s['name'], s['content']] for s in described]]
     index = {'content': content, 'sources': described}
@@ -165,14 +210,17 @@ def _read(
     """Reads a source into two spools, without what `seen` holds. Raises UsageError for fewer than two documents."""
     progress(f'reading {source.name}')
     split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
+    decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
     for record in source.read(split.counts):
-        content = record['text'].encode()
-        content_digest = digest(content)
+        data = content(record)
+        content_digest = digest(data)
         if content_digest in seen:
             split.counts.drop('duplicate')
             continue
         seen.add(content_digest)
-        (split.heldout if is_heldout(content_digest, heldout) else split.train).add(content, content_digest)
+        (split.heldout if decide(record, heldout) else split.train).add(data, content_digest)
+    for problem in split.counts.named:
+        progress(f'left out: {problem}')
     _require_documents(split)
     _fill_empty_part(split)
     return split
@@ -223,31 +271,25 @@ def _sample(spool: Spool, size: float) -> Iterator[str]:
 
 
 def _encode(
-    directory: epath.Path, split: _Split, tokenizer: Tokenizer, progress: Callable[[str], None]
+    directory: epath.Path, split: _Split, tokenizer: Tokenizer, progress: Callable[[str], None], form: Form
 ) -> dict[str, Any]:
     """Writes the two stores of a source; returns its entry of prepared.json."""
     progress(f'encoding {split.name}')
-    counts: dict[str, Any] = asdict(split.counts)
+    counts: dict[str, Any] = {}
     checksums = {}
-    content = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for name, spool in (('train', split.train), ('heldout', split.heldout)):
         counts[f'{name}_documents'] = spool.documents
         counts[f'{name}_bytes'] = spool.bytes
-        counts[f'{name}_tokens'] = write_store(
-            directory / name,
-            _hashing(spool, content.update),
-            tokenizer.encode_batch,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-        )
-        content.update(name.encode())
-        checksums[name] = checksums_of(directory / name)
-    counts['kept'] = split.train.documents + split.heldout.documents
-    return {'name': split.name, 'counts': counts, 'content': content.hexdigest(), 'checksums': checksums}
+        contents = _hashing(spool, hashed.update)
+        counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
+        hashed.update(name.encode())
+        checksums[name] = checksums_of(directory / name, form.files)
+    counts |= asdict(split.counts) | {'kept': split.train.documents + split.heldout.documents}
+    return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 
-def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[str]:
-    for content_digest, content in spool.read():
+def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[bytes]:
+    for content_digest, data in spool.read():
         update(content_digest)
-        yield content.decode()
+        yield data

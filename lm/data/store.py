@@ -8,7 +8,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -37,8 +37,7 @@ class TokenStore:
     @classmethod
     def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'TokenStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        if damaged := [name for name, found in checksums_of(directory).items() if found != checksums.get(name)]:
-            raise ValueError(f'{directory / damaged[0]} has changed')
+        verify(directory, checksums)
         tokens = np.memmap(directory / 'tokens.bin', dtype=token_dtype(vocab_size), mode='r')
         return cls(tokens, np.load(directory / 'offsets.npy', mmap_mode='r'), pad_id)
 
@@ -54,13 +53,20 @@ class TokenStore:
         return len(self.tokens)
 
 
-def checksums_of(directory: epath.Path) -> Checksums:
+def checksums_of(directory: epath.Path, names: Sequence[str] = ('tokens.bin', 'offsets.npy')) -> Checksums:
     """The size of each of a store's files and, below 1 GiB, its CRC-32.
 
     Every start verifies them. A gibibyte takes about a second; of a larger file only the size is compared, since a
     terabyte would take a quarter of an hour.
     """
-    return {name: _checksum(directory / name) for name in ('tokens.bin', 'offsets.npy')}
+    return {name: _checksum(directory / name) for name in names}
+
+
+def verify(directory: epath.Path, checksums: Checksums) -> None:
+    """Raises ValueError unless each of these files is as it was when it was written."""
+    found = checksums_of(directory, list(checksums))
+    if damaged := [name for name, value in found.items() if value != checksums[name]]:
+        raise ValueError(f'{directory / damaged[0]} has changed')
 
 
 def _checksum(path: epath.Path) -> list[int]:
