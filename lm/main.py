@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from lm import config as configs
-from lm import processes, runtime
+from lm import presets, processes, runtime
 from lm.errors import Parser, UsageError, leave, run_command
 
 
@@ -59,8 +59,7 @@ def train(argv: Sequence[str]) -> dict:
         raise UsageError(
             f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}'
         )
-    suffix = '-' + arg.replace('=', '').replace(',', '-').replace('/', '_') if arg else ''
-    workdir = setup.workdir_path(flags.workdir or f'runs/{config.stage}{suffix}')
+    workdir = setup.workdir_path(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
     with (

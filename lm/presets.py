@@ -78,6 +78,16 @@ def depth(n: int, config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def parent(stage: str, arg: str) -> str:
+    """The default folder of the run of an earlier stage with the same ARG."""
+    return f'runs/{run_name(stage, arg)}'
+
+
+def run_name(stage: str, arg: str) -> str:
+    """'pretrain' and 'depth=6' are 'pretrain-depth6'."""
+    return f'{stage}-{arg.replace("=", "").replace(",", "-").replace("/", "_")}' if arg else stage
+
+
 def apply(config: Config, arg: str) -> Config:
     """Applies ARG to a config: a preset's name, `depth=N`, or `KEY=VALUE` pairs, joined by commas.
 

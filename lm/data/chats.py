@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from lm.data import bestfit
+from lm.data import bestfit, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.packing import Row, permute
+from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
 from lm.data.store import Checksums, TokenStore, token_dtype, verify
@@ -234,5 +235,20 @@ class WithReplay:
         return self.own.tokenizer
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.template.stop_ids(self.tokenizer)
+
+    @property
     def fingerprint(self) -> str:
         return '+'.join([self.own.fingerprint, *([self.text.fingerprint] if self.text else [])])
+
+
+def mix(data: WithReplay, *, seq_len: int, seed: int, replay: float) -> Mixture:
+    """The training rows of conversations, and of pretraining's text for the share `replay` of all rows."""
+    own = data.own.sources
+    rows = [chat_rows(s, 'train', seq_len=seq_len, seed=source_seed(seed, s.name)) for s in own]
+    if data.text is None or not replay:
+        return Mixture(tuple(rows), tuple(s.weight for s in own))
+    text = pipeline.mix(data.text, seq_len=seq_len, seed=seed)
+    weights = [s.weight * (1 - replay) for s in own] + [w * replay for w in text.weights]
+    return Mixture((*rows, *text.rows), tuple(weights))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -24,11 +25,22 @@ _PREFETCH = 8
 Batch = dict[str, np.ndarray]
 
 
+class Rows(Protocol):
+    """Random access to rows of a store, in an endless sequence of epochs of `len` rows."""
+
+    @property
+    def store(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, i: int) -> Row: ...
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Rows of several sources as one endless sequence, each source's rows spread evenly by its share of PERIOD."""
 
-    rows: tuple[PackedRows, ...]
+    rows: tuple[Rows, ...]
     weights: tuple[float, ...]
 
     @cached_property
@@ -91,7 +103,7 @@ class _Batches:
 
 def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
     """The training rows of prepared data."""
-    rows = tuple(PackedRows(s.train, seq_len, _source_seed(seed, s.name)) for s in prepared.sources)
+    rows = tuple(PackedRows(s.train, seq_len, source_seed(seed, s.name)) for s in prepared.sources)
     return Mixture(rows, tuple(s.weight for s in prepared.sources))
 
 
@@ -119,14 +131,19 @@ def rows_in_epoch(prepared: Prepared, seq_len: int) -> int:
 def heldout_batches(
     source: PreparedSource, *, batch_size: int, seq_len: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """The held-out rows of a source in order, the first `max_rows` of them; the last batch is filled up with rows of
-    weight 0. Documents were shuffled when they were written, so the first rows are a random sample.
+    """The held-out rows of a source of text, `in_order`. Documents were shuffled when they were written, so the first
+    rows are a random sample.
     """
     rows = PackedRows(source.heldout, seq_len, seed=0, shuffle=False)
+    return in_order(rows, batch_size=batch_size, max_rows=max_rows)
+
+
+def in_order(rows: Rows, *, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
+    """The first `max_rows` of rows, one after the other; the last batch is filled up with rows of weight 0."""
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     for start in range(0, count, batch_size):
         found = [rows.row(i) for i in range(start, min(start + batch_size, count))]
-        yield stack(found + [_empty_like(found[0], source.heldout.pad_id)] * (batch_size - len(found)))
+        yield stack(found + [_empty_like(found[0], rows.store.pad_id)] * (batch_size - len(found)))
 
 
 def stack(rows: Sequence[Row]) -> Batch:
@@ -139,6 +156,6 @@ def _empty_like(row: Row, pad_id: int) -> Row:
     return {name: np.full_like(value, fill.get(name, 0)) for name, value in row.items()}
 
 
-def _source_seed(seed: int, name: str) -> int:
+def source_seed(seed: int, name: str) -> int:
     """Sources are shuffled differently, each by its own name: adding one leaves the others' order alone."""
     return int.from_bytes(hashlib.blake2b(f'{seed}:{name}'.encode(), digest_size=8).digest(), 'little')

@@ -263,11 +263,11 @@ def _train(
 def _sample(spool: Spool, size: float) -> Iterator[str]:
     """The first texts of a shuffled spool, up to `size` bytes: a random sample, and always the same."""
     taken = 0
-    for _, content in spool.read():
+    for _, data in spool.read():
         if taken >= size:
             return
-        taken += len(content)
-        yield content.decode()
+        taken += len(data)
+        yield data.decode()
 
 
 def _encode(

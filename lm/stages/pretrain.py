@@ -9,6 +9,7 @@ from etils import epath
 
 from lm.config import Config
 from lm.data import pipeline
+from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import Prepared, PreparedSource, prepare
 from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer
@@ -92,17 +93,23 @@ def make_evaluate(
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
         metrics = text_metrics(config, cfg, prepared, state.weights)
-        samples = continue_prompts(
-            state.weights, cfg, prepared.tokenizer, prompts, config.eval.max_new_tokens, config.seed
-        )
-        recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
-        shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if k.endswith('bpb')}
-        recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
-        raw = next((s for s in samples if s['kind'] == 'raw'), samples[0])
-        recorder.say(f'  {raw["prompt"]}[…]{raw["text"]}'.replace('\n', ' ')[:300], style='dim')
+        tell(config, cfg, prepared.tokenizer, state.weights, prompts, recorder, step, metrics)
         return metrics
 
     return evaluate
+
+
+def tell(
+    config: Config, cfg: ModelConfig, tokenizer: Tokenizer, params: Any, prompts: Sequence[Prompt], recorder: Recorder,
+    step: int, metrics: Mapping[str, float], template: ChatTemplate | None = None,
+) -> None:  # fmt: skip
+    """Answers the fixed prompts into samples.jsonl, and says how it stands: the metrics worth a line, and an answer."""
+    samples = continue_prompts(params, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed, template)
+    recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
+    shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if not k.endswith(('/loss', '/ppl'))}
+    recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
+    one = next((s for s in samples if (s['kind'] == 'raw') == (template is None)), samples[0])
+    recorder.say(f'  {one["prompt"]}[…]{one["text"]}'.replace('\n', ' ')[:300], style='dim')
 
 
 def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: Any) -> dict[str, float]:
@@ -113,13 +120,21 @@ def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: A
 
 
 def continue_prompts(
-    params: Any, cfg: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, seed: int
-) -> list[dict[str, Any]]:
-    """Each prompt continued as plain text, greedily and at T = 0.7."""
+    params: Any, cfg: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, seed: int,
+    template: ChatTemplate | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Each prompt answered, greedily and at T = 0.7; without a template, and if it is raw, continued as plain text."""
+
+    def ids(prompt: Prompt) -> list[int]:
+        if template is None or prompt.kind == 'raw':
+            return [tokenizer.bos_id, *tokenizer.encode(prompt.text)]
+        return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
+
     asked = [(p, t) for t in TEMPERATURES for p in prompts]
     out = generate(
-        params, cfg, [[tokenizer.bos_id, *tokenizer.encode(p.text)] for p, _ in asked], max_new_tokens=max_new_tokens,
-        stop_ids=[tokenizer.eos_id], sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
+        params, cfg, [ids(p) for p, _ in asked], max_new_tokens=max_new_tokens,
+        stop_ids=template.stop_ids(tokenizer) if template else [tokenizer.eos_id],
+        sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
     )  # fmt: skip
     return [
         {

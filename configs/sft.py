@@ -1,0 +1,23 @@
+"""Supervised fine-tuning of a pretrained model: questions about AWS operations (botocore) and small talk (chitchat).
+
+    python -m lm.main --config=configs/sft.py                      starts from runs/pretrain
+    python -m lm.main --config=configs/sft.py:depth=6              starts from runs/pretrain-depth6
+
+A run goes to runs/sft, and the same command goes on where it stopped.
+"""
+
+from lm import config, presets
+
+
+def get_config(arg: str = '') -> config.Config:
+    c = config.base()
+    c.stage = 'sft'
+    c.init_from = presets.parent('pretrain', arg)
+    c.steps = 600
+    c.batch_size = 16
+    c.optim.name, c.optim.lr = 'muon', 6e-3
+    c.z_loss = 0.0
+    c.data.mixture = 'operations:0.7,smalltalk:0.3'
+    c.data.replay = 0.25
+    c.eval.max_new_tokens = 96
+    return presets.apply(c, arg)

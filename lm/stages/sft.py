@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: imitate the assistant's part of conversations, with some of pretraining's text beside it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lm.config import Config
+from lm.data import chats, pipeline
+from lm.data.chat_template import ChatTemplate
+from lm.data.chats import WithReplay
+from lm.data.prepare import PreparedSource, prepare
+from lm.data.prompts import Prompt
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UsageError
+from lm.evals import answers, heldout
+from lm.model.transformer import ModelConfig
+from lm.runtime import StopRequest
+from lm.stages import pretrain, setup, wiring
+from lm.training import step as training
+from lm.training.recorder import Recorder
+
+
+def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
+    """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
+    return wiring.run(stage(), config, workdir, stop=stop, dry_run=dry_run)
+
+
+def stage() -> wiring.Stage:
+    """What is fine-tuning's own: its rows. The loss is pretraining's, over the tokens that weigh something."""
+    return wiring.Stage(
+        prepare=prepare_chats, epoch=epoch, batch=wiring.packed_batch, source=make_source,
+        loss=lambda config, cfg: pretrain.make_loss(cfg, z_loss=config.z_loss), evaluate=make_evaluate,
+        describe=describe,
+    )  # fmt: skip
+
+
+def prepare_chats(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> WithReplay:
+    """Conversations in the words of the tokenizer's chat template, and the text to replay.
+
+    Raises UsageError without a run to start from: conversations alone make no language model.
+    """
+    if tokenizer is None:
+        raise UsageError(f'stage={config.stage} trains a model further: set --config.init_from=DIR')
+    template = ChatTemplate.load(tokenizer, Tokenizer.load(tokenizer))
+    options = {'tokenizer': tokenizer, 'vocab_size': config.model.vocab_size, 'heldout': config.data.heldout}
+    form = chats.form(template)
+    own = prepare(mixture=config.data.mixture, form=form, strict=config.data.strict, progress=say, **options)
+    text = prepare(mixture=config.data.pretraining, progress=say, **options) if config.data.pretraining else None
+    return WithReplay(own, text, template)
+
+
+def epoch(config: Config, data: WithReplay) -> int:
+    """Steps in one epoch."""
+    return setup.growth(config).steps_in(_mixture(config, data).rows_in_epoch())
+
+
+def _mixture(config: Config, data: WithReplay) -> pipeline.Mixture:
+    return chats.mix(data, seq_len=config.seq_len, seed=config.seed, replay=config.data.replay)
+
+
+def make_source(config: Config, data: WithReplay, start: int) -> wiring.Source:
+    """source(state, i) -> batch i."""
+    return wiring.batches_of(_mixture(config, data), config, start)
+
+
+def describe(data: WithReplay) -> list[str]:
+    """What is about to be trained on, a line a source."""
+    own, text = data.own.sources, data.text.sources if data.text else ()
+    return [*map(describe_source, own), *(f'replay of {pretrain.describe_source(s)}' for s in text)]
+
+
+def describe_source(s: PreparedSource) -> str:
+    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+    return (
+        f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
+        f'{c["train_tokens"]:,} tokens, {c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+    )
+
+
+def make_evaluate(
+    config: Config, cfg: ModelConfig, data: WithReplay, prompts: Sequence[Prompt], recorder: Recorder
+) -> wiring.Evaluate:
+    """evaluate(state, step): what is asked of an assistant, what it has forgotten, and the fixed prompts answered."""
+
+    def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
+        metrics = chat_metrics(config, cfg, data, state.weights)
+        if data.text:
+            metrics |= pretrain.text_metrics(config, cfg, data.text, state.weights)
+        pretrain.tell(config, cfg, data.tokenizer, state.weights, prompts, recorder, step, metrics, data.template)
+        return metrics
+
+    return evaluate
+
+
+def chat_metrics(config: Config, cfg: ModelConfig, data: WithReplay, params: Any) -> dict[str, float]:
+    """{'eval/SOURCE/response_loss', 'ended', 'f1'} of each source's held-out conversations."""
+    metrics = {}
+    for s in data.own.sources:
+        rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
+        batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
+        totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids)
+        found = answers.metrics(
+            params, cfg, data.tokenizer, chats.questions(s.heldout, config.eval.rows), stop_ids=data.stop_ids,
+            max_new_tokens=config.eval.max_new_tokens,
+        )  # fmt: skip
+        metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
+        metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
+    return metrics
