@@ -92,6 +92,7 @@ def base() -> Config:
     c.data.mixture = ''  # 'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py
     c.data.tokenizer = placeholder(str)  # folder or tokenizer.json; None: trained on the mixture, or init_from's
     c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
+    c.data.strict = False  # whether a malformed conversation or pair ends the run, or is left out, counted and named
 
     c.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'seq': 1, 'tensor': 1, 'expert': 1})  # -1 takes the devices left
 
