@@ -65,9 +65,11 @@ def prepare_corpus(name: str) -> tuple[epath.Path, Counts]:
 
 
 def prepare_with(name: str, state: dict[str, Any], make: Callable[..., Any]) -> tuple[epath.Path, Counts]:
-    """Where a builder's data lies, `make(tally, data_dir=…, file_format=…)` run once for each `state`, and its tally."""
+    """Where a builder's data lies, which `make(tally, data_dir=…, file_format=…)` gives, and its tally. Built once for
+    each `state`.
+    """
     directory = cache.build('tfds', {'corpus': name} | state, lambda path: _build_corpus(make, path))
-    return directory / name / '1.0.0', Counts(**json.loads((directory / 'tally.json').read_text()))
+    return next(directory.glob('*/1.0.0')), Counts(**json.loads((directory / 'tally.json').read_text()))
 
 
 def _build_corpus(make: Callable[..., Any], directory: epath.Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import grain
 
-from lm.data import cache
+from lm.data import cache, conversations
 from lm.data.records import Counts, Record, Source, choose_column, record
 from lm.errors import UsageError
 
@@ -51,8 +51,10 @@ def parse(text: str, copy: str | None = None) -> Address:
     return Address('/'.join(parts[:2]), config, split or None, column or None, copy)
 
 
-def open_dataset(name: str, address: Address) -> Source:
-    """The source at an address; a dataset of the hub is fetched into the library's cache unless it is there.
+def open_dataset(name: str, address: Address, reading: conversations.Reading | None = None) -> Source:
+    """The source at an address, of text or of what `reading` says.
+
+    A dataset of the hub is fetched into the library's cache unless it is there.
 
     Raises UsageError if it is not to be had, or has no such config, split or column.
     """
@@ -69,6 +71,8 @@ def open_dataset(name: str, address: Address) -> Source:
     except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UsageError(f'data source {name!r} cannot be opened: {reason}') from e
+    if reading:
+        return _conversations(name, address, data, reading)
     return _source(name, address, data, [k for k, v in data.features.items() if _is_text(datasets, v)])
 
 
@@ -79,8 +83,6 @@ def _open(datasets: Any, address: Address) -> Any:
 
 def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
     column = choose_column(f'data source {name!r}', address.column, texts, data.column_names)
-    files = [Path(file['filename']) for file in data.cache_files]
-    state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     def read(counts: Counts) -> Iterator[Record]:
         rows: Any = grain.MapDataset.source(data.select_columns([column]))
@@ -92,7 +94,31 @@ def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
                 text = b'\xff'  # no UTF-8, which is counted where all are
             yield from record(name, str(number), text, counts, column=column)
 
-    return Source(name, [*state, len(data), column], read)
+    return Source(name, [*_files_state(data), len(data), column], read)
+
+
+def _conversations(name: str, address: Address, data: Any, reading: conversations.Reading) -> Source:
+    conversations.check_columns(f'data source {name!r}', reading.kind, data.column_names, address.column)
+
+    def rows() -> Iterator[conversations.Row]:
+        read: Any = grain.MapDataset.source(data)
+        for number in range(len(read)):
+            place = f'{name}:{number}'
+            try:
+                yield conversations.Row(place, str(number), read[number])
+            except UnicodeDecodeError:
+                yield conversations.Row(place, str(number), {}, 'not_utf8')
+
+    def read(counts: Counts) -> Iterator[Any]:
+        return conversations.read_rows(name, reading, rows(), counts, column=address.column)
+
+    state = [*_files_state(data), len(data), address.column, reading.state]
+    return Source(name, state, read, kind=reading.kind)
+
+
+def _files_state(data: Any) -> list[list[Any]]:
+    files = [Path(file['filename']) for file in data.cache_files]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _is_text(datasets: Any, feature: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Parquet files: which column holds the documents, and its values, row group by row group."""
+"""Parquet files: which column holds the documents, its values or whole rows, row group by row group."""
 
 import contextlib
 from collections.abc import Iterator
@@ -36,6 +36,38 @@ def read_column(path: str, column: str) -> Iterator[bytes | None]:
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
                 # As bytes, because decoding a whole batch would fail for one value that is no UTF-8.
                 yield from batch.column(0).cast(pa.large_binary()).to_pylist()
+
+
+def columns_of(path: str) -> list[str]:
+    """The names of a file's columns. Raises UsageError if it is no whole parquet file."""
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        return file.schema_arrow.names
+
+
+def read_rows(path: str) -> Iterator[dict[str, Any] | None]:
+    """The rows of a file in order, None for one with a text that is not UTF-8. At most a row group is in memory.
+
+    Raises UsageError where the file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group]):
+                yield from _decoded(batch)
+
+
+def _decoded(batch: Any) -> Iterator[dict[str, Any] | None]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
 
 
 def _is_text(kind: Any) -> bool:

@@ -30,7 +30,11 @@ def chats(counts: Counts) -> Iterator[dict[str, Any]]:
             counts.drop('one_turn')
             continue
         # Held out is what pretraining holds out, which goes by the text that it reads.
-        yield {'id': key, 'messages': messages, 'meta': {'document': digest(conversation_text(conversation).encode()).hex()}}
+        yield {
+            'id': key,
+            'messages': messages,
+            'meta': {'document': digest(conversation_text(conversation).encode()).hex()},
+        }
 
 
 def heldout_chat(record: Chat, share: float) -> bool:
@@ -69,7 +73,7 @@ class _Rated:
 
 
 def ratings(counts: Counts) -> Iterator[dict[str, Any]]:
-    """The source `ratings`: of two conversations about one opening question, the one that people rated higher by 2 or more.
+    """The source `ratings`: of two conversations about one question, the one that people rated higher by 2 or more.
 
     The question is the prompt, the user's first message, as both people had read it before they spoke; whoever spoke
     first then answers it as the assistant. Only conversations of similar length are compared: of all of them the longer

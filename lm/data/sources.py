@@ -1,12 +1,15 @@
-"""Where text comes from: the default corpora, named datasets, files, TFDS data prepared here, Hugging Face datasets.
+"""Where data comes from: the default sources, named datasets, files, TFDS data prepared here, Hugging Face datasets.
 
 A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl#body:2,tfds:wiki40b/en:1'. Each of its
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
 
-    NAME                            botocore, chitchat, or a line of the table in lm/data/mixtures.py
+    NAME                            a default source, or a line of the table in lm/data/mixtures.py
     PATH[#COLUMN]                   files, patterns and folders of .jsonl, .parquet and .txt
     tfds:NAME[@SPLIT][#COLUMN]      prepared in array_record
     hf:NAME[@SPLIT][#COLUMN]        see lm/data/hub.py
+
+The same addresses hold text, conversations ('chat') and pairs of answers ('pairs'); the fields of the latter two are in
+lm/data/conversations.py.
 """
 
 import difflib
@@ -14,21 +17,25 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
-from lm.data import cache, hub, mixtures, parquet
-from lm.data.records import Counts, Record, Source, choose_column, record
+from lm.data import conversations, hub, mixtures, parquet, tfds
+from lm.data.conversations import Reading, Row
+from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
 
 # Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
 PERIOD = 1 << 14
 CORPORA = ('botocore', 'chitchat')
-KINDS = ('jsonl', 'parquet', 'txt')
+DEFAULTS: dict[Kind, tuple[str, ...]] = {
+    'text': CORPORA,
+    'chat': ('operations', 'smalltalk'),
+    'pairs': ('programmatic', 'ratings', 'decline'),
+}
+TABLES = ('jsonl', 'parquet')
+KINDS = (*TABLES, 'txt')
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
-_READ_AT_ONCE = 4096
 # Beyond these, shares of a sum overflow or vanish.
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
 
@@ -72,26 +79,53 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     return name, weight
 
 
-def open_source(name: str) -> Source:
-    """The source that a mixture calls `name`. Raises UsageError, in one line, if there is no such thing."""
+def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaired: bool = False) -> Source:
+    """The source that a mixture calls `name`, of text, of conversations ('chat') or of pairs of answers ('pairs').
+
+    `strict`: the first malformed conversation or pair is a UsageError, where it is read. `unpaired`: single answers,
+    good or bad, are let through as pairs with an empty side. Raises UsageError, in one line, if there is no such thing,
+    or it is of another kind.
+    """
+    reading = None if kind == 'text' else Reading(kind, strict, unpaired)
+    if (found := _kind_of(name)) and found != kind:
+        what = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs of answers'}
+        raise UsageError(
+            f'data source {name!r} holds {what[found]}, and {what[kind]} are needed here: name one of '
+            f'{", ".join(_known(kind))}, or your own files'
+        )
     if name in CORPORA:
         return _corpus(name)
+    if name in DEFAULTS[kind]:
+        return _default(name)
     if name in mixtures.NAMED:
-        return _named(name)
+        return _named(name, reading)
     if name.startswith('tfds:'):
-        return _prepared_tfds(name, name)
+        return tfds.open_prepared(name, name, reading)
     if name.startswith('hf:'):
-        return hub.open_dataset(name, hub.parse(name))
+        return hub.open_dataset(name, hub.parse(name), reading)
     path, column = _split_column(name)
-    return _files(name, _find_files(name, path), column)
+    if reading:
+        return _conversation_files(name, _find_files(name, path, kind), column, reading)
+    return _files(name, _find_files(name, path, kind), column)
 
 
-def _named(name: str) -> Source:
+def _kind_of(name: str) -> Kind | None:
+    """Of which kind a source with a name of ours is."""
+    if name in mixtures.NAMED:
+        return mixtures.NAMED[name].kind
+    return next((kind for kind, names in DEFAULTS.items() if name in names), None)
+
+
+def _known(kind: Kind) -> tuple[str, ...]:
+    return (*DEFAULTS[kind], *(name for name, named in mixtures.NAMED.items() if named.kind == kind))
+
+
+def _named(name: str, reading: Reading | None) -> Source:
     """A line of the table: its local copy if there is one, else where the table says."""
     address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
     if address.startswith('tfds:'):
-        return _prepared_tfds(name, address, copy)
-    return hub.open_dataset(name, hub.parse(address, copy))
+        return tfds.open_prepared(name, address, reading, copy)
+    return hub.open_dataset(name, hub.parse(address, copy), reading)
 
 
 def _split_column(name: str) -> tuple[str, str | None]:
@@ -107,42 +141,50 @@ def _split_column(name: str) -> tuple[str, str | None]:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _find_files(name: str, path: str) -> tuple[str, ...]:
-    """The files of a path, a pattern or a directory (its files of our kinds, at any depth), sorted."""
+def _find_files(name: str, path: str, kind: Kind) -> tuple[str, ...]:
+    """The files of a path, a pattern or a directory (those that can be of this kind, at any depth), sorted."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        found = [p for end in KINDS for p in glob.glob(f'{glob.escape(path)}/**/*.{end}', recursive=True)]
-        problem = f'holds no file that ends with .{" .".join(KINDS)}'
+        ends = KINDS if kind == 'text' else TABLES
+        found = [p for end in ends for p in glob.glob(f'{glob.escape(path)}/**/*.{end}', recursive=True)]
+        problem = f'holds no file that ends with .{" .".join(ends)}'
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):
         found, problem = glob.glob(path, recursive=True), 'matches no file'
     else:
-        found, problem = [], _unknown(name)
+        found, problem = [], _unknown(name, kind)
     found = sorted(p for p in found if os.path.isfile(p))
     if not found:
         raise UsageError(f'data source {name!r} {problem or "is not a file"}')
     return tuple(found)
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, kind: Kind) -> str:
     if '/' in name or '.' in name:
-        return 'does not exist: give a .jsonl, .parquet or text file, a directory or a pattern'
-    known = (*CORPORA, *mixtures.NAMED)
+        files = '.jsonl, .parquet or text file' if kind == 'text' else '.jsonl or .parquet file'
+        return f'does not exist: give a {files}, a directory or a pattern'
+    known = _known(kind)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f'did you mean {nearest[0]!r}?' if nearest else 'give a path, tfds:NAME or hf:NAME;'
     colon = ' and a weight is a number after a colon;' if ':' in name else ''
     return f'is unknown ({hint}{colon} known: {", ".join(known)})'
 
 
-def _files(name: str, paths: tuple[str, ...], column: str | None) -> Source:
+def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
+    """What stands for the files' content, as for make, size and time of change: hashing terabytes at each start would
+    not do. Raises UsageError if one cannot be read.
+    """
     if closed := [p for p in paths if not os.access(p, os.R_OK)]:
         raise UsageError(f'data source {name!r}: {closed[0]} cannot be read: change its permissions')
+    return [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
+
+
+def _files(name: str, paths: tuple[str, ...], column: str | None) -> Source:
+    state = _state_of(name, paths)
     tables = [p for p in paths if p.endswith('.parquet')]
     if column and (plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]):
         raise UsageError(f'data source {name!r}: {plain[0]} is plain text and has no column {column!r}')
-    # Size and time of change stand for the content, as for make: hashing terabytes at each start would not do.
-    state = [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
 
     def read(counts: Counts) -> Iterator[Record]:
         for path in paths:
@@ -168,18 +210,22 @@ def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> I
 
 
 def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[Record]:
+    for number, value, reason in _lines(path):
+        counts.read += 1
+        if reason:
+            counts.drop(reason)
+            continue
+        text = value.pop(column, None)
+        key = value.pop('id', f'{os.path.basename(path)}:{number}')
+        yield from record(name, str(key), text, counts, column=column, meta=value)
+
+
+def _lines(path: str) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """(number, the object, why there is none or None) of each line of a jsonl file that is not blank."""
     with open(path, 'rb') as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            counts.read += 1
-            value, reason = _parse_line(line)
-            if reason:
-                counts.drop(reason)
-                continue
-            text = value.pop(column, None)
-            key = value.pop('id', f'{os.path.basename(path)}:{number}')
-            yield from record(name, str(key), text, counts, column=column, meta=value)
+            if line.strip():
+                yield number, *_parse_line(line)
 
 
 def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
@@ -200,7 +246,38 @@ def _read_text(name: str, path: str, counts: Counts) -> Iterator[Record]:
     yield from record(name, path, content, counts)
 
 
-# --- TFDS ----------------------------------------------------------------------------------------------------------
+def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
+    if plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]:
+        raise UsageError(f'data source {name!r}: {plain[0]} ends with neither .jsonl nor .parquet')
+    if column and reading.kind == 'pairs':
+        conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
+
+    def rows() -> Iterator[Row]:
+        for path in paths:
+            yield from _table_rows(path) if path.endswith('.parquet') else _jsonl_rows(path)
+
+    def check() -> None:
+        for path in (p for p in paths if p.endswith('.parquet')):
+            conversations.check_columns(path, reading.kind, parquet.columns_of(path), column)
+
+    def read(counts: Counts) -> Iterator[Any]:
+        return conversations.read_rows(name, reading, rows(), counts, column=column)
+
+    return Source(name, [*_state_of(name, paths), reading.state], read, check, reading.kind)
+
+
+def _jsonl_rows(path: str) -> Iterator[Row]:
+    for number, value, problem in _lines(path):
+        yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
+
+
+def _table_rows(path: str) -> Iterator[Row]:
+    for number, value in enumerate(parquet.read_rows(path)):
+        problem = 'not_utf8' if value is None else None
+        yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value or {}, problem)
+
+
+# --- the default sources --------------------------------------------------------------------------------------------
 # TensorFlow Datasets takes a while to import and the second start needs none of it, so it is imported where it is used.
 
 
@@ -215,74 +292,12 @@ def _corpus(name: str) -> Source:
         counts.read += sum(tally.dropped.values())
         for reason, number in tally.dropped.items():
             counts.drop(reason, number)
-        yield from _read_tfds(name, directory, counts, 'train', None)
+        yield from tfds.read_text(name, directory, counts, 'train')
 
     return Source(name, state, read)
 
 
-def _prepared_tfds(name: str, address: str, copy: str | None = None) -> Source:
-    """What 'tfds:NAME[@SPLIT][#COLUMN]' says, out of the local `copy` if there is one."""
-    rest, _, column = address.removeprefix('tfds:').partition('#')
-    dataset, _, split = rest.partition('@')
-    directory = _find_tfds(dataset, copy)
-    info = json.loads((directory / 'dataset_info.json').read_text())
-    if info.get('fileFormat') != 'array_record':
-        raise UsageError(
-            f'{directory} holds {info.get("fileFormat", "tfrecord")}, which needs TensorFlow: prepare it again with '
-            f'download_and_prepare(file_format="array_record")'
-        )
-    split, splits = split or 'train', [s['name'] for s in info.get('splits', [])]
-    if split not in splits:
-        raise UsageError(f'data source {name!r}: {directory} has no split {split!r}, it has {", ".join(splits)}')
-    state = [str(directory), os.stat(directory / 'dataset_info.json').st_mtime_ns, split, column]
-    return Source(name, state, lambda counts: _read_tfds(name, directory, counts, split, column or None))
+def _default(name: str) -> Source:
+    from lm.data import defaults
 
-
-def _find_tfds(name: str, copy: str | None) -> epath.Path:
-    """The newest prepared version of NAME[/CONFIG]; looked for by hand, since TFDS retries for minutes offline.
-
-    A local `copy` is such a folder as TFDS writes for NAME, or the part of it that is CONFIG or a version.
-    """
-    roots = [os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'), str(cache.cache_dir() / 'tfds')]
-    folders = [epath.Path(root).expanduser() / name for root in roots]
-    if copy:
-        config = name.partition('/')[2]
-        folders = [epath.Path(copy) / config, epath.Path(copy)]
-    for base in folders:
-        found = [p.parent for depth in ('*', '*/*') for p in base.glob(f'{depth}/dataset_info.json')]
-        if (base / 'dataset_info.json').exists():
-            found.append(base)
-        if found:
-            return max(found, key=lambda p: _version_key(p.name))
-    if copy:
-        raise UsageError(f'{copy} holds no prepared TFDS dataset: put the folder that TFDS writes for {name} there')
-    raise UsageError(
-        f'tfds:{name} is not prepared in {" or ".join(roots)}: run tfds.builder({name!r}, file_format="array_record")'
-        '.download_and_prepare(), or set TFDS_DATA_DIR to where it is'
-    )
-
-
-def _version_key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r'\d+', version))
-
-
-def _read_tfds(name: str, directory: epath.Path, counts: Counts, split: str, wanted: str | None) -> Iterator[Record]:
-    import tensorflow_datasets as tfds
-
-    # TFDS's own decorator hides the signature from type checkers.
-    builder: Any = tfds.builder_from_directory(directory)
-    data = builder.as_data_source(split=split)
-    column = _text_feature(name, data, wanted)
-    for start in range(0, len(data), _READ_AT_ONCE):
-        # Many at once: TFDS reads them in parallel, four times as fast as one by one.
-        for number, example in enumerate(data.__getitems__(range(start, min(start + _READ_AT_ONCE, len(data)))), start):
-            counts.read += 1
-            yield from record(name, f'{directory.name}:{number}', example[column], counts, column=column)
-
-
-def _text_feature(name: str, data: Sequence[dict[str, Any]], wanted: str | None) -> str:
-    """The feature that holds a document."""
-    if not len(data):
-        raise UsageError(f'data source {name!r} has no documents: name other data')
-    first = data[0]
-    return choose_column(name, wanted, [key for key, value in first.items() if isinstance(value, bytes)], list(first))
+    return defaults.open_default(name)
