@@ -95,7 +95,6 @@ def base() -> Config:
     c.data.replay = 0.0  # after pretraining: share of the rows that are its text, against forgetting
     c.data.strict = False  # a malformed record ends the run with a line that names it; else it is left out and counted
     c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
-    c.data.strict = False  # whether a malformed conversation or pair ends the run, or is left out, counted and named
 
     c.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'seq': 1, 'tensor': 1, 'expert': 1})  # -1 takes the devices left
 

@@ -193,8 +193,8 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path |
             )
     config.model.update(model)
     if config.data.pretraining is None and config.stage != 'pretrain':
-        own = saved['config']['stage'] == 'pretrain'
-        config.data.pretraining = saved['config']['data'].get('mixture' if own else 'pretraining')
+        own = saved['stage'] == 'pretrain'
+        config.data.pretraining = saved['data'].get('mixture' if own else 'pretraining')
     if config.data.tokenizer is None:
         config.data.tokenizer = tokenizer_folder(parent)
 
