@@ -45,8 +45,8 @@ def log_ratio(response: Response) -> jax.Array:
 def log_odds(response: Response) -> jax.Array:
     """log p/(1 − p), p the geometric mean of the tokens' probabilities (Hong et al., 2024, eqs. 3 and 4)."""
     mean = response.logp / tokens(response)
-    # A probability that float32 cannot tell from 1 has odds without bound: here it has the largest that are told apart,
-    # with no gradient. expm1 has no rounding to lose there; log1p(−exp) would only keep what is below 1e-7 elsewhere.
+    # A probability that float32 cannot tell from 1 has odds without bound: here they stop at what it can tell, with no
+    # gradient beyond. log(1 − exp(x)) by expm1 is right near 0, and elsewhere to the rounding of a number near 1.
     mean = jnp.minimum(mean, -jnp.finfo(jnp.float32).eps)
     return mean - jnp.log(-jnp.expm1(mean))
 
@@ -94,12 +94,7 @@ def cdpo(pairs: Pairs, *, beta: float, label_smoothing: float) -> jax.Array:
 
 def robust(pairs: Pairs, *, beta: float, label_smoothing: float) -> jax.Array:
     """Robust DPO (Chowdhury, Kini and Natarajan, 2024, section 3, the unbiased loss), labels flipped with probability
-    ε: (−(1 − ε)·log σ(h) + ε·log σ(−h)) / (1 − 2ε). Over the flips it is on average DPO's loss of the true labels.
-
-    Raises ValueError unless 0 ≤ ε < 1/2.
-    """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f'label_smoothing={label_smoothing}: a robust loss needs flips rarer than one in two')
+    ε: (−(1 − ε)·log σ(h) + ε·log σ(−h)) / (1 − 2ε). Over the flips it is on average DPO's loss of the true labels."""
     h = difference(ratio_reward, pairs, beta)
     kept, flipped = logistic(h, pairs.label), logistic(-h, pairs.label)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -131,16 +126,22 @@ def orpo(pairs: Pairs, *, beta: float) -> jax.Array:
     return beta * logistic(difference(odds_reward, pairs, beta), pairs.label)
 
 
-def kto(pairs: Pairs, *, z0: jax.Array, beta: float, desirable: float, undesirable: float) -> jax.Array:
+def kto(pairs: Pairs, *, z0: jax.Array, beta: float, lambda_d: float = 1.0, lambda_u: float = 1.0) -> jax.Array:
     """Kahneman–Tversky optimisation on the two examples that a pair is: the mean of their losses, see `kto_example`."""
-    options = {'z0': z0, 'beta': beta, 'desirable': desirable, 'undesirable': undesirable}
+    options = {'z0': z0, 'beta': beta, 'lambda_d': lambda_d, 'lambda_u': lambda_u}
     chosen = kto_example(pairs.chosen, pairs.label, **options)
     rejected = kto_example(pairs.rejected, 1 - pairs.label, **options)
     return (chosen + rejected) / 2
 
 
 def kto_example(
-    response: Response, label: jax.Array | float, *, z0: jax.Array, beta: float, desirable: float, undesirable: float
+    response: Response,
+    label: jax.Array | float,
+    *,
+    z0: jax.Array,
+    beta: float,
+    lambda_d: float = 1.0,
+    lambda_u: float = 1.0,
 ) -> jax.Array:
     """Kahneman–Tversky optimisation (Ethayarajh et al., 2024, eq. 8; 7 in its first version) of single examples:
     λ_D·(1 − σ(β(r − z0))) if desirable, λ_U·(1 − σ(β(z0 − r))) if not, r = log π/π_ref.
@@ -148,10 +149,10 @@ def kto_example(
     Args:
       label: 1 where the response is desirable, 0 where it is not; between them, the probability.
       z0: the baseline, from `baseline_sums` over the global batch and `baseline`.
-      desirable, undesirable: λ_D and λ_U.
+      lambda_d, lambda_u: what a desirable and an undesirable example weigh.
     """
     gain = beta * (log_ratio(response) - z0)
-    return label * desirable * jax.nn.sigmoid(-gain) + (1 - label) * undesirable * jax.nn.sigmoid(gain)
+    return label * lambda_d * jax.nn.sigmoid(-gain) + (1 - label) * lambda_u * jax.nn.sigmoid(gain)
 
 
 def baseline_sums(mismatched: Response, weight: jax.Array) -> dict[str, jax.Array]:
@@ -203,7 +204,7 @@ LOSSES: Mapping[str, Preference] = {
     'simpo': Preference(simpo, mean_reward, {'beta': 2.0, 'margin': 1.0}, reference=False),
     'orpo': Preference(orpo, odds_reward, {'beta': 0.1}, reference=False, nll=1.0),
     'kto': Preference(
-        kto, ratio_reward, {'beta': 0.1, 'desirable': 1.0, 'undesirable': 1.0}, reference=True, baseline=True
+        kto, ratio_reward, {'beta': 0.1, 'lambda_d': 1.0, 'lambda_u': 1.0}, reference=True, baseline=True
     ),
 }
 
@@ -211,15 +212,21 @@ LOSSES: Mapping[str, Preference] = {
 def settle(name: str, given: Mapping[str, float | None]) -> dict[str, float]:
     """The settings of a loss: its own, where `given` has None.
 
-    Raises ValueError for an unknown loss and for a setting that the loss does not take.
+    Raises ValueError for an unknown loss, for a setting that the loss does not take, and for one out of its range.
     """
     if name not in LOSSES:
         raise ValueError(f'loss={name!r} is not one of {", ".join(LOSSES)}')
     known = LOSSES[name].settings
-    for key, value in given.items():
-        if value is not None and key not in known:
+    chosen = {key: value for key, value in given.items() if value is not None}
+    for key, value in chosen.items():
+        if key not in known:
             raise ValueError(f'{key}={value}: loss={name!r} takes {" and ".join(known)} alone; leave {key} at none')
-    return {key: own if given.get(key) is None else given[key] for key, own in known.items()}
+    settled = {**known, **chosen}
+    if settled['beta'] <= 0:
+        raise ValueError(f'beta={settled["beta"]}: must be above 0')
+    if not 0 <= settled.get('label_smoothing', 0) < 0.5:
+        raise ValueError(f'label_smoothing={settled["label_smoothing"]}: the part of labels that are wrong, below 0.5')
+    return settled
 
 
 def coefficients(name: str, *, nll: float | None = None) -> dict[str, float]:
@@ -268,9 +275,7 @@ def agreement(margin: jax.Array, label: jax.Array | float) -> jax.Array:
     return (1 + jnp.sign(margin) * jnp.sign(jnp.asarray(label) - 0.5)) / 2
 
 
-def weights(
-    name: str, weight: jax.Array, chosen_length: jax.Array, rejected_length: jax.Array
-) -> dict[str, jax.Array]:
+def weights(name: str, weight: jax.Array, chosen_length: jax.Array, rejected_length: jax.Array) -> dict[str, jax.Array]:
     """{term or metric: W} of the whole batch for `sums`: pairs, and tokens for what is per token."""
     pairs = ['preference', 'reward_chosen', 'reward_rejected', 'margin', 'accuracy', 'accuracy_per_token']
     pairs += ['z0'] if LOSSES[name].baseline else []

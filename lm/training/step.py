@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,13 +91,17 @@ def make_step(
         weights = loss.weights(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
-        given = ()
+
+        def of_part(fn: Callable, trainable: Any, part: Batch, index: jax.Array | int) -> Any:
+            return fn(trainable, state.frozen, part, jax.random.fold_in(key, index))
+
+        terms_of = loss.terms
         if loss.before is not None:
-            first = lambda w, part, index: loss.before(w, state.frozen, part, jax.random.fold_in(key, index))
-            given = (accumulate(first, state.trainable, batch, microbatches, count),)
+            given = accumulate(partial(of_part, loss.before), state.trainable, batch, microbatches, count)
+            terms_of = lambda *args: loss.terms(*args, given)
 
         def micro(trainable: Any, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
-            terms, metrics = loss.terms(trainable, state.frozen, part, jax.random.fold_in(key, index), *given)
+            terms, metrics = of_part(terms_of, trainable, part, index)
             return objective(terms, weights, loss.coefs), {**metrics, **terms}
 
         value_and_grad = jax.value_and_grad(micro, has_aux=True)
