@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +40,16 @@ class TrainState:
 
 class Loss(NamedTuple):
     """A stage's loss. `terms(trainable, frozen, batch, key)` gives ({term: sum}, {metric: sum}) of a microbatch;
-    `weights(batch)` gives {term or metric: W} of the whole batch; `coefs` {term: coefficient}."""
+    `weights(batch)` gives {term or metric: W} of the whole batch; `coefs` {term: coefficient}.
 
-    terms: Callable[[Any, Any, Batch, jax.Array], tuple[Sums, Sums]]
+    What does not decompose into sums is made first: `before(trainable, frozen, batch, key)` gives {name: sum} of a
+    microbatch, and `terms` takes these, added up over the whole batch and without gradient, as its last argument.
+    """
+
+    terms: Callable[..., tuple[Sums, Sums]]
     weights: Callable[[Batch], Sums]
     coefs: Mapping[str, float]
+    before: Callable[[Any, Any, Batch, jax.Array], Sums] | None = None
 
 
 def create(
@@ -84,12 +90,20 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         weights = loss.weights(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
+
+        def of_part(fn: Callable, trainable: Any, part: Batch, index: jax.Array | int) -> Any:
+            return fn(trainable, state.frozen, part, jax.random.fold_in(key, index))
+
+        terms_of = loss.terms
+        if loss.before is not None:
+            given = accumulate(partial(of_part, loss.before), state.trainable, batch, microbatches, count)
+            terms_of = lambda *args: loss.terms(*args, given)
 
         def micro(trainable: Any, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
-            terms, metrics = loss.terms(trainable, state.frozen, part, jax.random.fold_in(key, index))
+            terms, metrics = of_part(terms_of, trainable, part, index)
             return objective(terms, weights, loss.coefs), {**metrics, **terms}
 
-        count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
         value_and_grad = jax.value_and_grad(micro, has_aux=True)
         (value, sums), grads = accumulate(value_and_grad, state.trainable, batch, microbatches, count)
         with jax.named_scope('optimizer'):
@@ -116,21 +130,19 @@ def averaged(ema: Any, trainable: Any, step: jax.Array, *, decay: float) -> Any:
     return jax.tree.map(lambda e, x: e + rate.astype(e.dtype) * (x - e), ema, trainable)
 
 
-def accumulate(
-    value_and_grad: Callable, trainable: Any, batch: Batch, n: int, count: jax.Array | int
-) -> tuple[Any, Any]:
-    """Sums ((value, aux), gradients) over the first `count` of n microbatches; microbatch j is rows j, j+n, j+2n, …, so
-    that every device keeps its own rows."""
+def accumulate(fn: Callable, trainable: Any, batch: Batch, n: int, count: jax.Array | int) -> Any:
+    """Sums fn(trainable, microbatch j, j), such as ((value, aux), gradients), over the first `count` of n microbatches;
+    microbatch j is rows j, j+n, j+2n, …, so that every device keeps its own rows."""
     if n == 1:
-        return value_and_grad(trainable, batch, 0)
+        return fn(trainable, batch, 0)
     parts = {name: split_rows(x, n) for name, x in batch.items()}
 
     def body(j: jax.Array, total: Any) -> Any:
         part = {name: jax.lax.dynamic_index_in_dim(x, j, keepdims=False) for name, x in parts.items()}
-        return jax.tree.map(jnp.add, total, value_and_grad(trainable, part, j))
+        return jax.tree.map(jnp.add, total, fn(trainable, part, j))
 
     first = {name: x[0] for name, x in parts.items()}
-    shapes = jax.eval_shape(value_and_grad, trainable, first, jnp.int32(0))
+    shapes = jax.eval_shape(fn, trainable, first, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
     return jax.lax.fori_loop(0, count, body, zeros)
 
