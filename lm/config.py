@@ -23,7 +23,7 @@ Config: TypeAlias = Any
 
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
-OPTIONAL = ('optim.clip',)  # may be none, though they have a default
+OPTIONAL = ('optim.clip', 'beta', 'margin', 'label_smoothing', 'nll')  # may be none, though they have a default
 OPTIMIZERS = ('adamw', 'muon', 'adafactor')
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
@@ -49,6 +49,14 @@ def base() -> Config:
     c.branch_from = placeholder(str)  # DIR[@STEP]: as init_from, with the optimizer and the position in the data
     c.remat = 'none'  # none | full | dots | names: what the backward pass computes again instead of keeping
     c.attention = placeholder(str)  # blocks | dense | cudnn | splash; None: the platform's own, said when a run starts
+    c.loss = 'dpo'  # dpo | cdpo | robust | ipo | simpo | orpo | kto: stage dpo's
+    c.beta = placeholder(float)  # how strongly it holds to the reference; None, here and below: the loss's own
+    c.margin = placeholder(float)  # by how much simpo has the chosen response lead
+    c.label_smoothing = placeholder(float)  # cdpo and robust: the part of labels that are wrong
+    c.nll = placeholder(float)  # coefficient of the chosen responses' own loss beside it
+    c.reference = 'cached'  # cached: its log-probs are computed once; live: at each step, beside the model
+    c.centring = 1e-2  # stage reward's: coefficient of (chosen + rejected)²
+    c.margins = 0.0  # stage reward's: what a pair's margin is multiplied by; 0: the better one need only lead
     c.z_loss = 1e-4  # coefficient of the squared logsumexp
     c.precision = ConfigDict()
     c.precision.compute = placeholder(str)  # dtype of activations; None: bfloat16, on CPU float32

@@ -78,6 +78,12 @@ def depth(n: int, config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def own(arg: str, names: tuple[str, ...]) -> tuple[str | None, str]:
+    """(the one of a stage's own names that ARG begins with, or None; the rest of ARG, which the stage before has too)."""
+    first, _, rest = arg.partition(',')
+    return (first, rest) if first in names else (None, arg)
+
+
 def parent(stage: str, arg: str) -> str:
     """The default folder of the run of an earlier stage with the same ARG."""
     return f'runs/{run_name(stage, arg)}'

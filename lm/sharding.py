@@ -5,7 +5,7 @@ einsum subscripts, parameter leaves (`wq_DNH`) and, through the table below, the
 
     B batch            T query time        S key time         D model            N query heads     K key/value heads
     H head dim         F feed-forward      V vocabulary       L layers (implied) E experts         J queries per kv head
-    C chunk            G quantization group                   R adapter rank
+    C chunk            G quantization group                   R adapter rank     P pairs in a packed row
 
 Five axes, always all five, all Explicit (JAX checks each operation's layout when it is traced); size 1 is free:
 
@@ -113,8 +113,9 @@ def activation_spec(dims: str, shape: Sequence[int]) -> P:
 
 
 def dims_of(name: str) -> str:
-    """The letters in a parameter's name: 'wq_DNH' -> 'DNH'."""
-    return name.rsplit('_', 1)[-1]
+    """The letters in a parameter's name: 'wq_DNH' -> 'DNH'; a name that ends with none is a scalar's."""
+    last = name.rsplit('_', 1)[-1]
+    return last if last.isupper() else ''
 
 
 def param_specs(params: Any) -> Any:

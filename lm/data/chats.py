@@ -60,16 +60,19 @@ class Question(NamedTuple):
     answer: list[int]  # with the end of its turn
 
 
-def questions(store: ChatStore, count: int) -> list[Question]:
-    """The last answer of each of the first conversations, with all that was said before it."""
-    return [_last(*store.conversation(i)) for i in range(min(count, store.conversations))]
+def questions(store: ChatStore, count: int, *, longest: int) -> list[Question]:
+    """The last answer of each of the first conversations that ends within `longest` tokens, with all that was said
+    before it."""
+    found = (last_answer(*store.conversation(i), longest) for i in range(min(count, store.conversations)))
+    return [question for question in found if question is not None]
 
 
-def _last(ids: np.ndarray, trained: np.ndarray) -> Question:
-    end = int(np.flatnonzero(trained)[-1]) + 1
-    untrained = np.flatnonzero(trained[:end] == 0)
-    begin = int(untrained[-1]) + 1 if len(untrained) else 0
-    return Question(ids[:begin].tolist(), ids[begin:end].tolist())
+def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question | None:
+    """The last answer of a conversation that ends within `longest` tokens, if there is one."""
+    edges = np.diff(np.concatenate([[0], trained, [0]]).astype(np.int8))
+    spans = zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True)
+    fits = [(begin, end) for begin, end in spans if begin and end <= longest]
+    return Question(ids[: fits[-1][0]].tolist(), ids[slice(*fits[-1])].tolist()) if fits else None
 
 
 # ---- on disk ----
@@ -77,10 +80,10 @@ def _last(ids: np.ndarray, trained: np.ndarray) -> Question:
 
 def form(template: ChatTemplate) -> Form:
     """How conversations are kept, in the words of a template."""
-    return Form('chat', template.fingerprint, partial(_write, template), _open, _FILES)
+    return Form('chat', template.fingerprint, partial(_write, template), open_store, _FILES)
 
 
-def _open(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
+def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
     verify(directory, {'trained.bin': checksums['trained.bin']})
     plain = {name: checksums[name] for name in _FILES[:2]}
     options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -25,22 +25,11 @@ _PREFETCH = 8
 Batch = dict[str, np.ndarray]
 
 
-class Rows(Protocol):
-    """Random access to rows of a store, in an endless sequence of epochs of `len` rows."""
-
-    @property
-    def store(self) -> Any: ...
-
-    def __len__(self) -> int: ...
-
-    def row(self, i: int) -> Row: ...
-
-
 @dataclass(frozen=True)
 class Mixture:
     """Rows of several sources as one endless sequence, each source's rows spread evenly by its share of PERIOD."""
 
-    rows: tuple[Rows, ...]
+    rows: tuple[Any, ...]  # each with a length, an epoch's, and a `row(i)` for i without end
     weights: tuple[float, ...]
 
     @cached_property
@@ -119,6 +108,11 @@ def batches(
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
     source = _Batches(mixture, growth or Growth(batch_size, 1, 0), range(batch_size) if rows is None else rows, start)
+    return prefetched(source)
+
+
+def prefetched(source: Any) -> Iterator[Batch]:
+    """source[0], source[1], … of a long sequence of batches, made ahead in the background."""
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -138,7 +132,7 @@ def heldout_batches(
     return in_order(rows, batch_size=batch_size, max_rows=max_rows)
 
 
-def in_order(rows: Rows, *, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
+def in_order(rows: Any, *, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
     """The first `max_rows` of rows, one after the other; the last batch is filled up with rows of weight 0."""
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     for start in range(0, count, batch_size):

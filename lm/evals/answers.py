@@ -6,6 +6,7 @@ from typing import Any
 
 from lm.data.chats import Question
 from lm.data.heldout import normalized
+from lm.data.operations import is_decline
 from lm.data.tokenizer import Tokenizer
 from lm.model.transformer import ModelConfig
 from lm.sampling.generate import GREEDY, Generation, Sampling, generate
@@ -39,8 +40,22 @@ def metrics(
     params: Any, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question], *, stop_ids: Sequence[int],
     max_new_tokens: int,
 ) -> dict[str, float]:  # fmt: skip
-    """{'ended', 'f1'}: the part of the greedy answers that end by themselves, and their mean F1 against the data's."""
+    """Of greedy answers:
+
+    ended               the part that ends by itself
+    f1                  their mean F1 against the data's answers, where those answer
+    declined_real       the part that declines, of questions which the data answers
+    declined_invented   the same of questions which the data declines, if there are any
+    """
     given = answers(params, cfg, [q.prompt for q in questions], stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-    scores = [f1(tokenizer.decode(g.ids), tokenizer.decode(q.answer)) for g, q in zip(given, questions, strict=True)]
-    count = max(len(questions), 1)
-    return {'ended': sum(g.ended for g in given) / count, 'f1': sum(scores) / count}
+    pairs = [(tokenizer.decode(g.ids), tokenizer.decode(q.answer)) for g, q in zip(given, questions, strict=True)]
+    real, invented = ([p for p in pairs if is_decline(p[1]) == declines] for declines in (False, True))
+    declined = lambda some: mean([float(is_decline(answer)) for answer, _ in some])
+    found = {'ended': mean([float(g.ended) for g in given]), 'f1': mean([f1(*p) for p in real])}
+    found |= {'declined_real': declined(real)} if real else {}
+    return found | ({'declined_invented': declined(invented)} if invented else {})
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 of none."""
+    return sum(values) / max(len(values), 1)

@@ -9,7 +9,7 @@ from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import WithReplay
-from lm.data.prepare import PreparedSource, prepare
+from lm.data.prepare import Form, PreparedSource, prepare
 from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
@@ -36,7 +36,14 @@ def stage() -> wiring.Stage:
 
 
 def prepare_chats(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> WithReplay:
-    """Conversations in the words of the tokenizer's chat template, and the text to replay.
+    """Conversations in the words of the tokenizer's chat template, and the text to replay."""
+    return prepare_dialogue(config, tokenizer, say, chats.form)
+
+
+def prepare_dialogue(
+    config: Config, tokenizer: str | None, say: Callable[[str], None], form: Callable[[ChatTemplate], Form]
+) -> WithReplay:
+    """The mixture in the form that fits a template, and the text of pretraining.
 
     Raises UsageError without a run to start from: conversations alone make no language model.
     """
@@ -44,8 +51,7 @@ def prepare_chats(config: Config, tokenizer: str | None, say: Callable[[str], No
         raise UsageError(f'stage={config.stage} trains a model further: set --config.init_from=DIR')
     template = ChatTemplate.load(tokenizer, Tokenizer.load(tokenizer))
     options = {'tokenizer': tokenizer, 'vocab_size': config.model.vocab_size, 'heldout': config.data.heldout}
-    form = chats.form(template)
-    own = prepare(mixture=config.data.mixture, form=form, strict=config.data.strict, progress=say, **options)
+    own = prepare(mixture=config.data.mixture, form=form(template), strict=config.data.strict, progress=say, **options)
     text = prepare(mixture=config.data.pretraining, progress=say, **options) if config.data.pretraining else None
     return WithReplay(own, text, template)
 
@@ -100,9 +106,9 @@ def chat_metrics(config: Config, cfg: ModelConfig, data: WithReplay, params: Any
         rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
         batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
         totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids)
+        questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
         found = answers.metrics(
-            params, cfg, data.tokenizer, chats.questions(s.heldout, config.eval.rows), stop_ids=data.stop_ids,
-            max_new_tokens=config.eval.max_new_tokens,
+            params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
         )  # fmt: skip
         metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)

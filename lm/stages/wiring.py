@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,12 @@ def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable
     return weights
 
 
+def as_it_is(config: Config, cfg: ModelConfig, data: Any, say: Callable[[str], None]) -> Any:
+    """The data alone."""
+    del config, cfg, say
+    return data
+
+
 def no_frozen(*_: Any) -> None:
     """Nothing but what is trained."""
 
@@ -78,6 +84,8 @@ class Stage(NamedTuple):
     evaluate: Callable[[Config, ModelConfig, Any, Sequence[Prompt], Recorder], Evaluate]
     # data -> lines on it
     describe: Callable[[Any], list[str]]
+    # (config, cfg, data, say) -> data, with what another model has to say of it
+    complete: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = as_it_is
     # cfg -> what is trained, as shapes and shardings
     abstract: Callable[[ModelConfig], Any] = runs.abstract_params
     # (config, cfg, abstract, say) -> the weights to begin with
@@ -144,6 +152,8 @@ def _fit(
         data.tokenizer.save(str(workdir / 'tokenizer'))
     for line in stage.describe(data):
         recorder.say(line)
+    with ledger('prepare'):
+        data = stage.complete(config, cfg, data, recorder.say)
     recorder.status('compiling', 0)
 
     # ---- state and step ----
@@ -268,16 +278,21 @@ def packed_batch(config: Config, data: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return setup.abstract_batch(ROWS, batch_size=config.batch_size, seq_len=config.seq_len)
 
 
-def batches_of(mixture: pipeline.Mixture, config: Config, start: int) -> Source:
-    """source(state, i): this process's rows of batch i of a mixture, on its devices."""
-    local = sharding.local_rows(config.batch_size, config.seq_len)
-    rows = None if local is None else local.rows
-    batches = pipeline.batches(
-        mixture, batch_size=config.batch_size, start=start, growth=setup.growth(config), rows=rows
-    )
+def sharded(batches: Iterator[Mapping[str, np.ndarray]], local: sharding.LocalRows | None) -> Source:
+    """source(state, i): the next batch, on this process's devices."""
 
     def source(state: Any, i: int) -> dict[str, jax.Array]:
         del state, i
         return sharding.shard_batch(next(batches), local)
 
     return source
+
+
+def batches_of(mixture: pipeline.Mixture, config: Config, start: int) -> Source:
+    """source(state, i): this process's rows of batch i of a mixture, on its devices."""
+    local = sharding.local_rows(config.batch_size, config.seq_len)
+    rows = None if local is None else local.rows
+    growth = setup.growth(config)
+    return sharded(
+        pipeline.batches(mixture, batch_size=config.batch_size, start=start, growth=growth, rows=rows), local
+    )

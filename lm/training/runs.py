@@ -18,7 +18,7 @@ from lm import files, processes, runtime, sharding
 from lm.config import Config, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import attention_kernels, transformer
+from lm.model import attention_kernels, sequences, transformer
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
@@ -256,7 +256,8 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     """
     saved = read_config(run)
     cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
-    step, params = weights(run, abstract_params(cfg), warn=warn)
+    abstract = abstract_scored(cfg) if is_scored(saved['config']) else abstract_params(cfg)
+    step, params = weights(run, abstract, warn=warn)
     try:
         tokenizer = Tokenizer.load(tokenizer_folder(run))
     except OSError as error:
@@ -292,6 +293,17 @@ def abstract_params(cfg: ModelConfig) -> Any:
     """The parameters as shapes, dtypes and shardings on the current mesh."""
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
     return with_shardings(shapes)
+
+
+def abstract_scored(cfg: ModelConfig) -> Any:
+    """The parameters of a reward model, likewise."""
+    init = lambda key: {**transformer.init(key, cfg), **sequences.init_scores(key, cfg)}
+    return with_shardings(jax.eval_shape(init, jax.random.key(0)))
+
+
+def is_scored(config: Mapping[str, Any]) -> bool:
+    """Whether a run with these saved settings is a reward model."""
+    return config['stage'] == 'reward'
 
 
 def with_shardings(shapes: Any) -> Any:

@@ -1,0 +1,24 @@
+"""Direct preference optimisation: a fine-tuned model learns to prefer the true answer to another operation's.
+
+    python -m lm.main --config=configs/dpo.py                      starts from runs/sft
+    python -m lm.main --config=configs/dpo.py:decline              learns to decline what it does not know
+    python -m lm.main --config=configs/dpo.py --config.loss=simpo  or cdpo, robust, ipo, orpo, kto
+
+A run goes to runs/dpo, and the same command goes on where it stopped.
+"""
+
+from lm import config, presets
+
+
+def get_config(arg: str = '') -> config.Config:
+    c = config.base()
+    c.stage = 'dpo'
+    source, arg = presets.own(arg, ('ratings', 'decline'))
+    c.init_from = presets.parent('sft', arg)
+    c.steps = 200
+    c.batch_size = 64
+    c.optim.name, c.optim.lr = 'muon', 1e-3
+    c.nll = 0.1
+    c.data.mixture = source or 'programmatic'
+    c.eval.max_new_tokens = 96
+    return presets.apply(c, arg)

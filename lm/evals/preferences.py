@@ -1,0 +1,118 @@
+"""How a model, or a reward model, takes held-out pairs, beside what their lengths alone would tell."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.data.pairs import PairStore
+from lm.model import sequences
+from lm.model.transformer import ModelConfig, Params
+
+BINS = 10  # of the probability, for calibration
+Batches = Iterable[tuple[np.ndarray, Mapping[str, jax.Array]]]
+
+
+@partial(jax.jit, static_argnames=('cfg', 'measure'))
+def _measured(params: Params, batch: Any, *, cfg: ModelConfig, measure: Callable) -> Any:
+    """What a function of `sequences` gives for a batch, with its slots' weights, whole on every device."""
+    found = (measure(params, cfg, batch), batch['weight_BP'])
+    return jax.reshard(found, P()) if sharding.axis_sizes() else found
+
+
+def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batches, pairs: int) -> np.ndarray:
+    """[pairs, sides] float32: `sequences.log_probs` or `.scores` of a store's pairs; NaN for those that are not
+    in the batches.
+
+    Args:
+      batches: (numbers of the pairs in the order of their slots, batch).
+    """
+    found = [(numbers, _measured(params, batch, cfg=cfg, measure=measure)) for numbers, batch in batches]
+    sides = len(found[0][1][0])
+    out = np.full((pairs, sides), np.nan, np.float32)
+    for numbers, (values, weight_BP) in jax.device_get(found):
+        for side in range(sides):
+            out[numbers, side] = values[side][weight_BP > 0]
+    return out
+
+
+log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_probs, sequences.scores))
+
+
+def lengths(store: PairStore, *, seq_len: int) -> np.ndarray:
+    """[pairs, 2] tokens of the two responses, as far as they are within seq_len."""
+    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in range(store.pairs)], np.int64)
+
+
+def wins(margins: np.ndarray, labels: np.ndarray) -> float:
+    """The part of pairs whose margin has the label's sign; what is undecided counts half."""
+    return float(np.mean((1 + np.sign(margins) * np.sign(labels - 0.5)) / 2))
+
+
+def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[str, float]:
+    """{'longer_wins', 'shorter_wins'}: the accuracy of preferring by length alone, on the pairs that are measured."""
+    here = ~np.isnan(measured[:, 0])
+    size = lengths(store, seq_len=seq_len)[here]
+    longer = wins(size[:, 0] - size[:, 1], store.table[here, 0])
+    return {'longer_wins': longer, 'shorter_wins': 1 - longer}
+
+
+def policy_metrics(
+    store: PairStore, policy: np.ndarray, reference: np.ndarray | None, *, seq_len: int
+) -> dict[str, float]:
+    """Of log-probs [pairs, ≥ 2]:
+
+    accuracy              the chosen response has gained more on the reference (the implicit reward is higher)
+    accuracy_per_token    the chosen response is likelier per token
+    chosen_loss, rejected_loss   −log p per token: both can rise while the accuracies do (likelihood displacement)
+    reference_…           the last three of the reference
+    """
+    here = ~np.isnan(policy[:, 0])
+    label, size = store.table[here, 0], lengths(store, seq_len=seq_len)[here]
+
+    def of(logp: np.ndarray) -> dict[str, float]:
+        per_token = logp[:, :2] / size
+        loss = [-float(logp[:, side].sum() / size[:, side].sum()) for side in range(2)]
+        accuracy = wins(per_token[:, 0] - per_token[:, 1], label)
+        return {'accuracy_per_token': accuracy, 'chosen_loss': loss[0], 'rejected_loss': loss[1]}
+
+    found = of(policy[here]) | baselines(store, policy, seq_len=seq_len)
+    if reference is None:
+        return found
+    gained = policy[here] - reference[here]
+    found |= {'accuracy': wins(gained[:, 0] - gained[:, 1], label)}
+    return found | {f'reference_{name}': value for name, value in of(reference[here]).items()}
+
+
+def reward_metrics(store: PairStore, score: np.ndarray, *, seq_len: int) -> dict[str, float]:
+    """Of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error (Guo et
+    al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
+    here = ~np.isnan(score[:, 0])
+    label, size, score = store.table[here, 0], lengths(store, seq_len=seq_len)[here], score[here].astype(np.float64)
+    margin = score[:, 0] - score[:, 1]
+    loss = label * np.logaddexp(0, -margin) + (1 - label) * np.logaddexp(0, margin)
+    return {
+        'accuracy': wins(margin, label), 'margin': float(margin.mean()), 'log_loss': float(loss.mean()),
+        'calibration_error': calibration_error(margin, label), 'length_correlation': correlation(score, size),
+        **baselines(store, np.where(here[:, None], 0.0, np.nan), seq_len=seq_len),
+    }  # fmt: skip
+
+
+def calibration_error(margin: np.ndarray, label: np.ndarray) -> float:
+    """Σ over BINS of confidence, from ½ to 1, of the part of pairs in it × |how often they are right − confidence|."""
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    right = np.where(margin >= 0, label, 1 - label)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    gaps = [abs(float(np.sum(right[bins == b] - confidence[bins == b]))) for b in range(BINS)]
+    return sum(gaps) / max(len(margin), 1)
+
+
+def correlation(score: np.ndarray, size: np.ndarray) -> float:
+    """Pearson's, over both responses of all pairs; 0 where one does not vary."""
+    x, y = score.ravel() - score.mean(), size.ravel() - size.mean()
+    scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / scale if scale else 0.0

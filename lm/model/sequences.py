@@ -1,0 +1,59 @@
+"""From packed rows to the sequences in them: each one's log-probs, and its score by a reward model.
+
+A batch is as lm/data/pairs.py makes it: `sequence_BT` says which of its row's sequences a token is of.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+from lm.model import head, seam, transformer
+from lm.model.transformer import ModelConfig, Params
+
+Batch = Mapping[str, jax.Array]
+
+
+def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
+    """Σ log p of the targets that weigh something, of each side of each pair: float32 [B, P] a side."""
+    w, dims = transformer.head_weight(params, cfg)
+    options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+    logp_BT, _, _ = head.logp(_hidden(params, cfg, batch), w, batch['targets_BT'], **options)
+    return by_side(logp_BT * batch['weights_BT'], batch)
+
+
+def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
+    """A reward model's score of each side of each pair, read at its last token: float32 [B, P] a side."""
+    score_BT = token_scores(params, _hidden(params, cfg, batch))
+    return by_side(score_BT * batch['last_BT'], batch)
+
+
+def init_scores(key: jax.Array, cfg: ModelConfig) -> dict[str, jax.Array]:
+    """The parameters of a reward model beside the decoder's: N(0, 1/(D + 1)) and 0 (Stiennon et al., 2020, B.1)."""
+    std = (cfg.dim + 1) ** -0.5
+    return {'score_D': std * jax.random.normal(key, (cfg.dim,), jnp.float32), 'bias_score': jnp.zeros((), jnp.float32)}
+
+
+def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
+    """The score that each place would have as the last one, float32 [B, T]."""
+    w_D = seam.gather(seam.dense(params['score_D']), 'D').astype(jnp.float32)
+    return jnp.sum(h_BTD.astype(jnp.float32) * w_D, axis=-1) + params['bias_score']
+
+
+def _hidden(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
+    rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
+    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+
+
+def by_side(x_BT: jax.Array, batch: Batch) -> list[jax.Array]:
+    """Sums over the tokens of each sequence: [B, P] for each of the sides that a pair has."""
+    P = batch['weight_BP'].shape[1]
+    sides = sum(name.startswith('length_') for name in batch)
+    sequences = jnp.arange(P * sides)
+    member_BTP = batch['sequence_BT'][..., None] == sequences
+    x_BTP = jnp.where(member_BTP, x_BT[..., None], 0)
+    x_BP = jnp.sum(x_BTP, axis=1)
+    if sharding.axis_sizes():
+        x_BP = jax.reshard(x_BP, sharding.activation_spec('BP', x_BP.shape))
+    return [x_BP[:, side::sides] for side in range(sides)]

@@ -1,0 +1,132 @@
+"""What the stages that learn from pairs have in common: their data and batches."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import sharding
+from lm.config import Config
+from lm.data import pairs, pipeline
+from lm.data.chats import WithReplay
+from lm.data.pairs import PairBatches
+from lm.data.prepare import PreparedSource
+from lm.errors import UsageError
+from lm.stages import pretrain, sft, wiring
+
+Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
+
+
+@dataclass(frozen=True, eq=False)
+class PairData(WithReplay):
+    """Pairs, and the text of pretraining to be measured on; `reference` has the log-probs of the training pairs."""
+
+    reference: Reference | None = field(default=None, repr=False)
+
+
+def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2) -> PairData:
+    """Pairs in the words of the tokenizer's chat template.
+
+    Raises UsageError without a run to start from, and for settings that pairs have no use for.
+    """
+    if config.optim.batch_warmup:
+        raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
+    if config.data.replay:
+        raise UsageError(f'data.replay={config.data.replay}: stage={config.stage} has no replay, set it to 0')
+    data = sft.prepare_dialogue(config, tokenizer, say, lambda template: pairs.form(template, sides=sides))
+    return PairData(data.own, data.text, data.template)
+
+
+def batches(config: Config, data: PairData) -> PairBatches:
+    """The batches of a run, its steps resolved."""
+    return _batches(data, config.seq_len, config.batch_size, config.seed, config.steps)
+
+
+@lru_cache(maxsize=2)  # its shape takes a while to find
+def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, steps: int) -> PairBatches:
+    mixture = pairs.mix(data.own.sources, seq_len=seq_len, seed=seed)
+    return PairBatches(mixture, batch_size, steps)
+
+
+def epoch(config: Config, data: PairData) -> int:
+    """Steps in one epoch."""
+    mixture = pairs.mix(data.own.sources, seq_len=config.seq_len, seed=config.seed)
+    return mixture.rows_in_epoch() // config.batch_size
+
+
+def _rows(config: Config, needed: int) -> int:
+    """Rows of a batch that needs so many: a multiple of what its microbatches and devices share."""
+    mesh = jax.sharding.get_mesh().shape
+    parts = config.batch_size // config.microbatch * mesh['data'] * mesh['fsdp']
+    return -(-needed // parts) * parts
+
+
+def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes and shardings; without data of the most rows that it may need, one a pair."""
+    if data is None:
+        needed, a_row = config.batch_size, 1
+    else:
+        needed, a_row = batches(config, data).shape
+    reference = data is not None and data.reference is not None
+    shapes = pairs.abstract(_rows(config, needed), sides * config.seq_len, a_row, sides=sides, reference=reference)
+    return abstract_arrays(shapes)
+
+
+def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: (shape, dtype)} as arrays on the current mesh; the name ends with the dims."""
+    mesh = jax.sharding.get_mesh()
+    where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
+    return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in shapes.items()}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What Grain reads from: this process's rows of batch start + index."""
+
+    batches: PairBatches
+    rows: int
+    reference: Reference | None
+    start: int
+    local: sharding.LocalRows | None
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        made = self.batches.batch(self.start + index, rows=self.rows, reference=self.reference)
+        return made if self.local is None else {name: x[np.asarray(self.local.rows)] for name, x in made.items()}
+
+
+def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
+    """source(state, i) -> batch i."""
+    found = batches(config, data)
+    rows = _rows(config, found.shape[0])
+    local = sharding.local_rows(rows, found.width)
+    return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
+
+
+def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> Iterator[tuple[np.ndarray, Any]]:
+    """(numbers of its pairs in the order of their slots, batch) of the first pairs of a store, on the mesh."""
+    found = pairs.in_order(store, seq_len=config.seq_len, batch_size=config.batch_size, most=most)
+    rows = _rows(config, found.shape[0])
+    for i in range(found.steps):
+        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
+        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+
+
+def describe(data: PairData) -> list[str]:
+    """What is about to be trained on, a line a source."""
+    text = data.text.sources if data.text else ()
+    return [*map(_describe_source, data.own.sources), *(f'measured on {pretrain.describe_source(s)}' for s in text)]
+
+
+def _describe_source(s: PreparedSource) -> str:
+    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+    return (
+        f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
+        f'{c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+    )
