@@ -360,9 +360,7 @@ def _message(message: Mapping[str, Any], number: int) -> Message:
         for ours, theirs in (('role', 'from'), ('content', 'value'))
     )
     if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise _Malformed(
-            'unknown_role', f'message {number} has the role {role!r}: it must be system, user or assistant'
-        )
+        raise _Malformed('unknown_role', f'message {number} has the role {role!r}, not system, user or assistant')
     if not isinstance(content, str):
         raise _Malformed('not_text', f'message {number} has a content that is no text')
     return Message(role=_ROLES[role.lower()], content=content)

@@ -76,8 +76,9 @@ def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[st
         real = [q for q in found if q.heldout == heldout]
         mine = [noun for noun in nouns if _heldout_noun(noun) == heldout]
         invented = list(_invented(real, mine, {(q.service, q.name) for q in found}))
-        yield from invented
-        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[: len(invented)])
+        several = min(len(real), len(invented))
+        yield from sorted(invented, key=lambda fields: order('invented', fields['id']))[:several]
+        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[:several])
 
 
 def _declined(q: Question) -> dict[str, Any]:

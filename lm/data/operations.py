@@ -154,4 +154,5 @@ def _alike(a: Question, b: Question) -> bool:
 
 
 def _said(answer: str) -> frozenset[str]:
-    return frozenset(word.rstrip('s') for word in normalized(answer).split()) - set(_FILLERS.split())
+    fillers = _FILLERS.split()
+    return frozenset(word.rstrip('s') for word in normalized(answer).split() if word not in fillers)

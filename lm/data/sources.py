@@ -90,7 +90,7 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
     if (found := _kind_of(name)) and found != kind:
         what = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs of answers'}
         raise UsageError(
-            f'data source {name!r} holds {what[found]}, and {what[kind]} are needed here: name one of '
+            f'data source {name!r} holds {what[found]}, not {what[kind]}: name one of '
             f'{", ".join(_known(kind))}, or your own files'
         )
     if name in CORPORA:
