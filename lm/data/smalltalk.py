@@ -18,11 +18,13 @@ from lm.data.store import digest
 
 MIN_TURNS, MIN_GAP, MAX_LENGTH_RATIO = 4, 2.0, 1.25
 HELDOUT_PROMPTS = 0.1
+MAX_PIECE, MAX_REPLY = 500, 100  # characters
 _UNTOUCHED = 5
 
 
 def chats(counts: Counts) -> Iterator[dict[str, Any]]:
-    """The source `smalltalk`: whoever speaks first is the user, the other the assistant, who has the last word."""
+    """The source `smalltalk`: whoever speaks first is the user, the other the assistant, who has the last word. Long
+    conversations come in pieces, so that a small model's context holds one."""
     for key, conversation in conversations():
         counts.read += 1
         messages = _messages(_turns(conversation), ('user', 'assistant'))
@@ -30,11 +32,23 @@ def chats(counts: Counts) -> Iterator[dict[str, Any]]:
             counts.drop('one_turn')
             continue
         # Held out is what pretraining holds out, which goes by the text that it reads.
-        yield {
-            'id': key,
-            'messages': messages,
-            'meta': {'document': digest(conversation_text(conversation).encode()).hex()},
-        }
+        meta = {'document': digest(conversation_text(conversation).encode()).hex()}
+        for number, piece in enumerate(_pieces(messages)):
+            yield {'id': f'{key}/{number}', 'messages': piece, 'meta': meta}
+
+
+def _pieces(messages: list[Message]) -> Iterator[list[Message]]:
+    """Whole exchanges, user and assistant, of MAX_PIECE characters or one more; broken off before a long reply, of
+    which a small model learns to ramble."""
+    piece: list[Message] = []
+    for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+        short = len(assistant['content']) <= MAX_REPLY
+        piece += [user, assistant] if short else []
+        if piece and (not short or sum(len(m['content']) for m in piece) > MAX_PIECE):
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 def heldout_chat(record: Chat, share: float) -> bool:

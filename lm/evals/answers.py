@@ -6,7 +6,7 @@ from typing import Any
 
 from lm.data.chats import Question
 from lm.data.heldout import normalized
-from lm.data.operations import is_decline
+from lm.data.decline import is_decline
 from lm.data.tokenizer import Tokenizer
 from lm.model.transformer import ModelConfig
 from lm.sampling.generate import GREEDY, Generation, Sampling, generate
