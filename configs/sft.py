@@ -13,11 +13,11 @@ def get_config(arg: str = '') -> config.Config:
     c = config.base()
     c.stage = 'sft'
     c.init_from = presets.parent('pretrain', arg)
-    c.steps = 600
+    c.steps = 750
     c.batch_size = 16
     c.optim.name, c.optim.lr = 'muon', 6e-3
     c.z_loss = 0.0
-    c.data.mixture = 'operations:0.7,smalltalk:0.3'
+    c.data.mixture = 'operations:0.6,smalltalk:0.4'
     c.data.replay = 0.25
     c.eval.max_new_tokens = 96
     return presets.apply(c, arg)

@@ -224,7 +224,7 @@ def chat_rows(source: PreparedSource, part: str, *, seq_len: int, seed: int = 0,
     return ChatRows(store, f'{source.content}:{part}', seq_len, seed, shuffle)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithReplay:
     """What a stage after pretraining learns from: conversations or pairs, and, so that it does not forget, the text of
     pretraining (None: none is known)."""

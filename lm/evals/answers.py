@@ -1,12 +1,12 @@
 """Answers to held-out questions: whether they end by themselves, and how near they come to the true ones."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from lm.data.chats import Question
-from lm.data.heldout import normalized
 from lm.data.decline import is_decline
+from lm.data.heldout import normalized
 from lm.data.tokenizer import Tokenizer
 from lm.model.transformer import ModelConfig
 from lm.sampling.generate import GREEDY, Generation, Sampling, generate
@@ -36,26 +36,40 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def metrics(
+class Answered(NamedTuple):
+    """A greedy answer, what the data has, and whether the answer ended by itself."""
+
+    text: str
+    truth: str
+    ended: bool
+
+
+def answered(
     params: Any, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question], *, stop_ids: Sequence[int],
     max_new_tokens: int,
-) -> dict[str, float]:  # fmt: skip
-    """Of greedy answers:
-
-    ended               the part that ends by itself
-    f1                  their mean F1 against the data's answers, where those answer
-    declined_real       the part that declines, of questions which the data answers
-    declined_invented   the same of questions which the data declines, if there are any
-    """
+) -> list[Answered]:  # fmt: skip
+    """What a model answers to each question, greedily."""
     given = answers(params, cfg, [q.prompt for q in questions], stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-    pairs = [(tokenizer.decode(g.ids), tokenizer.decode(q.answer)) for g, q in zip(given, questions, strict=True)]
-    real, invented = ([p for p in pairs if is_decline(p[1]) == declines] for declines in (False, True))
-    declined = lambda some: mean([float(is_decline(answer)) for answer, _ in some])
-    found = {'ended': mean([float(g.ended) for g in given]), 'f1': mean([f1(*p) for p in real])}
-    found |= {'declined_real': declined(real)} if real else {}
-    return found | ({'declined_invented': declined(invented)} if invented else {})
+    text = tokenizer.decode
+    return [Answered(text(g.ids), text(q.answer), g.ended) for g, q in zip(given, questions, strict=True)]
 
 
-def mean(values: Sequence[float]) -> float:
+def quality(found: Sequence[Answered]) -> dict[str, float]:
+    """{'ended', 'f1'}: the part that ends by itself, and the mean F1 against the data's answers."""
+    return {'ended': mean(a.ended for a in found), 'f1': mean(f1(a.text, a.truth) for a in found)}
+
+
+def refusals(found: Sequence[Answered]) -> dict[str, float]:
+    """{'declined_real', 'declined_invented'}: the part that declines of questions about real operations, which the data
+    answers, and about invented ones, which it declines; of each kind that is there."""
+    names = {False: 'declined_real', True: 'declined_invented'}
+    of = {names[is_decline(a.truth)]: [] for a in found}
+    for a in found:
+        of[names[is_decline(a.truth)]].append(is_decline(a.text))
+    return {name: mean(declined) for name, declined in of.items()}
+
+
+def mean(values: Iterable[float]) -> float:
     """0 of none."""
-    return sum(values) / max(len(values), 1)
+    found = list(values)
+    return sum(found) / max(len(found), 1)

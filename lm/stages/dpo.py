@@ -13,6 +13,8 @@ from lm import processes
 from lm.config import Config
 from lm.data import cache
 from lm.data import pairs as pair_data
+from lm.data.decline import is_decline
+from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt
 from lm.errors import UsageError
 from lm.evals import answers, preferences
@@ -147,28 +149,34 @@ def make_evaluate(
     config: Config, cfg: ModelConfig, data: PairData, prompts: Sequence[Prompt], recorder: Recorder
 ) -> wiring.Evaluate:
     """evaluate(state, step): held-out pairs, answers to their prompts, what is forgotten, and the fixed prompts."""
-    before: dict[str, np.ndarray] = {}
+    before: dict[str, tuple[np.ndarray, dict[str, float]]] = {}  # of the reference, measured when first asked for
 
-    def heldout_log_probs(params: Any, s: Any) -> np.ndarray:
+    def log_probs(params: Any, s: PreparedSource) -> np.ndarray:
         batches = pairs.in_order(config, s.heldout, config.eval.rows)
         return preferences.log_probs(params, cfg, batches, s.heldout.pairs)
 
-    def reference(s: Any) -> np.ndarray:
-        if s.name not in before:
-            abstract = runs.abstract_params(cfg)
-            before[s.name] = heldout_log_probs(load_reference(config, cfg, abstract, recorder.say), s)
-        return before[s.name]
+    def answered(params: Any, s: PreparedSource) -> dict[str, float]:
+        questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
+        told = answers.answered(
+            params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
+        )  # fmt: skip
+        # What it says of real names tells how well it answers; where it should decline there is nothing to say.
+        found = answers.quality([a for a in told if not is_decline(a.truth)] or told)
+        return found | (answers.refusals(told) if any(is_decline(a.truth) for a in told) else {})
+
+    def measure_reference() -> None:
+        params = load_reference(config, cfg, runs.abstract_params(cfg), recorder.say)
+        before.update({s.name: (log_probs(params, s), answered(params, s)) for s in data.own.sources})
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
         metrics = {}
+        if not before:
+            measure_reference()
         for s in data.own.sources:
-            policy = heldout_log_probs(state.weights, s)
-            found = preferences.policy_metrics(s.heldout, policy, reference(s), seq_len=config.seq_len)
-            questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-            found |= answers.metrics(
-                state.weights, cfg, data.tokenizer, questions, stop_ids=data.stop_ids,
-                max_new_tokens=config.eval.max_new_tokens,
-            )  # fmt: skip
+            reference, told = before[s.name]
+            policy = log_probs(state.weights, s)
+            found = preferences.policy_metrics(s.heldout, policy, reference, seq_len=config.seq_len)
+            found |= answered(state.weights, s) | {f'reference_{k}': v for k, v in told.items()}
             metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         if data.text:
             metrics |= pretrain.text_metrics(config, cfg, data.text, state.weights)

@@ -58,11 +58,15 @@ def epoch(config: Config, data: PairData) -> int:
     return mixture.rows_in_epoch() // config.batch_size
 
 
-def _rows(config: Config, needed: int) -> int:
-    """Rows of a batch that needs so many: a multiple of what its microbatches and devices share."""
+def _rows(needed: int, microbatches: int = 1) -> int:
+    """Rows of a batch that needs so many: a multiple of what microbatches and devices share."""
     mesh = jax.sharding.get_mesh().shape
-    parts = config.batch_size // config.microbatch * mesh['data'] * mesh['fsdp']
+    parts = microbatches * mesh['data'] * mesh['fsdp']
     return -(-needed // parts) * parts
+
+
+def _rows_of_run(config: Config, needed: int) -> int:
+    return _rows(needed, config.batch_size // config.microbatch)
 
 
 def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
@@ -72,7 +76,9 @@ def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str,
     else:
         needed, a_row = batches(config, data).shape
     reference = data is not None and data.reference is not None
-    shapes = pairs.abstract(_rows(config, needed), sides * config.seq_len, a_row, sides=sides, reference=reference)
+    shapes = pairs.abstract(
+        _rows_of_run(config, needed), sides * config.seq_len, a_row, sides=sides, reference=reference
+    )
     return abstract_arrays(shapes)
 
 
@@ -104,15 +110,16 @@ class _Source:
 def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
     """source(state, i) -> batch i."""
     found = batches(config, data)
-    rows = _rows(config, found.shape[0])
+    rows = _rows_of_run(config, found.shape[0])
     local = sharding.local_rows(rows, found.width)
     return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
 
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> Iterator[tuple[np.ndarray, Any]]:
     """(numbers of its pairs in the order of their slots, batch) of the first pairs of a store, on the mesh."""
-    found = pairs.in_order(store, seq_len=config.seq_len, batch_size=config.batch_size, most=most)
-    rows = _rows(config, found.shape[0])
+    at_once = config.microbatch or config.batch_size
+    found = pairs.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
+    rows = _rows(found.shape[0])
     for i in range(found.steps):
         numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
         yield numbers, sharding.shard_batch(found.batch(i, rows=rows))

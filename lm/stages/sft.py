@@ -107,9 +107,9 @@ def chat_metrics(config: Config, cfg: ModelConfig, data: WithReplay, params: Any
         batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
         totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids)
         questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-        found = answers.metrics(
+        found = answers.answered(
             params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
         )  # fmt: skip
-        metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
+        metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
         metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
     return metrics
