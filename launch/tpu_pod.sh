@@ -57,7 +57,12 @@ install() { # the images' own Python is older than ours
 }
 
 start() { # it runs on though the connection ends; its status is left in a file
-  on all "cd lm && rm -f status log && (setsid nohup bash -c $(printf '%q' "$1; echo \$? >status") >log 2>&1 </dev/null &)"
+  on all "cd lm && rm -f status log && (setsid nohup bash -c $(printf '%q' "$1& echo \$! >pid; wait \$!; echo \$? >status") >log 2>&1 </dev/null &)"
+}
+
+# shellcheck disable=SC2016,SC2329 # the worker expands it; the trap calls it
+stop() { # the run saves and leaves with 75; by its number, because a pattern would end the shell that notes its status
+  on all 'kill -TERM "$(cat lm/pid)"'
 }
 
 # shellcheck disable=SC2016 # the worker expands it
@@ -71,7 +76,7 @@ install && start "$(printf '%q ' .venv/bin/python -m lm.main --coordinator=auto 
 status=$?
 if [ "$status" -eq 0 ]; then
   follow &
-  trap 'on all "pkill -TERM -f lm.main"' TERM INT # the run saves and leaves with 75
+  trap stop TERM INT
   wait $!; status=$?
   while kill -0 $! 2>/dev/null; do wait $!; status=$?; done
 fi

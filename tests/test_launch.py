@@ -132,6 +132,8 @@ case $* in
   *describe*) cat "$FAKE/state" 2>/dev/null || exit 1 ;;
   *" create "*) [ -z "${REFUSED:-}" ] || exit 1; echo ACTIVE >"$FAKE/state" ;;
   *delete*) rm -f "$FAKE/state" ;;
+  *setsid* | *"tail -n +1"* | *"kill -TERM"*) # with a WORKER they are done there
+    if [ -n "${WORKER:-}" ]; then last=${!#}; cd "$WORKER" && exec bash -c "${last#--command=}"; fi ;;&
   *"tail -n +1"*)
     status=$(head -n 1 "$FAKE/statuses"); sed -i 1d "$FAKE/statuses"
     [ "$status" != 255 ] || echo SUSPENDED >"$FAKE/state"
@@ -147,14 +149,35 @@ WORDS = [
 ]
 
 
-def pod(tmp_path, *words, statuses='', **env):
-    """(status, stdout, what gcloud was asked)."""
+def surroundings(tmp_path, *, statuses='', **env):
+    """The environment in which gcloud is the one above."""
     (tmp_path / 'gcloud').write_text(GCLOUD)
     (tmp_path / 'gcloud').chmod(0o755)
     (tmp_path / 'statuses').write_text(''.join(f'{status}\n' for status in statuses.split()))
     path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
     place = {'ZONE': 'us-west4-a', 'ACCELERATOR': 'v5litepod-64', 'FAKE': str(tmp_path), 'PATH': path} | env
-    done = subprocess.run([POD, *words], capture_output=True, text=True, timeout=60, env={**os.environ, **place})
+    return {**os.environ, **place}
+
+
+def worker(tmp_path, python):
+    """The lm folder of a worker in tmp_path, whose Python is this script."""
+    file = tmp_path / 'lm' / '.venv' / 'bin' / 'python'
+    file.parent.mkdir(parents=True)
+    file.write_text(f'#!/usr/bin/env bash\n{python}\n')
+    file.chmod(0o755)
+    return tmp_path / 'lm'
+
+
+def wait_for(file):
+    end = time.monotonic() + 10
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def pod(tmp_path, *words, **env):
+    """(status, stdout, what gcloud was asked)."""
+    env = surroundings(tmp_path, **env)
+    done = subprocess.run([POD, *words], capture_output=True, text=True, timeout=60, env=env)
     asked = tmp_path / 'asked'
     return done.returncode, done.stdout, asked.read_text().splitlines() if asked.exists() else []
 
@@ -175,16 +198,27 @@ def test_a_pods_command_arrives_as_it_was_written(tmp_path):
     pod(tmp_path, *WORDS)
     asked = (tmp_path / 'asked').read_text()
     sent = asked[asked.index('--command=cd lm && rm -f status log') :].partition('--command=')[2].partition('\n')[0]
-    (tmp_path / 'lm' / '.venv' / 'bin').mkdir(parents=True)
-    python = tmp_path / 'lm' / '.venv' / 'bin' / 'python'
-    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >got; exit 75\n')
-    python.chmod(0o755)
+    folder = worker(tmp_path, 'printf "%s\\n" "$@" >got; exit 75')
     subprocess.run(['bash', '-c', sent], cwd=tmp_path, check=True)
-    end = time.monotonic() + 10
-    while not (tmp_path / 'lm' / 'status').exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert (tmp_path / 'lm' / 'got').read_text().splitlines() == ['-m', 'lm.main', '--coordinator=auto', *WORDS[2:]]
-    assert (tmp_path / 'lm' / 'status').read_text() == '75\n'
+    wait_for(folder / 'status')
+    assert (folder / 'got').read_text().splitlines() == ['-m', 'lm.main', '--coordinator=auto', *WORDS[2:]]
+    assert (folder / 'status').read_text() == '75\n'
+
+
+def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path):
+    """It waits for the status of the command that was told to stop, deletes the pod and does not begin again."""
+    folder = worker(tmp_path, 'trap "touch saved; exit 75" TERM; touch up; while :; do sleep 0.1; done')
+    env = surroundings(tmp_path, WORKER=str(tmp_path))
+    script = subprocess.Popen([POD, *WORDS], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(folder / 'up')
+        script.terminate()
+        assert script.wait(timeout=20) == 75 and (folder / 'saved').exists()
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+    asked = (tmp_path / 'asked').read_text().splitlines()
+    assert 'delete' in asked[-1] and sum(' create ' in line for line in asked) == 1
 
 
 @pytest.mark.parametrize(('statuses', 'rounds', 'status'), [('0', 1, 0), ('1', 1, 1), ('75 0', 2, 0), ('255 0', 2, 0)])
