@@ -73,7 +73,8 @@ def _train(config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, st
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != prepared.fingerprint:
         raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
-    recorder.say(xla.line())
+    for line in xla.lines():
+        recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     setup.resolve(config, found, epoch=setup.growth(config).steps_in(pipeline.rows_in_epoch(prepared, config.seq_len)))
 
