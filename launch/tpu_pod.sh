@@ -79,6 +79,7 @@ if [ "$status" -eq 0 ]; then
   trap stop TERM INT
   wait $!; status=$?
   while kill -0 $! 2>/dev/null; do wait $!; status=$?; done
+  [ "$status" -le 128 ] || { wait $!; status=$?; } # it ended while the trap was at work
 fi
 [ -n "$dry" ] || [ "$(state)" = ACTIVE ] || status=75 # the machines were taken away
 delete

@@ -133,7 +133,11 @@ case $* in
   *" create "*) [ -z "${REFUSED:-}" ] || exit 1; echo ACTIVE >"$FAKE/state" ;;
   *delete*) rm -f "$FAKE/state" ;;
   *setsid* | *"tail -n +1"* | *"kill -TERM"*) # with a WORKER they are done there
-    if [ -n "${WORKER:-}" ]; then last=${!#}; cd "$WORKER" && exec bash -c "${last#--command=}"; fi ;;&
+    if [ -n "${WORKER:-}" ]; then
+      last=${!#}; cd "$WORKER" && bash -c "${last#--command=}"; status=$?
+      case $* in *"kill -TERM"*) sleep "$LINGER" ;; esac
+      exit $status
+    fi ;;&
   *"tail -n +1"*)
     status=$(head -n 1 "$FAKE/statuses"); sed -i 1d "$FAKE/statuses"
     [ "$status" != 255 ] || echo SUSPENDED >"$FAKE/state"
@@ -168,9 +172,9 @@ def worker(tmp_path, python):
     return tmp_path / 'lm'
 
 
-def wait_for(file):
+def wait_for(file, text=''):
     end = time.monotonic() + 10
-    while not file.exists() and time.monotonic() < end:
+    while not (file.exists() and text in file.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
 
 
@@ -205,13 +209,16 @@ def test_a_pods_command_arrives_as_it_was_written(tmp_path):
     assert (folder / 'status').read_text() == '75\n'
 
 
-def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path):
-    """It waits for the status of the command that was told to stop, deletes the pod and does not begin again."""
+@pytest.mark.parametrize('linger', [0, 6])
+def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path, linger):
+    """It waits for the status of the command that was told to stop, deletes the pod and does not begin again; also
+    where the connection that told it to stop outlives it."""
     folder = worker(tmp_path, 'trap "touch saved; exit 75" TERM; touch up; while :; do sleep 0.1; done')
-    env = surroundings(tmp_path, WORKER=str(tmp_path))
+    env = surroundings(tmp_path, WORKER=str(tmp_path), LINGER=str(linger))
     script = subprocess.Popen([POD, *WORDS], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(folder / 'up')
+        wait_for(tmp_path / 'asked', 'tail -n +1')
         script.terminate()
         assert script.wait(timeout=20) == 75 and (folder / 'saved').exists()
     finally:
