@@ -53,7 +53,7 @@ install() { # the images' own Python is older than ours
   run git -C "$here/.." archive --format=tar.gz --prefix=lm/ --output=/tmp/lm.tar.gz HEAD &&
     run gcloud compute tpus tpu-vm scp /tmp/lm.tar.gz "$name:" --zone="$ZONE" --worker=all &&
     on all 'tar -xzf lm.tar.gz && cd lm && python3 -m pip install -q uv && python3 -m uv venv -q --python=3.12 &&
-      python3 -m uv pip install -q -e ".[tpu,corpus]"'
+      python3 -m uv pip install -q -e ".[tpu,corpus,hub]"'
 }
 
 start() { # it runs on though the connection ends; its status is left in a file
@@ -71,6 +71,7 @@ follow() { # process 0's log, and the status, which is the same in all
 }
 
 [ -n "$dry" ] || [ "$(state)" = GONE ] || delete
+trap 'delete; exit 143' TERM INT # a pod that nobody follows is paid for all the same
 create || { delete; exit 1; } # no right, no quota, a wrong name: once more would not help
 install && start "$(printf '%q ' .venv/bin/python -m lm.main --coordinator=auto "$@")"
 status=$?

@@ -132,6 +132,7 @@ case $* in
   *describe*) cat "$FAKE/state" 2>/dev/null || exit 1 ;;
   *" create "*) [ -z "${REFUSED:-}" ] || exit 1; echo ACTIVE >"$FAKE/state" ;;
   *delete*) rm -f "$FAKE/state" ;;
+  *scp*) sleep "${SLOW:-0}" ;;
   *setsid* | *"tail -n +1"* | *"kill -TERM"*) # with a WORKER they are done there
     if [ -n "${WORKER:-}" ]; then
       last=${!#}; cd "$WORKER" && bash -c "${last#--command=}"; status=$?
@@ -192,7 +193,7 @@ def test_a_pods_dry_run_prints_and_asks_nothing(tmp_path):
     create, archive, copy, install, *_, follow, delete = out.replace('\\\n', ' ').splitlines()
     assert 'queued-resources create pod --node-id=pod --zone=us-west4-a --accelerator-type=v5litepod-64' in create
     assert '--runtime-version=v2-alpha-tpuv5-lite --spot' in create and '--worker=all' in copy
-    assert archive.startswith('git -C') and '.[tpu,corpus]' in out and '--coordinator=auto' in out
+    assert archive.startswith('git -C') and '.[tpu,corpus,hub]' in out and '--coordinator=auto' in out
     assert '--worker=0' in follow and delete.strip().endswith('--force --quiet')
     assert '--spot' not in pod(tmp_path, '--dry-run', *WORDS, SPOT='0')[1]
 
@@ -226,6 +227,16 @@ def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path, linger):
             os.killpg(script.pid, signal.SIGKILL)
     asked = (tmp_path / 'asked').read_text().splitlines()
     assert 'delete' in asked[-1] and sum(' create ' in line for line in asked) == 1
+
+
+def test_a_signal_before_there_is_a_run_deletes_the_pod(tmp_path):
+    env = surroundings(tmp_path, SLOW='0.5')
+    script = subprocess.Popen([POD, *WORDS], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(tmp_path / 'asked', ' scp ')
+    script.terminate()
+    assert script.wait(timeout=20) == 143
+    asked = (tmp_path / 'asked').read_text().splitlines()
+    assert 'delete' in asked[-1] and not (tmp_path / 'state').exists()
 
 
 @pytest.mark.parametrize(('statuses', 'rounds', 'status'), [('0', 1, 0), ('1', 1, 1), ('75 0', 2, 0), ('255 0', 2, 0)])

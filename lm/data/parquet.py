@@ -18,7 +18,7 @@ def text_column(path: str, wanted: str | None) -> str:
     """
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _told(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         schema = file.schema_arrow
     return choose_column(path, wanted, [field.name for field in schema if _is_text(field.type)], schema.names)
 
@@ -31,7 +31,7 @@ def read_column(path: str, column: str) -> Iterator[bytes | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _told(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
                 # As bytes, because decoding a whole batch would fail for one value that is no UTF-8.

@@ -125,7 +125,8 @@ def settle_microbatch(
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
     part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
-    limit = (memory := memory_limit(device)) and memory * part
+    memory = min((m for m in processes.exchange(memory_limit(device)) if m), default=None)  # hosts may be unequal
+    limit = memory and memory * part
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
     timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
@@ -138,7 +139,7 @@ def settle_microbatch(
         choice = microbatch.remembered(key, lambda: search(time_them=time_them))
     else:
         choice = search()
-    config.microbatch = min(processes.exchange(choice.microbatch))  # hosts may have unequal memory
+    config.microbatch = choice.microbatch
     later = '; timed at the start of a run' if timed and batch is None else ''
     return build(config.microbatch), f'microbatch {config.microbatch} ({choice.why}{later})'
 
