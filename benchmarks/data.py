@@ -25,7 +25,7 @@ from lm import config as configs
 from lm import runtime, sharding
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
-from lm.errors import Parser
+from lm.errors import Parser, run_command
 from lm.model import transformer
 from lm.stages import pretrain, setup, wiring
 from lm.training import runs
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

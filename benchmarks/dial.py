@@ -86,22 +86,32 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
 
 
 def draw(results: list[Result], path: str) -> None:
-    """Bits per byte against FLOPs, a line a multiple of the rate; and against the multiple, a line a depth."""
+    """Bits per byte against FLOPs, a line a multiple of the rate; and by how much each multiple is above its depth's
+    best, a line a depth."""
     import matplotlib
 
     matplotlib.use('svg')
+    matplotlib.rcParams['svg.fonttype'] = 'none'  # letters, not their outlines
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
-    panels = (('flops', 'rate', 'FLOPs', '{} × rate'), ('rate', 'depth', 'multiple of the rate', 'depth {}'))
-    for axis, (x, by, label, name) in zip(axes, panels, strict=True):
-        for value in sorted({r[by] for r in results}):
-            own = sorted((r[x], r['bpb']) for r in results if r[by] == value)
-            axis.plot(*zip(*own, strict=True), marker='o', label=name.format(value))
-        axis.set(xlabel=label, xscale='log')
+    rates, depths = (sorted({r[key] for r in results}) for key in ('rate', 'depth'))
+    lines = lambda key, value: sorted((r for r in results if r[key] == value), key=lambda r: (r['flops'], r['rate']))
+    figure, (curve, rate) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+    for value in rates:
+        found = lines('rate', value)
+        label = f'{value:g} × rate'
+        curve.plot([r['flops'] for r in found], [r['bpb'] for r in found], marker='o', label=label)
+    for value in depths:
+        found = lines('depth', value)
+        above = [r['bpb'] - min(r['bpb'] for r in found) for r in found]
+        rate.plot([r['rate'] for r in found], above, marker='o', label=f'depth {value}')
+    curve.set(xlabel='FLOPs', xscale='log', ylabel='held-out bits per byte')
+    rate.set(xlabel='multiple of the rate', xscale='log', ylabel="above the depth's best")
+    rate.set_xticks(rates, [f'{r:g}' for r in rates])
+    rate.minorticks_off()
+    for axis in (curve, rate):
         axis.legend()
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel='held-out bits per byte', yscale='log')
     figure.savefig(path)
 
 

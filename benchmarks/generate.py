@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import runtime, sharding
-from lm.errors import Parser
+from lm.errors import Parser, run_command
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
 from lm.sampling.generate import generate, prepare
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

@@ -23,7 +23,7 @@ from common import fixed_batch, fresh_state, median_seconds
 
 from lm import config as configs
 from lm import runtime, sharding
-from lm.errors import Parser
+from lm.errors import Parser, run_command
 from lm.stages import pretrain, setup, wiring
 from lm.training import flops, runs
 
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main))

@@ -53,11 +53,16 @@ install() { # the images' own Python is older than ours
   run git -C "$here/.." archive --format=tar.gz --prefix=lm/ --output=/tmp/lm.tar.gz HEAD &&
     run gcloud compute tpus tpu-vm scp /tmp/lm.tar.gz "$name:" --zone="$ZONE" --worker=all &&
     on all 'tar -xzf lm.tar.gz && cd lm && python3 -m pip install -q uv && python3 -m uv venv -q --python=3.12 &&
-      python3 -m uv pip install -q -e ".[tpu,corpus]"'
+      python3 -m uv pip install -q -e ".[tpu,corpus,hub]"'
 }
 
 start() { # it runs on though the connection ends; its status is left in a file
-  on all "cd lm && rm -f status log && (setsid nohup bash -c $(printf '%q' "$1; echo \$? >status") >log 2>&1 </dev/null &)"
+  on all "cd lm && rm -f status log && (setsid nohup bash -c $(printf '%q' "$1& echo \$! >pid; wait \$!; echo \$? >status") >log 2>&1 </dev/null &)"
+}
+
+# shellcheck disable=SC2016,SC2329 # the worker expands it; the trap calls it
+stop() { # the run saves and leaves with 75; by its number, because a pattern would end the shell that notes its status
+  on all 'kill -TERM "$(cat lm/pid)"'
 }
 
 # shellcheck disable=SC2016 # the worker expands it
@@ -66,14 +71,16 @@ follow() { # process 0's log, and the status, which is the same in all
 }
 
 [ -n "$dry" ] || [ "$(state)" = GONE ] || delete
+trap 'delete; exit 143' TERM INT # a pod that nobody follows is paid for all the same
 create || { delete; exit 1; } # no right, no quota, a wrong name: once more would not help
 install && start "$(printf '%q ' .venv/bin/python -m lm.main --coordinator=auto "$@")"
 status=$?
 if [ "$status" -eq 0 ]; then
   follow &
-  trap 'on all "pkill -TERM -f lm.main"' TERM INT # the run saves and leaves with 75
+  trap stop TERM INT
   wait $!; status=$?
   while kill -0 $! 2>/dev/null; do wait $!; status=$?; done
+  [ "$status" -le 128 ] || { wait $!; status=$?; } # it ended while the trap was at work
 fi
 [ -n "$dry" ] || [ "$(state)" = ACTIVE ] || status=75 # the machines were taken away
 delete

@@ -99,6 +99,7 @@ def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
     warn = lambda line: print(line, file=sys.stderr)
+    runtime.start_jax()
     with sharding.use_mesh():
         models = {name: _load(name, warn) for name in flags.runs}
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a conversation

@@ -62,6 +62,7 @@ def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
             raise UsageError(f'--tasks={task}{configs.nearest(task, TASKS)}: it must be of {", ".join(TASKS)}')
     if flags.rows is not None and not 1 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be at least 1 and at most {configs.INT32_MAX}')
+    runtime.start_jax()
     with sharding.use_mesh() as mesh:
         model = runs.load(flags.run, warn=lambda line: print(line, file=sys.stderr))
         prepared = heldout_data(flags.run, model, flags.mixture)

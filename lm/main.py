@@ -67,6 +67,7 @@ def train(argv: Sequence[str]) -> dict:
         processes.joined(place, facts, wait=flags.wait),
         contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir),
     ):
+        runtime.start_jax()
         runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
         last = STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
         return last if processes.first() else {}

@@ -56,6 +56,8 @@ def place(coordinator: str | None, count: int | None, index: int | None, *, wait
         raise UsageError('--coordinator=HOST:PORT needs --num_processes=N and --process_id=I, I from 0 to N-1')
     else:
         found = Place(coordinator, count, index)
+    if found.count < 1:
+        raise UsageError(f'--num_processes={found.count} must be at least 1')
     if not 0 <= found.index < found.count:
         raise UsageError(f'--process_id={found.index} must be from 0 to {found.count - 1}, --num_processes less one')
     _, colon, port = found.coordinator.rpartition(':')

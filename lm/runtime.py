@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from lm import processes, xla
-from lm.errors import Preempted
+from lm.errors import Preempted, UsageError
 
 
 def setup() -> None:
@@ -39,6 +39,15 @@ def _keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt, and perhaps no such cost
         for option, value in options.items():
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def start_jax() -> None:
+    """Has JAX find its devices. Raises UsageError if this machine lacks the platform that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where no package knows the platform
+        asked, reason = jax.config.values['jax_platforms'], str(error).partition(' (set JAX')[0] or 'not installed'
+        raise UsageError(f'JAX_PLATFORMS={asked} cannot be had here ({reason}): correct or unset it') from error
 
 
 def compute_dtype(asked: str | None) -> str:

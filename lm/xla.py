@@ -60,8 +60,15 @@ def setup() -> None:
         os.environ[variable] = ' '.join(words + added)
 
 
-def line() -> str:
-    """What XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'."""
-    set_here = {name: ' '.join(os.environ.get(name, '').split()) for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
-    told = [f'{name}={value}' for name, value in set_here.items() if value]
-    return f'xla: {platform()}' + (' ' + ' '.join(told) if told else ', its defaults')
+def lines() -> list[str]:
+    """What XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'; then why, a line for each
+    flag of ours."""
+    name = platform()
+    set_here = {
+        variable: ' '.join(os.environ.get(variable, '').split()) for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+    }
+    told = [f'{variable}={value}' for variable, value in set_here.items() if value]
+    words = ' '.join(set_here.values()).split()
+    ours = {f'--{flag}={value}': reason for flag, (value, reason) in FLAGS.get(name, {}).items()}
+    why = [f'  {word}: {reason}' for word, reason in ours.items() if word in words]
+    return [f'xla: {name}' + (' ' + ' '.join(told) if told else ', its defaults'), *why]

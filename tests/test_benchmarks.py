@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,9 @@ def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
         assert (config.seq_len, cfg.vocab_size, cfg.head_dim, cfg.dim) == (1024, 50_304, 64, 64 * cfg.heads)
         counts[size] = h100.flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=1) / 6e6
     assert counts == pytest.approx({'124M': 124, '350M': 355, '1.5B': 1558}, rel=0.02)
+
+
+@pytest.mark.parametrize('name', ['data', 'generate', 'pretrain'])
+def test_a_mistake_is_one_line(name):
+    done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--nonesuch'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == 'lm: unrecognized arguments: --nonesuch (--help lists the flags)\n'

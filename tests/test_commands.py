@@ -428,3 +428,15 @@ def test_the_compile_cache_is_on(lab, tmp_path):
     code = 'from lm import runtime; runtime.setup(); import jax; jax.jit(lambda x: x + 1)(1)'
     subprocess.run([sys.executable, '-c', code], env=env, cwd=running.ROOT, check=True, timeout=60)
     assert list((tmp_path / 'cache' / 'xla').iterdir())
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'nonesuch'])
+def test_a_platform_that_this_machine_lacks_is_one_line(lab, tmp_path, platform):
+    if (platform, jax.default_backend()) == ('cuda', 'gpu'):
+        pytest.skip('this machine has it')
+    env = os.environ | {'JAX_PLATFORMS': platform}
+    command = [sys.executable, '-m', 'lm.main', *lab.argv(tmp_path / 'run')]
+    done = subprocess.run(command, env=env, cwd=running.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not (tmp_path / 'run').exists()
+    assert done.stderr.splitlines()[-1].startswith(f'lm: JAX_PLATFORMS={platform} cannot be had here (')
+    assert 'Traceback' not in done.stderr

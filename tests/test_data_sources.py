@@ -56,6 +56,7 @@ _BAD_WEIGHTS = ['0', '-1', 'nan', 'NaN', 'inf', '-Infinity', '1e308', '1e-320']
         ('0.5', "'0.5' in the data mixture is a weight without a source"),
         ('a:0.5:0.3,b:0.2', "'a:0.5:0.3' in the data mixture has two weights"),
         ('a:,b:1', "'a:' in the data mixture has no weight after its colon"),
+        ('hf:', "'hf:' in the data mixture names no dataset: write hf:NAME"),
         ('a:1,b:1e-5', "the weight 1e-05 of 'b' is so small beside the others.*at least 6e-05"),
         ('a:1e9,b:1e-9', 'so small beside the others'),
         *((f'a:{weight},b:1', f"the weight in 'a:{weight}' must be a number") for weight in _BAD_WEIGHTS),

@@ -68,7 +68,9 @@ def test_no_more_than_a_row_group_is_asked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'kind', [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())], ids=str
+    'kind',
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int8(), pa.string())],
+    ids=str,
 )
 def test_every_way_to_store_text_is_read(tmp_path, kind):
     path = _parquet(tmp_path / 'a.parquet', {'body': pa.array(['one', 'zwölf', 'one']).cast(kind), 'n': [1, 2, 3]})

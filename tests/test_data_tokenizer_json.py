@@ -294,6 +294,7 @@ def _lower(spec):
         ),
         (_with(added_tokens=[]), 'names no token that ends a text'),
         (lambda s: s['model']['merges'].append('zzz qqq'), 'is damaged'),
+        (lambda s: s['model']['vocab'].update(zzz=2**24), r'is damaged \(it has the id 16777216, '),
     ],
 )
 def test_what_changes_or_loses_text_is_one_line(tmp_path, built, change, says):
@@ -308,6 +309,12 @@ def test_what_changes_or_loses_text_is_one_line(tmp_path, built, change, says):
 def test_a_damaged_file_is_one_line(tmp_path, text):
     with pytest.raises(UsageError, match='is damaged'):
         _load(tmp_path / 'a', text)
+
+
+@pytest.mark.parametrize('wrong', [10**12, [0, -1], 'x', [[1]]])
+def test_an_end_that_is_no_id_is_one_line(tmp_path, built, wrong):
+    with pytest.raises(UsageError, match=r'is damaged \(generation_config.json: .* is none of its \d+ ids'):
+        _load(tmp_path / 'a', built['byte-level'], generation_config={'eos_token_id': wrong})
 
 
 def test_bytes_that_are_lacking_are_counted(tmp_path):

@@ -132,6 +132,13 @@ case $* in
   *describe*) cat "$FAKE/state" 2>/dev/null || exit 1 ;;
   *" create "*) [ -z "${REFUSED:-}" ] || exit 1; echo ACTIVE >"$FAKE/state" ;;
   *delete*) rm -f "$FAKE/state" ;;
+  *scp*) sleep "${SLOW:-0}" ;;
+  *setsid* | *"tail -n +1"* | *"kill -TERM"*) # with a WORKER they are done there
+    if [ -n "${WORKER:-}" ]; then
+      last=${!#}; cd "$WORKER" && bash -c "${last#--command=}"; status=$?
+      case $* in *"kill -TERM"*) sleep "$LINGER" ;; esac
+      exit $status
+    fi ;;&
   *"tail -n +1"*)
     status=$(head -n 1 "$FAKE/statuses"); sed -i 1d "$FAKE/statuses"
     [ "$status" != 255 ] || echo SUSPENDED >"$FAKE/state"
@@ -147,14 +154,35 @@ WORDS = [
 ]
 
 
-def pod(tmp_path, *words, statuses='', **env):
-    """(status, stdout, what gcloud was asked)."""
+def surroundings(tmp_path, *, statuses='', **env):
+    """The environment in which gcloud is the one above."""
     (tmp_path / 'gcloud').write_text(GCLOUD)
     (tmp_path / 'gcloud').chmod(0o755)
     (tmp_path / 'statuses').write_text(''.join(f'{status}\n' for status in statuses.split()))
     path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
     place = {'ZONE': 'us-west4-a', 'ACCELERATOR': 'v5litepod-64', 'FAKE': str(tmp_path), 'PATH': path} | env
-    done = subprocess.run([POD, *words], capture_output=True, text=True, timeout=60, env={**os.environ, **place})
+    return {**os.environ, **place}
+
+
+def worker(tmp_path, python):
+    """The lm folder of a worker in tmp_path, whose Python is this script."""
+    file = tmp_path / 'lm' / '.venv' / 'bin' / 'python'
+    file.parent.mkdir(parents=True)
+    file.write_text(f'#!/usr/bin/env bash\n{python}\n')
+    file.chmod(0o755)
+    return tmp_path / 'lm'
+
+
+def wait_for(file, text=''):
+    end = time.monotonic() + 10
+    while not (file.exists() and text in file.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def pod(tmp_path, *words, **env):
+    """(status, stdout, what gcloud was asked)."""
+    env = surroundings(tmp_path, **env)
+    done = subprocess.run([POD, *words], capture_output=True, text=True, timeout=60, env=env)
     asked = tmp_path / 'asked'
     return done.returncode, done.stdout, asked.read_text().splitlines() if asked.exists() else []
 
@@ -165,7 +193,7 @@ def test_a_pods_dry_run_prints_and_asks_nothing(tmp_path):
     create, archive, copy, install, *_, follow, delete = out.replace('\\\n', ' ').splitlines()
     assert 'queued-resources create pod --node-id=pod --zone=us-west4-a --accelerator-type=v5litepod-64' in create
     assert '--runtime-version=v2-alpha-tpuv5-lite --spot' in create and '--worker=all' in copy
-    assert archive.startswith('git -C') and '.[tpu,corpus]' in out and '--coordinator=auto' in out
+    assert archive.startswith('git -C') and '.[tpu,corpus,hub]' in out and '--coordinator=auto' in out
     assert '--worker=0' in follow and delete.strip().endswith('--force --quiet')
     assert '--spot' not in pod(tmp_path, '--dry-run', *WORDS, SPOT='0')[1]
 
@@ -175,16 +203,40 @@ def test_a_pods_command_arrives_as_it_was_written(tmp_path):
     pod(tmp_path, *WORDS)
     asked = (tmp_path / 'asked').read_text()
     sent = asked[asked.index('--command=cd lm && rm -f status log') :].partition('--command=')[2].partition('\n')[0]
-    (tmp_path / 'lm' / '.venv' / 'bin').mkdir(parents=True)
-    python = tmp_path / 'lm' / '.venv' / 'bin' / 'python'
-    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >got; exit 75\n')
-    python.chmod(0o755)
+    folder = worker(tmp_path, 'printf "%s\\n" "$@" >got; exit 75')
     subprocess.run(['bash', '-c', sent], cwd=tmp_path, check=True)
-    end = time.monotonic() + 10
-    while not (tmp_path / 'lm' / 'status').exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert (tmp_path / 'lm' / 'got').read_text().splitlines() == ['-m', 'lm.main', '--coordinator=auto', *WORDS[2:]]
-    assert (tmp_path / 'lm' / 'status').read_text() == '75\n'
+    wait_for(folder / 'status')
+    assert (folder / 'got').read_text().splitlines() == ['-m', 'lm.main', '--coordinator=auto', *WORDS[2:]]
+    assert (folder / 'status').read_text() == '75\n'
+
+
+@pytest.mark.parametrize('linger', [0, 6])
+def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path, linger):
+    """It waits for the status of the command that was told to stop, deletes the pod and does not begin again; also
+    where the connection that told it to stop outlives it."""
+    folder = worker(tmp_path, 'trap "touch saved; exit 75" TERM; touch up; while :; do sleep 0.1; done')
+    env = surroundings(tmp_path, WORKER=str(tmp_path), LINGER=str(linger))
+    script = subprocess.Popen([POD, *WORDS], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(folder / 'up')
+        wait_for(tmp_path / 'asked', 'tail -n +1')
+        script.terminate()
+        assert script.wait(timeout=20) == 75 and (folder / 'saved').exists()
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+    asked = (tmp_path / 'asked').read_text().splitlines()
+    assert 'delete' in asked[-1] and sum(' create ' in line for line in asked) == 1
+
+
+def test_a_signal_before_there_is_a_run_deletes_the_pod(tmp_path):
+    env = surroundings(tmp_path, SLOW='0.5')
+    script = subprocess.Popen([POD, *WORDS], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(tmp_path / 'asked', ' scp ')
+    script.terminate()
+    assert script.wait(timeout=20) == 143
+    asked = (tmp_path / 'asked').read_text().splitlines()
+    assert 'delete' in asked[-1] and not (tmp_path / 'state').exists()
 
 
 @pytest.mark.parametrize(('statuses', 'rounds', 'status'), [('0', 1, 0), ('1', 1, 1), ('75 0', 2, 0), ('255 0', 2, 0)])

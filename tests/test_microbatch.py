@@ -10,7 +10,7 @@ import pytest
 import running
 
 from lm import config as configs
-from lm.errors import RunError
+from lm.errors import RunError, UsageError
 from lm.stages import pretrain, setup, wiring
 from lm.training import microbatch, runs
 
@@ -192,6 +192,16 @@ def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
     assert [list(seconds) for seconds in asked] == [[32, 8]] and min(asked[0].values()) > 0
     lab.train(tmp_path / 'fixed', steps=2, batch_size=32, microbatch=8)
     assert running.measured(tmp_path / 'run') == running.measured(tmp_path / 'fixed')
+
+
+def test_what_was_timed_and_is_damaged_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('LM_CACHE', str(tmp_path))
+    choose = lambda: microbatch.remembered({'a': 1}, lambda: microbatch.Choice(4, 'measured'))
+    assert choose().microbatch == 4
+    (file,) = tmp_path.glob('microbatch/*/choice.json')
+    file.write_text('{"micro')
+    with pytest.raises(UsageError, match='damaged .*: delete that folder'):
+        choose()
 
 
 def test_a_dry_run_times_nothing(lab, capsys, monkeypatch):

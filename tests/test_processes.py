@@ -148,6 +148,7 @@ def test_a_stranger_at_the_port_is_ignored():
     [
         ((None, 2, None), '--num_processes and --process_id need --coordinator'),
         (('localhost:1', None, 0), 'needs --num_processes=N and --process_id=I'),
+        (('localhost:1', 0, 0), '--num_processes=0 must be at least 1'),
         (('localhost:1', 2, 2), '--process_id=2 must be from 0 to 1'),
         (('localhost:1', 2, -1), '--process_id=-1 must be from 0 to 1'),
         (('localhost', 2, 0), '--coordinator=localhost must be HOST:PORT'),

@@ -27,7 +27,9 @@ def test_a_platform_gets_its_flags(clean, name, variable):
     xla.setup()
     assert os.environ[variable].split() == [f'--{flag}={value}' for flag, (value, _) in xla.FLAGS[name].items()]
     assert {'XLA_FLAGS', 'LIBTPU_INIT_ARGS'} & set(os.environ) == {variable}
-    assert xla.line() == f'xla: {name} {variable}={os.environ[variable]}'
+    first, *why = xla.lines()
+    assert first == f'xla: {name} {variable}={os.environ[variable]}'
+    assert why == [f'  --{flag}={value}: {reason}' for flag, (value, reason) in xla.FLAGS[name].items()]
 
 
 def test_what_the_person_sets_wins(clean):
@@ -37,6 +39,7 @@ def test_what_the_person_sets_wins(clean):
     xla.setup()
     assert os.environ['XLA_FLAGS'].startswith(mine) and os.environ['XLA_FLAGS'].count('latency_hiding') == 1
     assert 'xla_gpu_enable_pipelined_all_gather=true' in os.environ['XLA_FLAGS']
+    assert len(xla.lines()) == len(xla.FLAGS['gpu']) and 'latency_hiding' not in ''.join(xla.lines()[1:])
     before = os.environ['XLA_FLAGS']
     xla.setup()
     assert os.environ['XLA_FLAGS'] == before
@@ -46,7 +49,7 @@ def test_what_the_person_sets_wins(clean):
 def test_other_platforms_keep_their_defaults(clean, name):
     as_platform(clean, name)
     xla.setup()
-    assert 'XLA_FLAGS' not in os.environ and xla.line() == f'xla: {name}, its defaults'
+    assert 'XLA_FLAGS' not in os.environ and xla.lines() == [f'xla: {name}, its defaults']
 
 
 @pytest.mark.parametrize(('asked', 'found'), [('cpu', 'cpu'), ('cuda,cpu', 'gpu'), ('tpu', 'tpu')])

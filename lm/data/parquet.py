@@ -18,7 +18,7 @@ def text_column(path: str, wanted: str | None) -> str:
     """
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _told(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         schema = file.schema_arrow
     return choose_column(path, wanted, [field.name for field in schema if _is_text(field.type)], schema.names)
 
@@ -31,7 +31,7 @@ def read_column(path: str, column: str) -> Iterator[bytes | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _told(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
                 # As bytes, because decoding a whole batch would fail for one value that is no UTF-8.
@@ -76,8 +76,9 @@ def _is_text(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests)
+    t = pa.types
+    texts = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_binary_view)
+    return any(test(kind) for test in texts)
 
 
 @contextlib.contextmanager

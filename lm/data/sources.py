@@ -67,6 +67,8 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     name, colon, number = part.rpartition(':')
     if _NUMBER.fullmatch(part):
         raise UsageError(f'{part!r} in the data mixture is a weight without a source: write NAME:{part}')
+    if part in ('hf:', 'tfds:'):
+        raise UsageError(f'{part!r} in the data mixture names no dataset: write {part}NAME')
     if not number and colon:
         raise UsageError(f'{part!r} in the data mixture has no weight after its colon: write {name or "NAME"}:0.5')
     if not colon or not _NUMBER.fullmatch(number):

@@ -28,6 +28,7 @@ _USUAL = {
 }
 _TURN_ENDS = ('<|end|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>')
 _KEEP_TEXT = ('ByteLevel', 'Metaspace', 'Split', 'Digits', 'Punctuation', 'UnicodeScripts', 'Sequence')
+_MOST_IDS = 1 << 24  # there is a place for each id up to the largest: a damaged one must not take all memory
 # C0, C1 and F5 to FF are in no UTF-8.
 _IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
@@ -74,7 +75,7 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
         bos_id=bos,
         eos_id=eos,
         pad_id=pad,
-        stop_ids=_stop_ids(eos, controls, saved),
+        stop_ids=_stop_ids(eos, controls, saved, len(pieces)),
         fingerprint=identity.hexdigest(),
         saved=saved,
         encode_plain=encode,
@@ -108,10 +109,13 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     return {key: name or found['eos'] for key, name in found.items()}
 
 
-def _stop_ids(eos: int, controls: Mapping[str, int], saved: Mapping[str, bytes]) -> tuple[int, ...]:
+def _stop_ids(eos: int, controls: Mapping[str, int], saved: Mapping[str, bytes], size: int) -> tuple[int, ...]:
     more = _parse(saved.get(GENERATION_FILE, b'{}'), GENERATION_FILE).get('eos_token_id') or []
+    more = more if isinstance(more, list) else [more]
+    if wrong := [i for i in more if type(i) is not int or not 0 <= i < size]:
+        raise UsageError(f'is damaged ({GENERATION_FILE}: {wrong[0]!r} is none of its {size} ids)')
     ends = [controls[name] for name in (*_USUAL['eos'], *_TURN_ENDS) if name in controls]
-    return tuple(dict.fromkeys([eos, *(more if isinstance(more, list) else [more]), *ends]))
+    return tuple(dict.fromkeys([eos, *more, *ends]))
 
 
 def _unknown(model: dict[str, Any]) -> list[str]:
@@ -242,8 +246,11 @@ def _byte_fallback() -> Spelling:
 def _pieces(
     vocab: Mapping[str, int], added: Mapping[int, Any], spell: Callable[[str], bytes], silent: set[int]
 ) -> tuple[bytes, ...]:
-    """The bytes of each id up to the largest, whatever ids there are between."""
-    pieces = [b''] * (max([*vocab.values(), *added]) + 1)
+    """The bytes of each id up to the largest, whatever ids there are between. Raises UsageError if that is absurd."""
+    largest = max([*vocab.values(), *added])
+    if largest >= _MOST_IDS:
+        raise UsageError(f'is damaged (it has the id {largest}, and {_MOST_IDS:,} are the most)')
+    pieces = [b''] * (largest + 1)
     for piece, i in vocab.items():
         pieces[i] = spell(piece)
     for i, token in added.items():  # not written in the alphabet of the bytes

@@ -57,10 +57,12 @@ def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> N
         raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
 
 
-def recall(config: Config, saved: Mapping[str, Any] | None) -> None:
-    """Fills in what the user left to us and a saved run has resolved: another device must not change the run."""
+def recall(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:
+    """Fills in what the user left to us and a saved run has resolved: another device must not change the run. Its
+    microbatch is found anew where the mesh cannot share it."""
     if saved:
-        config.microbatch = config.microbatch or saved['config']['microbatch']
+        shared = saved['config']['microbatch'] % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+        config.microbatch = config.microbatch or (saved['config']['microbatch'] if shared else None)
         config.precision.compute = config.precision.compute or saved['config']['precision']['compute']
 
 
@@ -133,7 +135,8 @@ def settle_microbatch(
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
     part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
-    limit = (memory := memory_limit(device)) and memory * part
+    memory = min((m for m in processes.exchange(memory_limit(device)) if m), default=None)  # hosts may be unequal
+    limit = memory and memory * part
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
     timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
@@ -147,7 +150,7 @@ def settle_microbatch(
         choice = microbatch.remembered(key, lambda: search(time_them=time_them))
     else:
         choice = search()
-    config.microbatch = min(processes.exchange(choice.microbatch))  # hosts may have unequal memory
+    config.microbatch = choice.microbatch
     later = '; timed at the start of a run' if timed and batch is None else ''
     return build(config.microbatch), f'microbatch {config.microbatch} ({choice.why}{later})'
 

@@ -104,9 +104,9 @@ def run(
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
     found = runs.open_workdir(config, workdir)
-    setup.recall(config, found)
-    cfg = runs.model_config(config)
     with sharding.use_mesh(config.mesh) as mesh:
+        setup.recall(config, found, mesh)
+        cfg = runs.model_config(config)
         setup.check_mesh(config, mesh)
         if dry_run:
             return _dry_run(stage, config, cfg)
@@ -132,7 +132,8 @@ def _train(
         raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != data.fingerprint:
         raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
-    recorder.say(xla.line())
+    for line in xla.lines():
+        recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     setup.resolve(config, found, epoch=stage.epoch(config, data))
 

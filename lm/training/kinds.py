@@ -68,8 +68,3 @@ def leaves_of(params: Any) -> list[Leaf]:
         else:
             found.append(leaf)
     return found
-
-
-def decayed(params: Any) -> Any:
-    """The tree of booleans: which leaves decay. Not norms, not biases, not embeddings."""
-    return jax.tree.unflatten(jax.tree.structure(params), [leaf.kind.decays for leaf in leaves_of(params)])

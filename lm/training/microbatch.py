@@ -17,6 +17,7 @@ import numpy as np
 
 from lm import files
 from lm.data import cache
+from lm.errors import UsageError
 
 USED = {'cpu': 0.5}  # the part of a device's memory that a step may take: a CPU's is not ours alone
 USED_ELSEWHERE = 0.9  # the rest is for batches under way, evaluation and what does not fit between two arrays
@@ -146,4 +147,7 @@ def remembered(key: Mapping[str, Any], decide: Callable[[], Choice]) -> Choice:
     """What `decide` said when it was first asked on this machine: the same run, done again, is the same run."""
     write = lambda folder: files.write_json(folder / 'choice.json', decide()._asdict())
     folder = cache.build('microbatch', dict(key), write)
-    return Choice(**json.loads((folder / 'choice.json').read_text()))
+    try:
+        return Choice(**json.loads((folder / 'choice.json').read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f'what was measured in {folder} is damaged ({error}): delete that folder') from None
