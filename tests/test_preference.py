@@ -93,7 +93,7 @@ def test_smoothing_by_nothing_is_dpo_and_by_something_two_different_losses():
 
 
 def test_the_robust_loss_of_flipped_labels_is_dpos_of_the_true_ones():
-    """On average over flips of one in ten (Chowdhury et al., 2024, lemma 3.1)."""
+    """On average over flips of one in ten (Chowdhury et al., 2024, section 3)."""
     pairs = make_pairs()
     flipped = pairs._replace(label=1 - pairs.label)
     mean = 0.9 * loss_of('robust', pairs) + 0.1 * loss_of('robust', flipped)
