@@ -275,12 +275,7 @@ def _is_whole(side: Sequence[Message]) -> bool:
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations share, up to the last one of a user.
-
-    Raises _Malformed if they are equal or share none.
-    """
-    if a == b:
-        raise _Malformed('equal_sides', 'chosen and rejected are equal')
+    """How many first messages two conversations share, up to the last one of a user; raises _Malformed if none."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     while length and a[length - 1]['role'] != 'user':
         length -= 1
