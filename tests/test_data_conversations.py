@@ -203,6 +203,9 @@ BAD_CHATS = [
     ({'messages': 'Hi'}, 'not_messages', 'messages is a text, and no list of messages'),
     ({'messages': 5}, 'not_messages', 'messages is no list of messages'),
     ({'messages': ['Hi', 'Hello']}, 'not_messages', 'messages is no list of messages'),
+    ({'messages': {'role': 'user', 'content': 5}}, 'not_messages', 'messages is no list of messages'),
+    ({f'f{i}': i for i in range(99)}, 'no_fields', 'has the fields f0, f1, .*, f11 and 87 more, but'),
+    ({'\ud800': 1}, 'no_fields', 'has the fields [?], but'),
     ({'messages': [{'role': 'tool', 'content': 'x'}]}, 'unknown_role', "message 1 has the role 'tool', not system"),
     ({'messages': [{'content': 'x'}]}, 'unknown_role', 'message 1 has the role None'),
     ({'messages': [*said('Hi'), {'role': 'assistant', 'content': 5}]}, 'not_text', 'message 2 has a content'),
@@ -236,6 +239,7 @@ BAD_PAIRS = [
     ({'prompt': 'Hi', 'chosen': 5, 'rejected': 'No'}, 'not_messages', 'chosen is no list of messages'),
     ({'prompt': said('1', '2'), 'chosen': 'Yes', 'rejected': 'No'}, 'role_order', 'assistant after assistant'),
     (TEXTS | {'margin': 'wide'}, 'not_number', "margin is 'wide', no number"),
+    (TEXTS | {'margin': -1}, 'margin', 'margin is -1, below 0'),
     (TEXTS | {'label': 1.5}, 'label', 'label is 1.5, no probability'),
     (TEXTS | {'score_chosen': 1, 'score_rejected': 2}, 'scores', 'score_chosen is below score_rejected'),
 ]
@@ -274,6 +278,8 @@ def test_what_is_changed_is_counted(tmp_path):
         {'messages': said('1', '2', '3')},
         {'messages': [SYSTEM | {'content': ' '}, *said('1', '2')]},
     ]
+    dropped = {'messages': said('only', '', 'a user')}
+    assert not read(jsonl(tmp_path / 'dropped.jsonl', dropped), 'chat')[1].changed
     records, counts = read(jsonl(tmp_path / 'a.jsonl', *rows), 'chat', strict=True)
     assert [short(r['messages']) for r in records] == ['u:1 a:2'] * 2 and not counts.dropped
     assert counts.changed == {'trailing_user': 1, 'empty_system': 1}

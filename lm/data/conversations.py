@@ -39,6 +39,7 @@ _FIELDS = {*_OPTIONAL, *(field for forms in _FORMS.values() for form in forms fo
 _ROLES: dict[str, Role] = {
     'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
 }  # fmt: skip
+_SHOWN = 12  # of the fields of a record that has none of ours
 _DIALOGUE = re.compile(r'(?:^|\n)\n(Human|Assistant):')
 
 
@@ -93,10 +94,11 @@ def read_rows(
         try:
             if row.problem:
                 raise _Malformed(row.problem, _PROBLEMS[row.problem])
-            if reading.kind == 'chat':
-                yield _chat(name, row, counts, column)
-            else:
-                yield _pair(name, row, counts, reading.unpaired)
+            changed: set[str] = set()
+            chat = reading.kind == 'chat'
+            yield _chat(name, row, changed, column) if chat else _pair(name, row, changed, reading.unpaired)
+            for what in changed:
+                counts.change(what)
         except _LeftOut as left:
             counts.drop(str(left))
         except _Malformed as wrong:
@@ -126,23 +128,23 @@ def _form(kind: Kind, fields: Iterable[str]) -> tuple[str, ...] | None:
 def _no_form(kind: Kind, fields: Iterable[str]) -> str:
     wanted = '; or '.join(', '.join(form) for form in _FORMS[kind])
     what = 'a conversation' if kind == 'chat' else 'a pair'
-    return f'has the fields {", ".join(fields) or "(none)"}, but {what} has {wanted}'
+    # JSON can write lone surrogates, which no terminal takes.
+    have = [field.encode(errors='replace').decode() for field in fields]
+    more = f' and {len(have) - _SHOWN} more' if len(have) > _SHOWN else ''
+    return f'has the fields {", ".join(have[:_SHOWN]) or "(none)"}{more}, but {what} has {wanted}'
 
 
 # ---- conversations ----
 
 
-def _chat(name: str, row: Row, counts: Counts, column: str | None) -> Chat:
+def _chat(name: str, row: Row, changed: set[str], column: str | None) -> Chat:
     if column:
         row = row._replace(value={**row.value, 'messages': row.value.get(column)})
     have = {key: value for key, value in row.value.items() if value is not None}
     form = _form('chat', have)
     if form is None:
         raise _Malformed('no_fields', _no_form('chat', row.value))
-    messages = _with_system(_conversation(have, form), have, counts)
-    while messages and messages[-1]['role'] == 'user':
-        messages.pop()
-        counts.change('trailing_user')
+    messages = _without_last_user(_with_system(_conversation(have, form), have, changed), changed)
     _check_turns(messages)
     if not any(m['role'] == 'assistant' for m in messages):
         raise _Malformed('no_response', "no message is the assistant's")
@@ -163,15 +165,24 @@ def _conversation(have: Mapping[str, Any], form: tuple[str, ...]) -> list[Messag
     return [Message(role='user', content=asked), Message(role='assistant', content=_text(have, form[1]))]
 
 
-def _with_system(messages: list[Message], have: Mapping[str, Any], counts: Counts) -> list[Message]:
+def _with_system(messages: list[Message], have: Mapping[str, Any], changed: set[str]) -> list[Message]:
     """With the record's own system message first, and without an empty one."""
     system = have.get('system')
     if isinstance(system, str) and system.strip() and not any(m['role'] == 'system' for m in messages):
         messages = [Message(role='system', content=system), *messages]
     if messages and messages[0]['role'] == 'system' and not messages[0]['content'].strip():
-        counts.change('empty_system')
+        changed.add('empty_system')
         messages = messages[1:]
     return messages
+
+
+def _without_last_user(messages: list[Message], changed: set[str]) -> list[Message]:
+    """Up to the assistant's last word: what the user says after it has no answer to learn."""
+    end = len(messages)
+    while end and messages[end - 1]['role'] == 'user':
+        end -= 1
+        changed.add('trailing_user')
+    return messages[:end]
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -198,7 +209,7 @@ class _Sides(NamedTuple):
     margin: float = 0.0
 
 
-def _pair(name: str, row: Row, counts: Counts, unpaired: bool) -> Pair:
+def _pair(name: str, row: Row, changed: set[str], unpaired: bool) -> Pair:
     have = {key: value for key, value in row.value.items() if value is not None}
     form = _form('pairs', have)
     if form is None:
@@ -209,15 +220,17 @@ def _pair(name: str, row: Row, counts: Counts, unpaired: bool) -> Pair:
         sides = _single(have)
     else:
         sides = _paired(have) if form[0] == 'chosen' else _compared(have)
-    prompt = _with_system(sides.prompt, have, counts)
+    prompt = _with_system(sides.prompt, have, changed)
     if not any(m['role'] == 'user' for m in prompt):
         raise _Malformed('empty_prompt', 'there is no prompt')
-    chosen, rejected = (_answer(prompt, side, counts) for side in (sides.chosen, sides.rejected))
+    chosen, rejected = (_without_last_user(side, changed) for side in (sides.chosen, sides.rejected))
+    for side in filter(None, (chosen, rejected)):
+        _check_turns([*prompt, *side])
     if not (chosen or rejected) or (form[0] != 'prompt' and not (chosen and rejected)):
         raise _Malformed('empty_response', f'{"rejected" if chosen else "chosen"} has no messages')
     if chosen == rejected:
         raise _Malformed('equal_sides', 'chosen and rejected are equal')
-    return _as_pair(name, str(have.get('id', row.key)), prompt, chosen, rejected, sides, _meta(have), counts)
+    return _as_pair(name, str(have.get('id', row.key)), prompt, chosen, rejected, sides, _meta(have), changed)
 
 
 def _paired(have: Mapping[str, Any]) -> _Sides:
@@ -258,15 +271,18 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
         raise _Malformed('label', f'label is {label:g}, no probability')
     if 'score_chosen' in have and 'score_rejected' in have:
         margin = _number(have, 'score_chosen') - _number(have, 'score_rejected')
-        if margin < 0:
-            raise _Malformed('scores', 'score_chosen is below score_rejected')
         if not margin:
             raise _LeftOut('tie')
+        if margin < 0:
+            raise _Malformed('scores', 'score_chosen is below score_rejected')
     else:
         margin = 0.0
     if label == 0.5:
         raise _LeftOut('tie')
-    return label, _number(have, 'margin') if 'margin' in have else margin
+    margin = _number(have, 'margin') if 'margin' in have else margin
+    if margin < 0:
+        raise _Malformed('margin', f'margin is {margin:g}, below 0')
+    return label, margin
 
 
 def _is_whole(side: Sequence[Message]) -> bool:
@@ -275,12 +291,7 @@ def _is_whole(side: Sequence[Message]) -> bool:
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations share, up to the last one of a user.
-
-    Raises _Malformed if they are equal or share none.
-    """
-    if a == b:
-        raise _Malformed('equal_sides', 'chosen and rejected are equal')
+    """How many first messages two conversations share, up to the last one of a user; raises _Malformed if none."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     while length and a[length - 1]['role'] != 'user':
         length -= 1
@@ -289,26 +300,15 @@ def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
     return length
 
 
-def _answer(prompt: list[Message], side: list[Message], counts: Counts) -> list[Message]:
-    """A side without the user's last words; raises _Malformed if it is no answer to the prompt."""
-    if not side:
-        return []
-    while side and side[-1]['role'] == 'user':
-        side = side[:-1]
-        counts.change('trailing_user')
-    _check_turns([*prompt, *side])
-    return side
-
-
 def _as_pair(
     name: str, key: str, prompt: list[Message], chosen: list[Message], rejected: list[Message], sides: _Sides,
-    meta: dict[str, Any], counts: Counts,
+    meta: dict[str, Any], changed: set[str],
 ) -> Pair:  # fmt: skip
     """The better side is `chosen`: where the label says that the other one is, they change places."""
     label = sides.label
     if label < 0.5:
         chosen, rejected, label = rejected, chosen, 1 - label
-        counts.change('sides_swapped')
+        changed.add('sides_swapped')
     return Pair(
         id=key, source=name, prompt=prompt, chosen=chosen, rejected=rejected, margin=sides.margin, label=label,
         bytes=_size([*prompt, *chosen, *rejected]), meta=meta,
@@ -347,7 +347,7 @@ def _messages(value: Any, key: str) -> list[Message]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise _Malformed('not_messages', f'{key} is a text, and no list of messages') from None
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, Sequence) or not all(isinstance(m, Mapping) for m in value):
         raise _Malformed('not_messages', f'{key} is no list of messages')

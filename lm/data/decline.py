@@ -70,12 +70,13 @@ def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[st
     What is invented for a name is the true answer of a real operation with the same verb, of the same service. The
     held-out names have nouns of their own, the held-out real ones are those of `operations`.
     """
-    found = questions(operations, counts)
-    nouns = _free_nouns(found)
+    existing = list(operations)
+    found = questions(existing, counts)
+    nouns, taken = _free_nouns(existing), {(o.service, o.name) for o in existing}
     for heldout in (False, True):
         real = [q for q in found if q.heldout == heldout]
         mine = [noun for noun in nouns if _heldout_noun(noun) == heldout]
-        invented = list(_invented(real, mine, {(q.service, q.name) for q in found}))
+        invented = list(_invented(real, mine, taken))
         several = min(len(real), len(invented))
         yield from sorted(invented, key=lambda fields: order('invented', fields['id']))[:several]
         yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[:several])
@@ -121,9 +122,9 @@ def _refusal(service: str, name: str) -> str:
     return _DECLINES[order('wording', service, name) % len(_DECLINES)].format(service=service, name=name)
 
 
-def _free_nouns(found: Iterable[Question]) -> list[str]:
+def _free_nouns(existing: Iterable[Operation]) -> list[str]:
     """The nouns that stand in no operation's name and in no service's, as one or many."""
-    used = {word.lower() for q in found for word in (*_WORD.findall(q.name), *_WORD.findall(q.service))}
+    used = {word.lower() for o in existing for word in (*_WORD.findall(o.name), *_WORD.findall(o.service))}
     return sorted(noun for noun in set(_NOUNS.split()) if not {noun, plural(noun)} & used)
 
 
