@@ -330,9 +330,17 @@ def test_a_template_that_takes_no_system(theirs):
 
 
 def test_thoughts_that_a_template_leaves_out(theirs):
+    """Of earlier answers they are left out, as the template has it, and such an answer is not learned."""
     tokenizer, template = theirs('thinking')
+    messages = say('x', '<think>hm <|im_end|></think>\n\ny <|im_end|>', 'z', 'a')
+    ids, trained = template.encode(tokenizer, messages)
+    assert 'assistant\ny <|im_end|><|im_end|>' in shown(tokenizer, ids) and 'hm' not in shown(tokenizer, ids)
+    assert ids.count(tokenizer.marker_id('<|im_end|>')) == 4, 'what was typed is text'
+    assert learned(tokenizer, ids, trained) == ['<think>\n\n</think>\n\na<|im_end|>']
+    asked = template.prompt(tokenizer, messages[:-1])
+    assert ids[: len(asked)] == asked
     with pytest.raises(UsageError, match='changes what the assistant says in message 2'):
-        template.encode(tokenizer, say('x', '<think>hm</think>y', 'z', 'a'))
+        template.encode(tokenizer, messages[:2])
 
 
 HOSTILE = {

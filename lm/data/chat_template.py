@@ -89,9 +89,13 @@ class ChatTemplate:
         plan = _plan(self, tokenizer, _roles(messages), False)
         if plan.mismatch and given < len(messages):
             raise UsageError(plan.mismatch)
-        parts = list(self._encoded(plan, tokenizer, messages))
-        trained = [owner is not None and owner >= given for found, owner in parts for _ in found]
-        return [i for found, _ in parts for i in found], trained
+        said, changed = _said(self, plan, messages)
+        ids: list[int] = []
+        trained: list[bool] = []
+        for part, found in zip(plan.parts, _encoded(plan, tokenizer, said), strict=True):
+            ids += found
+            trained += [part.owner is not None and part.owner >= given and part.owner not in changed] * len(found)
+        return ids, trained
 
     def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant is to speak.
@@ -99,7 +103,7 @@ class ChatTemplate:
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
         plan = _plan(self, tokenizer, _roles(messages), True)
-        return [i for found, _ in self._encoded(plan, tokenizer, messages) for i in found]
+        return [i for found in _encoded(plan, tokenizer, _said(self, plan, messages)[0]) for i in found]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
@@ -107,17 +111,6 @@ class ChatTemplate:
         Raises UsageError if the template ends it with no control symbol: a model would never learn to stop.
         """
         return _stop_ids(self, tokenizer)
-
-    def _encoded(
-        self, plan: '_Plan', tokenizer: Tokenizer, messages: Sequence[Message]
-    ) -> Iterator[tuple[list[int], int | None]]:
-        """(ids, whose they are) of each part of the plan."""
-        said = [_stripped(m['content'], strip) for m, strip in zip(messages, plan.shape.strips, strict=True)]
-        _check_unchanged(self, plan, said, messages)
-        fill = lambda parts: ''.join(part if isinstance(part, str) else said[part] for part in parts)
-        texts = iter(tokenizer.encode_batch([fill(p.text) for p in plan.parts if p.control is None]))
-        for part in plan.parts:
-            yield (next(texts) if part.control is None else [part.control]), part.owner
 
 
 def _read(folder: epath.Path) -> str | None:
@@ -232,16 +225,45 @@ def _strips(text: str, padded: str) -> dict[str, tuple[str | None, str | None]]:
     return {sign: (_STRIPS[lefts.get(sign, 2)], _STRIPS[rights.get(sign, 2)]) for sign in signs}
 
 
-def _check_unchanged(template: ChatTemplate, plan: '_Plan', said: Sequence[str], messages: Sequence[Message]) -> None:
-    """Raises UsageError unless the template makes of these messages its shape with their contents in it."""
-    shape, speak = plan.shape, plan.speak
+def _filled(text: str, said: Sequence[str]) -> str:
+    return _PRIVATE.sub(lambda sign: said[ord(sign[0]) - _FIRST], text)
+
+
+def _said(template: ChatTemplate, plan: '_Plan', messages: Sequence[Message]) -> tuple[list[str], set[int]]:
+    """(what of each message the template shows, which earlier answers it shows otherwise than they are).
+
+    Raises UsageError unless the template makes of the messages its shape with that in it.
+    """
     plain = [{'role': m['role'], 'content': m['content']} for m in messages]
-    wanted = _PRIVATE.sub(lambda sign: said[ord(sign[0]) - _FIRST], shape.text)
-    rendered = _rendered(template, plan.symbols, plain, speak)
+    said = [_stripped(m['content'], strip) for m, strip in zip(plain, plan.shape.strips, strict=True)]
+    rendered = _rendered(template, plan.symbols, plain, plan.speak)
+    changed = set()
+    if rendered != _filled(plan.shape.text, said):
+        for i, role in enumerate(m['role'] for m in plain[: None if plan.speak else -1]):
+            shown = _shown(template, plan, plain, i) if role == 'assistant' else None
+            if shown is not None and shown != said[i]:
+                said[i] = shown
+                changed.add(i)
+        _check_unchanged(plan, said, plain, rendered)
+    return said, changed
+
+
+def _shown(template: ChatTemplate, plan: '_Plan', messages: Sequence[Message], at: int) -> str | None:
+    """What the template shows of one message; None if what stands around it changes too."""
+    others = [m | {'content': m['content'] if i == at else chr(_FIRST + i)} for i, m in enumerate(messages)]
+    rendered = _rendered(template, plan.symbols, others, plan.speak)
+    before, after = plan.shape.text.split(chr(_FIRST + at))
+    fits = rendered.startswith(before) and rendered.endswith(after) and len(rendered) >= len(before) + len(after)
+    return rendered[len(before) : len(rendered) - len(after)] if fits else None
+
+
+def _check_unchanged(plan: '_Plan', said: Sequence[str], messages: Sequence[Message], rendered: str) -> None:
+    """Raises UsageError, with the place, unless the rendering is the shape with this in it."""
+    wanted = _filled(plan.shape.text, said)
     if rendered == wanted:
         return
     at, length, number = len(os.path.commonprefix([wanted, rendered])), 0, 0
-    for piece in re.split(f'({_PRIVATE.pattern})', shape.text):
+    for piece in re.split(f'({_PRIVATE.pattern})', plan.shape.text):
         if _PRIVATE.fullmatch(piece):
             number = ord(piece) - _FIRST
             piece = said[number]
@@ -271,6 +293,14 @@ class _Plan(NamedTuple):
     speak: bool
     parts: tuple[_Part, ...]
     mismatch: str | None  # why the last answer cannot be learned
+
+
+def _encoded(plan: _Plan, tokenizer: Tokenizer, said: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each part of the plan."""
+    fill = lambda parts: ''.join(part if isinstance(part, str) else said[part] for part in parts)
+    texts = iter(tokenizer.encode_batch([fill(p.text) for p in plan.parts if p.control is None]))
+    for part in plan.parts:
+        yield next(texts) if part.control is None else [part.control]
 
 
 @lru_cache(maxsize=8192)
