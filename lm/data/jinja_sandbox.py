@@ -15,10 +15,11 @@ from functools import lru_cache, update_wrapper
 from typing import Any, NoReturn
 
 from jinja2 import Template, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from lm.errors import UsageError
@@ -231,7 +232,8 @@ class _Paying(NodeTransformer):
 
     def _call(self, name: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
         call = nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
-        return call.set_lineno(at.lineno).set_environment(self.environment)
+        call.set_lineno(at.lineno).set_environment(self.environment)
+        return call
 
 
 def _raise_exception(message: str = '') -> NoReturn:
