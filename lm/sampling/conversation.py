@@ -32,7 +32,7 @@ def can_chat(run: str) -> bool:
     stage = runs.read_config(run)['config'].get('stage')
     if stage == 'reward':
         raise UsageError(
-            f'{run} is a reward model, which scores answers and gives none: python -m lm.evaluate {run} --score PROMPT ANSWER'
+            f'{run} is a reward model and gives scores, not answers: python -m lm.evaluate {run} --score PROMPT ANSWER'
         )
     return stage != 'pretrain'
 
