@@ -1,7 +1,7 @@
 """A reward model: which of two answers to a question about AWS operations is the true one.
 
     python -m lm.main --config=configs/reward.py                   starts from runs/sft
-    python -m lm.main --config=configs/reward.py:ratings           people's ratings of small talk, which are mostly noise
+    python -m lm.main --config=configs/reward.py:ratings           people's ratings of small talk: mostly noise
 
 A run goes to runs/reward, and the same command goes on where it stopped.
 """

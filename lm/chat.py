@@ -1,21 +1,22 @@
-"""Talks to a run: `python -m lm.chat DIR… --raw [--prompt TEXT]`, streaming; several runs answer one after another.
+"""Talks to runs: `python -m lm.chat DIR… [--prompt TEXT] [--system TEXT] [--raw]`, streaming.
 
-`--raw` continues plain text, which is all that a pretrained model can do. Without --prompt it reads prompts from the
-terminal, an empty line or Ctrl-D ends.
+Without --prompt it reads what you say from the terminal; each run remembers its own conversation. An empty line or
+Ctrl-D ends, /reset begins anew. Of several runs each answers in turn. A run that was only pretrained knows no
+conversation: beside others it continues the text, and --raw makes all do so.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
 from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.sampling.generate import Sampling, prepare, stream
-from lm.training import runs
-from lm.training.runs import Model
+from lm.sampling.conversation import Talker, answer, can_chat, forget, open_talker
+from lm.sampling.generate import Sampling
 
+RESET = '/reset'
 COLDEST = 1e-4  # logits divided by much less are not finite
 
 
@@ -23,6 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.chat', __doc__)
     parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
     parser.add_argument('--prompt', help='answer this and leave')
+    parser.add_argument('--system', help='what the assistant is told before the conversation')
     parser.add_argument('--raw', action='store_true', help='continue plain text')
     parser.add_argument('--max_new_tokens', type=whole('--max_new_tokens'), default=128)
     parser.add_argument('--temperature', type=float, default=0.7, help='0 is greedy')
@@ -42,25 +44,12 @@ def check(flags: argparse.Namespace) -> None:
         raise UsageError(f'--temperature={flags.temperature} must be 0, or from {COLDEST} on and finite')
     if not 0 < flags.top_p <= 1 or not 0 <= flags.min_p <= 1:
         raise UsageError('--top_p must lie in (0, 1] and --min_p in [0, 1]')
-    checked(flags.prompt or '')
-    if not flags.raw:
+    checked(flags.prompt or '', 'the prompt')
+    checked(flags.system or '', '--system')
+    if flags.system is not None and flags.raw:
+        raise UsageError('--system is for conversations: leave it out, or --raw')
+    if not any([can_chat(run) for run in flags.runs]) and not flags.raw:
         raise UsageError('these runs were pretrained and know no conversation: add --raw to continue plain text')
-
-
-def answer(model: Model, prompt: str, flags: argparse.Namespace) -> Iterator[str]:
-    """Pieces of text as they are drawn, whole characters only."""
-    tokenizer = model.tokenizer
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-    options = {'max_new_tokens': flags.max_new_tokens, 'stop_ids': tokenizer.stop_ids, 'seed': flags.seed}
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-
-    def ids() -> Iterator[int]:
-        shown = 0
-        for (row,) in stream(model.params, model.cfg, [prompt_ids], sampling=sampling, **options):
-            yield from row.ids[shown:]
-            shown = len(row.ids)
-
-    yield from tokenizer.decode_stream(ids())
 
 
 def prompts(flags: argparse.Namespace) -> Iterator[str]:
@@ -77,40 +66,53 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
             raise UsageError('the prompt is not valid UTF-8') from None
         if not line:
             return
-        yield checked(line)
+        yield checked(line, 'the prompt')
 
 
-def checked(prompt: str) -> str:
-    """The prompt. Raises UsageError if it is no UTF-8: Python hides such bytes in lone surrogates."""
+def checked(text: str, what: str) -> str:
+    """The text. Raises UsageError if it is no UTF-8: Python hides such bytes in lone surrogates."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UsageError('the prompt is not valid UTF-8') from None
-    return prompt
+        raise UsageError(f'{what} is not valid UTF-8') from None
+    return text
 
 
-def _load(name: str, warn: Callable[[str], None]) -> Model:
-    """A run's model, its parameters laid out once for all answers."""
-    model = runs.load(name, warn=warn)
-    return model._replace(params=prepare(model.params, model.cfg, batch=1))
+def reply(talker: Talker, text: str, flags: argparse.Namespace, *, alone: bool) -> None:
+    """Prints what a run says, under its name unless it is alone; a continuation is read with its beginning."""
+    beside = talker.template is None and not flags.raw
+    if not alone:
+        print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
+    if talker.template is None:
+        print(text, end='', flush=True)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
+    options = {'max_new_tokens': flags.max_new_tokens, 'sampling': sampling, 'seed': flags.seed}
+    for piece in answer(talker, text, warn=_warn, **options):
+        print(piece, end='', flush=True)
+    print(flush=True)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
-    warn = lambda line: print(line, file=sys.stderr)
     runtime.start_jax()
     with sharding.use_mesh():
-        models = {name: _load(name, warn) for name in flags.runs}
+        talkers = [open_talker(run, raw=flags.raw, system=flags.system, warn=_warn) for run in flags.runs]
+        alone, typed = len(talkers) == 1, flags.prompt is None and sys.stdin.isatty()
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a conversation
-            for prompt in prompts(flags):
-                for name, model in models.items():
-                    if len(models) > 1:
-                        print(f'--- {name}')
-                    print(prompt, end='', flush=True)
-                    for piece in answer(model, prompt, flags):
-                        print(piece, end='', flush=True)
-                    print(flush=True)
+            for text in prompts(flags):
+                if text == RESET and flags.prompt is None:
+                    for talker in talkers:
+                        forget(talker)
+                    continue
+                if not (alone or typed or flags.raw):
+                    print(f'> {text}')
+                for talker in talkers:
+                    reply(talker, text, flags, alone=alone)
 
 
 def main() -> int:

@@ -1,13 +1,16 @@
 """Shows a stage's data: `python -m lm.inspect --config=configs/pretrain.py [--rows N] [--config.KEY=VALUE …]`.
 
-Packed rows as the model sees them, a colour a document, tokens that carry no loss struck through; before them what was
-read and dropped of each source, by reason.
+Packed rows as the model sees them, a colour a document, control symbols by name. Of text, tokens whose next one is not
+learned are struck through; of conversations, what is learned stands out and the rest is dim. Before them what was read
+and dropped of each source, by reason.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -62,21 +65,57 @@ def dropped(prepared: Prepared) -> list[str]:
     ]
 
 
-def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Text:
-    """One packed row: runs of tokens of the same segment and mask, decoded and coloured."""
-    text, T = Text(), len(row['tokens_T'])
-    keys = [(int(row['segments_T'][t]), bool(row['weights_T'][t])) for t in range(T)]
-    start = 0
-    for t in range(1, T + 1):
-        if t == T or keys[t] != keys[start]:
-            segment, counted = keys[start]
-            words = tokenizer.decode(row['tokens_T'][start:t].tolist()) if segment else '·' * (t - start)
-            colour = COLOURS[(segment - 1) % len(COLOURS)] if segment else 'bright_black'
-            text.append(
-                words if counted or not segment else words or '⏹', style=colour + ('' if counted else ' strike')
-            )
-            start = t
+class Token(NamedTuple):
+    """A token of a row to show; `marked`: learned in a conversation, or followed by what is not learned in a text."""
+
+    id: int
+    segment: int
+    marked: bool
+
+
+def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversations: bool = False) -> Text:
+    """One packed row: runs of tokens of the same segment and mask decoded and coloured, control symbols by name.
+
+    Args:
+      row: tokens_T, segments_T and weights_T; of conversations targets_T too.
+      conversations: colour the tokens that are learned, and not the others; else every document, and strike through the
+        tokens whose next one is not learned.
+    """
+    names = {i: name for name, i in tokenizer.controls.items()}
+    text = Text()
+    kind = lambda token: (token.segment, token.marked, names.get(token.id))
+    for (segment, marked, name), run in groupby(_learned(row) if conversations else _text(row), kind):
+        ids = [token.id for token in run]
+        words = tokenizer.decode(ids) if name is None else name * len(ids)
+        colour = COLOURS[(segment - 1) % len(COLOURS)]
+        if not segment:
+            words, style = '·' * len(ids), 'bright_black'
+        elif conversations:
+            style = f'bold {colour}' if marked else 'dim'
+        else:
+            style = f'{colour} strike' if marked else colour
+        text.append(words, style=style)
     return text
+
+
+def _text(row: Mapping[str, np.ndarray]) -> list[Token]:
+    columns = zip(row['tokens_T'].tolist(), row['segments_T'].tolist(), row['weights_T'].tolist(), strict=True)
+    return [Token(i, segment, not weight) for i, segment, weight in columns]
+
+
+def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
+    """The tokens, marked where the place before them has a weight, since that is of its target; and the last target of
+    a segment where it is learned, which has no place of its own if the row was packed so."""
+    columns = zip(*(row[f'{name}_T'].tolist() for name in ('tokens', 'targets', 'weights', 'segments')), strict=True)
+    found: list[Token] = []
+    for segment, places in groupby(columns, lambda place: place[-1]):
+        learned, target = False, None
+        for i, next_i, weight, _ in places:
+            found.append(Token(i, segment, learned))
+            learned, target = weight > 0, next_i
+        if learned and target is not None:
+            found.append(Token(target, segment, True))
+    return found
 
 
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
@@ -98,7 +137,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         row = mixture.row(i)
         documents, targets = len(set(row['segments_T'].tolist()) - {0}), int(row['weights_T'].sum())
         console.rule(f'row {i}: {documents} documents, {targets} targets of {config.seq_len}')
-        console.print(row_text(row, prepared.tokenizer), soft_wrap=True)
+        console.print(row_text(row, prepared.tokenizer, conversations=config.stage != 'pretrain'), soft_wrap=True)
 
 
 def main() -> int:

@@ -79,7 +79,7 @@ def depth(n: int, config: Config) -> dict[str, Any]:
 
 
 def own(arg: str, names: tuple[str, ...]) -> tuple[str | None, str]:
-    """(the one of a stage's own names that ARG begins with, or None; the rest of ARG, which the stage before has too)."""
+    """(which of a stage's own names ARG begins with, or None; the rest of ARG, which the stage before has too)."""
     first, _, rest = arg.partition(',')
     return (first, rest) if first in names else (None, arg)
 

@@ -1,5 +1,6 @@
 """The commands: what they print, with which status they leave, and that bad input costs one line."""
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import running
 
 from lm import chat, evaluate, inspect
 from lm import main as lm_main
+from lm.sampling import conversation
 from lm.stages import pretrain, setup, wiring
 from lm.training import checkpoint
 
@@ -123,6 +125,61 @@ def test_chat_continues_nothing(call, trained):
     words = ('--raw', '--prompt', '', '--max_new_tokens=5', '--temperature=1e-4', '--top_k=1e0')
     status, out, err = call('chat', trained, *words)
     assert status == 0 and out.endswith('\n') and not err
+
+
+@pytest.fixture(scope='module')
+def stages(trained, tmp_path_factory) -> dict[str, Path]:
+    """The same weights as of three stages, by what config.json says: what chat goes by."""
+    folder, found = tmp_path_factory.mktemp('stages'), {'pretrain': trained}
+    for stage in ('sft', 'reward'):
+        found[stage] = shutil.copytree(trained, folder / stage)
+        saved = json.loads((trained / 'config.json').read_text())
+        saved['config']['stage'] = stage
+        (found[stage] / 'config.json').write_text(json.dumps(saved))
+    return found
+
+
+def test_chat_answers(call, stages):
+    words = ('--prompt=the bucket', '--max_new_tokens=5', '--temperature=0')
+    status, out, err = call('chat', stages['sft'], *words)
+    assert status == 0 and not err and 'the bucket' not in out.partition('\n')[0] and out.endswith('\n')
+    assert call('chat', stages['sft'], *words, '--system=returns')[1] != out, 'it is told what the system says'
+    status, both, _ = call('chat', stages['pretrain'], stages['sft'], *words)
+    continued = call('chat', stages['pretrain'], '--raw', *words)[1]
+    assert status == 0 and both == (
+        f'> the bucket\n--- {stages["pretrain"]} (only pretrained: it continues the text)\n{continued}'
+        f'--- {stages["sft"]}\n{out}'
+    )
+    raw = call('chat', stages['sft'], '--raw', *words)[1]
+    assert raw == continued
+
+
+def test_chat_remembers(call, stages, monkeypatch):
+    """Until it is told to begin anew."""
+    lines = ['the bucket', 'the bucket', '/reset', 'the bucket']
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
+    asked = []
+    stream = conversation.stream
+    monkeypatch.setattr(
+        conversation,
+        'stream',
+        lambda params, cfg, ids, **options: asked.append(ids) or stream(params, cfg, ids, **options),
+    )
+    status, out, err = call('chat', stages['sft'], '--max_new_tokens=2', '--temperature=0')
+    assert status == 0 and not err and out
+    (first,), (second,), (third,) = asked
+    assert second[: len(first)] == first and len(second) > len(first) and third == first
+
+
+def test_chat_refuses_what_cannot_answer(call, stages):
+    refused(call('chat', stages['sft'], stages['reward'], '--prompt=x'), 'is a reward model')
+    refused(call('chat', stages['reward'], '--raw', '--prompt=x'), 'is a reward model')
+    refused(call('chat', stages['sft'], '--raw', '--system=y', '--prompt=x'), '--system is for conversations')
+    refused(call('chat', stages['sft'], '--system=\udcff', '--prompt=x'), '--system is not valid UTF-8')
+    template = stages['sft'] / 'tokenizer' / 'chat_template.jinja'
+    template.write_text("{{ raise_exception('not today') }}")
+    refused(call('chat', stages['sft'], '--prompt=x'), 'the chat template refuses this conversation: not today')
+    template.unlink()
 
 
 def test_a_run_whose_name_has_an_at_sign(call, trained, tmp_path):

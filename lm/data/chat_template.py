@@ -2,9 +2,9 @@
 
 A template is a Jinja text, as Hugging Face's are, run in a sandbox (lm/data/jinja_sandbox.py). Which ids an assistant
 wrote is known by *spans*, never by looking for a string: the template is rendered once for the roles of a conversation,
-with a private character in place of each content. What stands between those is the template's own text, in which
-control symbols become their ids; contents are encoded by `Tokenizer.encode`, which never gives a control symbol, so
-that what a person types stays text.
+with a private character in place of each content (lm/data/chat_shape.py). What stands between those is the template's
+own text, in which control symbols become their ids; contents are encoded by `Tokenizer.encode`, which never gives a
+control symbol, so that what a person types stays text.
 
 What the assistant writes begins where the template's prompt for it ends (`add_generation_prompt`), and ends with the
 first control symbol after its content, the end of the turn; {% generation %} blocks, where a template has them, say it
@@ -14,16 +14,16 @@ one, as Hugging Face's libraries do, so that the ids are theirs.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from lm import files
+from lm.data.chat_shape import SIGN, Message, Shape, Source, number, said, shape, sign
 from lm.data.tokenizer import CHAT_MARKERS, JSON_FILE, Tokenizer
 from lm.errors import UsageError
 
@@ -34,14 +34,10 @@ DEFAULT = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Message: TypeAlias = Mapping[str, Any]  # role: one of ROLES; content: str
-
-# Characters for private use, which stand for contents and for the ends of {% generation %} blocks.
-_FIRST, _LAST = 0xF0000, 0xFFFFD
-_PRIVATE = re.compile(f'[{chr(_FIRST)}-{chr(_LAST)}]')
-# Put around contents, to see with what a template strips them: with nothing, newlines, or all that is white.
-_LEFT, _RIGHT = '\n\u2003', '\u2002\n'
-_STRIPS = {2: '', 1: '\n', 0: None}  # by how much of it is left
+_MISMATCH = (
+    'the chat template asks for an answer otherwise than it shows one, so that a model would learn what it is never '
+    'asked for: bring another template'
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,13 @@ class ChatTemplate:
         plan = _plan(self, tokenizer, _roles(messages), False)
         if plan.mismatch and given < len(messages):
             raise UsageError(plan.mismatch)
-        parts = list(self._encoded(plan, tokenizer, messages))
-        trained = [owner is not None and owner >= given for found, owner in parts for _ in found]
-        return [i for found, _ in parts for i in found], trained
+        texts, changed = said(plan.shape, messages)
+        ids: list[int] = []
+        trained: list[bool] = []
+        for part, found in zip(plan.parts, _encoded(plan, tokenizer, texts), strict=True):
+            ids += found
+            trained += [part.owner is not None and part.owner >= given and part.owner not in changed] * len(found)
+        return ids, trained
 
     def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant is to speak.
@@ -99,7 +99,7 @@ class ChatTemplate:
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
         plan = _plan(self, tokenizer, _roles(messages), True)
-        return [i for found, _ in self._encoded(plan, tokenizer, messages) for i in found]
+        return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
@@ -107,17 +107,6 @@ class ChatTemplate:
         Raises UsageError if the template ends it with no control symbol: a model would never learn to stop.
         """
         return _stop_ids(self, tokenizer)
-
-    def _encoded(
-        self, plan: '_Plan', tokenizer: Tokenizer, messages: Sequence[Message]
-    ) -> Iterator[tuple[list[int], int | None]]:
-        """(ids, whose they are) of each part of the plan."""
-        said = [_stripped(m['content'], strip) for m, strip in zip(messages, plan.shape.strips, strict=True)]
-        _check_unchanged(self, plan, said, messages)
-        fill = lambda parts: ''.join(part if isinstance(part, str) else said[part] for part in parts)
-        texts = iter(tokenizer.encode_batch([fill(p.text) for p in plan.parts if p.control is None]))
-        for part in plan.parts:
-            yield (next(texts) if part.control is None else [part.control]), part.owner
 
 
 def _read(folder: epath.Path) -> str | None:
@@ -138,21 +127,7 @@ def _read(folder: epath.Path) -> str | None:
     return found
 
 
-# ---- what a template makes of roles, whatever is said ----
-
-
-class _Shape(NamedTuple):
-    """A rendering with private characters for contents.
-
-    Attributes:
-      text: chr(_FIRST + i) in it stands for the content of message i.
-      strips: what each content is stripped of first, as `str.strip` takes it: '' for nothing, None for white space.
-      generated: where the {% generation %} blocks begin and end in `text`.
-    """
-
-    text: str
-    strips: tuple[tuple[str | None, str | None], ...]
-    generated: tuple[tuple[int, int], ...]
+# ---- what becomes of a shape with a tokenizer ----
 
 
 def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
@@ -160,101 +135,6 @@ def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
     if unknown := set(roles) - set(ROLES):
         raise UsageError(f'a message has the role {min(map(str, unknown))!r}: it must be one of {", ".join(ROLES)}')
     return roles
-
-
-def _stripped(text: str, strip: tuple[str | None, str | None]) -> str:
-    left, right = strip
-    return text.lstrip(left).rstrip(right)
-
-
-def _rendered(
-    template: ChatTemplate, symbols: tuple[str, str], messages: Sequence[Message], speak: bool, marks: str = ''
-) -> str:
-    from lm.data import jinja_sandbox  # not every command needs Jinja
-
-    return jinja_sandbox.render(
-        template.text,
-        {
-            'messages': messages,
-            'bos_token': symbols[0],
-            'eos_token': symbols[1],
-            'add_generation_prompt': speak,
-            'tools': None,
-            'documents': None,
-            'generation_begin': marks[:1],
-            'generation_end': marks[1:],
-        },
-    )
-
-
-@lru_cache(maxsize=8192)
-def _shape(template: ChatTemplate, symbols: tuple[str, str], roles: tuple[str, ...], speak: bool) -> _Shape:
-    """Raises UsageError if the template refuses these roles, or leaves a content out or repeats it."""
-    if len(roles) > _LAST - _FIRST - 2 or _PRIVATE.search(template.text):
-        raise UsageError(f'a chat template has no place for {len(roles):,} messages')
-    marks = chr(_LAST - 1) + chr(_LAST)
-    signs = [chr(_FIRST + i) for i in range(len(roles))]
-    messages = [{'role': role, 'content': sign} for role, sign in zip(roles, signs, strict=True)]
-    text, generated = _without_marks(_rendered(template, symbols, messages, speak, marks), marks)
-    found = _PRIVATE.findall(text)
-    for i, role in enumerate(roles):
-        if (times := found.count(signs[i])) != 1:
-            does = 'leaves out' if not times else f'shows {times} times'
-            raise UsageError(f'the chat template {does} what the {role} says in message {i + 1}')
-    padded = [m | {'content': _LEFT + m['content'] + _RIGHT} for m in messages]
-    strips = _strips(text, _rendered(template, symbols, padded, speak))
-    return _Shape(text, tuple(strips[sign] for sign in signs), generated)
-
-
-def _without_marks(text: str, marks: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """(the text, where what is between each two marks lies in it)."""
-    kept, begins, spans, at = [], [], [], 0
-    for piece in re.split(f'([{marks}])', text):
-        if piece and piece in marks:
-            spans.append((begins.pop(), at)) if piece == marks[1] else begins.append(at)
-        else:
-            kept.append(piece)
-            at += len(piece)
-    return ''.join(kept), tuple(sorted(spans))
-
-
-def _strips(text: str, padded: str) -> dict[str, tuple[str | None, str | None]]:
-    """What each content is stripped of on the left and on the right, by its private character; nothing where the two
-    renderings differ in another way."""
-    signs = _PRIVATE.findall(text)
-    lefts, rights = {}, {}
-    if _PRIVATE.findall(padded) == signs:
-        pieces = zip(_PRIVATE.split(text), _PRIVATE.split(padded), [None, *signs], [*signs, None], strict=True)
-        for plain, wide, before, after in pieces:
-            ends = ((right, left) for right in (2, 1, 0) for left in (2, 1, 0))
-            fits = (e for e in ends if wide == _RIGHT[: e[0]] + plain + _LEFT[len(_LEFT) - e[1] :])
-            rights[before], lefts[after] = next(fits, (2, 2))
-    return {sign: (_STRIPS[lefts.get(sign, 2)], _STRIPS[rights.get(sign, 2)]) for sign in signs}
-
-
-def _check_unchanged(template: ChatTemplate, plan: '_Plan', said: Sequence[str], messages: Sequence[Message]) -> None:
-    """Raises UsageError unless the template makes of these messages its shape with their contents in it."""
-    shape, speak = plan.shape, plan.speak
-    plain = [{'role': m['role'], 'content': m['content']} for m in messages]
-    wanted = _PRIVATE.sub(lambda sign: said[ord(sign[0]) - _FIRST], shape.text)
-    rendered = _rendered(template, plan.symbols, plain, speak)
-    if rendered == wanted:
-        return
-    at, length, number = len(os.path.commonprefix([wanted, rendered])), 0, 0
-    for piece in re.split(f'({_PRIVATE.pattern})', shape.text):
-        if _PRIVATE.fullmatch(piece):
-            number = ord(piece) - _FIRST
-            piece = said[number]
-        length += len(piece)
-        if length > at:
-            break
-    raise UsageError(
-        f'the chat template changes what the {messages[number]["role"]} says in message {number + 1}, at '
-        f'{wanted[max(0, at - 20) : at + 20]!r}: leave such conversations out, or bring another template'
-    )
-
-
-# ---- what becomes of the shape with a tokenizer ----
 
 
 class _Part(NamedTuple):
@@ -266,56 +146,62 @@ class _Part(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    shape: _Shape
-    symbols: tuple[str, str]
-    speak: bool
+    """How the ids of a shape are put together."""
+
+    shape: Shape
     parts: tuple[_Part, ...]
     mismatch: str | None  # why the last answer cannot be learned
 
 
+def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each part of the plan."""
+
+    def filled(part: _Part) -> str:
+        return ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
+
+    found = iter(tokenizer.encode_batch([filled(part) for part in plan.parts if part.control is None]))
+    for part in plan.parts:
+        yield next(found) if part.control is None else [part.control]
+
+
 @lru_cache(maxsize=8192)
 def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], speak: bool) -> _Plan:
-    symbols = _symbols(tokenizer)
-    shape = _shape(template, symbols, roles, speak)
-    answers = [i for i, role in enumerate(roles) if role == 'assistant']
-    starts = {i: _start(template, symbols, roles, shape, i) for i in answers}
-    spans = {}  # (start, end): the message
-    for i in answers:
-        if starts[i] is not None and not shape.generated:
-            spans[starts[i], _end(tokenizer, shape.text, i)[0]] = i
-    for span in shape.generated:
-        before = [ord(sign) - _FIRST for sign in _PRIVATE.findall(shape.text[: span[1]])]
-        spans[span] = next((i for i in reversed(before) if i in answers), None)
-    cuts = {at for span in spans for at in span} | {at for at in starts.values() if at is not None}
-    parts = list(_parts(tokenizer, shape.text, cuts, spans))
-    first = parts[0].control if parts else None
-    if first != tokenizer.bos_id and _begins_with_bos(tokenizer):
+    whole = shape(Source(template.text, *_symbols(tokenizer), speak), roles)
+    starts = {i: _start(whole, roles[:i]) for i, role in enumerate(roles) if role == 'assistant'}
+    begun = {i: at for i, at in starts.items() if at is not None}
+    if whole.generated:
+        spans = {span: _last_answer(whole.text[: span[1]], starts) for span in whole.generated}
+    else:
+        spans = {(at, _end(tokenizer, whole.text, i)[0]): i for i, at in begun.items()}
+    cuts = {at for span in spans for at in span} | set(begun.values())
+    parts = list(_parts(tokenizer, whole.text, cuts, spans))
+    if _begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
         parts.insert(0, _Part(tokenizer.bos_id, (), None))
-    mismatch = None
-    if not speak and roles and roles[-1] == 'assistant' and starts[len(roles) - 1] is None:
-        mismatch = (
-            'the chat template asks for an answer otherwise than it shows one, so that a model would learn what it is '
-            'never asked for: bring another template'
-        )
-    return _Plan(shape, symbols, speak, tuple(parts), mismatch)
+    lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
+    return _Plan(whole, tuple(parts), _MISMATCH if lost else None)
 
 
-def _start(
-    template: ChatTemplate, symbols: tuple[str, str], roles: tuple[str, ...], shape: _Shape, answer: int
-) -> int | None:
-    """Where in the shape an answer begins: where its prompt ends. None if the shape does not begin with its prompt."""
+def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
+    """Where in a shape the answer after some messages begins: where its prompt ends. None if the shape does not begin
+    with its prompt."""
     try:
-        prompt = _shape(template, symbols, roles[:answer], True)
+        prompt = shape(whole.source._replace(speak=True), before)
     except UsageError:  # nothing to ask: the assistant has the first word
         return None
-    same = shape.text.startswith(prompt.text) and shape.strips[:answer] == prompt.strips
-    return len(prompt.text) if same and len(prompt.text) <= shape.text.index(chr(_FIRST + answer)) else None
+    same = whole.text.startswith(prompt.text) and whole.strips[: len(before)] == prompt.strips
+    return len(prompt.text) if same and len(prompt.text) <= whole.text.index(sign(len(before))) else None
+
+
+def _last_answer(text: str, answers: Mapping[int, Any]) -> int | None:
+    """The last message of the assistant's in a shape's text."""
+    found = [number(character) for character in SIGN.findall(text)]
+    return next((i for i in reversed(found) if i in answers), None)
 
 
 def _end(tokenizer: Tokenizer, text: str, answer: int) -> tuple[int, int | None]:
     """(where in a shape's text an answer ends, the id that ends it): after the first control symbol that follows its
     content, or after that if none does."""
-    at = text.index(chr(_FIRST + answer)) + 1
+    at = text.index(sign(answer)) + 1
     found = _tokens(tokenizer).search(text, at)
     symbol = found and tokenizer.controls.get(found[0])
     return (found.end(), symbol) if found and symbol is not None else (at, None)
@@ -337,7 +223,7 @@ def _parts(
             yield _Part(control, (), owner(at))
             continue
         begun = begun if waiting else at
-        waiting.append(ord(piece) - _FIRST if _PRIVATE.fullmatch(piece) else piece)
+        waiting.append(number(piece) if SIGN.fullmatch(piece) else piece)
     if waiting:
         yield _Part(None, tuple(waiting), owner(begun))
 
@@ -358,18 +244,18 @@ def _pieces(tokenizer: Tokenizer, text: str, cuts: set[int]) -> Iterator[tuple[i
 def _tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Finds the control symbols, longest first, and the private characters."""
     names = sorted(filter(None, tokenizer.controls), key=len, reverse=True)
-    return re.compile('|'.join([*map(re.escape, names), _PRIVATE.pattern]))
+    return re.compile('|'.join([*map(re.escape, names), SIGN.pattern]))
 
 
 @lru_cache(maxsize=64)
 def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
-    symbols = _symbols(tokenizer)
+    source = Source(template.text, *_symbols(tokenizer), speak=False)
     try:
         roles = ('user', 'assistant') * 2  # some end the last answer alone with a symbol
-        text = _shape(template, symbols, roles, False).text
+        text = shape(source, roles).text
     except UsageError:  # for one question only
         roles = ('user', 'assistant')
-        text = _shape(template, symbols, roles, False).text
+        text = shape(source, roles).text
     ends = [_end(tokenizer, text, i)[1] for i in range(1, len(roles), 2)]
     if not any(end is not None for end in ends):
         raise UsageError(

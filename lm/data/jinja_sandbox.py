@@ -15,24 +15,27 @@ from functools import lru_cache, update_wrapper
 from typing import Any, NoReturn
 
 from jinja2 import Template, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from lm.errors import UsageError
 
 BUDGET = 1 << 28  # characters of work in one rendering
-TURN = 1 << 10  # what a turn of a loop or a call of a macro costs: at most 262,144 of them
+TURN = 1 << 12  # what a turn of a loop or a call of a macro costs: at most 65,536 of them
 LARGEST = 1 << 22  # characters of one value
+ITEM = 16  # what an item of a list costs besides
 LARGEST_NUMBER = 1 << 16  # that a function is given; and bits of a result
 LONGEST_TEMPLATE = 1 << 18
 # Those that templates of chats use. Others have wide and slow corners (`center`, `urlize`, `wordwrap`).
-FILTERS = (
-    'abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower '
-    'map max min reject rejectattr replace reverse round safe select selectattr sort string title trim unique upper'
-).split()
+FILTERS = {
+    'abs', 'capitalize', 'count', 'd', 'default', 'dictsort', 'e', 'escape', 'first', 'float', 'groupby', 'indent',
+    'int', 'items', 'join', 'last', 'length', 'list', 'lower', 'map', 'max', 'min', 'reject', 'rejectattr', 'replace',
+    'reverse', 'round', 'safe', 'select', 'selectattr', 'sort', 'string', 'title', 'trim', 'unique', 'upper',
+}  # fmt: skip
 _FREE = ('count', 'd', 'default', 'first', 'last', 'length')  # they make nothing out of what they are given
 _WIDE = ('center', 'expandtabs', 'format', 'format_map', 'ljust', 'rjust', 'translate', 'zfill')
 _WIDTH = re.compile(r'\d{4}|\*')
@@ -137,10 +140,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.pay(sum(_weight(value, is_text=True) for value in values))
         return _bounded(''.join(map(str, values)))
 
+    def container(self, value: Any) -> Any:
+        """Pays for a list, tuple or dict that is written in a template: those in each other soon hold very much."""
+        self.pay(_weight(value, is_text=False))
+        return value
+
     # -- what makes something --
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902 (kwargs may be any)
-        if __obj == __self.turn or __obj == __self.joined:
+        if __obj in (__self.turn, __self.joined, __self.container):
             return __obj(*args)
         owner = [__obj.__self__] if isinstance(__obj, type(''.join)) else []
         given = [value for name, value in kwargs.items() if name not in ('_loop_vars', '_block_vars')]  # Jinja's own
@@ -183,7 +191,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Paying(NodeTransformer):
-    """Rewrites a template: loops and macros pay by the turn, and ~ is a call that is counted."""
+    """Rewrites a template: loops and macros pay by the turn; ~, lists and the like are calls that are counted."""
 
     def __init__(self, environment: _Environment) -> None:
         self.environment = environment
@@ -203,6 +211,19 @@ class _Paying(NodeTransformer):
         self.generic_visit(node)
         return self._call('joined', node.nodes, node)
 
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._container(node, node.items)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._container(node, node.items) if node.ctx == 'load' else node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._container(node, [pair.value for pair in node.items])
+
+    def _container(self, node: Any, values: list[nodes.Expr]) -> nodes.Node:
+        self.generic_visit(node)
+        return node if all(isinstance(v, nodes.Const) for v in values) else self._call('container', [node], node)
+
     def _body(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         turn = nodes.ExprStmt(self._call('turn', [], node))
@@ -211,7 +232,8 @@ class _Paying(NodeTransformer):
 
     def _call(self, name: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
         call = nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
-        return call.set_lineno(at.lineno).set_environment(self.environment)
+        call.set_lineno(at.lineno).set_environment(self.environment)
+        return call
 
 
 def _raise_exception(message: str = '') -> NoReturn:
@@ -233,13 +255,13 @@ def _to_json(value: Any, indent: Any = None, separators: Any = None, sort_keys: 
 
 
 def _weight(value: Any, *, is_text: bool) -> int:
-    """The characters of a value with all that is in it, one more for each item; beyond LARGEST it is not counted on.
+    """The characters of a value with all that is in it, and ITEM more for each.
 
-    Raises SecurityError if `is_text`, what is made a text, holds an object whose text might be of any length.
+    Raises SecurityError if they are more than LARGEST, or what is made a text holds an object of which nobody knows.
     """
     total, waiting = 0, [value]
     while waiting and total <= LARGEST:
-        item, total = waiting.pop(), total + 1
+        item, total = waiting.pop(), total + ITEM
         if isinstance(item, str):
             total += len(item)
         elif isinstance(item, int):
@@ -250,6 +272,8 @@ def _weight(value: Any, *, is_text: bool) -> int:
             waiting.extend(item)
         elif is_text and not isinstance(item, float | Undefined | LoopContext | None) and not hasattr(item, '__next__'):
             raise SecurityError(f'it makes a text of a {type(item).__name__}')
+    if total > LARGEST:
+        raise SecurityError('it makes a value that is too large')
     return total
 
 

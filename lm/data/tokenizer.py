@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ SPACE = '\u2581'
 _AROUND = re.compile(f'([{SPACE}\0]+)')
 # The trainer drops longer lines in silence, and its default is 4192 bytes.
 _LONGEST_SENTENCE = 1 << 24
+_FEW = 16  # texts, the turns of a conversation: to start threads for them takes longer than to encode them
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +162,19 @@ def from_model(model: bytes) -> Tokenizer:
         stop_ids=(controls['<eos>'], controls['<|end|>']),
         fingerprint=hashlib.blake2b(model, digest_size=8).hexdigest(),
         saved={MODEL_FILE: model},
-        encode_plain=lambda texts: processor.encode(texts, out_type=int, num_threads=_cores()),
+        encode_plain=partial(_encode_plain, processor),
         around=_AROUND,
         byte_ids=tuple(processor.piece_to_id(f'<0x{b:02X}>') for b in range(256)),
     )
     if not gives_back(tokenizer):
         raise UsageError('the tokenizer changes text (normalization, no byte fallback): train one, or name another')
     return tokenizer
+
+
+def _encode_plain(processor: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[list[int]]:
+    if len(texts) <= _FEW:
+        return [processor.encode(text, out_type=int) for text in texts]
+    return processor.encode(texts, out_type=int, num_threads=_cores())
 
 
 def gives_back(tokenizer: Tokenizer) -> bool:
