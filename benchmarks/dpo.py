@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import posttraining
-from posttraining import Sequence_
+from posttraining import Batch, Example
 
 from lm.config import Config
 from lm.data import pairs
@@ -30,16 +30,22 @@ from lm.model import sequences
 from lm.stages import dpo
 
 
-def sides(batches: Any) -> list[tuple[Sequence_, ...]]:
-    """Both (ids, trained) of each pair in packed batches, read from their rows."""
+def responses(batch: Batch) -> list[Example]:
+    """Both sides of each pair of a packed batch, read from its rows."""
     found = []
-    for batch in batches:
-        for row, slots in enumerate(batch['weight_BP'].sum(1).astype(int)):
-            number, tokens, weights = (batch[f'{k}_BT'][row] for k in ('sequence', 'tokens', 'weights'))
-            ours = [np.flatnonzero(number == i) for i in range(2 * slots)]
-            read = [(tokens[at].tolist(), [False, *(weights[at][:-1] > 0).tolist()]) for at in ours]
-            found += zip(read[::2], read[1::2], strict=True)
+    for row, slots in enumerate(batch['weight_BP'].sum(1).astype(int)):
+        number, tokens, weights = (batch[f'{k}_BT'][row] for k in ('sequence', 'tokens', 'weights'))
+        places = [np.flatnonzero(number == i) for i in range(2 * slots)]
+        read = [(tokens[at].tolist(), [False, *(weights[at][:-1] > 0).tolist()]) for at in places]
+        found += zip(read[::2], read[1::2], strict=True)
     return found
+
+
+def reference(batches: list[Batch]) -> np.ndarray:
+    """[pairs, 2]: the reference's log-probs, in the order of `responses`."""
+    filled = [batch['weight_BP'] > 0 for batch in batches]
+    of_side = lambda name: [b[f'reference_{name}_BP'][here] for b, here in zip(batches, filled, strict=True)]
+    return np.stack([np.concatenate(of_side(name)) for name in pairs.SIDES[:2]], axis=1)
 
 
 def with_reference(params: Any, cfg: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -54,14 +60,13 @@ def measure(flags: Any, config: Config) -> None:
     data = posttraining.prepare(stage, config)
     none = tuple(np.zeros((s.train.pairs, s.train.sides), np.float32) for s in data.own.sources)  # until it is known
     data = dataclasses.replace(data, reference=none)
-    mine = posttraining.ours(stage, config, data, steps=flags.steps, finish=with_reference)
-    found, theirs = sides(mine.batches), []
+    options = {'steps': flags.steps, 'read': responses, 'finish': with_reference}
+    mine, theirs = posttraining.ours(stage, config, data, **options), []
     if flags.peer:
         import trl_peer
 
-        theirs = trl_peer.dpo(found, mine.params, mine.cfg, steps=flags.steps, longest=config.seq_len)
-    tokens = sum(len(ids) for pair in found for ids, _ in pair)
-    posttraining.race('dpo', flags, config, mine, theirs, tokens=tokens, examples=len(found))
+        theirs = trl_peer.dpo(mine, reference(mine.batches), steps=flags.steps, longest=config.seq_len)
+    posttraining.race('dpo', flags, config, mine, theirs)
 
 
 def main() -> None:

@@ -28,25 +28,35 @@ SIZES = {
     '7M': {'dim': 256, 'layers': 6, 'heads': 4, 'kv_heads': 4, 'head_dim': 64, 'ffn_dim': 768},
     'laptop': {},
 }
-SETTINGS = [('model.qk_norm', 'false'), ('optim.name', 'adamw'), ('optim.lr', '1e-4'), ('data.replay', '0')]
+RATE = '1e-6'  # so small that each round finds the same weights: the losses of both sides can be compared
+SETTINGS = [('model.qk_norm', 'false'), ('optim.name', 'adamw'), ('optim.lr', RATE), ('data.replay', '0')]
 PRETRAINING = 'configs/pretrain.py'  # whose tokenizer the conversations are written with
+POOL = 16  # batches that the examples are from: the peer groups by length over all of them
 PAUSE = 0.1  # seconds: the other's threads spin for a while
-Sequence_ = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
+Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
+Example = tuple[Encoded, ...]  # a conversation, or both sides of a pair
+Batch = Mapping[str, np.ndarray]
 
 
 class Side(NamedTuple):
     """One that trains on the examples."""
 
     name: str
-    round: Callable[[], Any]  # trains on all of them once; returns the loss
+    round: Callable[[], float]  # trains on a few batches of them; returns the loss
+    tokens: int  # of the examples in a round
     places: int  # for tokens, that a round computes, padding and all
+
+    @property
+    def padding(self) -> float:
+        return 1 - self.tokens / self.places
 
 
 class Ours(NamedTuple):
     """Our side, and what the other one needs to train on the same."""
 
     side: Side
-    batches: list[Mapping[str, np.ndarray]]
+    examples: list[Example]  # of all batches
+    batches: list[Batch]
     params: Any  # on the host, before training
     cfg: ModelConfig
 
@@ -84,11 +94,17 @@ def prepare(stage: wiring.Stage, config: Config) -> Any:
 
 
 def ours(
-    stage: wiring.Stage, config: Config, data: Any, *, steps: int,
-    finish: Callable[[Any, ModelConfig, dict[str, jax.Array]], dict[str, jax.Array]] | None = None,
+    stage: wiring.Stage, config: Config, data: Any, *, steps: int, read: Callable[[Batch], list[Example]],
+    finish: Callable[[Any, ModelConfig, Any], Any] | None = None,
 ) -> Ours:  # fmt: skip
-    """Our side: the compiled step of a stage, its microbatch settled as a run settles it, on its first batches, which
-    lie on the device. `finish(params, cfg, batch)` adds to a batch what depends on the weights."""
+    """Our side: the compiled step of a stage, its microbatch settled as a run settles it, on batches that lie on the
+    device.
+
+    Args:
+      steps: a round's.
+      read: the examples of a batch.
+      finish: (params, cfg, batch) -> the batch, with what depends on the weights.
+    """
     setup.resolve(config, None, epoch=stage.epoch(config, data))
     cfg = runs.model_config(config)
     optimizer, rate = setup.make_optimizer(config)
@@ -98,71 +114,76 @@ def ours(
     step, _ = setup.settle_microbatch(config, cfg, abstract, build, first)
     state, source = fresh_state(cfg, optimizer), stage.source(config, data, 0)
     params = jax.device_get(state.trainable)
-    batches = [source(None, i) for i in range(steps)]
+    batches = [source(None, i) for i in range(max(POOL, steps))]
     batches = [finish(state.trainable, cfg, b) for b in batches] if finish else batches
 
     def train() -> float:
         nonlocal state
         losses = []
-        for batch in batches:
+        for batch in batches[:steps]:
             state, metrics = step(state, batch)
             losses.append(metrics['loss'])
         return float(np.mean(jax.device_get(losses)))
 
-    side = Side(f'microbatch {config.microbatch}', train, sum(b['tokens_BT'].size for b in batches))
-    return Ours(side, jax.device_get(batches), params, cfg)
+    found = list(map(read, jax.device_get(batches)))
+    places = sum(batch['tokens_BT'].size for batch in batches[:steps])
+    side = Side(f'microbatch {config.microbatch}', train, tokens(sum(found[:steps], [])), places)
+    return Ours(side, sum(found, []), jax.device_get(batches), params, cfg)
+
+
+def tokens(examples: Sequence[Example]) -> int:
+    """How many there are, without padding."""
+    return sum(len(ids) for example in examples for ids, _ in example)
 
 
 def seconds(side: Side) -> float:
-    """How long a round takes."""
+    """How long a round takes, for a token of it."""
     time.sleep(PAUSE)
     start = time.perf_counter()
     side.round()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / side.tokens
 
 
 def best(sides: Sequence[Side]) -> tuple[Side, dict[str, float]]:
-    """(the fastest, {name: seconds}) by the second of two rounds."""
+    """(the fastest, {name: tokens per second}) by the second of two rounds."""
     found = {}
     for side in sides:
         side.round()
-        found[side.name] = seconds(side)
-    return min(sides, key=lambda side: found[side.name]), found
+        found[side.name] = 1 / seconds(side)
+    return max(sides, key=lambda side: found[side.name]), found
 
 
-def race(
-    name: str, flags: Any, config: Config, mine: Ours, theirs: Sequence[Side], *, tokens: int, examples: int
-) -> None:
-    """Prints the result of rounds that take turns. `tokens` are those of the examples, without padding."""
-    side, count = mine.side, sum(x.size for x in jax.tree.leaves(mine.params))
-    loss = side.round()
+def race(name: str, flags: Any, config: Config, found: Ours, theirs: Sequence[Side]) -> None:
+    """Prints the result of rounds that take turns."""
+    mine, count = found.side, sum(x.size for x in jax.tree.leaves(found.params))
     result = {
         'benchmark': name, 'size': flags.size, 'parameters': count, 'batch': [config.batch_size, config.seq_len],
-        'examples': examples, 'tokens': tokens, 'setting': side.name, 'loss': loss,
-        'padding': 1 - tokens / side.places, 'device': jax.devices()[0].device_kind, 'threads': os.cpu_count(),
-        'jax': jax.__version__,
+        'setting': mine.name, 'loss': mine.round(), 'padding': mine.padding, 'round_tokens': mine.tokens,
+        'device': jax.devices()[0].device_kind, 'threads': os.cpu_count(), 'jax': jax.__version__,
     }  # fmt: skip
-    peer = None
-    if theirs:
-        peer_loss = theirs[0].round()
-        peer, tried = best(theirs)
-        result |= _versions() | {'peer_setting': peer.name, 'peer_tried': tried, 'peer_loss': peer_loss}
-        result |= {'peer_padding': 1 - tokens / peer.places}
-    pairs = [(seconds(side), seconds(peer) if peer else None) for _ in range(flags.rounds)]
-    result['tokens_per_s'] = tokens / statistics.median(own for own, _ in pairs)
+    peer, tried = best(theirs) if theirs else (None, {})
+    own, others = [], []
+    for _ in range(flags.rounds):
+        own.append(seconds(mine))
+        others += [seconds(peer)] if peer else []
+    result['tokens_per_s'] = 1 / statistics.median(own)
     if peer:
-        result['peer_tokens_per_s'] = tokens / statistics.median(other for _, other in pairs)
-        result['ratio'] = statistics.median(other / own for own, other in pairs)
-        result['ratio_per_place'] = result['ratio'] * side.places / peer.places
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(others, own, strict=True))
+        result |= {
+            'peer': _versions(), 'peer_setting': peer.name, 'peer_tried': {k: round(v) for k, v in tried.items()},
+            'peer_loss': peer.round(), 'peer_padding': peer.padding, 'peer_round_tokens': peer.tokens,
+            'peer_tokens_per_s': 1 / statistics.median(others), 'ratio': ratio,
+            'ratio_per_place': ratio * (1 - peer.padding) / (1 - mine.padding),
+        }  # fmt: skip
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> str:
     import torch
     import transformers
     import trl
 
-    return {'peer': f'trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}'}
+    return f'trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}'
 
 
 def run(main: Callable[[Any, Config], None], flags: Any, config: Config) -> None:

@@ -3,67 +3,74 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from peers import torch_llama
-from posttraining import Sequence_, Side
+from posttraining import POOL, RATE, Example, Ours, Side
 
 from lm.model.transformer import ModelConfig
 
 os.environ.setdefault('TQDM_DISABLE', '1')
 IGNORED = -100
-SFT_SIZES, PACKED_SIZES = (8, 16, 32), (1, 2, 4, 8)  # conversations, and packed rows, in memory at once
-DPO_SIZES = (4, 8, 16, 32)  # pairs
-ORDERS = {'default order': 'random', 'grouped by length': 'group_by_length'}
+PADDED_SIZES, PACKED_SIZES = (4, 8, 16), (1, 2)  # conversations, and packed rows, at once
+DPO_SIZES = (2, 4, 8, 16)  # pairs at once
+ORDERS = {'grouped by length': 'group_by_length', 'default order': 'random'}
 
 
-def sft(found: Sequence[Sequence_], params: Any, cfg: ModelConfig, *, steps: int, longest: int) -> list[Side]:
+def sft(ours: Ours, *, steps: int, longest: int) -> list[Side]:
     """SFTTrainer with padding and grouping by length, and with packing."""
     from trl import SFTConfig, SFTTrainer
 
-    label = lambda ids, trained: [i if t else IGNORED for i, t in zip(ids, trained, strict=True)]
-    rows = [{'input_ids': ids, 'labels': label(ids, trained)} for ids, trained in found]
+    rows = [_labelled(*example) for example in ours.examples]
 
     def side(name: str, size: int, **options: Any) -> Side:
         config = SFTConfig(**_arguments(size), max_length=longest, **options)
-        trainer = SFTTrainer(_model(params, cfg, longest), config, **_data(rows, cfg))
+        trainer = SFTTrainer(_model(ours, longest), config, **_data(rows, ours.cfg))
         return _side(f'{name}, {size} at once', trainer, steps)
 
-    padded = [side('padded, grouped by length', n, train_sampling_strategy='group_by_length') for n in SFT_SIZES]
+    padded = [side('padded, grouped by length', n, train_sampling_strategy='group_by_length') for n in PADDED_SIZES]
     return padded + [side('packed', n, packing=True) for n in PACKED_SIZES]
 
 
-def dpo(
-    found: Sequence[tuple[Sequence_, ...]], params: Any, cfg: ModelConfig, *, steps: int, longest: int
-) -> list[Side]:
-    """DPOTrainer with the reference's log-probs precomputed."""
+def dpo(ours: Ours, reference: np.ndarray, *, steps: int, longest: int) -> list[Side]:
+    """DPOTrainer with the reference's log-probs, [pairs, 2], known before."""
     from trl import DPOConfig, DPOTrainer
 
-    class Tokenized(DPOTrainer):
-        """One whose data are ids already: it knows no other way to be given them."""
+    class Known(DPOTrainer):
+        """One whose data are ids and have the log-probs already; it would make both itself, before it trains."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    rows = [_pair(*pair) for pair in found]
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    rows = [_pair(example, *known) for example, known in zip(ours.examples, reference.tolist(), strict=True)]
 
     def side(order: str, size: int) -> Side:
         config = DPOConfig(
             **_arguments(size), max_length=longest, precompute_ref_log_probs=True, remove_unused_columns=False,
             train_sampling_strategy=ORDERS[order],
         )  # fmt: skip
-        trainer = Tokenized(_model(params, cfg, longest), args=config, **_data(rows, cfg))
+        trainer = Known(_model(ours, longest), args=config, **_data(rows, ours.cfg))
         return _side(f'{order}, {size} pairs at once', trainer, steps)
 
     return [side(order, n) for order in ORDERS for n in DPO_SIZES]
 
 
-def _pair(chosen: Sequence_, rejected: Sequence_) -> Mapping[str, Any]:
-    prompt = chosen[1].index(True)
-    responses = {'chosen_ids': chosen[0][prompt:], 'rejected_ids': rejected[0][prompt:]}
-    return {'prompt_ids': chosen[0][:prompt], **responses, 'length': max(len(chosen[0]), len(rejected[0]))}
+def _labelled(conversation: tuple[list[int], list[bool]]) -> dict[str, Any]:
+    ids, trained = conversation
+    return {'input_ids': ids, 'labels': [i if t else IGNORED for i, t in zip(ids, trained, strict=True)]}
+
+
+def _pair(example: Example, ref_chosen: float, ref_rejected: float) -> dict[str, Any]:
+    (chosen, trained), (rejected, _) = example
+    prompt = trained.index(True)
+    return {
+        'prompt_ids': chosen[:prompt], 'chosen_ids': chosen[prompt:], 'rejected_ids': rejected[prompt:],
+        'ref_chosen_logps': ref_chosen, 'ref_rejected_logps': ref_rejected, 'length': max(len(chosen), len(rejected)),
+    }  # fmt: skip
 
 
 def _arguments(size: int) -> dict[str, Any]:
@@ -71,12 +78,12 @@ def _arguments(size: int) -> dict[str, Any]:
     return {
         'output_dir': tempfile.gettempdir(), 'per_device_train_batch_size': size, 'use_cpu': True, 'bf16': False,
         'gradient_checkpointing': False, 'optim': 'adamw_torch_fused', 'weight_decay': 0.1, 'max_grad_norm': 1.0,
-        'learning_rate': 1e-4, 'report_to': 'none', 'save_strategy': 'no', 'disable_tqdm': True,
+        'learning_rate': float(RATE), 'report_to': 'none', 'save_strategy': 'no', 'disable_tqdm': True,
     }  # fmt: skip
 
 
-def _model(params: Any, cfg: ModelConfig, longest: int) -> Any:
-    return torch_llama(params, cfg, length=longest, attention='sdpa')
+def _model(ours: Ours, longest: int) -> Any:
+    return torch_llama(ours.params, ours.cfg, length=longest, attention='sdpa')
 
 
 def _data(rows: list[Any], cfg: ModelConfig) -> dict[str, Any]:
@@ -93,10 +100,12 @@ def _data(rows: list[Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _side(name: str, trainer: Any, steps: int) -> Side:
-    """A round of the trainer: its batches, in `steps` updates, each of as many batches as another."""
+    """A round of the trainer: of the batches that it makes of all examples, as many, evenly spread, as `steps` of ours
+    have of them, in as many updates."""
     import torch
 
     batches = list(trainer.get_train_dataloader())
+    batches = batches[:: max(1, POOL // steps)]
     groups = [batches[i[0] : i[-1] + 1] for i in np.array_split(np.arange(len(batches)), min(steps, len(batches)))]
     trainer.create_optimizer()
     model, optimizer = trainer.model, trainer.optimizer
@@ -113,4 +122,6 @@ def _side(name: str, trainer: Any, steps: int) -> Side:
     def train() -> float:
         return float(np.mean([update(group) for group in groups]))
 
-    return Side(name, train, sum(b['input_ids'].numel() for b in batches))
+    places = sum(b['input_ids'].numel() for b in batches)
+    real = sum(int(b['attention_mask'].sum()) if 'attention_mask' in b else b['input_ids'].numel() for b in batches)
+    return Side(name, train, real, places)
