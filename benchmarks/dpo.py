@@ -70,7 +70,7 @@ def measure(flags: Any, config: Config) -> None:
 
 
 def main() -> None:
-    posttraining.run(measure, *posttraining.parse('dpo', __doc__, 'configs/dpo.py'))
+    posttraining.run(measure, *posttraining.parse('dpo', __doc__, 'configs/dpo.py', [('nll', '0')]))
 
 
 if __name__ == '__main__':
