@@ -1,16 +1,17 @@
-"""Direct preference optimisation in tokens per second: `python benchmarks/dpo.py [--peer=trl] [--size=7M|laptop] …`.
+"""Direct preference optimisation in tokens per second: `python benchmarks/dpo.py [--peer=trl] [--size=6M|laptop] …`.
 
-The step of stage dpo (forward, backward, clipping, AdamW) on the first batches of 64 programmatic pairs, the
-reference's log-probs known before; random weights, 7.2M parameters (dim 256, 6 layers, 4 heads, ffn 768, vocabulary
-4,096, tied) or the laptop's 1.4M. Batches lie on the device: collation, evaluation, logging and saving are in neither
-side's time. A token is one of a pair's two sequences, prompt and response, padding is none; the same pairs are trained
-on in each round, so a ratio of times is a ratio of tokens.
+The step of stage dpo (forward, backward, clipping, AdamW; no NLL term) on the first batches of 64 programmatic pairs,
+the reference's log-probs known before: random weights, 6.2M parameters (dim 256, 6 layers, 4 heads, ffn 768,
+vocabulary 4,096, tied) or the laptop's 1.4M. Batches lie on the device: collation, evaluation, logging and saving are
+in neither side's time. A token is one of a pair's two sequences, prompt and response; padding is none.
 
 With --peer rounds of TRL's DPOTrainer take turns with ours, in this process, as benchmarks/pretrain.py does it: the
-same pairs in as many updates, the same weights, `precompute_ref_log_probs`, its own collated batches, its own
-`training_step` (loss, backward), clipping, fused AdamW; no gradient checkpointing and no bfloat16, which are its
-defaults and slower here. Tried, and the fastest taken: several batch sizes with gradients accumulated, in its default
-order and grouped by length. Prints one JSON line; `ratio_per_place` is the ratio without what padding costs.
+same weights, `precompute_ref_log_probs` (given to it from our side, so that both losses begin at ln 2 only if both
+compute the same), batches that it makes itself of the same pairs, as much in an update, its own `training_step` (loss
+and backward), clipping, fused AdamW; no gradient checkpointing and no bfloat16, which it has by default. Tried, and
+the fastest taken: several batch sizes with gradients accumulated, grouped by length (it has to be told the lengths)
+and in its default order. `ratio` is the median of pairs, `ratio_per_place` the same for what is computed, padding and
+all. Prints one JSON line.
 """
 
 import dataclasses

@@ -1,15 +1,17 @@
-"""Supervised fine-tuning in tokens per second: `python benchmarks/sft.py [--peer=trl] [--size=7M|laptop] …`.
+"""Supervised fine-tuning in tokens per second: `python benchmarks/sft.py [--peer=trl] [--size=6M|laptop] …`.
 
 The step of stage sft (forward, backward, clipping, AdamW) on the first batches of the default conversations
-(operations and small talk, no replay), random weights, 7.2M parameters (dim 256, 6 layers, 4 heads, ffn 768,
-vocabulary 4,096, tied) or the laptop's 1.4M, rows of 256 places. Batches lie on the device: collation, evaluation,
-logging and saving are in neither side's time. A token is one of a conversation, padding is none; the XX
+(operations and small talk, no replay): rows of 256 places, random weights, 6.2M parameters (dim 256, 6 layers, 4
+heads, ffn 768, vocabulary 4,096, tied) or the laptop's 1.4M. Batches lie on the device: collation, evaluation, logging
+and saving are in neither side's time. A token is one of a conversation; padding is none.
+
 With --peer rounds of TRL's SFTTrainer take turns with ours, in this process, as benchmarks/pretrain.py does it: the
-same conversations in as many updates, the same weights, its own collated batches, its own `training_step` (loss,
-backward), clipping, fused AdamW; no gradient checkpointing and no bfloat16, which are its defaults and slower here.
-Tried, and the fastest taken: padding, with its sampler that groups by length, and its best-fit packing without padding
-(transformers makes the mask of the packed row from its positions: no example sees another), at several batch sizes
-with gradients accumulated. Prints one JSON line; `ratio_per_place` is the ratio without what padding costs.
+same weights, batches that it makes itself of the same conversations, as much in an update, its own `training_step`
+(loss and backward), clipping, fused AdamW; no gradient checkpointing and no bfloat16, which it has by default. Tried,
+and the fastest taken: padding with its sampler that groups by length, and its best-fit packing, at several batch sizes
+with gradients accumulated. (Packed rows need no flash attention to be right: without a padding mask transformers makes
+the mask of the row from its positions.) `ratio` is the median of pairs, `ratio_per_place` the same for what is
+computed, padding and all; the losses of both sides' first rounds are those of the same weights. Prints one JSON line.
 """
 
 import sys

@@ -13,9 +13,8 @@ from lm.model.transformer import ModelConfig
 
 os.environ.setdefault('TQDM_DISABLE', '1')
 IGNORED = -100
-PADDED_SIZES, PACKED_SIZES = (4, 8, 16), (1, 2)  # conversations, and packed rows, at once
-DPO_SIZES = (2, 4, 8, 16)  # pairs at once
-ORDERS = {'grouped by length': 'group_by_length', 'default order': 'random'}
+PADDED_SIZES, PACKED_SIZES = (4, 8, 16), (1, 2, 4)  # conversations, and packed rows, at once
+DPO_SIZES = {'group_by_length': (4, 8, 16), 'random': (8,)}  # pairs at once, by the order of its sampler
 
 
 def sft(ours: Ours, *, steps: int, longest: int) -> list[Side]:
@@ -29,7 +28,7 @@ def sft(ours: Ours, *, steps: int, longest: int) -> list[Side]:
         trainer = SFTTrainer(_model(ours, longest), config, **_data(rows, ours.cfg))
         return _side(f'{name}, {size} at once', trainer, steps)
 
-    padded = [side('padded, grouped by length', n, train_sampling_strategy='group_by_length') for n in PADDED_SIZES]
+    padded = [side('padded, group_by_length', n, train_sampling_strategy='group_by_length') for n in PADDED_SIZES]
     return padded + [side('packed', n, packing=True) for n in PACKED_SIZES]
 
 
@@ -51,12 +50,12 @@ def dpo(ours: Ours, reference: np.ndarray, *, steps: int, longest: int) -> list[
     def side(order: str, size: int) -> Side:
         config = DPOConfig(
             **_arguments(size), max_length=longest, precompute_ref_log_probs=True, remove_unused_columns=False,
-            train_sampling_strategy=ORDERS[order],
+            train_sampling_strategy=order,
         )  # fmt: skip
         trainer = Known(_model(ours, longest), args=config, **_data(rows, ours.cfg))
         return _side(f'{order}, {size} pairs at once', trainer, steps)
 
-    return [side(order, n) for order in ORDERS for n in DPO_SIZES]
+    return [side(order, n) for order, sizes in DPO_SIZES.items() for n in sizes]
 
 
 def _labelled(conversation: tuple[list[int], list[bool]]) -> dict[str, Any]:
@@ -124,4 +123,4 @@ def _side(name: str, trainer: Any, steps: int) -> Side:
 
     places = sum(b['input_ids'].numel() for b in batches)
     real = sum(int(b['attention_mask'].sum()) if 'attention_mask' in b else b['input_ids'].numel() for b in batches)
-    return Side(name, train, real, places)
+    return Side(name, train, real, places, 1 - real / places)

@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lm.data import chats, pairs
+from lm.data.chats import ChatStore
+from lm.data.pairs import PairBatches, PairStore
+from lm.data.store import TokenStore
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks'
 
@@ -39,7 +45,65 @@ def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
     assert counts == pytest.approx({'124M': 124, '350M': 355, '1.5B': 1558}, rel=0.02)
 
 
-@pytest.mark.parametrize('name', ['data', 'generate', 'pretrain'])
+@pytest.mark.parametrize('name', ['data', 'dpo', 'generate', 'pretrain', 'sft'])
 def test_a_mistake_is_one_line(name):
     done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--nonesuch'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == 'lm: unrecognized arguments: --nonesuch (--help lists the flags)\n'
+
+
+@pytest.mark.skipif(importlib.util.find_spec('trl') is not None, reason='trl is installed')
+@pytest.mark.parametrize('name', ['dpo', 'sft'])
+def test_a_peer_that_is_not_installed_is_one_line(name):
+    done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--peer=trl'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "lm: --peer=trl is not installed: pip install -e '.[peers]'\n"
+
+
+def sequence(rng, length):
+    """(ids, trained) of a sequence of which the second half is to be learned."""
+    return rng.integers(1, 100, length, dtype=np.uint16), (np.arange(length) >= length // 2).astype(np.uint8)
+
+
+def pair_store(lengths):
+    """Pairs of these lengths."""
+    rng = np.random.default_rng(0)
+    ids, trained = zip(*(sequence(rng, n) for pair in lengths for n in pair), strict=True)
+    offsets = np.cumsum([0, *map(len, ids)])
+    store = ChatStore(TokenStore(np.concatenate(ids), offsets), np.concatenate(trained))
+    return PairStore(store, np.ones((len(lengths), 2), np.float32), 2)
+
+
+def plain(example):
+    return [(np.asarray(ids).tolist(), np.asarray(trained).astype(bool).tolist()) for ids, trained in example]
+
+
+def test_the_peer_gets_the_conversations_that_our_rows_hold(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    sft, rng = importlib.import_module('sft'), np.random.default_rng(0)
+    whole = [sequence(rng, n) for n in (5, 9, 12)]
+    row = chats.segments_row(whole, 32, 0)
+    batch = {f'{name.removesuffix("T")}BT': x[None] for name, x in row.items()}
+    assert [plain(c) for c in sft.conversations(batch)] == [plain([c]) for c in whole]
+
+
+def test_the_peer_gets_the_pairs_that_our_rows_hold(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    dpo = importlib.import_module('dpo')
+    rng = np.random.default_rng(1)
+    store = pair_store(rng.integers(4, 40, (12, 2)).tolist())
+    batches = pairs.in_order(store, seq_len=64, batch_size=12)
+    known = rng.standard_normal((12, 2)).astype(np.float32)
+    batch = batches.batch(0, rows=batches.shape[0] + 1, reference=[known])  # and a row that is empty
+    order = [n for row in batches.rows(0) for _, n in row]
+    assert [plain(pair) for pair in dpo.responses(batch)] == [plain(store.pair(n)) for n in order]
+    np.testing.assert_array_equal(dpo.reference([batch]), known[order])
+
+
+@pytest.mark.parametrize(
+    ('longest', 'seq_len', 'width'), [(20, 512, 128), (70, 512, 256), (70, 32, 64), (600, 512, 1024)]
+)
+def test_rows_of_pairs_are_as_wide_as_the_longest_pair_needs(longest, seq_len, width):
+    """Of the pairs that are used, cut to seq_len; never wider than two of seq_len."""
+    batches: PairBatches = pairs.in_order(pair_store([(10, 12), (longest, longest)]), seq_len=seq_len, batch_size=2)
+    assert batches.width == width
+    assert batches.batch(0, rows=batches.shape[0])['tokens_BT'].shape[1] == width

@@ -145,6 +145,47 @@ def test_both_entries_agree_in_value_and_gradient(chunks):
 
 
 @pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
+def test_what_weighs_nothing_changes_nothing_when_left_out(chunks, mesh):
+    h_BTD, w_VD, y_BT, weights_BT, cotangents = inputs()
+    put = lambda d, x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec(d, x.shape)))
+    h, w = put('BTD', h_BTD, sharding.activation_spec), put('VD', w_VD, sharding.array_spec)
+    y, weights, g = (put('BT', x, sharding.activation_spec) for x in (y_BT, weights_BT, cotangents[0]))
+
+    def nll(h, w):
+        return head.nll(h, w, y, weights, vocab_size=WORDS, z_coef=0.3, softcap=2.0, sparse=True)
+
+    def logp(h, w):
+        found, _, _ = head.logp(h, w, y, weights, vocab_size=WORDS, softcap=2.0)
+        return jnp.sum(found * weights * g), found
+
+    def naive(h, w):
+        return jnp.sum(naive_logp(h, w, y_BT, 2.0)[0] * weights_BT * cotangents[0])
+
+    (total, parts), grads = jax.jit(jax.value_and_grad(nll, argnums=(0, 1), has_aux=True))(h, w)
+    (value, want), dwant = expected_nll(0.3, 2.0)
+    assert_close((3.0 * total, parts, *(3.0 * d for d in grads)), (value, want, *dwant))
+    (value, found), grads = jax.jit(jax.value_and_grad(logp, argnums=(0, 1), has_aux=True))(h, w)
+    assert_close((value, grads), jax.device_get(jax.value_and_grad(naive, argnums=(0, 1))(h_BTD, w_VD)))
+    asked = weights_BT > 0
+    np.testing.assert_allclose(np.asarray(found)[asked], expected_logp(2.0)[0][0][asked], atol=1e-5)
+
+
+def test_chunks_that_weigh_nothing_are_not_even_read(chunks):
+    """Two chunks' worth of places weigh something, spread over the batch; the others hold no numbers."""
+    h_BTD, w_VD, y_BT, _, _ = inputs()
+    weights_BT = np.zeros(B * T, np.float32)
+    weights_BT[np.random.default_rng(1).permutation(B * T)[:14]] = 1
+    weights_BT = weights_BT.reshape(B, T)
+    h_BTD = np.where(weights_BT[..., None] > 0, h_BTD, np.nan)
+    y_BT, weights_BT = jnp.asarray(y_BT), jnp.asarray(weights_BT)
+    nll = lambda h, w: head.nll(h, w, y_BT, weights_BT, vocab_size=WORDS, sparse=True)[0]
+    logp = lambda h, w: -jnp.sum(head.logp(h, w, y_BT, weights_BT, vocab_size=WORDS)[0] * weights_BT)
+    first, second = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(h_BTD, jnp.asarray(w_VD)) for f in (nll, logp))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((first, second)))
+    assert_close(first, jax.device_get(second))
+
+
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
 def test_nothing_that_counts_gives_zero(chunks, mesh):
     """Also where the hidden states of what does not count overflow the logits."""
     h_BTD, w_VD, y_BT, _, _ = inputs()

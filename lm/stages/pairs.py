@@ -70,16 +70,14 @@ def _rows_of_run(config: Config, needed: int) -> int:
 
 
 def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as shapes and shardings; without data of the most that it may need, a row of the longest for each pair."""
+    """A batch as shapes and shardings; without data of the most that it may need, a longest row a pair."""
     if data is None:
         needed, a_row, width = config.batch_size, 1, sides * config.seq_len
     else:
         found = batches(config, data)
         (needed, a_row), width = found.shape, found.width
     reference = data is not None and data.reference is not None
-    return abstract_arrays(
-        pairs.abstract(_rows_of_run(config, needed), width, a_row, sides=sides, reference=reference)
-    )
+    return abstract_arrays(pairs.abstract(_rows_of_run(config, needed), width, a_row, sides=sides, reference=reference))
 
 
 def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
