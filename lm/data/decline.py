@@ -1,14 +1,17 @@
 """The source `decline`: operations that do not exist, which an answer should decline, beside real ones, which it should
 answer.
 
-The names are invented here, by rule, and the refusals are our own words; the rest is read from the installed package.
+The names are invented here, by rule, of things that no service of a cloud has: a list of ours, and what people chat
+about. Thousands are needed: of three hundred a small model learns those by heart, and declines half of the others. The
+refusals are our own words; the rest is read from the installed packages.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lm.data.corpora import Operation
+from lm.data.corpora import Operation, conversation_text, conversations
 from lm.data.operations import Question, meta_of, order, pair, question, questions
 from lm.data.records import Counts
 
@@ -24,7 +27,9 @@ _DECLINES = (
 _IS_DECLINE = re.compile(r"\W*I (?:don['’]?t|do not) know\b", re.IGNORECASE)
 _WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+')
 # Names that a noun is asked for under, and the part of the nouns that is held out.
-NAMES_PER_NOUN, HELDOUT_NOUNS = 12, 0.25
+NAMES_PER_NOUN, HELDOUT_NOUNS = 3, 0.1
+# Words of small talk that serve as nouns: this long, and said so often.
+_CHATTED, _SAID = re.compile(r'[a-z]{4,10}'), 8
 # The invented operations of configs/prompts.jsonl, which training does not see.
 _PROMPTED = ('moonbase', 'pancake')
 # Things that no service of a cloud has; those that one has after all are left out at run time.
@@ -125,7 +130,9 @@ def _refusal(service: str, name: str) -> str:
 def _free_nouns(existing: Iterable[Operation]) -> list[str]:
     """The nouns that stand in no operation's name and in no service's, as one or many."""
     used = {word.lower() for o in existing for word in (*_WORD.findall(o.name), *_WORD.findall(o.service))}
-    return sorted(noun for noun in set(_NOUNS.split()) if not {noun, plural(noun)} & used)
+    said = Counter(word for _, c in conversations() for word in conversation_text(c).split() if _CHATTED.fullmatch(word))
+    nouns = {*_NOUNS.split(), *(word for word, times in said.items() if times >= _SAID)}
+    return sorted(noun for noun in nouns if not {noun, plural(noun), noun.removesuffix('s')} & used)
 
 
 def _heldout_noun(noun: str) -> bool:
