@@ -15,10 +15,11 @@ def get_config(arg: str = '') -> config.Config:
     c.stage = 'dpo'
     source, arg = presets.own(arg, ('ratings', 'decline'))
     c.init_from = presets.parent('sft', arg)
-    c.steps = 200
+    c.steps = 450 if source == 'decline' else None  # None: one epoch
     c.batch_size = 64
-    c.optim.name, c.optim.lr = 'muon', 1e-3
-    c.nll = 0.1
+    c.optim.name, c.optim.lr = 'muon', 2e-3 if source == 'decline' else 1e-3
+    c.nll = 1.0
+    c.eval.rows = 512
     c.data.mixture = source or 'programmatic'
     c.eval.max_new_tokens = 96
     return presets.apply(c, arg)

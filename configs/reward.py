@@ -19,4 +19,5 @@ def get_config(arg: str = '') -> config.Config:
     c.optim.name, c.optim.lr = 'muon', 3e-3
     c.data.mixture = source or 'programmatic'
     c.eval.rows = 512
+    c.seq_len = 512 if source == 'ratings' else c.seq_len  # whole conversations
     return presets.apply(c, arg)

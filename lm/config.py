@@ -312,7 +312,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     What the run resolved for itself (None in `new`) stays as it is saved; None for `attention` is the choice of the
     platform that the run goes on on.
     """
-    a, b = dict(leaves(old)), dict(leaves(new))
+    a, b = dict(leaves(base())) | dict(leaves(old)), dict(leaves(new))  # a setting newer than the run has its default
     fixed = [k for k in a | b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
     plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
     resolved = ('microbatch', 'precision.compute', 'attention')
