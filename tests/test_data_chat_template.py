@@ -288,7 +288,7 @@ def test_what_stands_beside_a_content_is_encoded_with_it(ours):
 
 def test_where_a_block_begins_after_the_model(ours):
     """What the block leaves out is not learned, but the model begins there all the same."""
-    text = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} of the buc{% else %}ket "
+    text = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} of t{% else %}he "
     text += '{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}'
     ids, trained = ChatTemplate(text).encode(ours, say('the name', 'keys'))
     asked = ChatTemplate(text).prompt(ours, say('the name'))
