@@ -237,6 +237,11 @@ class WithReplay:
     def tokenizer(self) -> Tokenizer:
         return self.own.tokenizer
 
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes the tokenizer and the template."""
+        self.tokenizer.save(folder)
+        self.template.save(folder)
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self.template.stop_ids(self.tokenizer)

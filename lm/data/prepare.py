@@ -84,6 +84,10 @@ class Prepared:
     sources: tuple[PreparedSource, ...]
     fingerprint: str
 
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes the tokenizer."""
+        self.tokenizer.save(folder)
+
 
 @dataclass
 class _Split:

@@ -47,6 +47,10 @@ class Data(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
+    def save(self, folder: epath.Path) -> None:
+        """Writes what turns text into ids, and back."""
+        ...
+
 
 def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]) -> Any:
     """The weights of the run it starts from, else random ones."""
@@ -150,7 +154,7 @@ def _fit(
     recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
     if processes.first():
-        data.tokenizer.save(str(workdir / 'tokenizer'))
+        data.save(workdir / 'tokenizer')
     for line in stage.describe(data):
         recorder.say(line)
     with ledger('prepare'):
