@@ -130,8 +130,8 @@ def _refusal(service: str, name: str) -> str:
 def _free_nouns(existing: Iterable[Operation]) -> list[str]:
     """The nouns that stand in no operation's name and in no service's, as one or many."""
     used = {word.lower() for o in existing for word in (*_WORD.findall(o.name), *_WORD.findall(o.service))}
-    said = Counter(word for _, c in conversations() for word in conversation_text(c).split() if _CHATTED.fullmatch(word))
-    nouns = {*_NOUNS.split(), *(word for word, times in said.items() if times >= _SAID)}
+    said = Counter(word for _, c in conversations() for word in conversation_text(c).split())
+    nouns = {*_NOUNS.split(), *(w for w, times in said.items() if times >= _SAID and _CHATTED.fullmatch(w))}
     return sorted(noun for noun in nouns if not {noun, plural(noun), noun.removesuffix('s')} & used)
 
 

@@ -53,7 +53,8 @@ class _Records(corpora.Builder, skip_registration=True):
 def open_default(name: str) -> Source:
     """The default source of this name. Raises UsageError if the package it is read from is not installed."""
     default = DEFAULTS[name]
-    state = {'version': [corpora.package_version(c) for c in default.corpus.split()], 'recipe': [RECIPE, corpora.RECIPE]}
+    versions = [corpora.package_version(c) for c in default.corpus.split()]
+    state = {'version': versions, 'recipe': [RECIPE, corpora.RECIPE]}
 
     def read(counts: Counts) -> Iterator[Chat | Pair]:
         directory, tally = corpora.prepare_with(name, state, functools.partial(_Records, source=name))
