@@ -28,6 +28,7 @@ _IS_DECLINE = re.compile(r"\W*I (?:don['’]?t|do not) know\b", re.IGNORECASE)
 _WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+')
 # Names that a noun is asked for under, and the part of the nouns that is held out.
 NAMES_PER_NOUN, HELDOUT_NOUNS = 3, 0.1
+REAL = 2  # real operations to an invented one
 # Words of small talk that serve as nouns: this long, and said so often.
 _CHATTED, _SAID = re.compile(r'[a-z]{4,10}'), 8
 # The invented operations of configs/prompts.jsonl, which training does not see.
@@ -70,7 +71,8 @@ def is_decline(text: str) -> bool:
 
 def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[str, Any]]:
     """To an invented operation the chosen answer declines and the rejected one invents; to a real one the chosen answer
-    is the true one and the rejected one declines. There are as many of either, and meta['invented'] tells them apart.
+    is the true one and the rejected one declines. There are REAL real ones to an invented one, as declining what one
+    knows is the worse mistake; meta['invented'] tells them apart.
 
     What is invented for a name is the true answer of a real operation with the same verb, of the same service. The
     held-out names have nouns of their own, the held-out real ones are those of `operations`.
@@ -82,9 +84,9 @@ def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[st
         real = [q for q in found if q.heldout == heldout]
         mine = [noun for noun in nouns if _heldout_noun(noun) == heldout]
         invented = list(_invented(real, mine, taken))
-        several = min(len(real), len(invented))
-        yield from sorted(invented, key=lambda fields: order('invented', fields['id']))[:several]
-        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[:several])
+        invented = sorted(invented, key=lambda fields: order('invented', fields['id']))[: len(real) // REAL]
+        yield from invented
+        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[: REAL * len(invented)])
 
 
 def _declined(q: Question) -> dict[str, Any]:
