@@ -28,7 +28,7 @@ _IS_DECLINE = re.compile(r"\W*I (?:don['’]?t|do not) know\b", re.IGNORECASE)
 _WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+')
 # Names that a noun is asked for under, and the part of the nouns that is held out.
 NAMES_PER_NOUN, HELDOUT_NOUNS = 3, 0.1
-REAL = 2  # real operations to an invented one
+REAL = 3  # real operations to an invented one
 # Words of small talk that serve as nouns: this long, and said so often.
 _CHATTED, _SAID = re.compile(r'[a-z]{4,10}'), 8
 # The invented operations of configs/prompts.jsonl, which training does not see.
