@@ -9,6 +9,7 @@ refusals are our own words; the rest is read from the installed packages.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from lm.data.corpora import Operation, conversation_text, conversations
@@ -79,10 +80,10 @@ def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[st
     """
     existing = list(operations)
     found = questions(existing, counts)
-    nouns, taken = _free_nouns(existing), {(o.service, o.name) for o in existing}
+    free, taken = _free_nouns(existing), {(o.service, o.name) for o in existing}
     for heldout in (False, True):
         real = [q for q in found if q.heldout == heldout]
-        mine = [noun for noun in nouns if _heldout_noun(noun) == heldout]
+        mine = [noun for noun in free if _heldout_noun(noun) == heldout]
         invented = list(_invented(real, mine, taken))
         invented = sorted(invented, key=lambda fields: order('invented', fields['id']))[: len(real) // REAL]
         yield from invented
@@ -132,9 +133,15 @@ def _refusal(service: str, name: str) -> str:
 def _free_nouns(existing: Iterable[Operation]) -> list[str]:
     """The nouns that stand in no operation's name and in no service's, as one or many."""
     used = {word.lower() for o in existing for word in (*_WORD.findall(o.name), *_WORD.findall(o.service))}
+    return sorted(noun for noun in known_nouns() if not {noun, plural(noun), noun.removesuffix('s')} & used)
+
+
+@cache
+def known_nouns() -> frozenset[str]:
+    """What may be invented with: our list, and what is often said in small talk."""
     said = Counter(word for _, c in conversations() for word in conversation_text(c).split())
-    nouns = {*_NOUNS.split(), *(w for w, times in said.items() if times >= _SAID and _CHATTED.fullmatch(w))}
-    return sorted(noun for noun in nouns if not {noun, plural(noun), noun.removesuffix('s')} & used)
+    found = {*_NOUNS.split(), *(w for w, times in said.items() if times >= _SAID and _CHATTED.fullmatch(w))}
+    return frozenset(found - set(map(plural, found)))  # one and many are one noun
 
 
 def _heldout_noun(noun: str) -> bool:
