@@ -122,15 +122,28 @@ class PairOrder:
     @cached_property
     def kept(self) -> np.ndarray:
         """The numbers of the pairs that have two different responses within seq_len."""
-        kept = np.array([i for i in range(self.store.pairs) if self._usable(i)], np.int64)
+        answered = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides).all(axis=1)
+        kept = np.array([i for i in np.flatnonzero(answered) if not self._same(i)], np.int64)
         if not len(kept):
-            raise UsageError(f'no pair has two responses within seq_len={self.seq_len}: set a longer --config.seq_len')
+            raise UsageError(
+                f'no pair has two different responses within seq_len={self.seq_len}: set a longer --config.seq_len'
+            )
         return kept
 
-    def _usable(self, i: int) -> bool:
-        sides = self.store.pair(i)
-        chosen, rejected = (ids[: self.seq_len] for ids, _ in sides[:2])
-        return all(t[1 : self.seq_len].any() for _, t in sides) and not np.array_equal(chosen, rejected)
+    def _same(self, i: int) -> bool:
+        (chosen, _), (rejected, _) = self.pair(i)[:2]
+        return np.array_equal(chosen, rejected)
+
+    @property
+    def cut(self) -> int:
+        """How many of the usable pairs have a side that is cut."""
+        sizes = np.diff(self.store.sequences.tokens.offsets).reshape(-1, self.store.sides)
+        return int(np.count_nonzero((sizes[self.kept] > self.seq_len).any(axis=1)))
+
+    @property
+    def left_out(self) -> int:
+        """How many pairs are not usable."""
+        return self.store.pairs - len(self.kept)
 
     @cached_property
     def lengths(self) -> np.ndarray:
