@@ -179,10 +179,6 @@ class ChatRows:
 
     @cached_property
     def plan(self) -> bestfit.Plan:
-        if not self._has_answer.any():
-            raise UsageError(
-                f'no conversation has an answer within seq_len={self.seq_len}: set a longer --config.seq_len'
-            )
         return bestfit.plan(self.lengths, self.seq_len)
 
     def __len__(self) -> int:
@@ -222,6 +218,16 @@ def segments_row(found: Iterable[tuple[np.ndarray, np.ndarray]], T: int, pad_id:
 def chat_rows(source: PreparedSource, part: str, *, seq_len: int, seed: int = 0, shuffle: bool = True) -> ChatRows:
     """The rows of a source's `part`, 'train' or 'heldout'."""
     return ChatRows(source.train if part == 'train' else source.heldout, seq_len, seed, shuffle)
+
+
+def check(source: PreparedSource, *, seq_len: int) -> None:
+    """Raises UsageError if a part of a source has nothing to learn in rows of seq_len."""
+    for part, name in (('train', 'training'), ('heldout', 'held-out')):
+        if not chat_rows(source, part, seq_len=seq_len).lengths.any():
+            raise UsageError(
+                f'no {name} conversation of {source.name} has an answer within seq_len={seq_len}: set a longer '
+                '--config.seq_len'
+            )
 
 
 @dataclass(frozen=True, eq=False)
