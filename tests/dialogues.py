@@ -1,51 +1,58 @@
 """Conversations and pairs for the tiny lab, and the stages that learn from them, started as commands."""
 
+import contextlib
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from running import ROOT, WORDS, Lab
 
-OPTIONS = {'optim__lr': 3e-3, 'eval__rows': 4}
+STAGES = ('sft', 'reward', 'dpo')
+OPTIONS = {
+    'steps': 6, 'seq_len': 48, 'optim__name': 'adamw', 'optim__lr': 3e-3, 'eval__every': 3, 'eval__rows': 4,
+    'checkpoint__every': 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Where the files lie, and a tiny run that each stage starts from."""
+    """Conversations and pairs beside the lab's corpus, and a tiny run of each stage, made when it is asked for.
+
+    Runs are started in the lab's folder: the name of a source, here relative, is part of what orders its rows.
+    """
 
     lab: Lab
-    folder: Path
+    runs: Path
 
-    @property
-    def pretrained(self) -> Path:
-        return self._made('pretrain', lambda workdir: self.lab.train(workdir, steps=4, eval__every=4))
-
-    @property
-    def tuned(self) -> Path:
-        return self._made('sft', lambda workdir: self.train('sft', workdir))
+    def run(self, stage: str) -> Path:
+        """A finished run: pretrained, or with the settings that the stage has here."""
+        workdir = self.runs / stage
+        if not workdir.exists():
+            if stage == 'pretrain':
+                with contextlib.chdir(self.lab.folder):
+                    mixture = 'one.jsonl:0.7,two.jsonl:0.3'
+                    self.lab.train(workdir, steps=4, eval__every=4, data__mixture=mixture)
+            else:
+                self.train(stage, workdir)
+        return workdir
 
     def settings(self, stage: str, **settings: Any) -> dict[str, Any]:
-        data = {'data__mixture': f'{self.folder / ("chats" if stage == "sft" else "pairs")}.jsonl'}
-        parent = {} if 'init_from' in settings else {'init_from': str(self.parent(stage))}
-        return self.lab.inherited | OPTIONS | data | parent | {'config': str(ROOT / f'configs/{stage}.py')} | settings
-
-    def parent(self, stage: str) -> Path:
-        return self.pretrained if stage == 'sft' else self.tuned
+        own = {'data__mixture': 'chats.jsonl' if stage == 'sft' else 'pairs.jsonl'}
+        own['config'] = str(ROOT / 'configs' / f'{stage}.py')
+        if not {'init_from', 'branch_from'} & set(settings):
+            own['init_from'] = str(self.run('pretrain' if stage == 'sft' else 'sft'))
+        return self.lab.inherited | OPTIONS | own | settings
 
     def argv(self, stage: str, workdir: Path | str | None, *words: str, **settings: Any) -> list[str]:
         return self.lab.argv(workdir, *words, **self.settings(stage, **settings))
 
     def train(self, stage: str, workdir: Path | str, *words: str, **settings: Any) -> dict[str, Any]:
-        return self.lab.train(workdir, *words, **self.settings(stage, **settings))
-
-    def _made(self, name: str, make: Any) -> Path:
-        workdir = self.folder / 'runs' / name
-        if not workdir.exists():
-            make(workdir)
-        return workdir
+        """Trains in this process, on all of its devices."""
+        given = self.settings(stage, **settings)
+        with contextlib.chdir(self.lab.folder):
+            return self.lab.train(workdir, *words, **given)
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -84,11 +91,9 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def make(lab: Lab, folder: Path) -> Dialogues:
+def make(lab: Lab, runs: Path) -> Dialogues:
     """Writes the files, the same every time."""
     draw = random.Random(0)
-    write(folder / 'chats.jsonl', chats(90, draw))
-    write(folder / 'pairs.jsonl', pairs(120, draw))
-    return Dialogues(lab, folder)
-
-
+    write(lab.folder / 'chats.jsonl', chats(90, draw))
+    write(lab.folder / 'pairs.jsonl', pairs(120, draw))
+    return Dialogues(lab, runs)
