@@ -23,6 +23,9 @@ MUON = {
     (12, 'eval/one.jsonl/bpb'): 6.25905,
     (12, 'eval/two.jsonl/bpb'): 6.04239,
 }
+SFT: dict[tuple[int, str], float] = {}
+REWARD: dict[tuple[int, str], float] = {}
+DPO: dict[tuple[int, str], float] = {}
 TOLERANCE = 1e-4  # relative; JAX 0.10 and 0.12 differ by 2e-6
 
 
@@ -40,3 +43,10 @@ def test_pretraining_learns_as_it_did(lab, tmp_path, monkeypatch, optimizer, gol
     monkeypatch.chdir(lab.folder)  # a source's name, here relative, is part of what orders its rows
     lab.train(tmp_path / 'run', data__mixture='one.jsonl:0.7,two.jsonl:0.3', optim__name=optimizer)
     assert_golden(tmp_path / 'run', golden)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'golden'), [('sft', SFT), ('reward', REWARD), ('dpo', DPO)], ids=['sft', 'reward', 'dpo']
+)
+def test_a_stage_after_it_learns_as_it_did(dialogues, stage, golden):
+    assert_golden(dialogues.run(stage), golden)

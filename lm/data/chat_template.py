@@ -52,13 +52,12 @@ class ChatTemplate:
 
         Raises UsageError if there is none, or it ends an answer with no control symbol of the tokenizer.
         """
-        text = _read(epath.Path(folder))
-        if text is None and any(marker not in tokenizer.controls for marker in CHAT_MARKERS):
+        template = find(folder, tokenizer)
+        if template is None:
             raise UsageError(
                 f'{folder} has no chat template, and its tokenizer lacks the control symbols of ours '
                 f'({" ".join(CHAT_MARKERS)}): put a {TEMPLATE_FILE} there'
             )
-        template = ChatTemplate(DEFAULT if text is None else text)
         template.stop_ids(tokenizer)
         return template
 
@@ -107,6 +106,17 @@ class ChatTemplate:
         Raises UsageError if the template ends it with no control symbol: a model would never learn to stop.
         """
         return _stop_ids(self, tokenizer)
+
+
+def find(folder: epath.PathLike | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of a tokenizer's folder (None: of a tokenizer of ours), fit or not; None if there is none.
+
+    Raises UsageError if it cannot be read.
+    """
+    text = None if folder is None else _read(epath.Path(folder))
+    if text is not None:
+        return ChatTemplate(text)
+    return ChatTemplate() if all(marker in tokenizer.controls for marker in CHAT_MARKERS) else None
 
 
 def _read(folder: epath.Path) -> str | None:

@@ -19,13 +19,16 @@ from lm.errors import UsageError
 from lm.stages import pretrain, sft, wiring
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
+PLACES = 16_384  # for tokens, that a device measures at once: more are no quicker
 
 
 @dataclass(frozen=True, eq=False)
 class PairData(WithReplay):
-    """Pairs, and the text of pretraining to be measured on; `reference` has the log-probs of the training pairs."""
+    """Pairs, and the text of pretraining to be measured on; `reference` has the reference's log-probs of the training
+    pairs, `before` what it makes of each source's held-out ones."""
 
     reference: Reference | None = field(default=None, repr=False)
+    before: Sequence[Any] = field(default=(), repr=False)
 
 
 def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2) -> PairData:
@@ -38,6 +41,8 @@ def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *
     if config.data.replay:
         raise UsageError(f'data.replay={config.data.replay}: stage={config.stage} has no replay, set it to 0')
     data = sft.prepare_dialogue(config, tokenizer, say, lambda template: pairs.form(template, sides=sides))
+    for s in data.own.sources:
+        pairs.check(s, seq_len=config.seq_len)
     return PairData(data.own, data.text, data.template)
 
 
@@ -69,13 +74,14 @@ def _rows_of_run(config: Config, needed: int) -> int:
     return _rows(needed, config.batch_size // config.microbatch)
 
 
-def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(
+    config: Config, data: PairData | None, *, sides: int = 2, reference: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as shapes and shardings; without data of the most rows that it may need, one a pair."""
     if data is None:
         needed, a_row = config.batch_size, 1
     else:
         needed, a_row = batches(config, data).shape
-    reference = data is not None and data.reference is not None
     shapes = pairs.abstract(
         _rows_of_run(config, needed), sides * config.seq_len, a_row, sides=sides, reference=reference
     )
@@ -117,7 +123,7 @@ def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> Iterator[tuple[np.ndarray, Any]]:
     """(numbers of its pairs in the order of their slots, batch) of the first pairs of a store, on the mesh."""
-    at_once = config.microbatch or config.batch_size
+    at_once = _rows(1) * max(1, PLACES // (store.sides * config.seq_len))
     found = pairs.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
     rows = _rows(found.shape[0])
     for i in range(found.steps):
@@ -125,15 +131,16 @@ def in_order(config: Config, store: pairs.PairStore, most: int | None = None) ->
         yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
 
 
-def describe(data: PairData) -> list[str]:
+def describe(config: Config, data: PairData) -> list[str]:
     """What is about to be trained on, a line a source."""
     text = data.text.sources if data.text else ()
-    return [*map(_describe_source, data.own.sources), *(f'measured on {pretrain.describe_source(s)}' for s in text)]
+    own = (describe_source(config, s) for s in data.own.sources)
+    return [*own, *(f'measured on {pretrain.describe_source(s)}' for s in text)]
 
 
-def _describe_source(s: PreparedSource) -> str:
-    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+def describe_source(config: Config, s: PreparedSource) -> str:
+    c, order = s.counts, pairs.PairOrder(s.train, config.seq_len, seed=0)
     return (
         f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-        f'{c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+        f'{c["heldout_documents"]:,} held out; {sft.told_of_length(order)}; {pretrain.told_of_drops(s)}'
     )

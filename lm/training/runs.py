@@ -172,8 +172,8 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path |
       chosen: the settings that the command line names or moves.
 
     Raises:
-      UsageError: one of them is a model.* that differs, a branch has other data, or there is no such run or
-        checkpoint.
+      UsageError: one of them is a model.* that differs, a branch has other data, a stage that speaks is to start from
+        a reward model, or there is no such run or checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
@@ -182,6 +182,11 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path |
     if not resumed:
         checkpoint.locate(parent)
     saved = read_config(str(workdir) if resumed else parent)['config']
+    if is_scored(saved) and config.stage != saved['stage']:
+        raise UsageError(
+            f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
+            f'that it started from ({saved["init_from"]})'
+        )
     if config.branch_from and not resumed:
         _check_branch(config, saved)
     model = saved['model']
