@@ -13,7 +13,6 @@ from lm import processes
 from lm.config import Config
 from lm.data import cache
 from lm.data import pairs as pair_data
-from lm.data.decline import is_decline
 from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt
 from lm.errors import UsageError
@@ -160,9 +159,7 @@ def make_evaluate(
         told = answers.answered(
             params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
         )  # fmt: skip
-        # What it says of real names tells how well it answers; where it should decline there is nothing to say.
-        found = answers.quality([a for a in told if not is_decline(a.truth)] or told)
-        return found | (answers.refusals(told) if any(is_decline(a.truth) for a in told) else {})
+        return answers.metrics(told)
 
     def measure_reference() -> None:
         params = load_reference(config, cfg, runs.abstract_params(cfg), recorder.say)
