@@ -33,7 +33,7 @@ from lm import runtime, sharding
 from lm.config import INT32_MAX, MAX_NEW_TOKENS
 from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.evals import scores, tasks
-from lm.evals.tasks import TASKS, Limits, Subject
+from lm.evals.tasks import Limits, Subject
 from lm.training import runs
 
 HARNESS = 'lm_eval:'
