@@ -95,14 +95,15 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.score:
         return score(flags)
     given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
+    fit = {run: tasks.fitting(named, run, saved[run]) for run in flags.runs}
     planned = {} if harness and not named else tasks.plan(named, saved, given, say)
-    fit = {run: tasks.fitting(planned, run, saved[run], asked=named is not None) for run in flags.runs}
     runtime.start_jax()
     found = []
     for run in flags.runs:
         with sharding.use_mesh():
             subject = Subject(run, runs.load(run, warn=say), say)
-            metrics = tasks.measure(subject, fit[run], planned, Limits(flags.rows, flags.max_new_tokens))
+            own = {name: mixture for name, mixture in planned.items() if name in fit[run]}
+            metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
             metrics |= ask_harness(subject, harness, flags) if harness else {}
             of = {'run': run, 'stage': saved[run]['stage'], 'step': subject.model.step, 'devices': jax.device_count()}
             found.append(of | metrics)

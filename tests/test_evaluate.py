@@ -17,7 +17,16 @@ from lm.evals import preferences, tasks
 from lm.training import normalisation, runs
 
 CONFIGS = running.ROOT / 'configs'
-SHORT = {'steps': 2, 'optim__warmup': 1, 'eval__every': 2, 'eval__rows': 4, 'checkpoint__every': 2}
+# One microbatch: none is timed.
+SHORT = {
+    'steps': 2,
+    'microbatch': 8,
+    'model__layers': 1,
+    'optim__warmup': 1,
+    'eval__every': 2,
+    'eval__rows': 4,
+    'checkpoint__every': 2,
+}
 
 
 def write(path, records):
@@ -36,7 +45,7 @@ def chain(lab, tmp_path_factory):
 
     def train(stage, parent, mixture):
         start = {} if parent is None else {'init_from': str(folder / parent), **lab.inherited}
-        lab.train(folder / stage, config=str(CONFIGS / f'{stage}.py'), **SHORT, data__mixture=mixture, **start)
+        lab.train(folder / stage, config=str(CONFIGS / f'{stage}.py'), **SHORT | start, data__mixture=mixture)
         return str(folder / stage)
 
     yield {

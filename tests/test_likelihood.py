@@ -24,7 +24,7 @@ def ids(rng, n, vocab=250):
 
 def make_requests():
     rng = np.random.default_rng(0)
-    return [Request(ids(rng, a), ids(rng, b)) for a, b in [(1, 3), (5, 4), (40, 6), (1, 45), (3, 0)]]
+    return [Request(ids(rng, a), ids(rng, b)) for a, b in [(1, 3), (5, 4), (40, 6), (1, 150), (3, 0)]]
 
 
 def test_windows_as_the_harness_documents_them():
@@ -51,7 +51,7 @@ def directly(params, cfg, request):
     total, greedy = 0.0, True
     for window, asked in windows(*request, LENGTH):
         logp, best = logp_and_best(params, cfg, np.array([window], np.int32))
-        total += float(np.sum(logp[-asked:], dtype=np.float64))
+        total += float(np.sum(np.asarray(logp)[-asked:], dtype=np.float64))
         greedy &= best[-asked:].tolist() == window[-asked:]
     return total, greedy
 
@@ -76,7 +76,7 @@ def test_log_likelihoods_are_those_of_the_head(mesh, tiny, monkeypatch):
     found = likelihood.log_likelihoods(params, cfg, requests, length=LENGTH, done=seen.append)
     np.testing.assert_allclose([f[0] for f in found], [e[0] for e in right], rtol=1e-5, atol=1e-5)
     assert [f[1] for f in found] == [e[1] for e in right] == [False, True, False, False, True]
-    assert found[4] == (0.0, True) and seen == [2, 2, 2]
+    assert found[4] == (0.0, True) and sum(seen) == 13 and len(seen) > 1
 
 
 def test_text_before_the_first_stop():

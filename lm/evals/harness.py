@@ -4,9 +4,9 @@
     from lm.evals.harness import Harness
     lm_eval.simple_evaluate(model=Harness('runs/sft'), tasks=['hellaswag'], apply_chat_template=True)
 
-The harness hands texts around, and a text of ours never becomes a control symbol. So a conversation comes to it with the
-name of each control symbol between two characters for private use, and is known by them when it comes back, alone or
-with more text after it.
+The harness hands texts around, and a text of ours never becomes a control symbol. So a conversation comes to it with
+the name of each control symbol between two characters for private use, and is known by them when it comes back, alone
+or with more text after it.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""How likely a text is after another, whether greedy decoding would give it, and text up to a stop string: what tasks of
-multiple choice, perplexity and generation ask of a model."""
+"""How likely a text is after another, whether it is what greedy decoding gives, and text up to a stop string: what
+tasks of multiple choice, perplexity and generation ask of a model."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

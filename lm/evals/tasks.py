@@ -241,24 +241,23 @@ def pretraining(config: Mapping[str, Any]) -> str | None:
 # ---- measuring ----
 
 
-def fitting(planned: Mapping[str, str | None], run: str, config: Mapping[str, Any], *, asked: bool) -> list[str]:
-    """The tasks that a run can be measured on: a reward model has preferences alone.
+def fitting(names: Sequence[str] | None, run: str, config: Mapping[str, Any]) -> list[str]:
+    """Those of some tasks (None: all) that a run can be measured on: a reward model has preferences alone.
 
-    Raises UsageError if others were asked for, and none of it is left.
+    Raises UsageError if others are asked for, and none is left.
     """
-    fit = [task for task in planned if task == 'preferences' or not runs.is_scored(config)]
-    if planned and not fit and asked:
+    fit = [task for task in names or TASKS if task == 'preferences' or not runs.is_scored(config)]
+    if names and not fit:
         raise UsageError(f'{run} is a reward model, which gives scores: --tasks=preferences is what it can be asked')
     return fit
 
 
-def measure(
-    subject: Subject, tasks: Sequence[str], planned: Mapping[str, str | None], limits: Limits
-) -> dict[str, float]:
-    """The metrics of tasks, 'eval/SOURCE/NAME' for most. Raises UsageError for data that cannot be had."""
+def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits) -> dict[str, float]:
+    """The metrics of tasks on their mixtures, 'eval/SOURCE/NAME' for most. Raises UsageError for data that cannot be
+    had."""
     metrics = {}
-    for name in tasks:
-        mixture = planned[name] or pretraining(subject.model.config)
+    for name, mixture in planned.items():
+        mixture = mixture or pretraining(subject.model.config)
         if mixture is None:
             subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
             continue
