@@ -17,6 +17,7 @@ from lm.evals import preferences, tasks
 from lm.training import normalisation, runs
 
 CONFIGS = running.ROOT / 'configs'
+STAGES = ('pretrain', 'sft', 'reward', 'dpo')
 # One microbatch: none is timed.
 SHORT = {
     'steps': 2,
@@ -36,22 +37,33 @@ def write(path, records):
 
 @pytest.fixture(scope='module')
 def chain(lab, tmp_path_factory):
-    """Runs of each stage, with what they learned from in `chats` and `pairs`."""
+    """A run of each stage, and what they learn from: `chats` and `pairs`, made of one pretrained run to save time."""
     folder, draw = tmp_path_factory.mktemp('chain'), random.Random(1)
     said = lambda: ' '.join(draw.choices(running.WORDS, k=draw.randint(2, 6)))
     chat = write(folder / 'chat.jsonl', ({'prompt': f'{said()} {i}', 'completion': said()} for i in range(60)))
     sides = lambda i: {'prompt': f'{said()} {i}', 'chosen': said(), 'rejected': said() + ' no'}
     pair = write(folder / 'pairs.jsonl', map(sides, range(60)))
+    lab.train(folder / 'pretrain', **SHORT)
+    train(lab, folder / 'reward', folder / 'pretrain', pair)
+    for stage, mixture in (('sft', chat), ('dpo', pair)):
+        saved = runs.read_config(str(folder / 'pretrain'))
+        saved['config'] |= {'stage': stage, 'init_from': str(folder / 'pretrain')}
+        saved['config']['data'] |= {'mixture': mixture, 'pretraining': lab.mixture}
+        copy(folder / 'pretrain', folder / stage, saved)
+    return {name: str(folder / name) for name in STAGES} | {'chats': chat, 'pairs': pair}
 
-    def train(stage, parent, mixture):
-        start = {} if parent is None else {'init_from': str(folder / parent), **lab.inherited}
-        lab.train(folder / stage, config=str(CONFIGS / f'{stage}.py'), **SHORT | start, data__mixture=mixture)
-        return str(folder / stage)
 
-    yield {
-        'chats': chat, 'pairs': pair, 'pretrain': train('pretrain', None, lab.mixture),
-        'sft': train('sft', 'pretrain', chat), 'reward': train('reward', 'sft', pair), 'dpo': train('dpo', 'sft', pair),
-    }  # fmt: skip
+def train(lab, workdir, parent, mixture):
+    settings = SHORT | {'init_from': str(parent), 'data__mixture': mixture} | lab.inherited
+    lab.train(workdir, config=str(CONFIGS / f'{workdir.name}.py'), **settings)
+
+
+def copy(run, to, saved):
+    """The same weights under other settings."""
+    to.mkdir()
+    for name in ('checkpoints', 'tokenizer'):
+        (to / name).symlink_to(f'{run}/{name}')
+    (to / 'config.json').write_text(json.dumps(saved))
 
 
 @pytest.fixture
@@ -66,9 +78,6 @@ def call(monkeypatch, capsys):
     return run
 
 
-STAGES = ('pretrain', 'sft', 'reward', 'dpo')
-
-
 def test_stages_are_rows(call, chain, lab):
     words = [f'--{name}={chain[name]}' for name in ('chats', 'pairs')]
     status, out, err = call(*(chain[s] for s in STAGES), *words, '--rows=4', '--max_new_tokens=4')
@@ -81,11 +90,10 @@ def test_stages_are_rows(call, chain, lab):
         assert rows[stage][f'eval/{pair}/longer_wins'] == rows['reward'][f'eval/{pair}/longer_wins'], 'the same pairs'
     assert {f'eval/{pair}/{k}' for k in ('accuracy', 'calibration_error', 'length_correlation')} <= set(rows['reward'])
     assert not asked & set(rows['reward'])
-    # Each is what the stage's own evaluation said.
-    for stage, key in (('sft', f'eval/{chat}/f1'), ('reward', f'eval/{pair}/log_loss'),
-                       ('dpo', f'eval/{pair}/accuracy_per_token'), ('dpo', f'eval/{pair}/accuracy'),
-                       ('dpo', f'eval/{pair}/reference_chosen_loss'), ('sft', f'eval/{one}/bpb')):  # fmt: skip
-        assert rows[stage][key] == pytest.approx(running.measured(chain[stage])[2, key], rel=1e-5), (stage, key)
+    assert rows['dpo'][f'eval/{pair}/accuracy'] == 0.5, 'it is its reference'
+    assert rows['dpo'][f'eval/{chat}/f1'] == rows['pretrain'][f'eval/{chat}/f1']
+    measured_there = running.measured(chain['reward'])[2, f'eval/{pair}/log_loss']
+    assert rows['reward'][f'eval/{pair}/log_loss'] == pytest.approx(measured_there, rel=1e-5)
     table = [line.split() for line in err.splitlines()]
     assert ['chat.jsonl', 'pairs.jsonl', 'one.jsonl', 'two.jsonl'] in table
     numbers = next(cells for cells in table if cells[:1] == [chain['reward']])
@@ -103,16 +111,31 @@ def test_runs_on_their_own_data_are_asked_about_those(call, chain):
 
 
 def test_an_implicit_reward_needs_its_reference(call, chain, tmp_path):
-    (tmp_path / 'dpo').mkdir()
-    for name in ('checkpoints', 'tokenizer'):
-        (tmp_path / 'dpo' / name).symlink_to(f'{chain["dpo"]}/{name}')
     saved = runs.read_config(chain['dpo'])
     saved['config']['init_from'] = str(tmp_path / 'gone')
-    (tmp_path / 'dpo' / 'config.json').write_text(json.dumps(saved))
+    copy(chain['dpo'], tmp_path / 'dpo', saved)
     status, out, err = call(tmp_path / 'dpo', '--tasks=preferences', f'--pairs={chain["pairs"]}', '--rows=2')
     found = running.one_object(out)
     assert status == 0 and f'eval/{chain["pairs"]}/accuracy_per_token' in found
     assert f'eval/{chain["pairs"]}/accuracy' not in found and 'no implicit rewards without its reference' in err
+
+
+@pytest.mark.slow
+def test_rows_are_what_the_stages_measured(call, chain, lab, tmp_path):
+    chat, pair, one = chain['chats'], chain['pairs'], lab.folder / 'one.jsonl'
+    train(lab, tmp_path / 'sft', chain['pretrain'], chat)
+    train(lab, tmp_path / 'dpo', tmp_path / 'sft', pair)
+    words = (f'--chats={chat}', f'--pairs={pair}', '--rows=4', '--max_new_tokens=4')
+    status, out, _ = call(tmp_path / 'sft', tmp_path / 'dpo', *words)
+    sft, dpo = running.one_object(out)['runs']
+    assert status == 0
+    for row, keys in (
+        (sft, (f'{chat}/f1', f'{chat}/ended', f'{one}/bpb', 'bpb')),
+        (dpo, (f'{pair}/accuracy_per_token', f'{pair}/accuracy', f'{pair}/reference_chosen_loss', f'{one}/bpb')),
+    ):
+        there = running.measured(row['run'])
+        for key in keys:
+            assert row[f'eval/{key}'] == pytest.approx(there[2, f'eval/{key}'], rel=1e-5), key
 
 
 # ---- which tasks, on what ----

@@ -57,9 +57,8 @@ SAID = [
 def test_a_conversation_comes_back_as_the_templates_ids(model, tokenizer, monkeypatch, template):
     jinja = ChatTemplate()
     if template == 'with a line':  # the answer begins after text
-        body = "<|user|>{{ messages[0]['content'] }}<|end|>\n" if False else ''
         jinja = ChatTemplate(
-            body + "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
         )
     monkeypatch.setattr(Subject, 'template', jinja)
@@ -93,7 +92,7 @@ def test_contexts_begin_with_bos_once_and_spaces_go_to_the_continuation(model, t
 
 def test_likelihoods(model, tokenizer):
     long = TEXT * 6
-    found = model.loglikelihood(asked((TEXT, 'the bucket'), ('', 'the'), (long, ' table'), (TEXT, '')), True)
+    found = model.loglikelihood(asked((TEXT, 'the bucket'), ('', 'the'), (long, ' table'), ('the', '')), True)
     assert all(logp < 0 for logp, _ in found[:3]) and found[3] == (0.0, True)
     # What is cut on the left does not count.
     kept = tokenizer.decode(model.encode(long)[-model.max_length :])
