@@ -100,6 +100,11 @@ class ChatTemplate:
         plan = _plan(self, tokenizer, _roles(messages), True)
         return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
 
+    def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
+        """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
+        plan = _plan(self, tokenizer, _roles(messages), True)
+        return _filled(plan, said(plan.shape, messages)[0])
+
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
 
@@ -165,13 +170,16 @@ class _Plan(NamedTuple):
 
 def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
     """The ids of each part of the plan."""
+    pieces = _filled(plan, texts)
+    found = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
+    for piece in pieces:
+        yield next(found) if isinstance(piece, str) else [piece]
 
-    def filled(part: _Part) -> str:
-        return ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
 
-    found = iter(tokenizer.encode_batch([filled(part) for part in plan.parts if part.control is None]))
-    for part in plan.parts:
-        yield next(found) if part.control is None else [part.control]
+def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
+    """Each part of the plan: a control symbol, or a text with its contents in it."""
+    text = lambda part: ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
+    return [text(part) if part.control is None else part.control for part in plan.parts]
 
 
 @lru_cache(maxsize=8192)

@@ -1,7 +1,7 @@
 """What the stages that learn from pairs have in common: their data and batches."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
 from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
+from lm.evals import preferences
 from lm.stages import pretrain, sft, wiring
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
@@ -63,15 +64,8 @@ def epoch(config: Config, data: PairData) -> int:
     return mixture.rows_in_epoch() // config.batch_size
 
 
-def _rows(needed: int, microbatches: int = 1) -> int:
-    """Rows of a batch that needs so many: a multiple of what microbatches and devices share."""
-    mesh = jax.sharding.get_mesh().shape
-    parts = microbatches * mesh['data'] * mesh['fsdp']
-    return -(-needed // parts) * parts
-
-
 def _rows_of_run(config: Config, needed: int) -> int:
-    return _rows(needed, config.batch_size // config.microbatch)
+    return preferences.rows_shared(needed, config.batch_size // config.microbatch)
 
 
 def batch(
@@ -121,14 +115,10 @@ def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
     return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
 
 
-def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> Iterator[tuple[np.ndarray, Any]]:
-    """(numbers of its pairs in the order of their slots, batch) of the first pairs of a store, on the mesh."""
-    at_once = _rows(1) * max(1, PLACES // (store.sides * config.seq_len))
-    found = pairs.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
-    rows = _rows(found.shape[0])
-    for i in range(found.steps):
-        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
-        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
+    """`preferences.in_order` of the first pairs of a store, as many at once as are quick."""
+    at_once = preferences.rows_shared(1) * max(1, PLACES // (store.sides * config.seq_len))
+    return preferences.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
 
 
 def describe(config: Config, data: PairData) -> list[str]:

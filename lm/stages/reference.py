@@ -18,7 +18,6 @@ from lm import files, processes
 from lm.config import Config
 from lm.data import cache, store
 from lm.data import pairs as pair_data
-from lm.data.decline import is_decline
 from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
 from lm.evals import answers, preferences
@@ -54,9 +53,7 @@ def _answered(config: Config, cfg: ModelConfig, data: PairData, params: Any, s: 
     told = answers.answered(
         params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
     )
-    # What it says of real names tells how well it answers; where it should decline there is nothing to say.
-    found = answers.quality([a for a in told if not is_decline(a.truth)] or told)
-    return found | (answers.refusals(told) if any(is_decline(a.truth) for a in told) else {})
+    return answers.metrics(told)
 
 
 def of_training(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> list[Measured]:
