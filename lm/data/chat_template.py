@@ -168,8 +168,11 @@ def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterato
 
 def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
     """Each part of the plan: a control symbol, or a text with its contents in it."""
-    text = lambda part: ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
-    return [text(part) if part.control is None else part.control for part in plan.parts]
+
+    def filled(part: _Part) -> str:
+        return ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
+
+    return [filled(part) if part.control is None else part.control for part in plan.parts]
 
 
 @lru_cache(maxsize=8192)
