@@ -17,6 +17,7 @@ lm_eval:TASK  a task of EleutherAI's lm-evaluation-harness by its name, or a tas
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -84,6 +85,8 @@ def asked(flags: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
         return None, []
     names = [name.strip() for name in flags.tasks.split(',')]
     harness = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
+    if harness and importlib.util.find_spec('lm_eval') is None:
+        raise UsageError(f"{HARNESS}TASK needs the package lm-eval: pip install 'lm[eval]'")
     return tasks.known([name for name in names if not name.startswith(HARNESS)]), harness
 
 
@@ -125,11 +128,9 @@ def score(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask_harness(subject: Subject, names: Sequence[str], flags: argparse.Namespace) -> dict[str, float]:
-    """The metrics of tasks of lm-evaluation-harness. Raises UsageError if it is not installed, or has no such task."""
-    try:
-        from lm.evals import harness
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{HARNESS}TASK needs the package lm-eval ({error}): pip install 'lm[eval]'") from None
+    """The metrics of tasks of lm-evaluation-harness. Raises UsageError for one that it does not have."""
+    from lm.evals import harness  # imports lm_eval, which not everyone has
+
     options = {'num_fewshot': flags.num_fewshot, 'apply_chat_template': flags.apply_chat_template, 'limit': flags.rows}
     return harness.measure(subject, names, **options)
 
@@ -153,7 +154,8 @@ def columns(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]
                 yield key, os.path.basename(source), words
     for key in keys:
         if key.startswith('lm_eval/') and '_stderr' not in key:
-            yield key, *key.removeprefix('lm_eval/').rsplit('/', 1)
+            task, _, metric = key.removeprefix('lm_eval/').rpartition('/')
+            yield key, task, metric
 
 
 def source_of(key: str) -> str:

@@ -78,13 +78,13 @@ def _shape(longest: int, left: int) -> tuple[int, int]:
 
 def _batch(parts: Sequence[tuple[int, list[int], int]], rows: int, width: int) -> dict[str, jax.Array]:
     """Each part in a row; what follows it is padding that no token before it sees."""
-    batch = {name: np.zeros((rows, width), np.int32) for name in ('tokens_BT', 'targets_BT')}
-    batch['weights_BT'] = np.zeros((rows, width), np.float32)
+    tokens_BT, targets_BT = np.zeros((2, rows, width), np.int32)
+    weights_BT = np.zeros((rows, width), np.float32)
     for row, (_, ids, asked) in enumerate(parts):
         n = len(ids) - 1
-        batch['tokens_BT'][row, :n], batch['targets_BT'][row, :n] = ids[:-1], ids[1:]
-        batch['weights_BT'][row, n - asked : n] = 1
-    return sharding.shard_batch(batch)
+        tokens_BT[row, :n], targets_BT[row, :n] = ids[:-1], ids[1:]
+        weights_BT[row, n - asked : n] = 1
+    return sharding.shard_batch({'tokens_BT': tokens_BT, 'targets_BT': targets_BT, 'weights_BT': weights_BT})
 
 
 @partial(jax.jit, static_argnames='cfg')
