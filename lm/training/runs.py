@@ -163,13 +163,16 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     return saved
 
 
-def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path | None = None) -> None:
+def inherit_model(
+    config: Config, chosen: Collection[str], workdir: epath.Path | None = None, *, weights: bool = True
+) -> None:
     """With init_from or branch_from, takes the model and the tokenizer of that run.
 
     Once `workdir` holds the run, its own config.json says all that the parent did, and the parent may be gone.
 
     Args:
       chosen: the settings that the command line names or moves.
+      weights: whether a checkpoint of that run will be needed.
 
     Raises:
       UsageError: one of them is a model.* that differs, a branch has other data, a stage that speaks is to start from
@@ -179,7 +182,7 @@ def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path |
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
-    if not resumed:
+    if weights and not resumed:
         checkpoint.locate(parent)
     saved = read_config(str(workdir) if resumed else parent)['config']
     if is_scored(saved) and config.stage != saved['stage']:
