@@ -41,6 +41,7 @@ class Dialogues:
     def settings(self, stage: str, **settings: Any) -> dict[str, Any]:
         own = {'data__mixture': 'chats.jsonl' if stage == 'sft' else 'pairs.jsonl'}
         own['config'] = str(ROOT / 'configs' / f'{stage}.py')
+        own |= {'nll': 0.1} if stage == 'dpo' else {}  # whatever the default is
         if not {'init_from', 'branch_from'} & set(settings):
             own['init_from'] = str(self.run('pretrain' if stage == 'sft' else 'sft'))
         return self.lab.inherited | OPTIONS | own | settings

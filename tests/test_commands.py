@@ -443,7 +443,7 @@ def test_chat_and_evaluate_refuse(call, trained, tmp_path):
     refused(call('evaluate', tmp_path), f'{tmp_path} is not a run')
     refused(call('evaluate', f'{trained}@5'), 'has no checkpoint 5')
     refused(call('evaluate', trained, '--tasks=heldoutt'), '--tasks=heldoutt (did you mean heldout?)')
-    refused(call('evaluate', trained, '--rows=0'), '--rows=0 must be at least 1')
+    refused(call('evaluate', trained, '--tasks=heldout', '--rows=0'), '--rows=0 must be at least 1')
     refused(call('evaluate', trained, '--tasks=heldout', '--mixture=/no/such.jsonl'), '/no/such.jsonl')
     refused(call('inspect', f'--config={running.CONFIG}', '--rows=-1'), '--rows=-1')
     (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)

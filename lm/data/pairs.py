@@ -27,6 +27,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
 SIDES = ('chosen', 'rejected', 'mismatched')
+MULTIPLE = 128  # of a row's places: attention's blocks and a TPU's vectors divide it
 _FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'table.npy')
 Batch = dict[str, np.ndarray]
 
@@ -164,8 +165,8 @@ class PairOrder:
 class PairBatches:
     """Batches of `batch_size` pairs: a pure function of what is mixed, batch_size and i.
 
-    All batches of a run have the same shape: as many rows as the fullest of its `steps` batches needs, each of
-    sides·seq_len places, and room for as many pairs a row as any of its rows has.
+    All batches of a run have the same shape: as many rows as the fullest of its `steps` batches needs, each of `width`
+    places, and room for as many pairs a row as any of its rows has.
 
     Attributes:
       mixture: of PairOrders.
@@ -185,10 +186,12 @@ class PairBatches:
     def sides(self) -> int:
         return self.orders[0].store.sides
 
-    @property
+    @cached_property
     def width(self) -> int:
-        """Places a row."""
-        return self.sides * self.orders[0].seq_len
+        """Places a row: what the longest pair needs, for a row of many short pairs makes attention look at much that it
+        must not see; a multiple of MULTIPLE, and at most sides·seq_len."""
+        longest = max(int(order.lengths[order.kept].max()) for order in self.orders)
+        return min(-(-longest // MULTIPLE) * MULTIPLE, self.sides * self.orders[0].seq_len)
 
     def pairs(self, i: int) -> list[tuple[int, int]]:
         """(source, number) of each pair of batch i."""

@@ -71,15 +71,14 @@ def _rows_of_run(config: Config, needed: int) -> int:
 def batch(
     config: Config, data: PairData | None, *, sides: int = 2, reference: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as shapes and shardings; without data of the most rows that it may need, one a pair."""
+    """A batch as shapes and shardings; without data of the most that it may need, a row of the longest for each pair."""
     if data is None:
-        needed, a_row = config.batch_size, 1
+        needed, a_row, width = config.batch_size, 1, sides * config.seq_len
     else:
-        needed, a_row = batches(config, data).shape
-    shapes = pairs.abstract(
-        _rows_of_run(config, needed), sides * config.seq_len, a_row, sides=sides, reference=reference
-    )
-    return abstract_arrays(shapes)
+        found = batches(config, data)
+        (needed, a_row), width = found.shape, found.width
+    rows = _rows_of_run(config, needed)
+    return abstract_arrays(pairs.abstract(rows, width, a_row, sides=sides, reference=reference))
 
 
 def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:

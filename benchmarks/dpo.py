@@ -1,0 +1,77 @@
+"""Direct preference optimisation in tokens per second: `python benchmarks/dpo.py [--peer=trl] [--size=7M|laptop] …`.
+
+The step of stage dpo (forward, backward, clipping, AdamW) on the first batches of 64 programmatic pairs, the
+reference's log-probs known before; random weights, 7.2M parameters (dim 256, 6 layers, 4 heads, ffn 768, vocabulary
+4,096, tied) or the laptop's 1.4M. Batches lie on the device: collation, evaluation, logging and saving are in neither
+side's time. A token is one of a pair's two sequences, prompt and response, padding is none; the same pairs are trained
+on in each round, so a ratio of times is a ratio of tokens.
+
+With --peer rounds of TRL's DPOTrainer take turns with ours, in this process, as benchmarks/pretrain.py does it: the
+same pairs in as many updates, the same weights, `precompute_ref_log_probs`, its own collated batches, its own
+`training_step` (loss, backward), clipping, fused AdamW; no gradient checkpointing and no bfloat16, which are its
+defaults and slower here. Tried, and the fastest taken: several batch sizes with gradients accumulated, in its default
+order and grouped by length. Prints one JSON line; `ratio_per_place` is the ratio without what padding costs.
+"""
+
+import dataclasses
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import posttraining
+from posttraining import Batch, Example
+
+from lm.config import Config
+from lm.data import pairs
+from lm.errors import run_command
+from lm.model import sequences
+from lm.stages import dpo
+
+
+def responses(batch: Batch) -> list[Example]:
+    """Both sides of each pair of a packed batch, read from its rows."""
+    found = []
+    for row, slots in enumerate(batch['weight_BP'].sum(1).astype(int)):
+        number, tokens, weights = (batch[f'{k}_BT'][row] for k in ('sequence', 'tokens', 'weights'))
+        places = [np.flatnonzero(number == i) for i in range(2 * slots)]
+        read = [(tokens[at].tolist(), [False, *(weights[at][:-1] > 0).tolist()]) for at in places]
+        found += zip(read[::2], read[1::2], strict=True)
+    return found
+
+
+def reference(batches: list[Batch]) -> np.ndarray:
+    """[pairs, 2]: the reference's log-probs, in the order of `responses`."""
+    filled = [batch['weight_BP'] > 0 for batch in batches]
+    of_side = lambda name: [b[f'reference_{name}_BP'][here] for b, here in zip(batches, filled, strict=True)]
+    return np.stack([np.concatenate(of_side(name)) for name in pairs.SIDES[:2]], axis=1)
+
+
+def with_reference(params: Any, cfg: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with log-probs by the weights that it starts from."""
+    known = jax.jit(partial(sequences.log_probs, cfg=cfg))(params, batch=batch)
+    return batch | {f'reference_{name}_BP': x for name, x in zip(pairs.SIDES, known, strict=False)}
+
+
+def measure(flags: Any, config: Config) -> None:
+    dpo.settle(config)
+    stage = dpo.stage(config)
+    data = posttraining.prepare(stage, config)
+    none = tuple(np.zeros((s.train.pairs, s.train.sides), np.float32) for s in data.own.sources)  # until it is known
+    data = dataclasses.replace(data, reference=none)
+    options = {'steps': flags.steps, 'read': responses, 'finish': with_reference}
+    mine, theirs = posttraining.ours(stage, config, data, **options), []
+    if flags.peer:
+        import trl_peer
+
+        theirs = trl_peer.dpo(mine, reference(mine.batches), steps=flags.steps, longest=config.seq_len)
+    posttraining.race('dpo', flags, config, mine, theirs)
+
+
+def main() -> None:
+    posttraining.run(measure, *posttraining.parse('dpo', __doc__, 'configs/dpo.py', [('nll', '0')]))
+
+
+if __name__ == '__main__':
+    sys.exit(run_command(main))

@@ -1,0 +1,193 @@
+"""What the benchmarks of training after pretraining share: our side of it, the race against a peer, its JSON line."""
+
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from common import fresh_state
+
+from lm import config as configs
+from lm import runtime, sharding
+from lm.config import Config
+from lm.errors import Parser, UsageError
+from lm.model.transformer import ModelConfig
+from lm.stages import pretrain, setup, wiring
+from lm.training import runs
+
+# Llama's graph, so that the peer's model is the same one.
+SIZES = {
+    '7M': {'dim': 256, 'layers': 6, 'heads': 4, 'kv_heads': 4, 'head_dim': 64, 'ffn_dim': 768},
+    'laptop': {},
+}
+RATE = '1e-6'  # so small that each round finds the same weights: the losses of both sides can be compared
+SETTINGS = [('model.qk_norm', 'false'), ('optim.name', 'adamw'), ('optim.lr', RATE), ('data.replay', '0')]
+PRETRAINING = 'configs/pretrain.py'  # whose tokenizer the conversations are written with
+POOL = 16  # batches that the examples are from: the peer groups by length over all of them
+PAUSE = 0.1  # seconds: the other's threads spin for a while
+Encoded = tuple[list[int], list[bool]]  # ids, and which of them are to be learned
+Example = tuple[Encoded, ...]  # a conversation, or both sides of a pair
+Batch = Mapping[str, np.ndarray]
+
+
+class Side(NamedTuple):
+    """One that trains on the examples."""
+
+    name: str
+    round: Callable[[], float]  # trains on a few batches of them; returns the loss
+    tokens: int  # of the examples in a round
+    places: int  # for tokens, that a round computes, padding and all
+
+    @property
+    def padding(self) -> float:
+        return 1 - self.tokens / self.places
+
+
+class Ours(NamedTuple):
+    """Our side, and what the other one needs to train on the same."""
+
+    side: Side
+    examples: list[Example]  # of all batches
+    batches: list[Batch]
+    params: Any  # on the host, before training
+    cfg: ModelConfig
+
+
+def parse(name: str, doc: str | None, config: str, extra: Sequence[tuple[str, str]] = ()) -> tuple[Any, Config]:
+    """(the flags, the config, where a size's settings come before what the command line sets).
+
+    Raises UsageError if the peer is asked for and not installed.
+    """
+    parser = Parser(f'python benchmarks/{name}.py', doc)
+    parser.add_argument('--config', default=config)
+    parser.add_argument('--peer', choices=('trl',), help='compare with it; needs the extra `peers`')
+    parser.add_argument('--size', choices=tuple(SIZES), default='7M')
+    parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--steps', type=int, default=4, help='updates a round')
+    words, settings = configs.split_settings(sys.argv[1:])
+    flags = parser.parse_args(words)
+    if flags.peer and not importlib.util.find_spec(flags.peer):
+        raise UsageError(f"--peer={flags.peer} is not installed: pip install -e '.[peers]'")
+    size = [(f'model.{key}', str(value)) for key, value in SIZES[flags.size].items()]
+    return flags, configs.load(flags.config, [*size, *SETTINGS, *extra, *settings])[0]
+
+
+def quiet(line: str, **_: Any) -> None:
+    """What a stage says goes to stderr: stdout is for the JSON line."""
+    print(line, file=sys.stderr)
+
+
+def prepare(stage: wiring.Stage, config: Config) -> Any:
+    """The stage's data, in the words of the tokenizer that the default pretraining makes."""
+    text, _ = configs.load(PRETRAINING, [])
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain.prepare_text(text, None, quiet).tokenizer.save(folder)
+        return stage.prepare(config, folder, quiet)
+
+
+def ours(
+    stage: wiring.Stage, config: Config, data: Any, *, steps: int, read: Callable[[Batch], list[Example]],
+    finish: Callable[[Any, ModelConfig, Any], Any] | None = None,
+) -> Ours:  # fmt: skip
+    """Our side: the compiled step of a stage, its microbatch settled as a run settles it, on batches that lie on the
+    device.
+
+    Args:
+      steps: a round's.
+      read: the examples of a batch.
+      finish: (params, cfg, batch) -> the batch, with what depends on the weights.
+    """
+    setup.resolve(config, None, epoch=stage.epoch(config, data))
+    cfg = runs.model_config(config)
+    optimizer, rate = setup.make_optimizer(config)
+    abstract = wiring.abstract_state(stage, config, cfg, optimizer)
+    build = partial(wiring.compile_step, stage, config, cfg, data, optimizer, rate, abstract)
+    first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
+    step, _ = setup.settle_microbatch(config, cfg, abstract, build, first)
+    state, source = fresh_state(cfg, optimizer), stage.source(config, data, 0)
+    params = jax.device_get(state.trainable)
+    batches = [source(None, i) for i in range(max(POOL, steps))]
+    batches = [finish(state.trainable, cfg, b) for b in batches] if finish else batches
+
+    def train() -> float:
+        nonlocal state
+        losses = []
+        for batch in batches[:steps]:
+            state, metrics = step(state, batch)
+            losses.append(metrics['loss'])
+        return float(np.mean(jax.device_get(losses)))
+
+    found = list(map(read, jax.device_get(batches)))
+    places = sum(batch['tokens_BT'].size for batch in batches[:steps])
+    side = Side(f'microbatch {config.microbatch}', train, tokens(sum(found[:steps], [])), places)
+    return Ours(side, sum(found, []), jax.device_get(batches), params, cfg)
+
+
+def tokens(examples: Sequence[Example]) -> int:
+    """How many there are, without padding."""
+    return sum(len(ids) for example in examples for ids, _ in example)
+
+
+def seconds(side: Side) -> float:
+    """How long a round takes, for a token of it."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    side.round()
+    return (time.perf_counter() - start) / side.tokens
+
+
+def best(sides: Sequence[Side]) -> tuple[Side, dict[str, float]]:
+    """(the fastest, {name: tokens per second}) by the second of two rounds."""
+    found = {}
+    for side in sides:
+        side.round()
+        found[side.name] = 1 / seconds(side)
+    return max(sides, key=lambda side: found[side.name]), found
+
+
+def race(name: str, flags: Any, config: Config, found: Ours, theirs: Sequence[Side]) -> None:
+    """Prints the result of rounds that take turns."""
+    mine, count = found.side, sum(x.size for x in jax.tree.leaves(found.params))
+    result = {
+        'benchmark': name, 'size': flags.size, 'parameters': count, 'batch': [config.batch_size, config.seq_len],
+        'setting': mine.name, 'loss': mine.round(), 'padding': mine.padding, 'round_tokens': mine.tokens,
+        'device': jax.devices()[0].device_kind, 'threads': os.cpu_count(), 'jax': jax.__version__,
+    }  # fmt: skip
+    peer, tried = best(theirs) if theirs else (None, {})
+    own, others = [], []
+    for _ in range(flags.rounds):
+        own.append(seconds(mine))
+        others += [seconds(peer)] if peer else []
+    result['tokens_per_s'] = 1 / statistics.median(own)
+    if peer:
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(others, own, strict=True))
+        result |= {
+            'peer': _versions(), 'peer_setting': peer.name, 'peer_tried': {k: round(v) for k, v in tried.items()},
+            'peer_loss': peer.round(), 'peer_padding': peer.padding, 'peer_round_tokens': peer.tokens,
+            'peer_tokens_per_s': 1 / statistics.median(others), 'ratio': ratio,
+            'ratio_per_place': ratio * (1 - peer.padding) / (1 - mine.padding),
+        }  # fmt: skip
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+def _versions() -> str:
+    import torch
+    import transformers
+    import trl
+
+    return f'trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}'
+
+
+def run(main: Callable[[Any, Config], None], flags: Any, config: Config) -> None:
+    """Calls main under the config's mesh."""
+    runtime.setup()
+    with sharding.use_mesh(config.mesh):
+        main(flags, config)

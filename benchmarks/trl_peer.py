@@ -1,0 +1,127 @@
+"""TRL as a peer: its trainers' steps on a CPU, at several settings (`pip install -e '.[peers]'`)."""
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+from peers import torch_llama
+from posttraining import POOL, RATE, Example, Ours, Side
+
+from lm.model.transformer import ModelConfig
+
+os.environ.setdefault('TQDM_DISABLE', '1')
+IGNORED = -100
+PADDED_SIZES, PACKED_SIZES = (4, 8, 16), (1, 2)  # conversations, and packed rows, at once
+DPO_SIZES = (2, 4, 8, 16)  # pairs at once
+ORDERS = {'grouped by length': 'group_by_length', 'default order': 'random'}
+
+
+def sft(ours: Ours, *, steps: int, longest: int) -> list[Side]:
+    """SFTTrainer with padding and grouping by length, and with packing."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [_labelled(*example) for example in ours.examples]
+
+    def side(name: str, size: int, **options: Any) -> Side:
+        config = SFTConfig(**_arguments(size), max_length=longest, **options)
+        trainer = SFTTrainer(_model(ours, longest), config, **_data(rows, ours.cfg))
+        return _side(f'{name}, {size} at once', trainer, steps)
+
+    padded = [side('padded, grouped by length', n, train_sampling_strategy='group_by_length') for n in PADDED_SIZES]
+    return padded + [side('packed', n, packing=True) for n in PACKED_SIZES]
+
+
+def dpo(ours: Ours, reference: np.ndarray, *, steps: int, longest: int) -> list[Side]:
+    """DPOTrainer with the reference's log-probs, [pairs, 2], known before."""
+    from trl import DPOConfig, DPOTrainer
+
+    class Known(DPOTrainer):
+        """One whose data are ids and have the log-probs already; it would make both itself, before it trains."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    rows = [_pair(example, *known) for example, known in zip(ours.examples, reference.tolist(), strict=True)]
+
+    def side(order: str, size: int) -> Side:
+        config = DPOConfig(
+            **_arguments(size), max_length=longest, precompute_ref_log_probs=True, remove_unused_columns=False,
+            train_sampling_strategy=ORDERS[order],
+        )  # fmt: skip
+        trainer = Known(_model(ours, longest), args=config, **_data(rows, ours.cfg))
+        return _side(f'{order}, {size} pairs at once', trainer, steps)
+
+    return [side(order, n) for order in ORDERS for n in DPO_SIZES]
+
+
+def _labelled(conversation: tuple[list[int], list[bool]]) -> dict[str, Any]:
+    ids, trained = conversation
+    return {'input_ids': ids, 'labels': [i if t else IGNORED for i, t in zip(ids, trained, strict=True)]}
+
+
+def _pair(example: Example, ref_chosen: float, ref_rejected: float) -> dict[str, Any]:
+    (chosen, trained), (rejected, _) = example
+    prompt = trained.index(True)
+    return {
+        'prompt_ids': chosen[:prompt], 'chosen_ids': chosen[prompt:], 'rejected_ids': rejected[prompt:],
+        'ref_chosen_logps': ref_chosen, 'ref_rejected_logps': ref_rejected, 'length': max(len(chosen), len(rejected)),
+    }  # fmt: skip
+
+
+def _arguments(size: int) -> dict[str, Any]:
+    """The settings that all trainers share."""
+    return {
+        'output_dir': tempfile.gettempdir(), 'per_device_train_batch_size': size, 'use_cpu': True, 'bf16': False,
+        'gradient_checkpointing': False, 'optim': 'adamw_torch_fused', 'weight_decay': 0.1, 'max_grad_norm': 1.0,
+        'learning_rate': float(RATE), 'report_to': 'none', 'save_strategy': 'no', 'disable_tqdm': True,
+    }  # fmt: skip
+
+
+def _model(ours: Ours, longest: int) -> Any:
+    return torch_llama(ours.params, ours.cfg, length=longest, attention='sdpa')
+
+
+def _data(rows: list[Any], cfg: ModelConfig) -> dict[str, Any]:
+    """The examples, and the tokenizer that a trainer asks for and has no use for: a word for each id."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    datasets.disable_progress_bars()
+    logging.getLogger('transformers').setLevel(logging.ERROR)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(cfg.vocab_size)}, unk_token='0'))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='0', eos_token='0')
+    return {'train_dataset': datasets.Dataset.from_list(rows), 'processing_class': tokenizer}
+
+
+def _side(name: str, trainer: Any, steps: int) -> Side:
+    """A round of the trainer: of the batches that it makes of all examples, as many, evenly spread, as `steps` of ours
+    have of them, in as many updates."""
+    import torch
+
+    batches = list(trainer.get_train_dataloader())
+    batches = batches[:: max(1, POOL // steps)]
+    groups = [batches[i[0] : i[-1] + 1] for i in np.array_split(np.arange(len(batches)), min(steps, len(batches)))]
+    trainer.create_optimizer()
+    model, optimizer = trainer.model, trainer.optimizer
+
+    def update(group: list[Any]) -> float:
+        trainer.current_gradient_accumulation_steps = len(group)
+        learned = sum((b['labels'][:, 1:] != IGNORED).sum() for b in group) if 'labels' in group[0] else None
+        losses = [trainer.training_step(model, dict(batch), learned) for batch in group]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(sum(losses))
+
+    def train() -> float:
+        return float(np.mean([update(group) for group in groups]))
+
+    places = sum(b['input_ids'].numel() for b in batches)
+    real = sum(int(b['attention_mask'].sum()) if 'attention_mask' in b else b['input_ids'].numel() for b in batches)
+    return Side(name, train, real, places)
