@@ -440,8 +440,8 @@ def test_chat_and_evaluate_refuse(call, trained, tmp_path):
         '--temperature=1e-9', '--top_k=-1', '--top_k=3e9', '--top_p=0', '--min_p=2', '--seed=-1', '--seed=1e20',
     ):  # fmt: skip
         refused(call('chat', trained, '--raw', '--prompt=x', flag), flag.partition('=')[0])
-    refused(call('evaluate', tmp_path), f'{tmp_path} is not a run')
-    refused(call('evaluate', f'{trained}@5'), 'has no checkpoint 5')
+    refused(call('evaluate', tmp_path, '--tasks=heldout'), f'{tmp_path} is not a run')
+    refused(call('evaluate', f'{trained}@5', '--tasks=heldout'), 'has no checkpoint 5')
     refused(call('evaluate', trained, '--tasks=heldoutt'), '--tasks=heldoutt (did you mean heldout?)')
     refused(call('evaluate', trained, '--tasks=heldout', '--rows=0'), '--rows=0 must be at least 1')
     refused(call('evaluate', trained, '--tasks=heldout', '--mixture=/no/such.jsonl'), '/no/such.jsonl')

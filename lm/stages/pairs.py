@@ -71,7 +71,7 @@ def _rows_of_run(config: Config, needed: int) -> int:
 def batch(
     config: Config, data: PairData | None, *, sides: int = 2, reference: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as shapes and shardings; without data of the most that it may need, a row of the longest for each pair."""
+    """A batch as shapes and shardings; without data the most that it may need, a row of the longest for each pair."""
     if data is None:
         needed, a_row, width = config.batch_size, 1, sides * config.seq_len
     else:
