@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -19,13 +19,11 @@ from rich.text import Text
 
 from lm import config as configs
 from lm.data import chats, pairs, pipeline
-from lm.data.chats import segments_row
-from lm.data.pipeline import Mixture
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.stages import STAGES, pretrain, sft
 from lm.stages import pairs as pair_stage
+from lm.stages import pretrain, run_of, sft
 from lm.training import runs
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
@@ -60,20 +58,17 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
         table.add_column(name, justify='right', no_wrap=True)
     for i, s in enumerate(prepared.sources):
         c = s.counts
-        numbers = (f'{c[k]:,}' for k in ('read', 'kept', 'heldout_documents', 'train_tokens'))
+        numbers = [f'{c[k]:,}' for k in ('read', 'kept', 'heldout_documents', 'train_tokens')]
         ratio = f'{c["train_bytes"] / max(c["train_tokens"], 1):.2f}'
-        table.add_row(
-            Text(s.name), f'{s.weight:.0%}', *numbers, *([ratio] if lengths is None else map('{:,}'.format, lengths[i]))
-        )
+        numbers += [ratio] if lengths is None else [f'{n:,}' for n in lengths[i]]
+        table.add_row(Text(s.name), f'{s.weight:.0%}', *numbers)
     return table
 
 
 def dropped(prepared: Prepared) -> list[str]:
     """Why documents of each source were dropped, and how many."""
-    reasons = {s.name: sorted(s.counts['dropped'].items()) for s in prepared.sources}
-    return [
-        f'{name}: dropped ' + (', '.join(f'{r} {n:,}' for r, n in found) or 'none') for name, found in reasons.items()
-    ]
+    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items())) or 'none'
+    return [f'{s.name}: dropped {told(s.counts["dropped"])}' for s in prepared.sources]
 
 
 class Token(NamedTuple):
@@ -134,33 +129,41 @@ def pair_texts(sides: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Tokeni
 
     def text(ids: np.ndarray, trained: np.ndarray) -> Text:
         whole = [(np.append(ids, tokenizer.pad_id), np.append(trained, 0))]
-        return row_text(segments_row(whole, len(ids), tokenizer.pad_id), tokenizer, conversations=True)
+        return row_text(chats.segments_row(whole, len(ids), tokenizer.pad_id), tokenizer, conversations=True)
 
     begins = [int(np.flatnonzero(trained)[0]) for _, trained in sides]
     prompts = [text(ids[:n], trained[:n]) for n, (ids, trained) in zip(begins, sides, strict=True)]
     return [prompts[0], *(text(*side)[len(p) :] for side, p in zip(sides, prompts, strict=True))]
 
 
-def show_rows(console: Console, mixture: Mixture, count: int, tokenizer: Tokenizer, *, chats: int) -> None:
-    """The first rows; the first `chats` sources of the mixture are conversations."""
+def show_rows(console: Console, mixture: pipeline.Mixture, count: int, tokenizer: Tokenizer, *, dialogues: int) -> None:
+    """The first rows; the first `dialogues` sources of the mixture are conversations."""
     for i in range(count):
-        row, of_chats = mixture.row(i), mixture.locate(i)[0] < chats
+        row, of_chats = mixture.row(i), mixture.locate(i)[0] < dialogues
         holds, targets = len(set(row['segments_T'].tolist()) - {0}), int(row['weights_T'].sum())
-        what = 'conversations' if of_chats else 'documents'
-        console.rule(f'row {i}: {holds} {what}, {targets} targets of {len(row["tokens_T"])}')
+        holds = f'{holds} conversations' if of_chats else f'{holds} documents'
+        console.rule(f'row {i}: {holds}, {targets} targets of {len(row["tokens_T"])}')
         console.print(row_text(row, tokenizer, conversations=of_chats), soft_wrap=True)
 
 
-def show_pairs(console: Console, orders: Mixture, count: int, tokenizer: Tokenizer, names: Sequence[str]) -> None:
+def show_pairs(
+    console: Console, orders: pipeline.Mixture, count: int, tokenizer: Tokenizer, names: Sequence[str]
+) -> None:
     """The first pairs: the prompt, then each response on a line of its own."""
     for i in range(count):
         source, place = orders.locate(i)
-        order = orders.rows[source]
-        number = order.number(place)
+        number = (order := orders.rows[source]).number(place)
         label, margin = order.store.table[number]
         console.rule(Text(f'pair {i}: {names[source]}, label {label:g}, margin {margin:g}'))
         for name, text in zip(('prompt', *pairs.SIDES), pair_texts(order.pair(number), tokenizer), strict=False):
             console.print(Text(f'{name}: ', style='italic').append_text(text), soft_wrap=True)
+
+
+def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> None:
+    """The counts, and why records were dropped."""
+    console.print(counts(prepared, lengths))
+    for line in dropped(prepared):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
@@ -168,39 +171,26 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     config, _ = configs.load(flags.config, settings)
     if not 0 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
-    if config.stage not in STAGES:
-        raise UsageError(
-            f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}'
-        )
+    run_of(config.stage)
     runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
     console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
-    say = partial(errors.print, markup=False, soft_wrap=True)
+    prepare = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats}.get(config.stage, pair_stage.prepare)
+    data: Any = prepare(config, config.data.tokenizer, partial(errors.print, markup=False, soft_wrap=True))
     options = {'seq_len': config.seq_len, 'seed': config.seed}
-
-    def tell(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> None:
-        console.print(counts(prepared, lengths))
-        for line in dropped(prepared):
-            console.print(line, markup=False, soft_wrap=True)
-
     if config.stage == 'pretrain':
-        prepared = pretrain.prepare_text(config, config.data.tokenizer, say)
-        tell(prepared)
-        show_rows(console, pipeline.mix(prepared, **options), flags.rows, prepared.tokenizer, chats=0)
+        tell(console, data)
+        show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
         return
-    of_pairs = config.stage != 'sft'
-    data = (pair_stage.prepare if of_pairs else sft.prepare_chats)(config, config.data.tokenizer, say)
-    own, replay = data.own.sources, config.data.replay
+    own, replay, of_pairs = data.own.sources, config.data.replay, prepare is pair_stage.prepare
     mixture = pairs.mix(own, **options) if of_pairs else chats.mix(data, replay=replay, **options)
-    tell(data.own, [(of.cut, of.left_out) for of in mixture.rows[: len(own)]])
+    tell(console, data.own, [(of.cut, of.left_out) for of in mixture.rows[: len(own)]])
     if data.text:
-        console.rule(
-            f'text of pretraining: {replay:.0%} of all rows' if replay else 'text of pretraining, for measuring'
-        )
-        tell(data.text)
+        console.rule(f'text of pretraining, {replay:.0%} of all rows')
+        tell(console, data.text)
     if of_pairs:
         show_pairs(console, mixture, flags.rows, data.tokenizer, [s.name for s in own])
     else:
-        show_rows(console, mixture, flags.rows, data.tokenizer, chats=len(own))
+        show_rows(console, mixture, flags.rows, data.tokenizer, dialogues=len(own))
 
 
 def main() -> int:

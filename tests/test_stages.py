@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from running import measured, status, steps_saved
 from test_run_resume import assert_same, signal_at
 
 from lm import config as configs
+from lm import inspect, presets
 from lm import main as lm_main
-from lm import presets
 from lm.data import cache
 from lm.errors import Preempted, UsageError
 from lm.evals import preferences
@@ -286,7 +287,7 @@ def test_without_its_parent_and_the_cache_a_run_says_what_is_missing(dialogues, 
     workdir, parent = begun()
     shutil.move(parent, tmp_path / 'away')
     monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
-    with pytest.raises(UsageError, match=r'parent has no checkpoint.*has not all that this run needs of it: restore'):
+    with pytest.raises(UsageError, match=r'parent is not a run.*has not all that this run needs of it: restore'):
         dialogues.train('dpo', workdir, init_from=str(parent))
     assert 'restore' in status(workdir)['reason']
     shutil.move(tmp_path / 'away', parent)
@@ -397,6 +398,44 @@ def test_a_reward_model_does_not_learn_to_speak(dialogues, call, tmp_path):
 def test_preferences_may_begin_with_a_pretrained_run(dialogues, tmp_path):
     dialogues.train('dpo', tmp_path / 'run', init_from=str(dialogues.run('pretrain')), steps=1, eval__every=1)
     assert measured(tmp_path / 'run')[1, 'train/preference'] == pytest.approx(LN2, abs=1e-6)
+
+
+# ---- what lm.inspect shows ----
+
+
+@pytest.fixture
+def shown(dialogues, monkeypatch, capsys):
+    """shown(stage, words, settings) -> (exit status, stdout, stderr) of lm.inspect, the parent without weights."""
+    monkeypatch.chdir(dialogues.lab.folder)
+
+    def run(stage, *words, **settings):
+        monkeypatch.setattr(sys, 'argv', ['lm.inspect', *map(str, dialogues.argv(stage, None, *words, **settings))])
+        capsys.readouterr()
+        return (inspect.main(), *capsys.readouterr())
+
+    return run
+
+
+def test_inspect_shows_what_a_stage_learns_from(dialogues, shown, tmp_path):
+    parent = shutil.copytree(dialogues.run('pretrain'), tmp_path / 'parent', ignore=lambda *_: ['checkpoints'])
+    code, out, err = shown('sft', '--rows=8', init_from=str(parent))
+    assert code == 0, err
+    assert re.search(r'source +share +read +kept +held out +tokens +cut +left out\nchats.jsonl +100% +90 ', out)
+    assert 'text of pretraining, 25% of all rows' in out and re.search(r'one.jsonl +70% +240 ', out)
+    assert 'chats.jsonl: dropped none' in out and 'one.jsonl: dropped none' in out
+    heads = re.findall(r'row \d: \d+ (conversations|documents), \d+ targets of 48', out)
+    assert sorted(heads) == ['conversations'] * 6 + ['documents'] * 2
+    for stage in ('reward', 'dpo'):
+        code, out, err = shown(stage, '--rows=3', init_from=str(parent))
+        assert code == 0, err
+        assert re.search(r'pairs.jsonl +100% +120 +120 ', out)
+        words = r'─ pair {}: pairs.jsonl, label 1, margin \d ─+\nprompt: <bos><\|user\|>.*\nchosen: .+\nrejected: .+\n'
+        assert all(re.search(words.format(i), out) for i in range(3))
+
+
+def test_inspect_refuses_in_one_line(dialogues, shown):
+    refused(shown('sft', init_from='/no/run'), '/no/run is not a run: it has no config.json')
+    refused(shown('dpo', init_from='none'), 'stage=dpo trains a model further: set --config.init_from=DIR')
 
 
 # ---- sizes by name ----
