@@ -35,7 +35,7 @@ from lm.config import INT32_MAX, MAX_NEW_TOKENS
 from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.evals import scores, tasks
 from lm.evals.tasks import Limits, Subject
-from lm.training import runs
+from lm.training import checkpoint, runs
 
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
@@ -95,6 +95,8 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     check(flags)
     named, harness = asked(flags)
     saved = {run: runs.read_config(run)['config'] for run in flags.runs}
+    for run in flags.runs:
+        checkpoint.locate(run)
     if flags.score:
         return score(flags)
     given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}

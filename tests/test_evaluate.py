@@ -98,14 +98,14 @@ def test_stages_are_rows(call, chain, lab):
     assert ['chat.jsonl', 'pairs.jsonl', 'one.jsonl', 'two.jsonl'] in table
     numbers = next(cells for cells in table if cells[:1] == [chain['reward']])
     assert numbers[1:] == ['2', f'{rows["reward"][f"eval/{pair}/accuracy"]:.3f}']
-    assert 'refusals left out' in err and 'answers left out' not in err
+    assert 'left out refusals: no run read' in err and 'answers' not in err
 
 
 def test_runs_on_their_own_data_are_asked_about_those(call, chain):
     status, out, err = call(chain['sft'], '--rows=2', '--max_new_tokens=2')
     found = running.one_object(out)
     assert status == 0 and f'eval/{chain["chats"]}/ended' in found and 'eval/bpb' in found
-    assert 'preferences left out: its default data' in err and '--pairs' in err
+    assert 'left out preferences, refusals: no run read the default data' in err and '--pairs' in err
     status, out, err = call(chain['pretrain'], '--rows=2', '--tasks=heldout')
     assert set(running.one_object(out)) >= {'run', 'step', 'eval/bpb'} and 'left out' not in err
 
@@ -166,7 +166,7 @@ def test_the_data_are_the_default_ones_or_the_runs_own(monkeypatch, saved, expec
     told = []
     found = tasks.plan(None, {str(i): s for i, s in enumerate(saved)}, {}, told.append)
     assert tuple(found.get(name) for name in ('answers', 'preferences', 'refusals')) == expected
-    assert found['heldout'] is None and len(told) == expected.count(None)
+    assert found['heldout'] is None and len(told) == (None in expected)
 
 
 def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
@@ -177,7 +177,7 @@ def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(tasks, 'open_source', missing)
     told, saved = [], {'run': settings('sft', 'operations', 'text.jsonl')}
     assert tasks.plan(None, saved, {}, told.append) == {'heldout': None}
-    assert len(told) == 3 and all('left out' in line and 'pip install' in line for line in told)
+    assert len(told) == 3 and all(line.startswith('left out ') and 'pip install' in line for line in told)
     with pytest.raises(UsageError, match='pip install'):
         tasks.plan(['answers'], saved, {}, told.append)
     with pytest.raises(UsageError, match='pip install'):
@@ -222,7 +222,7 @@ def test_a_long_answer_is_cut_as_in_training(call, chain):
     assert running.one_object(again)['raw'] == found['raw'] and np.isfinite(found['score'])
 
 
-def test_what_cannot_be_asked(call, chain):
+def test_what_cannot_be_asked(call, chain, monkeypatch):
     def refused(*words, says):
         status, out, err = call(*words)
         assert status == 2 and not out and says in err.splitlines()[-1] and 'Traceback' not in err, err
@@ -238,5 +238,8 @@ def test_what_cannot_be_asked(call, chain):
     refused(reward, '--tasks=answers,heldout', says='is a reward model, which gives scores: --tasks=preferences')
     refused(sft, '--tasks=answer', says='--tasks=answer (did you mean answers?)')
     refused(sft, '--max_new_tokens=0', says='--max_new_tokens=0')
-    refused(sft, '--tasks=refusals', says='those of other runs')
+    refused(sft, '--tasks=refusals', says='no run read the default data')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'lm_eval', None)
+        refused(sft, '--tasks=heldout,lm_eval:hellaswag', says="needs the package lm-eval: pip install 'lm[eval]'")
     refused(sft, '--tasks=heldout', '--mixture=/no/such.jsonl', says='/no/such.jsonl')

@@ -182,19 +182,21 @@ def plan(
       given: {task: the mixture that the user names}.
 
     Raises:
-      UsageError: a task that is asked for cannot be done, or none can.
+      UsageError: what the user names cannot be done, or nothing can.
     """
-    chosen, last = {}, None
+    chosen: dict[str, str | None] = {}
+    missing: dict[str, list[str]] = {}
     for task in asked or TASKS:
         try:
             chosen[task] = _mixture(task, saved, given.get(task))
         except UsageError as error:
-            if asked:
+            if asked or given.get(task):  # the user named it
                 raise
-            last = error
-            say(f'{task} left out: {error}')
-    if not chosen and last:
-        raise last
+            missing.setdefault(str(error), []).append(task)
+    if not chosen:
+        raise UsageError(next(iter(missing)))
+    for why, left_out in missing.items():
+        say(f'left out {", ".join(left_out)}: {why}')
     return chosen
 
 
@@ -220,8 +222,9 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     read = [config['data'].get(key) for config in saved.values() for key in ('mixture', 'pretraining')]
     if any(_is_default(mixture) for mixture in read if mixture):
         return known.mixture
-    flag = {'answers': ' (--chats names other questions)', 'preferences': ' (--pairs names other pairs)'}.get(task, '')
-    raise UsageError(f'its default data are those of other runs, which read botocore or chitchat{flag}')
+    raise UsageError(
+        'no run read the default data (botocore, chitchat); --chats and --pairs name other questions, pairs'
+    )
 
 
 def _is_default(mixture: str) -> bool:
