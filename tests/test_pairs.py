@@ -1,6 +1,7 @@
 """Pairs as batches: both sides side by side, each pair once, whoever asks and wherever one begins."""
 
 import dataclasses
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from ml_collections import ConfigDict
 from stores import PAD, encoded, pair_store
 
 from lm.data import pairs
+from lm.data.chat_template import ChatTemplate
 from lm.data.pairs import SIDES, PairBatches, PairOrder
-from lm.data.prepare import Prepared, PreparedSource
+from lm.data.prepare import Prepared, PreparedSource, prepare
+from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
 from lm.model import transformer
 from lm.sharding import use_mesh
@@ -105,6 +108,32 @@ def test_the_references_log_probs_come_with_their_pair(tmp_path):
     for row, slot, number in numbers_of(batch):
         expected = known[number // 20][number % 20]
         assert [batch[f'reference_{s}_BP'][row, slot] for s in SIDES[:2]] == expected.tolist()
+
+
+def test_the_third_side_is_the_response_to_the_prompt_before(tmp_path, monkeypatch):
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
+    tokenizer = train_tokenizer((f'the {i} buckets of a role, yes or no' for i in range(99)), vocab_size=320)
+    tokenizer.save(tmp_path / 'tokenizer')
+    say = lambda role, text: [{'role': role, 'content': text}]
+    told = lambda i: {
+        'prompt': say('user', f'{i}?'),
+        'chosen': say('assistant', f'yes {i}'),
+        'rejected': say('assistant', f'no {i}'),
+    }
+    (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(told(i)) + '\n' for i in range(20)))
+    data = prepare(
+        mixture=str(tmp_path / 'p.jsonl'), vocab_size=320, tokenizer=str(tmp_path / 'tokenizer'), heldout=0.2,
+        progress=lambda line: None, form=pairs.form(ChatTemplate(), sides=3),
+    )  # fmt: skip
+    store, before = data.sources[0].train, None
+    for i in range(store.pairs):
+        said = [[tokenizer.decode(ids[t == k].tolist()) for k in (0, 1)] for ids, t in store.pair(i)]
+        prompts, (chosen, rejected, other) = zip(*said, strict=True)
+        assert len(set(prompts)) == 1
+        number = chosen.removeprefix('yes ')
+        assert rejected == f'no {number}' and prompts[0] == f'{number}?'
+        assert other == (rejected if before is None else before), 'the first has no other'
+        before = chosen
 
 
 # ---- the order ----
