@@ -111,6 +111,38 @@ def test_logp_equals_the_naive_head_for_any_cotangents(chunks, dims, softcap):
     assert_close((out, (dh, dw if dims == 'VD' else dw.T)), expected_logp(softcap))
 
 
+@pytest.mark.parametrize('empty', [False, True])
+def test_what_weighs_nothing_is_left_out(chunks, mesh, empty):
+    """Both entries give what they give without leaving out, where something weighs, and no gradient elsewhere; the parts
+    of a batch on different devices may need different numbers of chunks, none included."""
+    h_BTD, w_VD, y_BT, weights_BT, cotangents = inputs()
+    weights_BT = weights_BT.copy()
+    weights_BT[:2] = 0  # of half of the rows
+    weights_BT[2:, 9:] *= not empty
+    asked_BT = weights_BT > 0
+    put = lambda d, x: jax.device_put(x, jax.NamedSharding(mesh, sharding.activation_spec(d, x.shape)))
+    w_VD = jax.device_put(w_VD, jax.NamedSharding(mesh, sharding.array_spec('VD', w_VD.shape)))
+    h_BTD, y_BT, weights_BT, g_BT = put('BTD', h_BTD), put('BT', y_BT), put('BT', weights_BT), put('BT', cotangents[0])
+    options = {'vocab_size': WORDS, 'softcap': 2.0}
+
+    def entries(h_BTD, w_VD, y_BT, weights_BT, g_BT, *, leave_out):
+        def total(h, w):
+            value, parts = head.nll(h, w, y_BT, weights_BT, z_coef=0.3, sparse=leave_out, **options)
+            given = (weights_BT,) if leave_out else ()
+            logp_BT, lse_BT, _ = head.logp(h, w, y_BT, *given, **options)
+            of_logp_BT = jnp.where(weights_BT > 0, (logp_BT + 0.1 * lse_BT) * g_BT, 0)
+            return value + jnp.sum(of_logp_BT), (parts, jnp.where(weights_BT > 0, logp_BT, 0))
+
+        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(h_BTD, w_VD)
+
+    given = (h_BTD, w_VD, y_BT, weights_BT, g_BT)
+    got, expected = (
+        jax.device_get(jax.jit(functools.partial(entries, leave_out=leave_out))(*given)) for leave_out in (True, False)
+    )
+    assert_close(got, expected)
+    assert np.all(got[1][0][~asked_BT] == 0) and np.any(got[1][0][asked_BT])
+
+
 @pytest.mark.parametrize('dims', ['VD', 'DV'])
 def test_both_entries_on_every_mesh(chunks, mesh, dims):
     """The vocabulary split over tensor where there is one, its padding on the last device; D over fsdp and seq."""

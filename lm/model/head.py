@@ -38,6 +38,7 @@ def nll(
     vocab_size: int,
     z_coef: float = 0.0,
     softcap: float | None = None,
+    sparse: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ weight·(−log p(target) + z_coef·lse²), and its parts.
 
@@ -47,21 +48,30 @@ def nll(
       targets_BT: ids below vocab_size. weights_BT: float32, 0 for what does not count.
       z_coef: strength of the z-loss (PaLM, section 5), lse² weighted like its token.
       softcap: logits become cap·tanh(logits/cap).
+      sparse: leave out the chunks in which nothing weighs anything, with what does brought to the front: for batches
+        in which much does not.
 
     Returns:
       The sum, differentiable in h and w; and {'nll', 'z', 'correct'}: sums of weight·nll, weight·lse² and
       weight·[argmax = target], without gradient.
     """
-    local = partial(_nll_local, vocab_size=vocab_size, z_coef=z_coef, softcap=softcap)
+    local = partial(_nll_local, vocab_size=vocab_size, z_coef=z_coef, softcap=softcap, sparse=sparse)
     return _run(local, h_BTD, w, (targets_BT, weights_BT), dims, 'sums')
 
 
 def logp(
-    h_BTD: jax.Array, w: Any, targets_BT: jax.Array, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log p(target), logsumexp of the logits, entropy), each [B, T] float32 and differentiable in h and w."""
+    h_BTD: jax.Array, w: Any, targets_BT: jax.Array, weights_BT: jax.Array | None = None, *, dims: str = 'VD',
+    vocab_size: int, softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(log p(target), logsumexp of the logits, entropy), each [B, T] float32 and differentiable in h and w.
+
+    Args:
+      weights_BT: 0 where nobody asks: most of these places are left out, and what stands there means nothing and has no
+        gradient. None: all are asked for.
+    """
     local = partial(_logp_local, vocab_size=vocab_size, softcap=softcap)
-    logp_BT, lse_BT, entropy_BT = _run(local, h_BTD, w, (targets_BT,), dims, 'tokens')
+    per_token = (targets_BT,) if weights_BT is None else (targets_BT, weights_BT)
+    logp_BT, lse_BT, entropy_BT = _run(local, h_BTD, w, per_token, dims, 'tokens')
     return logp_BT, lse_BT, entropy_BT
 
 
@@ -128,12 +138,40 @@ def _split(n: int, size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pad(x).reshape(n, size, *x.shape[1:]) for x in arrays)
 
 
-def _scan(body, carry, xs, n):
-    """`lax.scan`, but a plain call for one chunk."""
-    if n > 1:
+def _scan(body, carry, xs, n, live=None):
+    """`lax.scan`, but a plain call for one chunk; of the first `live` chunks alone, if that is given, with zeros for what
+    the others would yield."""
+    chunk = lambda i: jax.tree.map(lambda x: x[i], xs)
+    if n == 1:
+        carry, y = body(carry, chunk(0))
+        return carry, jax.tree.map(lambda x: x[None], y)
+    if live is None:
         return jax.lax.scan(body, carry, xs)
-    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda x: x[None], y)
+
+    def step(i, state):
+        carry, ys = state
+        carry, y = body(carry, chunk(i))
+        return carry, jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), ys, y)
+
+    shapes = jax.eval_shape(body, carry, chunk(0))[1]
+    return jax.lax.fori_loop(0, live, step, (carry, jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), shapes)))
+
+
+def _to_front(weight_M, v):
+    """(order_M, which has what weighs something first; its inverse; how many chunks that takes)."""
+    order_M = jnp.argsort(weight_M == 0, stable=True)
+    _, size = _chunks(weight_M.shape[0], v)
+    return order_M, jnp.argsort(order_M), -(-jnp.count_nonzero(weight_M) // size)
+
+
+@jax.custom_vjp
+def _taken(x, order_M, inverse_M):
+    """x[order_M] of a permutation, whose gradient is a `take` as well and no scatter."""
+    del inverse_M
+    return x[order_M]
+
+
+_taken.defvjp(lambda x, order_M, inverse_M: (x[order_M], inverse_M), lambda inverse_M, g: (g[inverse_M], None, None))
 
 
 def _softmax_parts(h_CD, w_VD, y_C, *, vocab_size, softcap, axes):
@@ -168,13 +206,13 @@ def _back(dx_CV, slope_CV, h_CD, w_VD):
     return dh_CD, jnp.einsum('DC,CV->DV', seam.turned(h_CD), dx_CV, preferred_element_type=jnp.float32)
 
 
-def _nll_sums(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes):
-    sums, _ = _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, gradient=False)
+def _nll_sums(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes):
+    sums, _ = _nll_pass(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes, gradient=False)
     return sums
 
 
-def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, gradient):
-    """One pass over the chunks: the sums and, if asked, the gradients of the first of them."""
+def _nll_pass(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes, *, gradient):
+    """One pass over the (`live`) chunks: the sums and, if asked, the gradients of the first of them."""
     n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
     def body(carry, chunk):
@@ -202,20 +240,20 @@ def _nll_pass(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes, *, g
     zero = jnp.zeros((), jnp.float32)
     dw_DV = jnp.zeros(w_VD.T.shape if gradient else (), jnp.float32)
     start = (dw_DV, zero, {'nll': zero, 'z': zero, 'correct': zero})
-    (dw_DV, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n)
+    (dw_DV, total, parts), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M), n, live)
     if dh is None:
         return (total, parts), None
     gradients = dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype)
     return (total, parts), gradients
 
 
-def _nll_forward(h_MD, w_VD, y_M, weight_M, *static):
-    return _nll_pass(h_MD, w_VD, y_M, weight_M, *static, gradient=True)
+def _nll_forward(h_MD, w_VD, y_M, weight_M, live, *static):
+    return _nll_pass(h_MD, w_VD, y_M, weight_M, live, *static, gradient=True)
 
 
 def _nll_backward(vocab_size, z_coef, softcap, axes, gradients, cotangents):
     g = _whole(cotangents[0], axes)  # the parts carry no gradient
-    return *(d * g.astype(d.dtype) for d in gradients), None, None
+    return *(d * g.astype(d.dtype) for d in gradients), None, None, None
 
 
 def _whole(cotangent, axes):
@@ -224,16 +262,20 @@ def _whole(cotangent, axes):
     return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
-_nll: Any = jax.custom_vjp(_nll_sums, nondiff_argnums=(4, 5, 6, 7))
+_nll: Any = jax.custom_vjp(_nll_sums, nondiff_argnums=(5, 6, 7, 8))
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
-def _nll_local(h_MD, w_VD, y_M, weight_M, *, axes, vocab_size, z_coef, softcap):
-    total, parts = _nll(h_MD, w_VD, y_M, weight_M, vocab_size, z_coef, softcap, axes)
+def _nll_local(h_MD, w_VD, y_M, weight_M, *, axes, vocab_size, z_coef, softcap, sparse):
+    live = None
+    if sparse:
+        order_M, inverse_M, live = _to_front(weight_M, w_VD.shape[0])
+        h_MD, y_M, weight_M = _taken(h_MD, order_M, inverse_M), y_M[order_M], weight_M[order_M]
+    total, parts = _nll(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes)
     return total, jax.lax.stop_gradient(parts)
 
 
-def _logp_tokens(h_MD, w_VD, y_M, vocab_size, softcap, axes):
+def _logp_tokens(h_MD, w_VD, y_M, live, vocab_size, softcap, axes):
     n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
     def body(carry, chunk):
@@ -244,17 +286,17 @@ def _logp_tokens(h_MD, w_VD, y_M, vocab_size, softcap, axes):
         mean_C = _sum(jnp.exp(x_CV - lse_C[:, None]) * x_CV, axes)
         return carry, (_sum(jnp.where(target_CV, x_CV, 0), axes) - lse_C, lse_C, lse_C - mean_C)
 
-    _, out = _scan(body, None, _split(n, size, h_MD, y_M), n)
+    _, out = _scan(body, None, _split(n, size, h_MD, y_M), n, live)
     return tuple(x.reshape(-1)[: h_MD.shape[0]] for x in out)
 
 
-def _logp_forward(h_MD, w_VD, y_M, *static):
-    out = _logp_tokens(h_MD, w_VD, y_M, *static)
-    return out, (h_MD, w_VD, y_M, out[1], out[2])
+def _logp_forward(h_MD, w_VD, y_M, live, *static):
+    out = _logp_tokens(h_MD, w_VD, y_M, live, *static)
+    return out, (h_MD, w_VD, y_M, live, out[1], out[2])
 
 
 def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
-    h_MD, w_VD, y_M, lse_M, entropy_M = saved
+    h_MD, w_VD, y_M, live, lse_M, entropy_M = saved
     n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
 
     def body(dw_DV, chunk):
@@ -271,13 +313,17 @@ def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
 
     per_token = (lse_M, entropy_M, *(_whole(g, axes) for g in cotangents))
     start = jnp.zeros(w_VD.T.shape, jnp.float32)
-    dw_DV, dh = _scan(body, start, _split(n, size, h_MD, y_M, *per_token), n)
-    return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype), None
+    dw_DV, dh = _scan(body, start, _split(n, size, h_MD, y_M, *per_token), n, live)
+    return dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype), None, None
 
 
-_logp: Any = jax.custom_vjp(_logp_tokens, nondiff_argnums=(3, 4, 5))
+_logp: Any = jax.custom_vjp(_logp_tokens, nondiff_argnums=(4, 5, 6))
 _logp.defvjp(_logp_forward, _logp_backward)
 
 
-def _logp_local(h_MD, w_VD, y_M, *, axes, vocab_size, softcap):
-    return _logp(h_MD, w_VD, y_M, vocab_size, softcap, axes)
+def _logp_local(h_MD, w_VD, y_M, weight_M=None, *, axes, vocab_size, softcap):
+    if weight_M is None:
+        return _logp(h_MD, w_VD, y_M, None, vocab_size, softcap, axes)
+    order_M, inverse_M, live = _to_front(weight_M, w_VD.shape[0])
+    out = _logp(_taken(h_MD, order_M, inverse_M), w_VD, y_M[order_M], live, vocab_size, softcap, axes)
+    return tuple(_taken(x_M, inverse_M, order_M) for x_M in out)

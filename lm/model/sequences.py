@@ -19,8 +19,9 @@ def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]
     """Σ log p of the targets that weigh something, of each side of each pair: float32 [B, P] a side."""
     w, dims = transformer.head_weight(params, cfg)
     options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
-    logp_BT, _, _ = head.logp(_hidden(params, cfg, batch), w, batch['targets_BT'], **options)
-    return by_side(logp_BT * batch['weights_BT'], batch)
+    weights_BT = batch['weights_BT']
+    logp_BT, _, _ = head.logp(_hidden(params, cfg, batch), w, batch['targets_BT'], weights_BT, **options)
+    return by_side(logp_BT * weights_BT, batch)
 
 
 def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:

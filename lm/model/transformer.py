@@ -256,11 +256,12 @@ def logits(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:
 
 
 def nll(
-    params: Params, cfg: ModelConfig, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, z_coef: float
-):
+    params: Params, cfg: ModelConfig, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, z_coef: float,
+    sparse: bool = False,
+):  # fmt: skip
     """`head.nll` with the model's own head."""
     w, dims = head_weight(params, cfg)
-    options = {'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap, 'z_coef': z_coef}
+    options = {'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap, 'z_coef': z_coef, 'sparse': sparse}
     return head.nll(h_BTD, w, targets_BT, weights_BT, dims=dims, **options)
 
 

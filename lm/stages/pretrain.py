@@ -71,15 +71,19 @@ def told_of_drops(s: PreparedSource) -> str:
     return f'read {s.counts["read"]:,}, dropped {dropped}'
 
 
-def make_loss(cfg: ModelConfig, *, z_loss: float) -> training.Loss:
-    """Next-token cross-entropy with z-loss over packed rows: one term, since the head makes both in one pass."""
+def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> training.Loss:
+    """Next-token cross-entropy with z-loss over packed rows: one term, since the head makes both in one pass.
+
+    `sparse` is the head's, for rows of which much is not to be learned.
+    """
 
     def terms(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
         del frozen, key
         rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
         h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
         with jax.named_scope('head'):
-            total, parts = transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=z_loss)
+            targets = (batch['targets_BT'], batch['weights_BT'])
+            total, parts = transformer.nll(params, cfg, h_BTD, *targets, z_coef=z_loss, sparse=sparse)
         return {'cross_entropy': total}, {'nll': parts['nll'], 'z': parts['z'], 'accuracy': parts['correct']}
 
     def weights(batch: training.Batch) -> training.Sums:

@@ -36,7 +36,7 @@ def stage() -> wiring.Stage:
     """What is fine-tuning's own: its rows. The loss is pretraining's, over the tokens that weigh something."""
     return wiring.Stage(
         prepare=prepare_chats, epoch=epoch, batch=wiring.packed_batch, source=make_source,
-        loss=lambda config, cfg: pretrain.make_loss(cfg, z_loss=config.z_loss), evaluate=make_evaluate,
+        loss=lambda config, cfg: pretrain.make_loss(cfg, z_loss=config.z_loss, sparse=True), evaluate=make_evaluate,
         describe=describe,
     )  # fmt: skip
 
