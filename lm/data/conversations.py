@@ -19,11 +19,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lm.config import FLOAT32_END
 from lm.data.records import Chat, Counts, Kind, Message, Pair, Role
 from lm.errors import UsageError
 
 # Part of what a source is: raise it when other records come out of the same rows.
-RECIPE = 1
+RECIPE = 2
 _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     'chat': (
         ('messages',), ('conversations',), ('prompt', 'completion'), ('instruction', 'output'),
@@ -282,6 +283,8 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     margin = _number(have, 'margin') if 'margin' in have else margin
     if margin < 0:
         raise _Malformed('margin', f'margin is {margin:g}, below 0')
+    if margin >= FLOAT32_END:
+        raise _Malformed('margin', f'margin is {margin:g}, which float32 has no room for')
     return label, margin
 
 
