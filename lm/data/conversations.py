@@ -221,6 +221,8 @@ def _pair(name: str, row: Row, changed: set[str], unpaired: bool) -> Pair:
         sides = _single(have)
     else:
         sides = _paired(have) if form[0] == 'chosen' else _compared(have)
+    if sides.margin >= FLOAT32_END:
+        raise _Malformed('margin', f'margin is {sides.margin:g}, which float32 has no room for')
     prompt = _with_system(sides.prompt, have, changed)
     if not any(m['role'] == 'user' for m in prompt):
         raise _Malformed('empty_prompt', 'there is no prompt')
@@ -283,8 +285,6 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     margin = _number(have, 'margin') if 'margin' in have else margin
     if margin < 0:
         raise _Malformed('margin', f'margin is {margin:g}, below 0')
-    if margin >= FLOAT32_END:
-        raise _Malformed('margin', f'margin is {margin:g}, which float32 has no room for')
     return label, margin
 
 
