@@ -118,6 +118,21 @@ def test_an_implicit_reward_needs_its_reference(call, chain, tmp_path):
     found = running.one_object(out)
     assert status == 0 and f'eval/{chain["pairs"]}/accuracy_per_token' in found
     assert f'eval/{chain["pairs"]}/accuracy' not in found and 'no implicit rewards without its reference' in err
+    saved['config']['init_from'], saved['reference'] = chain['sft'], 'of other weights'
+    copy(chain['dpo'], tmp_path / 'other', saved)
+    status, out, err = call(tmp_path / 'other', '--tasks=preferences', f'--pairs={chain["pairs"]}', '--rows=2')
+    assert status == 0 and f'eval/{chain["pairs"]}/accuracy' not in running.one_object(out)
+    assert 'has other weights than when it began' in err
+
+
+def test_what_a_run_has_no_room_for_is_left_out_and_said(call, chain, tmp_path):
+    prompts = ['word ' * 300 + str(i) for i in range(8)]
+    chats = write(tmp_path / 'chats.jsonl', ({'prompt': p, 'completion': 'yes'} for p in prompts))
+    sides = write(tmp_path / 'pairs.jsonl', ({'prompt': p, 'chosen': 'yes', 'rejected': 'no'} for p in prompts))
+    status, out, err = call(chain['sft'], '--tasks=answers,preferences', f'--chats={chats}', f'--pairs={sides}')
+    assert status == 0 and not [key for key in running.one_object(out) if key.startswith('eval/')], err
+    assert f'left out {chats}: no held-out answer ends' in err
+    assert f'left out {sides}: no held-out pair has two different responses' in err
 
 
 @pytest.mark.slow

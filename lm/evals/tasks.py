@@ -26,7 +26,7 @@ from lm.data.records import Kind
 from lm.data.sources import DEFAULTS, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.training import runs
+from lm.training import checkpoint, runs
 from lm.training.runs import Model
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
@@ -91,7 +91,10 @@ def _answers(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, 
     metrics, told = {}, []
     for s in prepared.sources:
         found = ask(subject, chats.questions(s.heldout, limits.rows or INT32_MAX, longest=subject.seq_len), limits)
-        metrics |= _named(s.name, answers.quality(found)) if found else {}
+        if not found:
+            subject.say(f'left out {s.name}: no held-out answer ends within seq_len={subject.seq_len}')
+            continue
+        metrics |= _named(s.name, answers.quality(found))
         told += found
     return metrics | ({'eval/ended': answers.quality(told)['ended']} if told else {})
 
@@ -108,6 +111,9 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
     model, seq_len, metrics = subject.model, subject.seq_len, {}
     reference = None if subject.scored else reference_of(subject)
     for s in prepared.sources:
+        if not len(pairs.PairOrder(s.heldout, seq_len, seed=0)):
+            subject.say(f'left out {s.name}: no held-out pair has two different responses within seq_len={seq_len}')
+            continue
 
         def measured(of: Callable, params: Any, store: pairs.PairStore = s.heldout) -> Any:
             batches = preferences.in_order(
@@ -126,12 +132,16 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
 
 
 def reference_of(subject: Subject) -> Any:
-    """The weights that preference optimisation began with; None for other runs, and where they are gone."""
+    """The weights that preference optimisation began with; None for other runs, and where they are gone or others."""
     config = subject.model.config
     if config['stage'] != 'dpo':
         return None
+    began = runs.read_config(subject.run).get('reference')
     try:
-        return runs.weights(config['init_from'], runs.abstract_params(subject.model.cfg), warn=subject.say)[1]
+        params = runs.weights(config['init_from'], runs.abstract_params(subject.model.cfg), warn=subject.say)[1]
+        if began and checkpoint.digest(params) != began:
+            raise UsageError(f'{config["init_from"]} has other weights than when it began')
+        return params
     except UsageError as error:
         subject.say(f'{subject.run}: no implicit rewards without its reference ({error})')
         return None

@@ -26,7 +26,7 @@ from lm.training.recorder import Recorder
 
 def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
     """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
-    settle(config)
+    check(config)
     return wiring.run(stage(config), config, workdir, stop=stop, dry_run=dry_run)
 
 
@@ -45,8 +45,8 @@ def stage(config: Config) -> wiring.Stage:
     )  # fmt: skip
 
 
-def settle(config: Config) -> None:
-    """Fills in what the loss takes where the user left it open. Raises UsageError for what it does not take."""
+def check(config: Config) -> None:
+    """Raises UsageError for a loss or reference that is not known, and for settings that the loss does not take."""
     for key, known in (('loss', tuple(LOSSES)), ('reference', ('cached', 'live'))):
         if config[key] not in known:
             raise UsageError(f'{key}={config[key]}{nearest(config[key], known)} is not one of {", ".join(known)}')

@@ -76,7 +76,7 @@ def add(
       UsageError: the run that it starts from is gone or has changed, and the cache has not what it said.
     """
     load_once = functools.cache(lambda: _load(config, cfg, found, say))
-    digest = (found or {}).get('reference') or _digest(load_once())
+    digest = (found or {}).get('reference') or checkpoint.digest(load_once())
 
     def params() -> Any:
         say('what the reference makes of the pairs')
@@ -113,15 +113,11 @@ def _load(config: Config, cfg: ModelConfig, found: Mapping[str, Any] | None, say
 
 
 def _unchanged(params: Any, digest: str, config: Config) -> Any:
-    if _digest(params) != digest:
+    if checkpoint.digest(params) != digest:
         raise UsageError(
             f'{config.init_from} has other weights than when this run began: bring them back, or name another --workdir'
         )
     return params
-
-
-def _digest(params: Any) -> str:
-    return cache.fingerprint(checkpoint.checksums(params))
 
 
 def _kept(key: Mapping[str, Any], compute: Callable[[], Sequence[Measured]]) -> list[Measured]:
