@@ -113,8 +113,8 @@ def test_logp_equals_the_naive_head_for_any_cotangents(chunks, dims, softcap):
 
 @pytest.mark.parametrize('empty', [False, True])
 def test_what_weighs_nothing_is_left_out(chunks, mesh, empty):
-    """Both entries give what they give without leaving out, where something weighs, and no gradient elsewhere; the parts
-    of a batch on different devices may need different numbers of chunks, none included."""
+    """Both entries give what they give without leaving out, where something weighs, and no gradient elsewhere; parts of
+    a batch on different devices may need different numbers of chunks, none included."""
     h_BTD, w_VD, y_BT, weights_BT, cotangents = inputs()
     weights_BT = weights_BT.copy()
     weights_BT[:2] = 0  # of half of the rows
