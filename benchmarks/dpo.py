@@ -56,7 +56,7 @@ def with_reference(params: Any, cfg: Any, batch: dict[str, jax.Array]) -> dict[s
 
 
 def measure(flags: Any, config: Config) -> None:
-    dpo.settle(config)
+    dpo.check(config)
     stage = dpo.stage(config)
     data = posttraining.prepare(stage, config)
     none = tuple(np.zeros((s.train.pairs, s.train.sides), np.float32) for s in data.own.sources)  # until it is known

@@ -4,6 +4,9 @@
     python -m lm.main --config=configs/dpo.py:decline              learns to decline what it does not know
     python -m lm.main --config=configs/dpo.py --config.loss=simpo  or cdpo, robust, ipo, orpo, kto
 
+Two cores (AMD EPYC), no accelerator: 30 s for what the reference says of the pairs, then 72 s; of held-out pairs 95 %
+are right by reward and 92 % per token (81 % before), the chosen answers' loss is 0.05 higher, F1 .41. `:decline`: 130 s;
+83 % of invented operations are declined and 4.5 % of real ones.
 A run goes to runs/dpo, and the same command goes on where it stopped.
 """
 
@@ -15,10 +18,11 @@ def get_config(arg: str = '') -> config.Config:
     c.stage = 'dpo'
     source, arg = presets.own(arg, ('ratings', 'decline'))
     c.init_from = presets.parent('sft', arg)
-    c.steps = 200
+    c.steps = 450 if source == 'decline' else None  # None: one epoch
     c.batch_size = 64
-    c.optim.name, c.optim.lr = 'muon', 1e-3
-    c.nll = 0.1
+    c.optim.name, c.optim.lr = 'muon', 2e-3 if source == 'decline' else 1e-3
+    c.nll = 3.0 if source == 'decline' else 1.0
+    c.eval.rows = 512
     c.data.mixture = source or 'programmatic'
     c.eval.max_new_tokens = 96
     return presets.apply(c, arg)

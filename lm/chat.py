@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from lm import runtime, sharding
 from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
-from lm.errors import Parser, UsageError, leave, run_command
+from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.sampling.conversation import Talker, answer, can_chat, forget, open_talker
 from lm.sampling.generate import Sampling
 
@@ -67,15 +67,6 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
         if not line:
             return
         yield checked(line, 'the prompt')
-
-
-def checked(text: str, what: str) -> str:
-    """The text. Raises UsageError if it is no UTF-8: Python hides such bytes in lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f'{what} is not valid UTF-8') from None
-    return text
 
 
 def reply(talker: Talker, text: str, flags: argparse.Namespace, *, alone: bool) -> None:

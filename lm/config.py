@@ -99,7 +99,7 @@ def base() -> Config:
     c.data = ConfigDict()
     c.data.mixture = ''  # 'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py
     c.data.tokenizer = placeholder(str)  # folder or tokenizer.json; None: trained on the mixture, or init_from's
-    c.data.pretraining = placeholder(str)  # after pretraining: its mixture; None: that of the run it starts from
+    c.data.pretraining = placeholder(str)  # after pretraining: its mixture, '' none; None: that of the run before
     c.data.replay = 0.0  # after pretraining: share of the rows that are its text, against forgetting
     c.data.strict = False  # a malformed record ends the run with a line that names it; else it is left out and counted
     c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
@@ -267,10 +267,13 @@ def check(config: Config) -> None:
         f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
         'positive and finite': (
             lambda x: 0 < x < FLOAT32_END,
-            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap',
+            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap beta',
         ),
         'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta'),
-        'at least 0 and finite': (lambda x: 0 <= x < FLOAT32_END, 'z_loss optim.weight_decay'),
+        'at least 0 and finite': (
+            lambda x: 0 <= x < FLOAT32_END,
+            'z_loss optim.weight_decay margin nll centring margins',
+        ),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
         'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum data.replay'),
         'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout optim.ema'),
@@ -312,7 +315,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     What the run resolved for itself (None in `new`) stays as it is saved; None for `attention` is the choice of the
     platform that the run goes on on.
     """
-    a, b = dict(leaves(old)), dict(leaves(new))
+    a, b = dict(leaves(base())) | dict(leaves(old)), dict(leaves(new))  # a setting newer than the run has its default
     fixed = [k for k in a | b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
     plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
     resolved = ('microbatch', 'precision.compute', 'attention')

@@ -39,6 +39,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f'{message} (--help lists the flags)')
 
 
+def checked(text: str, what: str) -> str:
+    """A text of the command line or the terminal. Raises UsageError if it is no UTF-8: Python hides such bytes in lone
+    surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f'{what} is not valid UTF-8') from None
+    return text
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
     try:

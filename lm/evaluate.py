@@ -1,76 +1,184 @@
-"""Measures a run: `python -m lm.evaluate DIR [--tasks heldout] [--mixture …] [--rows N]`; JSON on stdout.
+"""Measures runs: `python -m lm.evaluate DIR… [--tasks answers,preferences,refusals,heldout] [--rows N]`.
 
-heldout   loss, perplexity and bits per byte (exact bytes) of the held-out documents of each source
+A table on stderr, a run a row; on stdout one JSON object: the metrics of one run, or of several as {"runs": [...]}.
+All runs are asked the same, so that stages compare; a reward model has a row of preferences alone.
+
+answers       greedy answers to held-out questions: whether they end by themselves, F1 against the data's answers
+preferences   held-out pairs: which response is likelier per token; which has the higher reward, that of a reward model
+              or, after preference optimisation, the implicit one
+refusals      invented operations and real ones: the part of each that is declined
+heldout       loss, perplexity and bits per byte (exact bytes) of the held-out documents that the run was pretrained on
+lm_eval:TASK  a task of EleutherAI's lm-evaluation-harness by its name, or a task of your own by its YAML file
+              (pip install 'lm[eval]'). More of its settings from Python, where a run is a model like others:
+                  import lm_eval; from lm.evals.harness import Harness
+                  lm_eval.simple_evaluate(model=Harness('runs/sft'), tasks=['hellaswag'], num_fewshot=5)
+
+`python -m lm.evaluate DIR --score PROMPT ANSWER` has a reward model score an answer.
 """
 
 import argparse
+import importlib.util
 import json
-import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from lm import config as configs
 from lm import runtime, sharding
-from lm.data import pipeline
-from lm.data.prepare import Prepared, prepare
-from lm.errors import Parser, UsageError, leave, run_command
-from lm.evals import heldout
-from lm.training import runs
-from lm.training.runs import Model
+from lm.config import INT32_MAX, MAX_NEW_TOKENS
+from lm.errors import Parser, UsageError, checked, leave, run_command
+from lm.evals import scores, tasks
+from lm.evals.tasks import Limits, Subject
+from lm.training import checkpoint, runs
 
-TASKS = ('heldout',)
-TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
+HARNESS = 'lm_eval:'
+# What the table shows of 'eval/SOURCE/NAME', the source above it.
+SHOWN = {
+    'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
+    'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
+}  # fmt: skip
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.evaluate', __doc__)
-    parser.add_argument('run', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
-    parser.add_argument('--tasks', default='heldout', help=f'comma-separated, of {", ".join(TASKS)}')
-    parser.add_argument('--mixture', help="sources to measure on; default the run's own")
+    whole = lambda name: configs.whole(f'--{name}')
+    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
+    parser.add_argument('--tasks', help='comma-separated; default all that the installed data allow, lm_eval aside')
+    parser.add_argument('--mixture', help='text to measure on; default what each run was pretrained on')
+    parser.add_argument('--chats', help='questions for answers; default operations,smalltalk')
+    parser.add_argument('--pairs', help='pairs for preferences; default programmatic')
+    parser.add_argument('--rows', type=whole('rows'), help='rows, questions or pairs of each source at most')
+    parser.add_argument('--max_new_tokens', type=whole('max_new_tokens'), default=96, help='of an answer (96)')
+    parser.add_argument('--num_fewshot', type=whole('num_fewshot'), help='lm_eval: examples before each question')
     parser.add_argument(
-        '--rows', type=configs.whole('--rows'), help='rows of each source at most; default all of its held-out text'
+        '--apply_chat_template', action='store_true', help='lm_eval: ask in the marks of a conversation'
     )
+    parser.add_argument('--score', nargs=2, metavar=('PROMPT', 'ANSWER'), help="a reward model's score of an answer")
     return parser.parse_args(argv)
 
 
-def heldout_data(run: str, model: Model, mixture: str | None) -> Prepared:
-    """The sources with their held-out documents, in the model's own tokens."""
-    data = model.config['data']
-    options = {'vocab_size': model.cfg.vocab_size, 'heldout': data['heldout']}
-    say = lambda line: print(line, file=sys.stderr)
-    own = runs.tokenizer_folder(run)
-    if mixture is None and data['tokenizer'] is None:  # as the run prepared it, most likely still in the cache
-        found = prepare(mixture=data['mixture'], tokenizer=None, progress=say, **options)
-        if found.tokenizer.fingerprint == model.tokenizer.fingerprint:
-            return found
-    return prepare(mixture=mixture or data['mixture'], tokenizer=own, progress=say, **options)
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
-    """The microbatch of training, or less where that was for a larger machine, shared by the devices."""
-    rows = min(microbatch, max(1, TOKENS_A_DEVICE * devices // seq_len))
-    return math.ceil(rows / devices) * devices
+def check(flags: argparse.Namespace) -> None:
+    """Raises UsageError for values that cannot be measured with."""
+    for name, least, most in (('rows', 1, INT32_MAX), ('max_new_tokens', 1, MAX_NEW_TOKENS), ('num_fewshot', 0, 1000)):
+        value = vars(flags)[name]
+        if value is not None and not least <= value <= most:
+            raise UsageError(f'--{name}={value} must be at least {least} and at most {most}')
+    if flags.score and (len(flags.runs) > 1 or flags.tasks):
+        raise UsageError('--score asks one reward model for one score: name one run and no --tasks')
+    for name, text in zip(('prompt', 'answer'), flags.score or (), strict=False):
+        checked(text, f'--score: the {name}')
 
 
-def evaluate(flags: argparse.Namespace) -> Mapping[str, Any]:
-    """The metrics of the tasks asked for. Raises UsageError for an unknown task, a bad mixture or no such run."""
-    for task in flags.tasks.split(','):
-        if task not in TASKS:
-            raise UsageError(f'--tasks={task}{configs.nearest(task, TASKS)}: it must be of {", ".join(TASKS)}')
-    if flags.rows is not None and not 1 <= flags.rows <= configs.INT32_MAX:
-        raise UsageError(f'--rows={flags.rows} must be at least 1 and at most {configs.INT32_MAX}')
+def asked(flags: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
+    """(the tasks that are named, None for the default ones; those of the harness). Raises UsageError for others."""
+    if flags.tasks is None:
+        return None, []
+    names = [name.strip() for name in flags.tasks.split(',')]
+    harness = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
+    if harness and importlib.util.find_spec('lm_eval') is None:
+        raise UsageError(f"{HARNESS}TASK needs the package lm-eval: pip install 'lm[eval]'")
+    return tasks.known([name for name in names if not name.startswith(HARNESS)]), harness
+
+
+def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of the runs. Raises UsageError for an unknown task, a bad mixture or no such run."""
+    check(flags)
+    named, harness = asked(flags)
+    saved = {run: runs.read_config(run)['config'] for run in flags.runs}
+    for run in flags.runs:
+        checkpoint.locate(run)
+    if flags.score:
+        return score(flags)
+    given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
+    fit = {run: tasks.fitting(named, run, saved[run]) for run in flags.runs}
+    planned = {} if harness and not named else tasks.plan(named, saved, given, say)
     runtime.start_jax()
-    with sharding.use_mesh() as mesh:
-        model = runs.load(flags.run, warn=lambda line: print(line, file=sys.stderr))
-        prepared = heldout_data(flags.run, model, flags.mixture)
-        batch_size = rows_at_once(model.config['microbatch'], model.config['seq_len'], mesh.size)
-        shape = {'batch_size': batch_size, 'seq_len': model.config['seq_len'], 'max_rows': flags.rows}
-        batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
-        metrics = heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)
-    return {'run': flags.run, 'step': model.step, 'devices': jax.device_count(), **metrics}
+    found = []
+    for run in flags.runs:
+        with sharding.use_mesh():
+            subject = Subject(run, runs.load(run, warn=say), say)
+            own = {name: mixture for name, mixture in planned.items() if name in fit[run]}
+            metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
+            metrics |= ask_harness(subject, harness, flags) if harness else {}
+            of = {'run': run, 'stage': saved[run]['stage'], 'step': subject.model.step, 'devices': jax.device_count()}
+            found.append(of | metrics)
+    unlike(saved)
+    show(found)
+    return found[0] if len(found) == 1 else {'runs': found}
+
+
+def score(flags: argparse.Namespace) -> dict[str, Any]:
+    """What a reward model says of an answer. Raises UsageError if the run is none."""
+    (run,) = flags.runs
+    runtime.start_jax()
+    with sharding.use_mesh():
+        subject = Subject(run, runs.load(run, warn=say), say)
+        found = scores.score(subject, *flags.score)
+    if found['cut']:
+        say(f'the answer is longer than {run} was trained on: its first {found["tokens"]} tokens are scored')
+    return {'run': run, 'step': subject.model.step, **found}
+
+
+def ask_harness(subject: Subject, names: Sequence[str], flags: argparse.Namespace) -> dict[str, float]:
+    """The metrics of tasks of lm-evaluation-harness. Raises UsageError for one that it does not have."""
+    from lm.evals import harness  # imports lm_eval, which not everyone has
+
+    options = {'num_fewshot': flags.num_fewshot, 'apply_chat_template': flags.apply_chat_template, 'limit': flags.rows}
+    return harness.measure(subject, names, **options)
+
+
+def unlike(saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Says what keeps the rows of several runs from comparing."""
+    for name, of in (('seq_len', lambda c: c['seq_len']), ('text of pretraining', tasks.pretraining)):
+        if len(values := {of(config) for config in saved.values()}) > 1:
+            say(f'these runs differ in their {name} ({", ".join(map(str, values))}): not all of their rows compare')
+
+
+# ---- the table ----
+
+
+def columns(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """(metric, source or task, what it is) of what is known of any run, source by source."""
+    keys = dict.fromkeys(key for row in found for key in row)
+    for source in dict.fromkeys(source_of(key) for key in keys if source_of(key)):
+        for name, words in SHOWN.items():
+            if (key := f'eval/{source}/{name}') in keys:
+                yield key, os.path.basename(source), words
+    for key in keys:
+        if key.startswith('lm_eval/') and '_stderr' not in key:
+            task, _, metric = key.removeprefix('lm_eval/').rpartition('/')
+            yield key, task, metric
+
+
+def source_of(key: str) -> str:
+    """'SOURCE' of 'eval/SOURCE/NAME', else ''."""
+    first, _, rest = key.partition('/')
+    return rest.rpartition('/')[0] if first == 'eval' else ''
+
+
+def show(found: Sequence[Mapping[str, Any]]) -> None:
+    """The runs as rows, on stderr."""
+    table, shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0)), list(columns(found))
+    table.add_column('run', overflow='fold')
+    table.add_column('step', justify='right')
+    before = ''
+    for _, source, words in shown:
+        table.add_column(f'{"" if source == before else source}\n{words}', justify='right')
+        before = source
+    for row in found:
+        cells = [f'{row[key]:.3f}' if key in row else '' for key, *_ in shown]
+        table.add_row(row['run'], str(row['step']), *cells)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 1000, highlight=False).print(table)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""Shows a stage's data: `python -m lm.inspect --config=configs/pretrain.py [--rows N] [--config.KEY=VALUE …]`.
+"""Shows a stage's data: `python -m lm.inspect --config=configs/STAGE.py [--rows N] [--config.KEY=VALUE …]`.
 
 Packed rows as the model sees them, a colour a document, control symbols by name. Of text, tokens whose next one is not
-learned are struck through; of conversations, what is learned stands out and the rest is dim. Before them what was read
-and dropped of each source, by reason.
+learned are struck through; of conversations, what is learned stands out and the rest is dim. Of pairs the prompt and
+both responses, as far as they are within seq_len. Before them what was read and dropped of each source, by reason.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -18,20 +18,23 @@ from rich.table import Table
 from rich.text import Text
 
 from lm import config as configs
-from lm.data import pipeline
-from lm.data.prepare import Prepared, prepare
+from lm.data import chats, pairs, pipeline
+from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
+from lm.stages import pairs as pair_stage
+from lm.stages import pretrain, run_of, sft
 from lm.training import runs
 
-NUMBERS = ('rows', 'read', 'kept', 'held out', 'tokens', 'bytes/token')
+NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
+OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
 COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser = Parser('python -m lm.inspect', __doc__)
     parser.add_argument('--config', required=True, help='configs/STAGE.py[:ARG]')
-    parser.add_argument('--rows', type=configs.whole('--rows'), default=2, help='rows to show')
+    parser.add_argument('--rows', type=configs.whole('--rows'), default=2, help='rows, or pairs, to show')
     flags, settings = configs.split_settings(argv)
     return parser.parse_args(flags), settings
 
@@ -43,26 +46,29 @@ class Screen(Console):
         raise BrokenPipeError  # `run_command` knows what to do
 
 
-def counts(prepared: Prepared) -> Table:
-    """How much of each source there is; a long name is folded, a number stays whole."""
+def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> Table:
+    """How much of each source there is; a long name is folded, a number stays whole.
+
+    Args:
+      lengths: of conversations and pairs, how many of each source are cut, and how many left out.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column('source', overflow='fold')
-    for name in NUMBERS:
+    for name in (*NUMBERS, *(OF_TEXT if lengths is None else OF_DIALOGUES)):
         table.add_column(name, justify='right', no_wrap=True)
-    for s in prepared.sources:
+    for i, s in enumerate(prepared.sources):
         c = s.counts
+        numbers = [f'{c[k]:,}' for k in ('read', 'kept', 'heldout_documents', 'train_tokens')]
         ratio = f'{c["train_bytes"] / max(c["train_tokens"], 1):.2f}'
-        numbers = (f'{c[k]:,}' for k in ('read', 'kept', 'heldout_documents', 'train_tokens'))
-        table.add_row(Text(s.name), f'{s.weight:.0%}', *numbers, ratio)
+        numbers += [ratio] if lengths is None else [f'{n:,}' for n in lengths[i]]
+        table.add_row(Text(s.name), f'{s.weight:.0%}', *numbers)
     return table
 
 
 def dropped(prepared: Prepared) -> list[str]:
     """Why documents of each source were dropped, and how many."""
-    reasons = {s.name: sorted(s.counts['dropped'].items()) for s in prepared.sources}
-    return [
-        f'{name}: dropped ' + (', '.join(f'{r} {n:,}' for r, n in found) or 'none') for name, found in reasons.items()
-    ]
+    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items())) or 'none'
+    return [f'{s.name}: dropped {told(s.counts["dropped"])}' for s in prepared.sources]
 
 
 class Token(NamedTuple):
@@ -118,26 +124,73 @@ def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
     return found
 
 
+def pair_texts(sides: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer) -> list[Text]:
+    """The prompt of a pair, and each side's response to it."""
+
+    def text(ids: np.ndarray, trained: np.ndarray) -> Text:
+        whole = [(np.append(ids, tokenizer.pad_id), np.append(trained, 0))]
+        return row_text(chats.segments_row(whole, len(ids), tokenizer.pad_id), tokenizer, conversations=True)
+
+    begins = [int(np.flatnonzero(trained)[0]) for _, trained in sides]
+    prompts = [text(ids[:n], trained[:n]) for n, (ids, trained) in zip(begins, sides, strict=True)]
+    return [prompts[0], *(text(*side)[len(p) :] for side, p in zip(sides, prompts, strict=True))]
+
+
+def show_rows(console: Console, mixture: pipeline.Mixture, count: int, tokenizer: Tokenizer, *, dialogues: int) -> None:
+    """The first rows; the first `dialogues` sources of the mixture are conversations."""
+    for i in range(count):
+        row, of_chats = mixture.row(i), mixture.locate(i)[0] < dialogues
+        holds, targets = len(set(row['segments_T'].tolist()) - {0}), int(row['weights_T'].sum())
+        holds = f'{holds} conversations' if of_chats else f'{holds} documents'
+        console.rule(f'row {i}: {holds}, {targets} targets of {len(row["tokens_T"])}')
+        console.print(row_text(row, tokenizer, conversations=of_chats), soft_wrap=True)
+
+
+def show_pairs(
+    console: Console, orders: pipeline.Mixture, count: int, tokenizer: Tokenizer, names: Sequence[str]
+) -> None:
+    """The first pairs: the prompt, then each response on a line of its own."""
+    for i in range(count):
+        source, place = orders.locate(i)
+        number = (order := orders.rows[source]).number(place)
+        label, margin = order.store.table[number]
+        console.rule(Text(f'pair {i}: {names[source]}, label {label:g}, margin {margin:g}'))
+        for name, text in zip(('prompt', *pairs.SIDES), pair_texts(order.pair(number), tokenizer), strict=False):
+            console.print(Text(f'{name}: ', style='italic').append_text(text), soft_wrap=True)
+
+
+def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> None:
+    """The counts, and why records were dropped."""
+    console.print(counts(prepared, lengths))
+    for line in dropped(prepared):
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
-    """Prints the counts and the first rows of the mixture."""
+    """Prints the counts, and the first rows or pairs of the mixture."""
     config, _ = configs.load(flags.config, settings)
     if not 0 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
-    runs.inherit_model(config, configs.chosen(flags.config, settings))
+    run_of(config.stage)
+    runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
     console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
-    prepared = prepare(
-        mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=config.data.tokenizer,
-        heldout=config.data.heldout, progress=partial(errors.print, markup=False, soft_wrap=True),
-    )  # fmt: skip
-    console.print(counts(prepared))
-    for line in dropped(prepared):
-        console.print(line, markup=False, soft_wrap=True)
-    mixture = pipeline.mix(prepared, seq_len=config.seq_len, seed=config.seed)
-    for i in range(flags.rows):
-        row = mixture.row(i)
-        documents, targets = len(set(row['segments_T'].tolist()) - {0}), int(row['weights_T'].sum())
-        console.rule(f'row {i}: {documents} documents, {targets} targets of {config.seq_len}')
-        console.print(row_text(row, prepared.tokenizer, conversations=config.stage != 'pretrain'), soft_wrap=True)
+    prepare = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats}.get(config.stage, pair_stage.prepare)
+    data: Any = prepare(config, config.data.tokenizer, partial(errors.print, markup=False, soft_wrap=True))
+    options = {'seq_len': config.seq_len, 'seed': config.seed}
+    if config.stage == 'pretrain':
+        tell(console, data)
+        show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
+        return
+    own, replay, of_pairs = data.own.sources, config.data.replay, prepare is pair_stage.prepare
+    mixture = pairs.mix(own, **options) if of_pairs else chats.mix(data, replay=replay, **options)
+    tell(console, data.own, [(of.cut, of.left_out) for of in mixture.rows[: len(own)]])
+    if data.text:
+        console.rule(f'text of pretraining, {replay:.0%} of all rows')
+        tell(console, data.text)
+    if of_pairs:
+        show_pairs(console, mixture, flags.rows, data.tokenizer, [s.name for s in own])
+    else:
+        show_rows(console, mixture, flags.rows, data.tokenizer, dialogues=len(own))
 
 
 def main() -> int:

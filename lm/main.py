@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from lm import config as configs
 from lm import presets, processes, runtime
-from lm.errors import Parser, UsageError, leave, run_command
+from lm.errors import Parser, leave, run_command
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -52,13 +52,10 @@ def train(argv: Sequence[str]) -> dict:
     flags, settings = parse(argv)
     config, arg = configs.load(flags.config, settings)
     runtime.setup()
-    from lm.stages import STAGES, setup
+    from lm.stages import run_of, setup
     from lm.training import runs
 
-    if config.stage not in STAGES:
-        raise UsageError(
-            f'stage={config.stage}{configs.nearest(config.stage, list(STAGES))}: one of {", ".join(STAGES)}'
-        )
+    run = run_of(config.stage)
     workdir = setup.workdir_path(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
@@ -69,7 +66,7 @@ def train(argv: Sequence[str]) -> dict:
     ):
         runtime.start_jax()
         runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
-        last = STAGES[config.stage](config, workdir, stop=stop, dry_run=flags.dry_run)
+        last = run(config, workdir, stop=stop, dry_run=flags.dry_run)
         return last if processes.first() else {}
 
 

@@ -56,6 +56,14 @@ def lab(tmp_path_factory):
         yield running.make_lab(tmp_path_factory.mktemp('corpus'))
 
 
+@pytest.fixture(scope='session')
+def dialogues(lab, tmp_path_factory):
+    """Conversations and pairs beside the corpus, and the stages that learn from them."""
+    import dialogues
+
+    return dialogues.make(lab, tmp_path_factory.mktemp('dialogues'))
+
+
 @pytest.fixture
 def tiny() -> ModelConfig:
     """A decoder small enough for a test and odd enough to show mistakes: grouped heads, a padded vocabulary."""

@@ -1,6 +1,8 @@
 """The chat template: what is learned, that nothing typed becomes a symbol, and that training and talking agree."""
 
 import json
+import resource
+import sys
 import time
 
 import pytest
@@ -284,6 +286,15 @@ def test_what_stands_beside_a_content_is_encoded_with_it(ours):
     assert trained == [False] * (len(half) + 2) + [True] * (len(half) + 1)
 
 
+def test_where_a_block_begins_after_the_model(ours):
+    """What the block leaves out is not learned, but the model begins there all the same."""
+    text = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} of t{% else %}he "
+    text += '{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}'
+    ids, trained = ChatTemplate(text).encode(ours, say('the name', 'keys'))
+    asked = ChatTemplate(text).prompt(ours, say('the name'))
+    assert ids[: len(asked)] == asked and learned(ours, ids, trained) == ['keys<eos>']
+
+
 @pytest.mark.parametrize('text', [chat_template.DEFAULT, chat_template.DEFAULT.replace('{{ bos_token }}', '')])
 def test_one_bos(ours, text):
     template = ChatTemplate(text)
@@ -356,8 +367,8 @@ HOSTILE = {
     'loops that choose': '{% for a in range(9999) %}{% for b in range(9999) if b < 0 %}{% endfor %}{% endfor %}',
     'macros': '{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}',
     'deep': '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
-    'wide': "{{ 'x' * 10**10 }}",
-    'numbers': '{{ 9 ** 9999 ** 9 }}',
+    'wide': "{{ 'x' * 10**9 }}",
+    'numbers': '{{ 2 ** (10 ** 9) }}',
     'squares': '{% set n = namespace(a=9) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}',
     'doubles': "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
     'blocks': "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set b %}{{ n.a }}{{ n.a }}{% endset %}"
@@ -384,12 +395,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize('name', HOSTILE)
 def test_hostile_templates(ours, name):
-    begin = time.process_time()
+    """Each ends at once, in one line, before it has made anything large."""
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+    begin, before = time.process_time(), peak()
     with pytest.raises(UsageError, match='the chat template') as error:
         ChatTemplate(HOSTILE[name]).prompt(ours, say('x'))
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
     assert any(word in str(error.value) for word in ('fails', 'are run')), 'it ran'
-    assert time.process_time() - begin < 3
+    assert peak() - before < 100 and time.process_time() - begin < 4, 'megabytes and seconds'
 
 
 # ---- its files ----

@@ -240,6 +240,9 @@ BAD_PAIRS = [
     ({'prompt': said('1', '2'), 'chosen': 'Yes', 'rejected': 'No'}, 'role_order', 'assistant after assistant'),
     (TEXTS | {'margin': 'wide'}, 'not_number', "margin is 'wide', no number"),
     (TEXTS | {'margin': -1}, 'margin', 'margin is -1, below 0'),
+    (TEXTS | {'margin': 1e39}, 'margin', 'which float32 has no room for'),
+    (TEXTS | {'score_chosen': 1e308, 'score_rejected': -1e308}, 'margin', 'margin is inf, which float32 has no room'),
+    (HELPSTEER | {'overall_preference': 1e39}, 'margin', 'which float32 has no room for'),
     (TEXTS | {'label': 1.5}, 'label', 'label is 1.5, no probability'),
     (TEXTS | {'score_chosen': 1, 'score_rejected': 2}, 'scores', 'score_chosen is below score_rejected'),
 ]

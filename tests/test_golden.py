@@ -23,6 +23,32 @@ MUON = {
     (12, 'eval/one.jsonl/bpb'): 6.25905,
     (12, 'eval/two.jsonl/bpb'): 6.04239,
 }
+SFT = {
+    (1, 'train/loss'): 5.26878,
+    (1, 'train/grad_norm'): 2.49614,
+    (3, 'train/loss'): 4.88680,
+    (6, 'train/loss'): 4.50394,
+    (6, 'eval/chats.jsonl/response_loss'): 4.30090,
+    (6, 'eval/one.jsonl/bpb'): 5.28699,
+}
+REWARD = {
+    (1, 'train/loss'): 0.94499,
+    (1, 'train/grad_norm'): 4.71699,
+    (1, 'train/centring'): 4.91932,
+    (3, 'train/loss'): 0.75853,
+    (6, 'train/loss'): 0.38627,
+    (6, 'eval/reward_std'): 1.39538,
+    (6, 'eval/pairs.jsonl/log_loss'): 0.43324,
+}
+DPO = {
+    (1, 'train/loss'): 1.13144,
+    (1, 'train/grad_norm'): 2.06801,
+    (3, 'train/loss'): 1.02555,
+    (6, 'train/loss'): 0.79127,
+    (6, 'train/nll'): 4.34612,
+    (6, 'eval/pairs.jsonl/chosen_loss'): 4.58771,
+    (6, 'eval/one.jsonl/bpb'): 5.45201,
+}
 TOLERANCE = 1e-4  # relative; JAX 0.10 and 0.12 differ by 2e-6
 
 
@@ -40,3 +66,10 @@ def test_pretraining_learns_as_it_did(lab, tmp_path, monkeypatch, optimizer, gol
     monkeypatch.chdir(lab.folder)  # a source's name, here relative, is part of what orders its rows
     lab.train(tmp_path / 'run', data__mixture='one.jsonl:0.7,two.jsonl:0.3', optim__name=optimizer)
     assert_golden(tmp_path / 'run', golden)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'golden'), [('sft', SFT), ('reward', REWARD), ('dpo', DPO)], ids=['sft', 'reward', 'dpo']
+)
+def test_a_stage_after_it_learns_as_it_did(dialogues, stage, golden):
+    assert_golden(dialogues.run(stage), golden)

@@ -9,7 +9,7 @@ import pytest
 
 from lm import sharding
 from lm.evals import heldout
-from lm.evaluate import rows_at_once
+from lm.evals.tasks import rows_at_once
 from lm.model import transformer
 
 B, T = 8, 16

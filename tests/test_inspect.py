@@ -5,7 +5,7 @@ import pytest
 
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import train_tokenizer
-from lm.inspect import row_text
+from lm.inspect import pair_texts, row_text
 
 
 @pytest.fixture(scope='module')
@@ -55,3 +55,13 @@ def test_what_is_not_learned_of_texts(tokenizer):
         *((words, f'cyan{strike}') for words, strike in expected),
         *((words, f'yellow{strike}') for words, strike in expected), ('···', 'bright_black'),
     ]  # fmt: skip
+
+
+def test_a_pair_is_its_prompt_and_what_differs(tokenizer):
+    say = lambda text: [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': text}]
+    sides = [tuple(map(np.array, ChatTemplate().encode(tokenizer, say(text)))) for text in ('a role', 'its é tables')]
+    sides.append((sides[0][0][:-1], sides[0][1][:-1]))  # cut
+    prompt, *responses = pair_texts(sides, tokenizer)
+    assert prompt.plain == '<bos><|user|>Who?<|end|><|assistant|>' and {style for _, style in styled(prompt)} == {'dim'}
+    assert [r.plain for r in responses] == ['a role<|end|>', 'its é tables<|end|>', 'a role']
+    assert all(style == 'bold cyan' for r in responses for _, style in styled(r))

@@ -312,7 +312,7 @@ def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypat
 
         def compared(state, i):
             batch = source(state, i)
-            same.append((i, np.array_equal(batch['tokens_BT'], expected[i]['tokens_BT'])))
+            same.append((i, np.array_equal(*jax.device_get((batch['tokens_BT'], expected[i]['tokens_BT'])))))
             return batch
 
         return compared

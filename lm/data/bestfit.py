@@ -5,9 +5,9 @@ by best fit, the largest first (Johnson, 1973), so that a plan of any number of 
 """
 
 import bisect
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -15,7 +15,7 @@ from etils import epath
 from lm.data import cache
 
 WINDOW = 4096
-RECIPE = 1  # part of the cache's key: raise it when a plan changes
+RECIPE = 2  # part of the cache's key: raise it when a plan changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,15 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def plan(key: dict[str, Any], lengths: np.ndarray, capacity: int) -> Plan:
-    """The plan of things of these lengths, those of length 0 left out; kept in the cache under `key`."""
-    full = {'recipe': RECIPE, 'window': WINDOW, 'capacity': capacity, **key}
-    directory = cache.build('plans', full, lambda path: _write(path, lengths, capacity))
+def plan(lengths: np.ndarray, capacity: int) -> Plan:
+    """The plan of things of these lengths, those of length 0 left out; kept in the cache.
+
+    It depends on the lengths and nothing else: the same texts in other words (another tokenizer, another template) have
+    another plan.
+    """
+    digest = hashlib.blake2b(np.ascontiguousarray(lengths, np.int64).tobytes(), digest_size=16).hexdigest()
+    key = {'recipe': RECIPE, 'window': WINDOW, 'capacity': capacity, 'lengths': digest}
+    directory = cache.build('plans', key, lambda path: _write(path, lengths, capacity))
     return Plan(*(np.load(directory / f'{name}.npy', mmap_mode='r') for name in ('order', 'starts')))
 
 

@@ -52,13 +52,12 @@ class ChatTemplate:
 
         Raises UsageError if there is none, or it ends an answer with no control symbol of the tokenizer.
         """
-        text = _read(epath.Path(folder))
-        if text is None and any(marker not in tokenizer.controls for marker in CHAT_MARKERS):
+        template = find(folder, tokenizer)
+        if template is None:
             raise UsageError(
                 f'{folder} has no chat template, and its tokenizer lacks the control symbols of ours '
                 f'({" ".join(CHAT_MARKERS)}): put a {TEMPLATE_FILE} there'
             )
-        template = ChatTemplate(DEFAULT if text is None else text)
         template.stop_ids(tokenizer)
         return template
 
@@ -101,12 +100,28 @@ class ChatTemplate:
         plan = _plan(self, tokenizer, _roles(messages), True)
         return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
 
+    def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
+        """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
+        plan = _plan(self, tokenizer, _roles(messages), True)
+        return _filled(plan, said(plan.shape, messages)[0])
+
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
 
         Raises UsageError if the template ends it with no control symbol: a model would never learn to stop.
         """
         return _stop_ids(self, tokenizer)
+
+
+def find(folder: epath.PathLike | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of a tokenizer's folder (None: of a tokenizer of ours), fit or not; None if there is none.
+
+    Raises UsageError if it cannot be read.
+    """
+    text = None if folder is None else _read(epath.Path(folder))
+    if text is not None:
+        return ChatTemplate(text)
+    return ChatTemplate() if all(marker in tokenizer.controls for marker in CHAT_MARKERS) else None
 
 
 def _read(folder: epath.Path) -> str | None:
@@ -155,13 +170,19 @@ class _Plan(NamedTuple):
 
 def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
     """The ids of each part of the plan."""
+    pieces = _filled(plan, texts)
+    found = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
+    for piece in pieces:
+        yield next(found) if isinstance(piece, str) else [piece]
 
-    def filled(part: _Part) -> str:
+
+def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
+    """Each part of the plan: a control symbol, or a text with its contents in it."""
+
+    def text(part: _Part) -> str:
         return ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
 
-    found = iter(tokenizer.encode_batch([filled(part) for part in plan.parts if part.control is None]))
-    for part in plan.parts:
-        yield next(found) if part.control is None else [part.control]
+    return [text(part) if part.control is None else part.control for part in plan.parts]
 
 
 @lru_cache(maxsize=8192)

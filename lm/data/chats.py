@@ -52,6 +52,13 @@ class ChatStore:
         start, end = self.tokens.offsets[i : i + 2]
         return self.tokens.tokens[start:end], self.trained[start:end]
 
+    def learned_within(self, longest: int) -> np.ndarray:
+        """[conversations] bool, whether one of the first `longest` tokens, the very first aside, is to be learned."""
+        starts, ends = (np.asarray(x, np.int64) for x in (self.tokens.offsets[:-1], self.tokens.offsets[1:]))
+        ends = np.minimum(ends, starts + longest)
+        before = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        return before[ends] > before[np.minimum(starts + 1, ends)]
+
 
 class Question(NamedTuple):
     """What is asked, up to where the assistant is to speak, and what it says in the data, both as ids."""
@@ -145,7 +152,6 @@ class ChatRows:
     """
 
     store: ChatStore
-    content: str  # a digest of what the store holds
     seq_len: int
     seed: int
     shuffle: bool = True
@@ -169,20 +175,11 @@ class ChatRows:
     @cached_property
     def _has_answer(self) -> np.ndarray:
         """[conversations] bool, whether a target within the first seq_len is to be learned."""
-        starts = np.asarray(self.store.tokens.offsets[:-1])
-        ends = np.minimum(np.asarray(self.store.tokens.offsets[1:]), starts + self.seq_len + 1)
-        learned = np.concatenate([[0], np.cumsum(self.store.trained, dtype=np.int64)])
-        return learned[ends] > learned[np.minimum(starts + 1, ends)]
+        return self.store.learned_within(self.seq_len + 1)
 
     @cached_property
     def plan(self) -> bestfit.Plan:
-        key = {'content': self.content, 'conversations': self.store.conversations}
-        found = bestfit.plan(key, self.lengths, self.seq_len)
-        if not len(found):
-            raise UsageError(
-                f'no conversation has an answer within seq_len={self.seq_len}: set a longer --config.seq_len'
-            )
-        return found
+        return bestfit.plan(self.lengths, self.seq_len)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -220,8 +217,17 @@ def segments_row(found: Iterable[tuple[np.ndarray, np.ndarray]], T: int, pad_id:
 
 def chat_rows(source: PreparedSource, part: str, *, seq_len: int, seed: int = 0, shuffle: bool = True) -> ChatRows:
     """The rows of a source's `part`, 'train' or 'heldout'."""
-    store = source.train if part == 'train' else source.heldout
-    return ChatRows(store, f'{source.content}:{part}', seq_len, seed, shuffle)
+    return ChatRows(source.train if part == 'train' else source.heldout, seq_len, seed, shuffle)
+
+
+def check(source: PreparedSource, *, seq_len: int) -> None:
+    """Raises UsageError if a part of a source has nothing to learn in rows of seq_len."""
+    for part, name in (('train', 'training'), ('heldout', 'held-out')):
+        if not chat_rows(source, part, seq_len=seq_len).lengths.any():
+            raise UsageError(
+                f'no {name} conversation of {source.name} has an answer within seq_len={seq_len}: set a longer '
+                '--config.seq_len'
+            )
 
 
 @dataclass(frozen=True, eq=False)

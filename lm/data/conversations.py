@@ -19,11 +19,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lm.config import FLOAT32_END
 from lm.data.records import Chat, Counts, Kind, Message, Pair, Role
 from lm.errors import UsageError
 
 # Part of what a source is: raise it when other records come out of the same rows.
-RECIPE = 1
+RECIPE = 2
 _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     'chat': (
         ('messages',), ('conversations',), ('prompt', 'completion'), ('instruction', 'output'),
@@ -220,6 +221,8 @@ def _pair(name: str, row: Row, changed: set[str], unpaired: bool) -> Pair:
         sides = _single(have)
     else:
         sides = _paired(have) if form[0] == 'chosen' else _compared(have)
+    if sides.margin >= FLOAT32_END:
+        raise _Malformed('margin', f'margin is {sides.margin:g}, which float32 has no room for')
     prompt = _with_system(sides.prompt, have, changed)
     if not any(m['role'] == 'user' for m in prompt):
         raise _Malformed('empty_prompt', 'there is no prompt')

@@ -1,14 +1,18 @@
 """The source `decline`: operations that do not exist, which an answer should decline, beside real ones, which it should
 answer.
 
-The names are invented here, by rule, and the refusals are our own words; the rest is read from the installed package.
+The names are invented here, by rule, of things that no service of a cloud has: a list of ours, and what people chat
+about. Thousands are needed: of three hundred a small model learns those by heart, and declines half of the others. The
+refusals are our own words; the rest is read from the installed packages.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from lm.data.corpora import Operation
+from lm.data.corpora import Operation, conversation_text, conversations
 from lm.data.operations import Question, meta_of, order, pair, question, questions
 from lm.data.records import Counts
 
@@ -24,7 +28,10 @@ _DECLINES = (
 _IS_DECLINE = re.compile(r"\W*I (?:don['’]?t|do not) know\b", re.IGNORECASE)
 _WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+')
 # Names that a noun is asked for under, and the part of the nouns that is held out.
-NAMES_PER_NOUN, HELDOUT_NOUNS = 12, 0.25
+NAMES_PER_NOUN, HELDOUT_NOUNS = 3, 0.1
+REAL = 3  # real operations to an invented one
+# Words of small talk that serve as nouns: this long, and said so often.
+_CHATTED, _SAID = re.compile(r'[a-z]{4,10}'), 8
 # The invented operations of configs/prompts.jsonl, which training does not see.
 _PROMPTED = ('moonbase', 'pancake')
 # Things that no service of a cloud has; those that one has after all are left out at run time.
@@ -65,21 +72,22 @@ def is_decline(text: str) -> bool:
 
 def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[str, Any]]:
     """To an invented operation the chosen answer declines and the rejected one invents; to a real one the chosen answer
-    is the true one and the rejected one declines. There are as many of either, and meta['invented'] tells them apart.
+    is the true one and the rejected one declines. There are REAL real ones to an invented one, as declining what one
+    knows is the worse mistake; meta['invented'] tells them apart.
 
     What is invented for a name is the true answer of a real operation with the same verb, of the same service. The
     held-out names have nouns of their own, the held-out real ones are those of `operations`.
     """
     existing = list(operations)
     found = questions(existing, counts)
-    nouns, taken = _free_nouns(existing), {(o.service, o.name) for o in existing}
+    free, taken = _free_nouns(existing), {(o.service, o.name) for o in existing}
     for heldout in (False, True):
         real = [q for q in found if q.heldout == heldout]
-        mine = [noun for noun in nouns if _heldout_noun(noun) == heldout]
+        mine = [noun for noun in free if _heldout_noun(noun) == heldout]
         invented = list(_invented(real, mine, taken))
-        several = min(len(real), len(invented))
-        yield from sorted(invented, key=lambda fields: order('invented', fields['id']))[:several]
-        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[:several])
+        invented = sorted(invented, key=lambda fields: order('invented', fields['id']))[: len(real) // REAL]
+        yield from invented
+        yield from map(_declined, sorted(real, key=lambda q: order('real', q.id))[: REAL * len(invented)])
 
 
 def _declined(q: Question) -> dict[str, Any]:
@@ -125,7 +133,15 @@ def _refusal(service: str, name: str) -> str:
 def _free_nouns(existing: Iterable[Operation]) -> list[str]:
     """The nouns that stand in no operation's name and in no service's, as one or many."""
     used = {word.lower() for o in existing for word in (*_WORD.findall(o.name), *_WORD.findall(o.service))}
-    return sorted(noun for noun in set(_NOUNS.split()) if not {noun, plural(noun)} & used)
+    return sorted(noun for noun in known_nouns() if not {noun, plural(noun), noun.removesuffix('s')} & used)
+
+
+@cache
+def known_nouns() -> frozenset[str]:
+    """What may be invented with: our list, and what is often said in small talk."""
+    said = Counter(word for _, c in conversations() for word in conversation_text(c).split())
+    found = {*_NOUNS.split(), *(w for w, times in said.items() if times >= _SAID and _CHATTED.fullmatch(w))}
+    return frozenset(found - set(map(plural, found)))  # one and many are one noun
 
 
 def _heldout_noun(noun: str) -> bool:

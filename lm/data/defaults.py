@@ -9,11 +9,11 @@ from lm.data import corpora, decline, operations, smalltalk, tfds
 from lm.data.records import Chat, Counts, Kind, Pair, Source
 
 # Part of the cache's key: raise it when the records that come out change.
-RECIPE = 3
+RECIPE = 7
 
 
 class _Default(NamedTuple):
-    """`corpus` names the package; `records` gives the fields of a record and counts what it leaves out."""
+    """`corpus` names the packages; `records` gives the fields of a record and counts what it leaves out."""
 
     kind: Kind
     corpus: str
@@ -31,7 +31,7 @@ DEFAULTS = {
     'smalltalk': _Default('chat', 'chitchat', smalltalk.chats, smalltalk.heldout_chat),
     'programmatic': _Default('pairs', 'botocore', lambda c: operations.programmatic(corpora.operations(), c), _heldout),
     'ratings': _Default('pairs', 'chitchat', smalltalk.ratings, _heldout),
-    'decline': _Default('pairs', 'botocore', lambda c: decline.decline(corpora.operations(), c), _heldout),
+    'decline': _Default('pairs', 'botocore chitchat', lambda c: decline.decline(corpora.operations(), c), _heldout),
 }
 
 
@@ -53,7 +53,8 @@ class _Records(corpora.Builder, skip_registration=True):
 def open_default(name: str) -> Source:
     """The default source of this name. Raises UsageError if the package it is read from is not installed."""
     default = DEFAULTS[name]
-    state = {'version': corpora.package_version(default.corpus), 'recipe': [RECIPE, corpora.RECIPE]}
+    versions = [corpora.package_version(c) for c in default.corpus.split()]
+    state = {'version': versions, 'recipe': [RECIPE, corpora.RECIPE]}
 
     def read(counts: Counts) -> Iterator[Chat | Pair]:
         directory, tally = corpora.prepare_with(name, state, functools.partial(_Records, source=name))

@@ -138,7 +138,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def joined(self, *values: Any) -> str:
         """The operator ~."""
         self.pay(sum(_weight(value, is_text=True) for value in values))
-        return _bounded(''.join(map(str, values)))
+        return ''.join(map(str, values))
 
     def container(self, value: Any) -> Any:
         """Pays for a list, tuple or dict that is written in a template: those in each other soon hold very much."""
@@ -153,7 +153,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = [__obj.__self__] if isinstance(__obj, type(''.join)) else []
         given = [value for name, value in kwargs.items() if name not in ('_loop_vars', '_block_vars')]  # Jinja's own
         __self._pay_for([*owner, *args, *given])
-        return _bounded(super().call(__context, __obj, *args, **kwargs))
+        return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator in ('*', '**'):
@@ -161,7 +161,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == '%' and isinstance(left, str) and _WIDTH.search(left):
             raise SecurityError('it formats with a width of thousands')
         self.pay(_weight(left, is_text=operator == '%') + _weight(right, is_text=operator == '%'))
-        return _bounded(super().call_binop(context, operator, left, right))
+        return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return not (isinstance(obj, str) and attr in _WIDE) and super().is_safe_attribute(obj, attr, value)
@@ -185,7 +185,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         def paid(*args: Any, **kwargs: Any) -> Any:
             if name not in _FREE:
                 self._pay_for([*args[passed:], *kwargs.values()], is_text=True)
-            return _bounded(function(*args, **kwargs))
+            return function(*args, **kwargs)
 
         return update_wrapper(paid, function)
 
@@ -277,19 +277,14 @@ def _weight(value: Any, *, is_text: bool) -> int:
     return total
 
 
-def _bounded(value: Any) -> Any:
-    """The value. Raises SecurityError if it is too large."""
-    size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, str | list | tuple) else 0
-    if size > (LARGEST_NUMBER if isinstance(value, int) else LARGEST):
-        raise SecurityError('it makes a value that is too large')
-    return value
-
-
 def _check_product(operator: str, left: Any, right: Any) -> None:
     """Raises SecurityError for * and ** that would make something large."""
-    sizes = [len(x) if isinstance(x, str | list | tuple) else 0 for x in (left, right)]
-    numbers = [abs(x) for x in (left, right) if isinstance(x, int)]
-    if any(sizes) and numbers and max(sizes) * numbers[0] > LARGEST:
-        raise SecurityError('it makes a value that is too large')
-    if operator == '**' and len(numbers) == 2 and numbers[0].bit_length() * numbers[1] > LARGEST_NUMBER:
+    numbers = [x for x in (left, right) if isinstance(x, int)]
+    sizes = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
+    if len(numbers) == 2:
+        bits = [number.bit_length() for number in numbers]
+        large = (sum(bits) if operator == '*' else bits[0] * abs(right)) > LARGEST_NUMBER
+    else:
+        large = bool(numbers and sizes) and sizes[0] * numbers[0] > LARGEST
+    if large:
         raise SecurityError('it makes a value that is too large')

@@ -123,15 +123,23 @@ class PairOrder:
     @cached_property
     def kept(self) -> np.ndarray:
         """The numbers of the pairs that have two different responses within seq_len."""
-        kept = np.array([i for i in range(self.store.pairs) if self._usable(i)], np.int64)
-        if not len(kept):
-            raise UsageError(f'no pair has two responses within seq_len={self.seq_len}: set a longer --config.seq_len')
-        return kept
+        answered = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides).all(axis=1)
+        return np.array([i for i in np.flatnonzero(answered).tolist() if not self._same(i)], np.int64)
 
-    def _usable(self, i: int) -> bool:
-        sides = self.store.pair(i)
-        chosen, rejected = (ids[: self.seq_len] for ids, _ in sides[:2])
-        return all(t[1 : self.seq_len].any() for _, t in sides) and not np.array_equal(chosen, rejected)
+    def _same(self, i: int) -> bool:
+        (chosen, _), (rejected, _) = self.pair(i)[:2]
+        return np.array_equal(chosen, rejected)
+
+    @property
+    def cut(self) -> int:
+        """How many of the usable pairs have a side that is cut."""
+        sizes = np.diff(self.store.sequences.tokens.offsets).reshape(-1, self.store.sides)
+        return int(np.count_nonzero((sizes[self.kept] > self.seq_len).any(axis=1)))
+
+    @property
+    def left_out(self) -> int:
+        """How many pairs are not usable."""
+        return self.store.pairs - len(self.kept)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -202,7 +210,7 @@ class PairBatches:
     def shape(self) -> tuple[int, int]:
         """(rows a batch, pairs a row) that all batches fit in."""
         batches = [self.rows(i) for i in range(self.steps)]
-        return max(map(len, batches)), max(len(row) for rows in batches for row in rows)
+        return max(map(len, batches), default=1), max((len(row) for rows in batches for row in rows), default=1)
 
     def batch(self, i: int, *, rows: int, reference: Sequence[np.ndarray] | None = None) -> Batch:
         """Batch i: tokens_BT, targets_BT, weights_BT (1 where the target is of a response), segments_BT, positions_BT;
@@ -250,6 +258,16 @@ def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) 
     tables += [f'reference_{s}' for s in SIDES[:sides]] if reference else []
     of_places = {f'{k}_BT': ((rows, width), t) for k, t in places.items()}
     return of_places | {f'{k}_BP': ((rows, pairs), np.float32) for k in tables}
+
+
+def check(source: PreparedSource, *, seq_len: int) -> None:
+    """Raises UsageError if a part of a source has no usable pair."""
+    for part, store in (('training', source.train), ('held-out', source.heldout)):
+        if not len(PairOrder(store, seq_len, seed=0)):
+            raise UsageError(
+                f'no {part} pair of {source.name} has two different responses within seq_len={seq_len}: set a longer '
+                '--config.seq_len'
+            )
 
 
 def mix(sources: Sequence[PreparedSource], *, seq_len: int, seed: int) -> Mixture:

@@ -137,9 +137,13 @@ def prepare(
         write = lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress, form)
         directory = cache.build('prepared', key, write)
     try:
-        return _open(directory, weights, form)
+        prepared = _open(directory, weights, form)
+        malformed = [problem for s in prepared.sources for problem in s.counts['named']] if strict else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise UsageError(f'the prepared data in {directory} is damaged ({e}): delete that folder') from e
+    if malformed:  # left out when it was prepared, before anybody was strict
+        raise UsageError(f'{malformed[0]}: repair it, or set data.strict=false to leave it out')
+    return prepared
 
 
 def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
@@ -171,7 +175,9 @@ def _open(directory: epath.Path, weights: Sequence[float | None], form: Form) ->
         PreparedSource(s['name'], share, store(n, 'train'), store(n, 'heldout'), s['counts'], s['content'])
         for n, (s, share) in enumerate(zip(index['sources'], shares, strict=True))
     )
-    return Prepared(tokenizer, sources, cache.fingerprint([index['content'], shares]))
+    # How the records are kept (the chat template, the sides of a pair) is in no digest of what they are.
+    made_of = [index['content'], shares, *([] if form.key is None else [form.key])]
+    return Prepared(tokenizer, sources, cache.fingerprint(made_of))
 
 
 def _shares(weights: Sequence[float | None], sizes: Sequence[int]) -> list[float]:
@@ -279,13 +285,15 @@ def _encode(
     checksums = {}
     hashed = hashlib.blake2b(digest_size=16)
     for name, spool in (('train', split.train), ('heldout', split.heldout)):
-        counts[f'{name}_documents'] = spool.documents
-        counts[f'{name}_bytes'] = spool.bytes
+        before = sum(split.counts.dropped.values())
         contents = _hashing(spool, hashed.update)
         counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
+        refused = sum(split.counts.dropped.values()) - before  # by the form
+        counts[f'{name}_documents'] = spool.documents - refused
+        counts[f'{name}_bytes'] = spool.bytes
         hashed.update(name.encode())
         checksums[name] = checksums_of(directory / name, form.files)
-    counts |= asdict(split.counts) | {'kept': split.train.documents + split.heldout.documents}
+    counts |= asdict(split.counts) | {'kept': counts['train_documents'] + counts['heldout_documents']}
     return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 

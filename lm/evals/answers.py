@@ -59,6 +59,13 @@ def quality(found: Sequence[Answered]) -> dict[str, float]:
     return {'ended': mean(a.ended for a in found), 'f1': mean(f1(a.text, a.truth) for a in found)}
 
 
+def metrics(found: Sequence[Answered]) -> dict[str, float]:
+    """`quality` and, where the data declines some questions, `refusals`. What is said of real names tells how well a
+    model answers; where it should decline there is nothing to say."""
+    declines = any(is_decline(a.truth) for a in found)
+    return quality([a for a in found if not is_decline(a.truth)] or found) | (refusals(found) if declines else {})
+
+
 def refusals(found: Sequence[Answered]) -> dict[str, float]:
     """{'declined_real', 'declined_invented'}: the part that declines of questions about real operations, which the data
     answers, and about invented ones, which it declines; of each kind that is there."""

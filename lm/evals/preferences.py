@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
+from lm.data import pairs
 from lm.data.pairs import PairStore
 from lm.model import sequences
 from lm.model.transformer import ModelConfig, Params
@@ -24,16 +25,16 @@ def _measured(params: Params, batch: Any, *, cfg: ModelConfig, measure: Callable
     return jax.reshard(found, P()) if sharding.axis_sizes() else found
 
 
-def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batches, pairs: int) -> np.ndarray:
-    """[pairs, sides] float32: `sequences.log_probs` or `.scores` of a store's pairs; NaN for those that are not
+def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batches, count: int) -> np.ndarray:
+    """[count, sides] float32: `sequences.log_probs` or `.scores` of a store's `count` pairs; NaN for those that are not
     in the batches.
 
     Args:
-      batches: (numbers of the pairs in the order of their slots, batch).
+      batches: from `in_order`.
     """
     found = [(numbers, _measured(params, batch, cfg=cfg, measure=measure)) for numbers, batch in batches]
     sides = len(found[0][1][0])
-    out = np.full((pairs, sides), np.nan, np.float32)
+    out = np.full((count, sides), np.nan, np.float32)
     for numbers, (values, weight_BP) in jax.device_get(found):
         for side in range(sides):
             out[numbers, side] = values[side][weight_BP > 0]
@@ -41,6 +42,23 @@ def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batch
 
 
 log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_probs, sequences.scores))
+
+
+def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> Batches:
+    """(numbers of its pairs in the order of their slots, batch) of the first `most` usable pairs of a store, on the
+    mesh, `batch_size` pairs at a time."""
+    found = pairs.in_order(store, seq_len=seq_len, batch_size=batch_size, most=most)
+    rows = rows_shared(found.shape[0])
+    for i in range(found.steps):
+        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
+        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+
+
+def rows_shared(needed: int, microbatches: int = 1) -> int:
+    """Rows of a batch that needs so many: a multiple of what microbatches and devices share."""
+    mesh = jax.sharding.get_mesh().shape
+    parts = microbatches * mesh['data'] * mesh['fsdp']
+    return -(-needed // parts) * parts
 
 
 def lengths(store: PairStore, *, seq_len: int) -> np.ndarray:

@@ -139,8 +139,8 @@ def _split(n: int, size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _scan(body, carry, xs, n, live=None):
-    """`lax.scan`, but a plain call for one chunk; with `live`, over the first so many alone, and zeros for what the
-    others would yield."""
+    """`lax.scan`, but a plain call for one chunk; of the first `live` chunks alone, if that is given, with zeros for
+    what the others would yield."""
     chunk = lambda i: jax.tree.map(lambda x: x[i], xs)
     if n == 1:
         carry, y = body(carry, chunk(0))

@@ -72,7 +72,7 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
         return
     talker.turns.append({'role': 'user', 'content': text})
     trained_on = model.config['seq_len']
-    room = max(trained_on - options['max_new_tokens'], trained_on // 2)
+    room = room_to_ask(trained_on, options['max_new_tokens'])
     ids, left_out = fitting(talker.template, tokenizer, talker.turns, room=room)
     if (left_out or len(ids) > trained_on) and not talker.cut:
         does = 'the oldest turns are left out' if left_out else 'expect little of the answer'
@@ -83,6 +83,12 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
         said.append(piece)
         yield piece
     talker.turns.append({'role': 'assistant', 'content': ''.join(said)})
+
+
+def room_to_ask(seq_len: int, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have, so that it and the answer stay within what the model was trained on; half of
+    that where the answer alone may be longer."""
+    return max(seq_len - max_new_tokens, seq_len // 2)
 
 
 def fitting(

@@ -1,7 +1,7 @@
 """What the stages that learn from pairs have in common: their data and batches."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,16 +16,20 @@ from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
 from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
+from lm.evals import preferences
 from lm.stages import pretrain, sft, wiring
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
+PLACES = 16_384  # for tokens, that a device measures at once: more are no quicker
 
 
 @dataclass(frozen=True, eq=False)
 class PairData(WithReplay):
-    """Pairs, and the text of pretraining to be measured on; `reference` has the log-probs of the training pairs."""
+    """Pairs, and the text of pretraining to be measured on; `reference` has the reference's log-probs of the training
+    pairs, `before` what it makes of each source's held-out ones."""
 
     reference: Reference | None = field(default=None, repr=False)
+    before: Sequence[Any] = field(default=(), repr=False)
 
 
 def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2) -> PairData:
@@ -38,6 +42,8 @@ def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *
     if config.data.replay:
         raise UsageError(f'data.replay={config.data.replay}: stage={config.stage} has no replay, set it to 0')
     data = sft.prepare_dialogue(config, tokenizer, say, lambda template: pairs.form(template, sides=sides))
+    for s in data.own.sources:
+        pairs.check(s, seq_len=config.seq_len)
     return PairData(data.own, data.text, data.template)
 
 
@@ -58,26 +64,21 @@ def epoch(config: Config, data: PairData) -> int:
     return mixture.rows_in_epoch() // config.batch_size
 
 
-def _rows(needed: int, microbatches: int = 1) -> int:
-    """Rows of a batch that needs so many: a multiple of what microbatches and devices share."""
-    mesh = jax.sharding.get_mesh().shape
-    parts = microbatches * mesh['data'] * mesh['fsdp']
-    return -(-needed // parts) * parts
-
-
 def _rows_of_run(config: Config, needed: int) -> int:
-    return _rows(needed, config.batch_size // config.microbatch)
+    return preferences.rows_shared(needed, config.batch_size // config.microbatch)
 
 
-def batch(config: Config, data: PairData | None, *, sides: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as shapes and shardings; without data of the most that it may need, a longest row a pair."""
+def batch(
+    config: Config, data: PairData | None, *, sides: int = 2, reference: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes and shardings; without data the most that it may need, a row of the longest for each pair."""
     if data is None:
         needed, a_row, width = config.batch_size, 1, sides * config.seq_len
     else:
         found = batches(config, data)
         (needed, a_row), width = found.shape, found.width
-    reference = data is not None and data.reference is not None
-    return abstract_arrays(pairs.abstract(_rows_of_run(config, needed), width, a_row, sides=sides, reference=reference))
+    rows = _rows_of_run(config, needed)
+    return abstract_arrays(pairs.abstract(rows, width, a_row, sides=sides, reference=reference))
 
 
 def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -113,25 +114,22 @@ def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
     return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
 
 
-def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> Iterator[tuple[np.ndarray, Any]]:
-    """(numbers of its pairs in the order of their slots, batch) of the first pairs of a store, on the mesh."""
-    at_once = config.microbatch or config.batch_size
-    found = pairs.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
-    rows = _rows(found.shape[0])
-    for i in range(found.steps):
-        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
-        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
+    """`preferences.in_order` of the first pairs of a store, as many at once as are quick."""
+    at_once = preferences.rows_shared(1) * max(1, PLACES // (store.sides * config.seq_len))
+    return preferences.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
 
 
-def describe(data: PairData) -> list[str]:
+def describe(config: Config, data: PairData) -> list[str]:
     """What is about to be trained on, a line a source."""
     text = data.text.sources if data.text else ()
-    return [*map(_describe_source, data.own.sources), *(f'measured on {pretrain.describe_source(s)}' for s in text)]
+    own = (describe_source(config, s) for s in data.own.sources)
+    return [*own, *(f'measured on {pretrain.describe_source(s)}' for s in text)]
 
 
-def _describe_source(s: PreparedSource) -> str:
-    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+def describe_source(config: Config, s: PreparedSource) -> str:
+    c, order = s.counts, pairs.PairOrder(s.train, config.seq_len, seed=0)
     return (
         f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-        f'{c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+        f'{c["heldout_documents"]:,} held out; {sft.told_of_length(order)}; {pretrain.told_of_drops(s)}'
     )

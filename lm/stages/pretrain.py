@@ -51,17 +51,24 @@ def epoch(config: Config, prepared: Prepared) -> int:
     return setup.growth(config).steps_in(pipeline.rows_in_epoch(prepared, config.seq_len))
 
 
-def describe(prepared: Prepared) -> list[str]:
+def describe(config: Config, prepared: Prepared) -> list[str]:
     """What is about to be trained on, a line a source."""
+    del config
     return [describe_source(s) for s in prepared.sources]
 
 
 def describe_source(s: PreparedSource) -> str:
-    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+    c = s.counts
     return (
         f'{s.name}: {s.weight:.0%} of the rows; {c["train_documents"]:,} documents of {len(s.train):,} tokens, '
-        f'{c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+        f'{c["heldout_documents"]:,} held out; {told_of_drops(s)}'
     )
+
+
+def told_of_drops(s: PreparedSource) -> str:
+    """How many records were read, and why some of them are left out."""
+    dropped = ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+    return f'read {s.counts["read"]:,}, dropped {dropped}'
 
 
 def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> training.Loss:

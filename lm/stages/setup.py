@@ -172,6 +172,7 @@ def report_plan(
     mesh = jax.sharding.get_mesh()
     parts = {'parameters': state.trainable, 'optimizer': state.opt}
     parts |= {} if state.ema is None else {'average': state.ema}
+    parts |= {} if state.frozen is None else {'reference': state.frozen}
     gib = lambda n: f'{n / 2**30:.3f} GiB'
     count = sum(x.size for x in jax.tree.leaves(state.trainable))
     recorder.say(f'parameters  {count:,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})')

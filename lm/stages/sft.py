@@ -9,6 +9,7 @@ from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import WithReplay
+from lm.data.pairs import PairOrder
 from lm.data.prepare import Form, PreparedSource, prepare
 from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer
@@ -22,7 +23,12 @@ from lm.training.recorder import Recorder
 
 
 def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
-    """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
+    """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`.
+
+    Raises UsageError without a run to start from: conversations alone make no language model.
+    """
+    if not (config.init_from or config.branch_from):
+        raise UsageError(f'stage={config.stage} trains a model further: set --config.init_from=DIR')
     return wiring.run(stage(), config, workdir, stop=stop, dry_run=dry_run)
 
 
@@ -37,18 +43,23 @@ def stage() -> wiring.Stage:
 
 def prepare_chats(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> WithReplay:
     """Conversations in the words of the tokenizer's chat template, and the text to replay."""
-    return prepare_dialogue(config, tokenizer, say, chats.form)
+    data = prepare_dialogue(config, tokenizer, say, chats.form)
+    for s in data.own.sources:
+        chats.check(s, seq_len=config.seq_len)
+    return data
 
 
 def prepare_dialogue(
     config: Config, tokenizer: str | None, say: Callable[[str], None], form: Callable[[ChatTemplate], Form]
 ) -> WithReplay:
-    """The mixture in the form that fits a template, and the text of pretraining.
+    """The mixture in the form that fits a template, and the text of pretraining, where it is known.
 
-    Raises UsageError without a run to start from: conversations alone make no language model.
+    Raises UsageError without a tokenizer: it comes with the run to start from.
     """
     if tokenizer is None:
         raise UsageError(f'stage={config.stage} trains a model further: set --config.init_from=DIR')
+    if not config.data.pretraining:
+        say('no text of pretraining is known: none is replayed or measured; data.pretraining=MIXTURE names it')
     template = ChatTemplate.load(tokenizer, Tokenizer.load(tokenizer))
     options = {'tokenizer': tokenizer, 'vocab_size': config.model.vocab_size, 'heldout': config.data.heldout}
     own = prepare(mixture=config.data.mixture, form=form(template), strict=config.data.strict, progress=say, **options)
@@ -70,18 +81,25 @@ def make_source(config: Config, data: WithReplay, start: int) -> wiring.Source:
     return wiring.batches_of(_mixture(config, data), config, start)
 
 
-def describe(data: WithReplay) -> list[str]:
+def describe(config: Config, data: WithReplay) -> list[str]:
     """What is about to be trained on, a line a source."""
     own, text = data.own.sources, data.text.sources if data.text else ()
-    return [*map(describe_source, own), *(f'replay of {pretrain.describe_source(s)}' for s in text)]
+    beside = f'{config.data.replay:.0%} of all rows replay' if config.data.replay else 'measured on'
+    return [*(describe_source(config, s) for s in own), *(f'{beside} {pretrain.describe_source(s)}' for s in text)]
 
 
-def describe_source(s: PreparedSource) -> str:
-    c, dropped = s.counts, ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
+def describe_source(config: Config, s: PreparedSource) -> str:
+    c, rows = s.counts, chats.chat_rows(s, 'train', seq_len=config.seq_len)
     return (
         f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
-        f'{c["train_tokens"]:,} tokens, {c["heldout_documents"]:,} held out; read {c["read"]:,}, dropped {dropped}'
+        f'{c["train_tokens"]:,} tokens, {c["heldout_documents"]:,} held out; {told_of_length(rows)}; '
+        f'{pretrain.told_of_drops(s)}'
     )
+
+
+def told_of_length(of: chats.ChatRows | PairOrder) -> str:
+    """How many conversations or pairs are longer than there is room for."""
+    return f'cut at {of.seq_len} tokens {of.cut:,}, left out {of.left_out:,}'
 
 
 def make_evaluate(

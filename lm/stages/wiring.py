@@ -12,7 +12,7 @@ from etils import epath
 
 from lm import processes, sharding, xla
 from lm.config import Config
-from lm.data import pipeline
+from lm.data import chat_template, pipeline
 from lm.data.prompts import Prompt, load_prompts
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
@@ -28,6 +28,7 @@ from lm.training.recorder import Recorder
 
 Source = Callable[[Any, int], Mapping[str, jax.Array]]
 Evaluate = Callable[[training.TrainState, int], Mapping[str, float]]
+KEPT = ('reference',)  # of config.json, what a run that goes on is told by itself
 # Of packed rows of tokens.
 ROWS = {
     'tokens_BT': np.int32,
@@ -57,10 +58,10 @@ def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable
     return weights
 
 
-def as_it_is(config: Config, cfg: ModelConfig, data: Any, say: Callable[[str], None]) -> Any:
+def as_it_is(config: Config, cfg: ModelConfig, data: Any, found: Any, say: Callable[[str], None]) -> tuple[Any, dict]:
     """The data alone."""
-    del config, cfg, say
-    return data
+    del config, cfg, found, say
+    return data, {}
 
 
 def no_frozen(*_: Any) -> None:
@@ -82,10 +83,11 @@ class Stage(NamedTuple):
     loss: Callable[[Config, ModelConfig], training.Loss]
     # (config, cfg, data, prompts, recorder) -> evaluate(state, step) -> metrics
     evaluate: Callable[[Config, ModelConfig, Any, Sequence[Prompt], Recorder], Evaluate]
-    # data -> lines on it
-    describe: Callable[[Any], list[str]]
-    # (config, cfg, data, say) -> data, with what another model has to say of it
-    complete: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = as_it_is
+    # (config, data) -> lines on it
+    describe: Callable[[Config, Any], list[str]]
+    # (config, cfg, data, config.json of a run that goes on, say) -> (data, with what another model has to say of it;
+    # what config.json is to keep of that)
+    complete: Callable[[Config, ModelConfig, Any, Any, Callable[[str], None]], tuple[Any, dict[str, Any]]] = as_it_is
     # cfg -> what is trained, as shapes and shardings
     abstract: Callable[[ModelConfig], Any] = runs.abstract_params
     # (config, cfg, abstract, say) -> the weights to begin with
@@ -138,23 +140,33 @@ def _train(
     setup.resolve(config, found, epoch=stage.epoch(config, data))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
-    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint)
+    kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.open(workdir)
     with setup.told(recorder, ledger):
-        _fit(stage, config, cfg, workdir, data, prompts, recorder, ledger, stop)
+        if processes.first():
+            _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+        _fit(stage, config, cfg, workdir, found, data, prompts, recorder, ledger, stop)
     return recorder.last
 
 
+def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
+    """The tokenizer in the run's folder, and the chat template that lies beside it, else ours if it fits: a run's
+    directory is all that it takes to talk to it."""
+    tokenizer.save(folder)
+    template = chat_template.find(given, tokenizer)
+    if template is not None:
+        template.save(folder)
+
+
 def _fit(
-    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, data: Any, prompts: Sequence[Prompt],
-    recorder: Recorder, ledger: Ledger, stop: StopRequest,
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any,
+    prompts: Sequence[Prompt], recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
-    if processes.first():
-        data.tokenizer.save(str(workdir / 'tokenizer'))
-    for line in stage.describe(data):
+    for line in stage.describe(config, data):
         recorder.say(line)
     with ledger('prepare'):
-        data = stage.complete(config, cfg, data, recorder.say)
+        data, kept = stage.complete(config, cfg, data, found, recorder.say)
     recorder.status('compiling', 0)
 
     # ---- state and step ----
@@ -164,7 +176,7 @@ def _fit(
     with ledger('compile'):
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
-    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint)
+    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
         recorder.say(line)

@@ -24,6 +24,7 @@ from etils import epath
 
 from lm import processes
 from lm.config import split_run
+from lm.data import cache
 from lm.errors import RunError, UsageError
 
 LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
@@ -91,6 +92,11 @@ def checksums(tree: Any) -> dict[str, list[int]]:
     """{leaf's path: [word, word]}."""
     flat = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))[0]
     return {jax.tree_util.keystr(path): [int(w) for w in words] for path, words in flat}
+
+
+def digest(params: Any) -> str:
+    """What tells weights from others, on whatever mesh they lie."""
+    return cache.fingerprint(checksums(params))
 
 
 def _sealed(meta: dict[str, Any]) -> dict[str, Any]:

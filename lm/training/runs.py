@@ -163,25 +163,33 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     return saved
 
 
-def inherit_model(config: Config, chosen: Collection[str], workdir: epath.Path | None = None) -> None:
+def inherit_model(
+    config: Config, chosen: Collection[str], workdir: epath.Path | None = None, *, weights: bool = True
+) -> None:
     """With init_from or branch_from, takes the model and the tokenizer of that run.
 
     Once `workdir` holds the run, its own config.json says all that the parent did, and the parent may be gone.
 
     Args:
       chosen: the settings that the command line names or moves.
+      weights: whether a checkpoint of that run will be needed.
 
     Raises:
-      UsageError: one of them is a model.* that differs, a branch has other data, or there is no such run or
-        checkpoint.
+      UsageError: one of them is a model.* that differs, a branch has other data, a stage that speaks is to start from
+        a reward model, or there is no such run or checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
-    if not resumed:
+    if weights and not resumed:
         checkpoint.locate(parent)
     saved = read_config(str(workdir) if resumed else parent)['config']
+    if is_scored(saved) and config.stage != saved['stage']:
+        raise UsageError(
+            f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
+            f'that it started from ({saved["init_from"]})'
+        )
     if config.branch_from and not resumed:
         _check_branch(config, saved)
     model = saved['model']

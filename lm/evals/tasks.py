@@ -1,0 +1,310 @@
+"""What runs are asked, whatever their stage: the same questions, pairs and texts for each, so that their rows compare.
+
+answers       greedy answers to held-out questions: whether they end by themselves, F1 against the data's answers
+preferences   held-out pairs: which response is likelier per token; which one the reward is higher for, that of a reward
+              model or, after preference optimisation, the implicit one
+refusals      invented operations and real ones: how many of each are declined
+heldout       loss, perplexity and bits per byte (exact bytes) of held-out text, a source at a time
+
+What a run was only pretrained on has no marks of a conversation; it is asked through its tokenizer's template all the
+same, so that its row shows where it began.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from lm import config as configs
+from lm.config import INT32_MAX
+from lm.data import chats, pairs, pipeline
+from lm.data.chat_template import ChatTemplate
+from lm.data.prepare import TEXT, Form, Prepared, prepare
+from lm.data.records import Kind
+from lm.data.sources import DEFAULTS, open_source, parse_mixture
+from lm.errors import UsageError
+from lm.evals import answers, heldout, preferences
+from lm.training import checkpoint, runs
+from lm.training.runs import Model
+
+TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
+KINDS: dict[str, Kind] = {'pretrain': 'text', 'sft': 'chat', 'reward': 'pairs', 'dpo': 'pairs'}
+Say = Callable[[str], None]
+
+
+class Limits(NamedTuple):
+    """How much is asked: rows of each source at most (None: all), and tokens of an answer."""
+
+    rows: int | None
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run that is measured, on the current mesh."""
+
+    run: str
+    model: Model
+    say: Say
+
+    @property
+    def seq_len(self) -> int:
+        return self.model.config['seq_len']
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is a reward model."""
+        return runs.is_scored(self.model.config)
+
+    @property
+    def template(self) -> ChatTemplate:
+        return template_of(self.run, self.model)
+
+    @property
+    def rows_at_once(self) -> int:
+        return rows_at_once(self.model.config['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
+
+
+def template_of(run: str, model: Model) -> ChatTemplate:
+    """The chat template of a run. Raises UsageError if its tokenizer has none."""
+    return ChatTemplate.load(runs.tokenizer_folder(run), model.tokenizer)
+
+
+def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
+    """The microbatch of training, or less where that was for a larger machine, shared by the devices."""
+    rows = min(microbatch, max(1, TOKENS_A_DEVICE * devices // seq_len))
+    return math.ceil(rows / devices) * devices
+
+
+# ---- the tasks: (subject, prepared, limits) -> metrics ----
+
+
+def ask(subject: Subject, questions: Sequence[chats.Question], limits: Limits) -> list[answers.Answered]:
+    model, tokenizer = subject.model, subject.model.tokenizer
+    options = {'stop_ids': subject.template.stop_ids(tokenizer), 'max_new_tokens': limits.max_new_tokens}
+    return answers.answered(model.params, model.cfg, tokenizer, questions, **options)
+
+
+def _answers(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
+    metrics, told = {}, []
+    for s in prepared.sources:
+        found = ask(subject, chats.questions(s.heldout, limits.rows or INT32_MAX, longest=subject.seq_len), limits)
+        if not found:
+            subject.say(f'left out {s.name}: no held-out answer ends within seq_len={subject.seq_len}')
+            continue
+        metrics |= _named(s.name, answers.quality(found))
+        told += found
+    return metrics | ({'eval/ended': answers.quality(told)['ended']} if told else {})
+
+
+def _refusals(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
+    metrics = {}
+    for s in prepared.sources:
+        asked = pairs.questions(s.heldout, limits.rows or INT32_MAX, longest=subject.seq_len)
+        metrics |= _named(s.name, answers.refusals(ask(subject, asked, limits)))
+    return metrics
+
+
+def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
+    model, seq_len, metrics = subject.model, subject.seq_len, {}
+    reference = None if subject.scored else reference_of(subject)
+    for s in prepared.sources:
+        if not len(pairs.PairOrder(s.heldout, seq_len, seed=0)):
+            subject.say(f'left out {s.name}: no held-out pair has two different responses within seq_len={seq_len}')
+            continue
+
+        def measured(of: Callable, params: Any, store: pairs.PairStore = s.heldout) -> Any:
+            batches = preferences.in_order(
+                store, seq_len=seq_len, batch_size=subject.rows_at_once, most=limits.rows
+            )  # fmt: skip
+            return of(params, model.cfg, batches, store.pairs)
+
+        if subject.scored:
+            found = preferences.reward_metrics(s.heldout, measured(preferences.scores, model.params), seq_len=seq_len)
+        else:
+            log_probs = lambda params, measured=measured: measured(preferences.log_probs, params)
+            before = None if reference is None else log_probs(reference)
+            found = preferences.policy_metrics(s.heldout, log_probs(model.params), before, seq_len=seq_len)
+        metrics |= _named(s.name, found)
+    return metrics
+
+
+def reference_of(subject: Subject) -> Any:
+    """The weights that preference optimisation began with; None for other runs, and where they are gone or others."""
+    config = subject.model.config
+    if config['stage'] != 'dpo':
+        return None
+    began = runs.read_config(subject.run).get('reference')
+    try:
+        params = runs.weights(config['init_from'], runs.abstract_params(subject.model.cfg), warn=subject.say)[1]
+        if began and checkpoint.digest(params) != began:
+            raise UsageError(f'{config["init_from"]} has other weights than when it began')
+        return params
+    except UsageError as error:
+        subject.say(f'{subject.run}: no implicit rewards without its reference ({error})')
+        return None
+
+
+def _heldout(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
+    model = subject.model
+    shape = {'batch_size': subject.rows_at_once, 'seq_len': subject.seq_len, 'max_rows': limits.rows}
+    batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
+    return heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)
+
+
+def _named(source: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f'eval/{source}/{name}': value for name, value in metrics.items()}
+
+
+class Task(NamedTuple):
+    """A task: the kind of its data, the default mixture of it (None: the text that a run was pretrained on), whether
+    runs may bring their own, and what is measured."""
+
+    kind: Kind
+    mixture: str | None
+    own: bool
+    measure: Callable[[Subject, Prepared, Limits], dict[str, float]]
+
+
+TASKS: Mapping[str, Task] = {
+    'answers': Task('chat', 'operations,smalltalk', True, _answers),
+    'preferences': Task('pairs', 'programmatic', True, _preferences),
+    'refusals': Task('pairs', 'decline', False, _refusals),
+    'heldout': Task('text', None, True, _heldout),
+}
+
+
+# ---- which tasks, on what ----
+
+
+def plan(
+    asked: Sequence[str] | None, saved: Mapping[str, Mapping[str, Any]], given: Mapping[str, str | None], say: Say
+) -> dict[str, str | None]:
+    """{task: its mixture; None for the text that each run was pretrained on}.
+
+    The data are the default ones; runs that were trained on other data alone are asked about those.
+
+    Args:
+      asked: names of tasks; None: all that can be done, and `say` is told why others cannot.
+      saved: the settings of each run, by its name.
+      given: {task: the mixture that the user names}.
+
+    Raises:
+      UsageError: what the user names cannot be done, or nothing can.
+    """
+    chosen: dict[str, str | None] = {}
+    missing: dict[str, list[str]] = {}
+    for task in asked or TASKS:
+        try:
+            chosen[task] = _mixture(task, saved, given.get(task))
+        except UsageError as error:
+            if asked or given.get(task):  # the user named it
+                raise
+            missing.setdefault(str(error), []).append(task)
+    if not chosen:
+        raise UsageError(next(iter(missing)))
+    for why, left_out in missing.items():
+        say(f'left out {", ".join(left_out)}: {why}')
+    return chosen
+
+
+def _mixture(task: str, saved: Mapping[str, Mapping[str, Any]], given: str | None) -> str | None:
+    """The mixture of a task. Raises UsageError if there is none, or one of its sources cannot be opened."""
+    mixture = given or _usual(task, saved)
+    texts = [text for config in saved.values() if not runs.is_scored(config) and (text := pretraining(config))]
+    for part in [mixture] if mixture else dict.fromkeys(texts):
+        for name in _sources(part):
+            open_source(name, TASKS[task].kind)
+    return mixture
+
+
+def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The default mixture of a task, or the runs' own where none of theirs is a default one."""
+    known, kind = TASKS[task], TASKS[task].kind
+    if known.mixture is None:
+        return None
+    trained = [config['data']['mixture'] for config in saved.values() if KINDS.get(config['stage']) == kind]
+    own = [mixture for mixture in trained if known.own and not _is_default(mixture)]
+    if own and len(own) == len(trained):
+        return own[0]
+    read = [config['data'].get(key) for config in saved.values() for key in ('mixture', 'pretraining')]
+    if any(_is_default(mixture) for mixture in read if mixture):
+        return known.mixture
+    raise UsageError(
+        'no run read the default data (botocore, chitchat); --chats and --pairs name other questions, pairs'
+    )
+
+
+def _is_default(mixture: str) -> bool:
+    """Whether a default source is in a mixture."""
+    return any(name in names for name in _sources(mixture) for names in DEFAULTS.values())
+
+
+def _sources(mixture: str) -> Iterable[str]:
+    return (name for name, _ in parse_mixture(mixture))
+
+
+def pretraining(config: Mapping[str, Any]) -> str | None:
+    """The text that a run was pretrained on, as far as its settings say."""
+    return config['data']['mixture'] if config['stage'] == 'pretrain' else config['data'].get('pretraining')
+
+
+# ---- measuring ----
+
+
+def fitting(names: Sequence[str] | None, run: str, config: Mapping[str, Any]) -> list[str]:
+    """Those of some tasks (None: all) that a run can be measured on: a reward model has preferences alone.
+
+    Raises UsageError if others are asked for, and none is left.
+    """
+    fit = [task for task in names or TASKS if task == 'preferences' or not runs.is_scored(config)]
+    if names and not fit:
+        raise UsageError(f'{run} is a reward model, which gives scores: --tasks=preferences is what it can be asked')
+    return fit
+
+
+def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits) -> dict[str, float]:
+    """The metrics of tasks on their mixtures, 'eval/SOURCE/NAME' for most. Raises UsageError for data that cannot be
+    had."""
+    metrics = {}
+    for name, mixture in planned.items():
+        mixture = mixture or pretraining(subject.model.config)
+        if mixture is None:
+            subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
+            continue
+        found = prepared(subject, TASKS[name].kind, mixture)
+        metrics |= TASKS[name].measure(subject, found, limits)
+    return metrics
+
+
+def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
+    """A mixture in the subject's own tokens and words."""
+    data = subject.model.config['data']
+    options = {'vocab_size': subject.model.cfg.vocab_size, 'heldout': data['heldout'], 'progress': subject.say}
+    if kind == 'text' and data['tokenizer'] is None and mixture == data['mixture']:
+        # As the run prepared it, most likely still in the cache.
+        found = prepare(mixture=mixture, tokenizer=None, **options)
+        if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
+            return found
+    return prepare(
+        mixture=mixture, tokenizer=runs.tokenizer_folder(subject.run), form=_form(subject, kind), **options
+    )  # fmt: skip
+
+
+def _form(subject: Subject, kind: Kind) -> Form:
+    """How data of a kind are kept for a subject."""
+    if kind == 'text':
+        return TEXT
+    return chats.form(subject.template) if kind == 'chat' else pairs.form(subject.template)
+
+
+def known(names: Sequence[str]) -> list[str]:
+    """The names. Raises UsageError for one that is no task."""
+    for name in names:
+        if name not in TASKS:
+            raise UsageError(
+                f'--tasks={name}{configs.nearest(name, list(TASKS))}: it must be of {", ".join(TASKS)}, or lm_eval:TASK'
+            )
+    return list(names)

@@ -1,0 +1,146 @@
+"""What preference optimisation compares its policy with: the run that it starts from.
+
+What that run says of the pairs is computed once and kept in the cache under all that it depends on, so that the step
+holds one model. config.json keeps a digest of its weights: a run goes on by what is in the cache when its parent is
+gone, and never with another reference than it began with.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lm import files, processes
+from lm.config import Config
+from lm.data import cache, store
+from lm.data import pairs as pair_data
+from lm.data.prepare import PreparedSource
+from lm.errors import UsageError
+from lm.evals import answers, preferences
+from lm.model.transformer import ModelConfig
+from lm.stages import pairs
+from lm.stages.pairs import PairData
+from lm.training import checkpoint, runs
+
+RECIPE = 2  # part of the cache's key: raise it when what the reference says changes
+Say = Callable[[str], None]
+
+
+class Measured(NamedTuple):
+    """What a model makes of held-out pairs: log-probs [pairs, sides], and how it answers their prompts."""
+
+    log_probs: np.ndarray
+    answered: dict[str, float]
+
+
+def measure(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> list[Measured]:
+    """Of each source's held-out pairs, the first config.eval.rows."""
+    return [
+        Measured(
+            preferences.log_probs(params, cfg, pairs.in_order(config, s.heldout, config.eval.rows), s.heldout.pairs),
+            _answered(config, cfg, data, params, s),
+        )
+        for s in data.own.sources
+    ]
+
+
+def _answered(config: Config, cfg: ModelConfig, data: PairData, params: Any, s: PreparedSource) -> dict[str, float]:
+    questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
+    told = answers.answered(
+        params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
+    )
+    return answers.metrics(told)
+
+
+def of_training(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> list[Measured]:
+    """Of each source's training pairs, the log-probs."""
+    stores = [s.train for s in data.own.sources]
+    return [Measured(preferences.log_probs(params, cfg, pairs.in_order(config, s), s.pairs), {}) for s in stores]
+
+
+def add(
+    config: Config, cfg: ModelConfig, data: PairData, found: Mapping[str, Any] | None, say: Say, *, cached: bool,
+    live: bool,
+) -> tuple[PairData, dict[str, Any]]:  # fmt: skip
+    """(the data with what the reference makes of the held-out pairs and, if the loss takes it from the cache, of the
+    training pairs; what config.json is to keep of it).
+
+    Args:
+      found: config.json of a run that goes on.
+
+    Raises:
+      UsageError: the run that it starts from is gone or has changed, and the cache has not what it said.
+    """
+    load_once = functools.cache(lambda: _load(config, cfg, found, say))
+    digest = (found or {}).get('reference') or checkpoint.digest(load_once())
+
+    def params() -> Any:
+        say('what the reference makes of the pairs')
+        return _unchanged(load_once(), digest, config)
+
+    if live:
+        _unchanged(load_once(), digest, config)
+    key = {
+        'recipe': RECIPE, 'weights': digest, 'data': data.own.fingerprint, 'model': repr(cfg),
+        'seq_len': config.seq_len,
+    }  # fmt: skip
+    if cached:
+        kept = _kept(key, lambda: of_training(config, cfg, data, params()))
+        data = dataclasses.replace(data, reference=tuple(m.log_probs for m in kept))
+    key |= {'rows': config.eval.rows, 'max_new_tokens': config.eval.max_new_tokens}
+    before = _kept(key, lambda: measure(config, cfg, data, params()))
+    return dataclasses.replace(data, before=tuple(before)), {'reference': digest}
+
+
+def load(config: Config, cfg: ModelConfig, abstract: Any, say: Say) -> Any:
+    """The weights that the policy is compared with: those it starts from."""
+    return runs.weights(config.init_from, abstract, warn=say)[1]
+
+
+def _load(config: Config, cfg: ModelConfig, found: Mapping[str, Any] | None, say: Say) -> Any:
+    try:
+        return load(config, cfg, runs.abstract_params(cfg), say)
+    except UsageError as error:
+        if not found:
+            raise
+        raise UsageError(
+            f'{error}, and the cache has not all that this run needs of it: restore {config.init_from} or the cache'
+        ) from None
+
+
+def _unchanged(params: Any, digest: str, config: Config) -> Any:
+    if checkpoint.digest(params) != digest:
+        raise UsageError(
+            f'{config.init_from} has other weights than when this run began: bring them back, or name another --workdir'
+        )
+    return params
+
+
+def _kept(key: Mapping[str, Any], compute: Callable[[], Sequence[Measured]]) -> list[Measured]:
+    """What the cache has under a key, else what all processes compute together and keep there."""
+    here = cache.find('reference', dict(key)) is not None
+    made = [] if all(processes.exchange(here)) else compute()
+    with processes.in_turn():
+        folder = cache.build('reference', dict(key), lambda path: _write(path, made))
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'what the reference said in {folder} is damaged ({error}): delete that folder') from None
+
+
+def _write(directory: epath.Path, made: Sequence[Measured]) -> None:
+    for i, measured in enumerate(made):
+        np.save(directory / f'{i}.npy', measured.log_probs)
+    names = [f'{i}.npy' for i in range(len(made))]
+    index = {'answered': [m.answered for m in made], 'checksums': store.checksums_of(directory, names)}
+    files.write_json(directory / 'index.json', index)
+
+
+def _read(folder: epath.Path) -> list[Measured]:
+    index = json.loads((folder / 'index.json').read_text())
+    store.verify(folder, index['checksums'])
+    return [Measured(np.load(folder / f'{i}.npy'), told) for i, told in enumerate(index['answered'])]
