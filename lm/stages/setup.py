@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lm import processes, runtime, sharding
 from lm.config import Config
@@ -88,8 +87,9 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
 
 
 def with_microbatch(config: Config, microbatch: int) -> Config:
-    """A copy of the config with its microbatch resolved."""
-    config = ConfigDict(config)
+    """A copy of the config with its microbatch resolved. `ConfigDict(config)` would not do: a copy made so shares the
+    references that placeholders are, and setting one sets the other (ml_collections 1.1)."""
+    config = config.copy_and_resolve_references()
     config.microbatch = microbatch
     return config
 
