@@ -2,6 +2,7 @@
 
     python -m lm.main --config=configs/sft.py                      starts from runs/pretrain
     python -m lm.main --config=configs/sft.py:depth=6              starts from runs/pretrain-depth6
+    python -m lm.main --config=configs/sft.py:smollm2              starts from runs/smollm2, which lm.convert makes
 
 Two cores (AMD EPYC), no accelerator: a quarter of a minute of preparing the first time, then 130 s; every greedy answer
 to a held-out question ends by itself (98 % of small talk), F1 .40, bits per byte as before or better.

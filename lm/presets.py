@@ -43,6 +43,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
 }  # fmt: skip
 
+# Models that come from elsewhere: `python -m lm.convert NAME runs/NAME` makes a run of one, and these settings have a
+# stage train it further on a laptop: few steps, and rates that spare what it knows. One answer of the reference costs
+# as much as a step of training, so that to compute all of them beforehand would take longer than the few steps do.
+_GENTLY = {
+    'optim.name': 'adamw',
+    'optim.schedule': 'linear',
+    'optim.warmup': 4,
+    'optim.weight_decay': 0.0,
+    'eval.rows': 16,
+}
+CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
+    'smollm2': {
+        'sft': _GENTLY | {'steps': 40, 'batch_size': 8, 'optim.lr': 2e-4, 'data.replay': 0.0},
+        'reward': _GENTLY | {'steps': 40, 'batch_size': 16, 'optim.lr': 1e-4},
+        'dpo': _GENTLY | {'steps': 40, 'batch_size': 16, 'optim.lr': 2e-5, 'reference': 'live'},
+    }
+}
+
 HEAD_DIM, DIM_PER_LAYER, FFN_PER_DIM = 32, 32, 3
 LAPTOP_DEPTH = 4  # what the files in configs/ are tuned at
 BATCH_STEP = 8  # batches stay multiples of it, for meshes to divide
@@ -85,7 +103,10 @@ def own(arg: str, names: tuple[str, ...]) -> tuple[str | None, str]:
 
 
 def parent(stage: str, arg: str) -> str:
-    """The default folder of the run of an earlier stage with the same ARG."""
+    """The default folder of the run of an earlier stage with the same ARG; a converted model is its own pretraining."""
+    first = arg.partition(',')[0]
+    if stage == 'pretrain' and first in CONVERTED:
+        return f'runs/{first}'
     return f'runs/{run_name(stage, arg)}'
 
 
@@ -102,10 +123,7 @@ def apply(config: Config, arg: str) -> Config:
     for part in filter(None, arg.split(',')):
         key, equals, text = part.partition('=')
         if not equals:
-            if part not in PRESETS:
-                names = ', '.join(PRESETS)
-                raise UsageError(f'unknown preset :{part}{nearest(part, list(PRESETS))}: it is one of {names}, depth=N')
-            _set(config, PRESETS[part])
+            _set(config, _preset(part, config.stage))
         elif key == 'depth':
             if not text.isdigit() or int(text) < 1:
                 raise UsageError(f'depth={text}: must be a whole number of layers, at least 1')
@@ -113,6 +131,21 @@ def apply(config: Config, arg: str) -> Config:
         else:
             override(config, key, text)
     return config
+
+
+def _preset(name: str, stage: str) -> dict[str, Any]:
+    """The settings of a preset's name. Raises UsageError if there is none, or none for this stage."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name not in CONVERTED:
+        known = [*PRESETS, *CONVERTED]
+        raise UsageError(f'unknown preset :{name}{nearest(name, known)}: it is one of {", ".join(known)}, depth=N')
+    if stage not in CONVERTED[name]:
+        raise UsageError(
+            f':{name} has been pretrained: make a run of it with python -m lm.convert {name} runs/{name}, '
+            f'and go on with {", ".join(f"configs/{s}.py:{name}" for s in CONVERTED[name])}'
+        )
+    return CONVERTED[name][stage]
 
 
 def _set(config: Config, values: dict[str, Any]) -> None:

@@ -269,6 +269,7 @@ def test_depth_leaves_an_epoch_an_epoch():
     [
         ('124n', r'unknown preset :124n \(did you mean 124m\?\)'),
         ('giant', 'unknown preset :giant'),
+        ('smollm2', r':smollm2 has been pretrained: make a run of it with python -m lm.convert smollm2 runs/smollm2'),
         ('depth=0', 'depth=0: must be a whole number of layers'),
         ('depth=x', 'depth=x'),
         ('dpth=3', 'unknown setting dpth'),

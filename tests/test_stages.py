@@ -451,6 +451,8 @@ def test_inspect_refuses_in_one_line(dialogues, shown):
         ('dpo.py', 'runs/sft', 'runs/dpo', 'programmatic'),
         ('dpo.py:decline', 'runs/sft', 'runs/dpo-decline', 'decline'),
         ('dpo.py:decline,depth=6', 'runs/sft-depth6', 'runs/dpo-decline-depth6', 'decline'),
+        ('sft.py:smollm2', 'runs/smollm2', 'runs/sft-smollm2', 'operations:0.6,smalltalk:0.4'),
+        ('dpo.py:decline,smollm2', 'runs/sft-smollm2', 'runs/dpo-decline-smollm2', 'decline'),
     ],
 )
 def test_what_stands_after_the_colon_names_the_parent(path, parent, workdir, mixture):
@@ -458,6 +460,7 @@ def test_what_stands_after_the_colon_names_the_parent(path, parent, workdir, mix
     assert config.init_from == parent and config.data.mixture == mixture
     assert f'runs/{presets.run_name(config.stage, arg)}' == workdir
     assert config.model.layers == (6 if 'depth=6' in path else 4)
+    assert (config.optim.name == 'adamw') == ('smollm2' in path)
 
 
 # ---- several processes ----
