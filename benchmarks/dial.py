@@ -75,7 +75,7 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
     config = runs.read_config(str(workdir))['config']
     cfg = runs.model_config(config)
     tokens = config['steps'] * config['batch_size'] * config['seq_len']
-    shapes = {'layers': cfg.layers, 'seq_len': config['seq_len'], 'window': cfg.window}
+    shapes = {'windows': cfg.windows, 'seq_len': config['seq_len']}
     return {
         'benchmark': 'dial', **key, 'lr': config['optim']['lr'], 'weight_decay': config['optim']['weight_decay'],
         'steps': config['steps'], 'batch_size': config['batch_size'], 'tokens': tokens,

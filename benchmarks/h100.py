@@ -175,7 +175,7 @@ def measure(size: str, flags: Any) -> dict[str, Any]:
         tokens = 64 if flags.tiny else flags.decode_tokens
         bandwidth = copy_bandwidth(1 / 128 if flags.tiny else 1)
         decoded = decode(cfg, rows=flags.decode_batch, tokens=tokens, rounds=flags.rounds, bandwidth=bandwidth)
-        per_token = flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
+        per_token = flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
         peak = flops.peak(device)
     bar = None if flags.tiny else SIZES[size][2]
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))

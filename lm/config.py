@@ -73,7 +73,20 @@ def base() -> Config:
     c.model.norm_eps = 1e-6
     c.model.qk_norm = True  # RMS-normalise queries and keys per head
     c.model.tied = True  # one matrix for the embedding and the head
-    c.model.window = placeholder(int)  # attend to this many last tokens; None: all
+    c.model.qk_norm_joint = False  # … over all heads at once (OLMo 2)
+    c.model.qkv_bias = False  # Qwen 2
+    c.model.norms = 'pre'  # pre | post (OLMo 2) | both (Gemma 2 and 3): of what a sub-layer reads, of what it adds
+    c.model.norm_plus_one = False  # norms multiply by 1 + their weight (Gemma)
+    c.model.activation = 'silu'  # silu | gelu
+    c.model.window = placeholder(int)  # attend to this many last tokens in local layers; None: all
+    c.model.pattern = placeholder(str)  # 'local,global', with nope: repeated over the layers; None: all by window
+    c.model.rope_theta_local = placeholder(float)  # of a pattern's local layers; None: rope_theta
+    c.model.rope_scaling = placeholder(str)  # 'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'
+    c.model.query_scale = placeholder(float)  # what q·k is multiplied by; None: 1/√head_dim
+    c.model.embed_scale = placeholder(float)  # Gemma, Granite
+    c.model.residual_scale = placeholder(float)  # of what is added to the residual stream (Granite)
+    c.model.logit_scale = placeholder(float)  # Granite
+    c.model.context = placeholder(int)  # tokens that it was made to read at once; None: seq_len
     c.model.attn_softcap = placeholder(float)
     c.model.logit_softcap = placeholder(float)
     c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
@@ -259,7 +272,7 @@ def check(config: Config) -> None:
         f'from 1 to {INT32_MAX}': (
             lambda x: 1 <= x <= INT32_MAX,
             'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
-            'log.every model.window model.vocab_size model.dim model.layers model.heads '
+            'log.every model.window model.context model.vocab_size model.dim model.layers model.heads '
             'model.kv_heads model.head_dim model.ffn_dim',
         ),
         f'from 0 to {INT32_MAX}': (lambda x: 0 <= x <= INT32_MAX, 'optim.warmup optim.max_skips log.profile'),
@@ -267,9 +280,10 @@ def check(config: Config) -> None:
         f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
         'positive and finite': (
             lambda x: 0 < x < FLOAT32_END,
-            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap beta',
+            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap beta '
+            'model.query_scale model.embed_scale model.residual_scale model.logit_scale',
         ),
-        'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta'),
+        'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta model.rope_theta_local'),
         'at least 0 and finite': (
             lambda x: 0 <= x < FLOAT32_END,
             'z_loss optim.weight_decay margin nll centring margins',

@@ -322,7 +322,7 @@ def test_flops_are_six_a_weight_plus_the_half_of_attention_that_is_seen(tiny):
     matrices = {p[-1].key: x.size for p, x in jax.tree.leaves_with_path(params) if 'norm' not in p[-1].key}
     del matrices['embed_VD']
     attention = lambda seen: 3 * cfg.layers * 2 * (2 * cfg.heads * cfg.head_dim * seen)  # q·k and p·v, thrice
-    count = lambda **options: flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=T, **options)
+    count = lambda window=None: flops.per_token(cfg.sizes, windows=(window,) * cfg.layers, seq_len=T)
     assert count() == 6 * sum(matrices.values()) + attention(T / 2)
     seen = np.mean([min(t + 0.5, 8) for t in range(T)])  # a window of 8: the triangle, then a band
     assert count(window=8) == pytest.approx(6 * sum(matrices.values()) + attention(seen), rel=1e-3)

@@ -19,8 +19,7 @@ def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -
     h_BTD = transformer.forward(
         params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
     )
-    w, dims = transformer.head_weight(params, cfg)
-    options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
     logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], **options)
     nll_BT = -batch['weights_BT'] * logp_BT
     return {'nll': jnp.sum(nll_BT), 'byte_nll': jnp.sum(nll_BT * batch['spelled_BT'])}

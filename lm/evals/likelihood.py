@@ -91,9 +91,8 @@ def _batch(parts: Sequence[tuple[int, list[int], int]], rows: int, width: int) -
 def _row_sums(params: Params, batch: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(Σ weight·log p(target), whether all targets that weigh something are the likeliest) of each row."""
     h_BTD = transformer.forward(params, cfg, batch['tokens_BT'])
-    w, dims = transformer.head_weight(params, cfg)
-    options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
-    logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], **options)
+    scaled_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
+    logp_BT, _, _ = head.logp(scaled_BTD, w, batch['targets_BT'], **options)
     hit_BT = _likeliest(params, cfg, h_BTD) == batch['targets_BT']
     weights_BT = batch['weights_BT']
     found = (jnp.sum(weights_BT * logp_BT, axis=-1), jnp.all(hit_BT | (weights_BT == 0), axis=-1))

@@ -1,26 +1,82 @@
 """The small parts of a layer: normalisation and rotary positions."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
+from lm.errors import UsageError
 from lm.model import seam
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last dimension, in float32 (Zhang and Sennrich, 2019, eq. 4)."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, plus_one: bool = False) -> jax.Array:
+    """Root-mean-square normalisation over the dimensions that the scale has, the last ones, in float32 (Zhang and
+    Sennrich, 2019, eq. 4); `plus_one`: the scale is stored less 1, as Gemma's."""
+    x32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    return (y * (scale.astype(jnp.float32) + (1 if plus_one else 0))).astype(x.dtype)
 
 
-def block_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
+def block_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float, plus_one: bool = False) -> jax.Array:
     """`rms_norm` of the residual stream with a stored scale, which may be split by FSDP."""
-    return rms_norm(x_BTD, seam.gather(seam.dense(scale_D), 'D'), eps=eps)
+    return rms_norm(x_BTD, seam.gather(seam.dense(scale_D), 'D'), eps=eps, plus_one=plus_one)
 
 
-def rope_angles(positions_BT: jax.Array, head_dim: int, *, theta: float) -> tuple[jax.Array, jax.Array]:
+def head_norm(x: jax.Array, scale: jax.Array, *, dims: str, eps: float, plus_one: bool) -> jax.Array:
+    """`rms_norm` of queries or keys [B, T, heads, H], over H or all heads at once, as the scale's name `dims` says."""
+    return rms_norm(x, seam.gather(seam.dense(scale), sharding.dims_of(dims)), eps=eps, plus_one=plus_one)
+
+
+class RopeScaling(NamedTuple):
+    """How rotary frequencies are slowed down for texts longer than those of pretraining.
+
+    linear: all by `factor` (Chen et al., 2023). llama3: wavelengths above original/low by it, those below original/high
+    not, and those between by what lies between (Grattafiori et al., 2024, section 3.4.2, in Meta's code).
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: float = 8192.0
+
+    @staticmethod
+    def parse(text: str | None) -> 'RopeScaling | None':
+        """From 'linear,factor=8', 'llama3,factor=8,low=1,high=4,original=8192'. Raises UsageError for another text."""
+        if text is None:
+            return None
+        kind, *pairs = text.split(',')
+        try:
+            found = RopeScaling(kind, **{key: float(value) for key, value in (pair.split('=') for pair in pairs)})
+        except (ValueError, TypeError):
+            found = None
+        fits = (
+            found
+            and kind in ('linear', 'llama3')
+            and all(0 < x < math.inf for x in found[1:])
+            and found.low < found.high
+        )
+        if not fits or (kind == 'linear' and len(pairs) != 1):
+            raise UsageError(
+                f'model.rope_scaling={text} must be linear,factor=N or llama3,factor=N,low=N,high=N,original=N'
+            )
+        return found
+
+    def slowed(self, frequency: jax.Array) -> jax.Array:
+        """The frequencies, in radians a token, as they are used."""
+        if self.kind == 'linear':
+            return frequency / self.factor
+        turns = self.original * frequency / (2 * math.pi)  # over the texts of pretraining
+        keep = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return frequency * (keep + (1 - keep) / self.factor)
+
+
+def rope_angles(
+    positions_BT: jax.Array, head_dim: int, *, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, H/2] of the rotary embedding (Su et al., 2021, eq. 15), in float32.
 
     Whole over the model's axes, whatever those split: heads leave them none, a sequence takes its slice in `rope`.
@@ -29,6 +85,7 @@ def rope_angles(positions_BT: jax.Array, head_dim: int, *, theta: float) -> tupl
         storage = [a for a in sharding.AXES if a not in sharding.MODEL_AXES]
         positions_BT = jax.reshard(positions_BT, sharding.array_spec('BT', positions_BT.shape, storage))
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency = frequency if scaling is None else scaling.slowed(frequency)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -17,10 +17,9 @@ Batch = Mapping[str, jax.Array]
 
 def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     """Σ log p of the targets that weigh something, of each side of each pair: float32 [B, P] a side."""
-    w, dims = transformer.head_weight(params, cfg)
-    options = {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+    h_BTD, w, options = transformer.head_inputs(params, cfg, _hidden(params, cfg, batch))
     weights_BT = batch['weights_BT']
-    logp_BT, _, _ = head.logp(_hidden(params, cfg, batch), w, batch['targets_BT'], weights_BT, **options)
+    logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
     return by_side(logp_BT * weights_BT, batch)
 
 

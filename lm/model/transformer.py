@@ -1,17 +1,19 @@
 """The decoder: `init` makes the parameters, `forward` turns tokens into hidden states. Both are pure functions.
 
 The default graph is the Llama family's: pre-norm blocks of grouped-query attention with rotary positions and a gated
-feed-forward, with per-head RMS normalisation of queries and keys, and input and output embeddings tied.
+feed-forward, with per-head RMS normalisation of queries and keys, and input and output embeddings tied. Switches of
+`ModelConfig` make of it the graphs of Llama, Mistral, SmolLM, Qwen, OLMo 2, Gemma and Granite.
 
-Parameters are nested dicts whose leaf names carry their dims; layers are stored stacked:
+Parameters are nested dicts whose leaf names carry their dims; layers are stored stacked, those of all kinds together:
 
     embed_VD                              final_norm_D       [head_DV, if not tied]
     layers/ attn_norm_D wq_DNH wk_DKH wv_DKH [q_norm_H k_norm_H] wo_NHD mlp_norm_D w_gate_DF w_up_DF w_down_FD
+            [attn_post_norm_D mlp_post_norm_D] [bias_q_NH bias_k_KH bias_v_KH] [q_norm_NH k_norm_KH]
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import head, seam
+from lm.model import layers as parts
 from lm.model.attention import BACKENDS, EMPTY, Places, attention, cached_attention
-from lm.model.layers import block_norm, rms_norm, rope, rope_angles
+from lm.model.layers import RopeScaling, rope, rope_angles
 
 Params = Mapping[str, Any]
 
@@ -33,6 +36,12 @@ REMAT = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'names': jax.checkpoint_policies.save_only_these_names('attention', 'gated'),
 }
+
+
+NORMS = ('pre', 'post', 'both')  # of what a sub-layer reads, of what it adds (OLMo 2), or both (Gemma 2)
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': partial(jax.nn.gelu, approximate=True)}
+# Attention of the last `window` tokens, of all, and of all without positions (Yang et al., 2025, RNoPE).
+KINDS_OF_LAYER = ('local', 'global', 'nope')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +62,19 @@ class ModelConfig:
     window: int | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    norms: str = 'pre'  # of NORMS
+    norm_plus_one: bool = False  # norms multiply by 1 + their weight
+    qk_norm_joint: bool = False  # qk_norm over all heads at once
+    qkv_bias: bool = False
+    activation: str = 'silu'  # of ACTIVATIONS
+    query_scale: float | None = None  # of q·k; None: head_dim**-0.5
+    embed_scale: float | None = None
+    residual_scale: float | None = None  # of what is added to the residual stream
+    logit_scale: float | None = None  # before the soft-cap
+    pattern: str | None = None  # of layers, repeated over the depth: words of KINDS_OF_LAYER
+    rope_theta_local: float | None = None  # of local layers; None: rope_theta
+    rope_scaling: str | None = None  # of global layers, see `layers.RopeScaling`
+    context: int | None = None  # tokens that it was made to read at once
     vocab_multiple: int = 128
     scan: bool = False
     remat: str = 'none'
@@ -68,6 +90,15 @@ class ModelConfig:
             raise UsageError(f'remat={self.remat!r} is not one of {", ".join(REMAT)}')
         if self.attention not in BACKENDS:
             raise UsageError(f'attention={self.attention!r} is not one of {", ".join(BACKENDS)}')
+        for name, known in (('norms', NORMS), ('activation', ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f'model.{name}={getattr(self, name)} is not one of {", ".join(known)}')
+        for word in self.kinds:
+            if word not in KINDS_OF_LAYER:
+                raise UsageError(f'model.pattern={self.pattern}: {word!r} is not one of {", ".join(KINDS_OF_LAYER)}')
+        if 'local' in self.kinds and self.window is None:
+            raise UsageError(f'model.pattern={self.pattern} has local layers: set model.window')
+        RopeScaling.parse(self.rope_scaling)
         for name in ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim'):
             if getattr(self, name) < 1:
                 raise UsageError(f'model.{name}={getattr(self, name)} must be at least 1')
@@ -77,6 +108,22 @@ class ModelConfig:
         """The size of each letter."""
         padded = math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
         return {'D': self.dim, 'N': self.heads, 'K': self.kv_heads, 'H': self.head_dim, 'F': self.ffn_dim, 'V': padded}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layer that repeat over the depth."""
+        if self.pattern is None:
+            return ('global' if self.window is None else 'local',)
+        return tuple(word.strip() for word in self.pattern.split(','))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far each layer sees."""
+        return tuple(self.window if self.kind(i) == 'local' else None for i in range(self.layers))
+
+    def kind(self, layer: int) -> str:
+        """The kind of a layer."""
+        return self.kinds[layer % len(self.kinds)]
 
 
 class Cache(NamedTuple):
@@ -93,26 +140,31 @@ class Cache(NamedTuple):
     used: jax.Array  # slots written
 
 
+_BEFORE, _AFTER = ('attn_norm_D', 'mlp_norm_D'), ('attn_post_norm_D', 'mlp_post_norm_D')
+
+
 def names(cfg: ModelConfig) -> dict[str, Any]:
     """The tree of parameter names (leaf -> its number of contracted letters, what `init` scales by)."""
-    norms = {'q_norm_H': 0, 'k_norm_H': 0} if cfg.qk_norm else {}
-    layer = {
-        'attn_norm_D': 0, 'wq_DNH': 1, 'wk_DKH': 1, 'wv_DKH': 1, **norms, 'wo_NHD': 2,
-        'mlp_norm_D': 0, 'w_gate_DF': 1, 'w_up_DF': 1, 'w_down_FD': 1,
-    }  # fmt: skip
+    more = [*_BEFORE] * (cfg.norms != 'post') + [*_AFTER] * (cfg.norms != 'pre')
+    more += ['q_norm_NH', 'k_norm_KH'] if cfg.qk_norm and cfg.qk_norm_joint else []
+    more += ['q_norm_H', 'k_norm_H'] if cfg.qk_norm and not cfg.qk_norm_joint else []
+    more += ['bias_q_NH', 'bias_k_KH', 'bias_v_KH'] if cfg.qkv_bias else []
+    matrices = {'wq_DNH': 1, 'wk_DKH': 1, 'wv_DKH': 1, 'wo_NHD': 2, 'w_gate_DF': 1, 'w_up_DF': 1, 'w_down_FD': 1}
+    layer = matrices | dict.fromkeys(more, 0)
     untied = {} if cfg.tied else {'head_DV': 1}
     return {'embed_VD': 0, 'layers': layer, 'final_norm_D': 0, **untied}
 
 
 def init(key: jax.Array, cfg: ModelConfig) -> dict[str, Any]:
-    """Float32 parameters. Norms start at 1, embeddings at N(0, 1/D), matrices at N(0, 1/fan-in), and the two that write
-    to the residual stream a further 1/√(2L) smaller (GPT-2, section 2.3)."""
+    """Float32 parameters. Norms start at a factor of 1, biases at 0, embeddings at N(0, 1/D), matrices at
+    N(0, 1/fan-in), and the two that write to the residual stream a further 1/√(2L) smaller (GPT-2, section 2.3)."""
 
     def leaf(key: jax.Array, name: str, contracted: int, lead: tuple[int, ...]) -> jax.Array:
         dims = sharding.dims_of(name)
         shape = tuple(cfg.sizes[d] for d in dims)
-        if 'norm' in name:
-            return jnp.ones(lead + shape, jnp.float32)
+        if 'norm' in name or name.startswith('bias'):
+            one = 'norm' in name and not cfg.norm_plus_one
+            return jnp.full(lead + shape, 1.0 if one else 0.0, jnp.float32)
         fan_in = cfg.dim if name == 'embed_VD' else math.prod(shape[:contracted])
         std = fan_in**-0.5 * ((2 * cfg.layers) ** -0.5 if name in ('wo_NHD', 'w_down_FD') else 1.0)
         return std * jax.random.normal(key, lead + shape, jnp.float32)
@@ -151,24 +203,52 @@ def forward(
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    angles = rope_angles(positions_BT, cfg.head_dim, theta=cfg.rope_theta)
+    block = partial(_whole_rows, cfg, _angles(cfg, positions_BT), segments_BT)
+    x_BTD, layers, whole = _embed(params, cfg, tokens_BT), params['layers'], 0
+    if cfg.scan:
+        whole = cfg.layers - cfg.layers % len(cfg.kinds)
+        scanned = layers if whole == cfg.layers else jax.tree.map(lambda w: w[:whole], layers)
+        x_BTD = _scan(x_BTD, scanned, [block(kind, scanned=True) for kind in cfg.kinds])
+    if whole < cfg.layers:
+        rest = layers if not whole else jax.tree.map(lambda w: w[whole:], layers)
+        for i, layer in enumerate(unstack(rest, cfg.layers - whole), whole):
+            x_BTD = block(cfg.kind(i), scanned=False)(x_BTD, layer)
+    return _final_norm(params, cfg, x_BTD)
+
+
+def _whole_rows(
+    cfg: ModelConfig, angles: Mapping[str, Any], segments_BT: jax.Array | None, kind: str, *, scanned: bool
+):
+    """(x_BTD, parameters) -> x_BTD: a layer of a kind, over whole rows."""
 
     def attend(q, k, v):
-        options = {'window': cfg.window, 'softcap': cfg.attn_softcap, 'backend': cfg.attention}
+        options = {'window': _window(cfg, kind), 'softcap': cfg.attn_softcap, 'backend': cfg.attention}
         return attention(q, k, v, segments_BT=segments_BT, **options)
 
     def block(x_BTD, layer):
-        return _block(x_BTD, layer, cfg, angles, attend)
+        return _block(x_BTD, layer, cfg, angles[kind], attend)
 
-    if cfg.remat != 'none':
-        block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan)
-    x_BTD = _embed(params, cfg, tokens_BT)
-    if cfg.scan:
-        x_BTD, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BTD, params['layers'])
-    else:
-        for layer in unstack(params['layers'], cfg.layers):
+    return block if cfg.remat == 'none' else jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not scanned)
+
+
+def _scan(x_BTD: jax.Array, layers: Any, blocks: Sequence[Any]) -> jax.Array:
+    """Stacked layers, as many at a time as there are blocks: one for each in its turn."""
+    n = len(blocks)
+    if n > 1:
+        layers = jax.tree.map(lambda w: w.reshape(w.shape[0] // n, n, *w.shape[1:]), layers)
+
+    def step(x_BTD, layers):
+        for block, layer in zip(blocks, unstack(layers, n) if n > 1 else [layers], strict=True):
             x_BTD = block(x_BTD, layer)
-    return block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps)
+        return x_BTD, None
+
+    return jax.lax.scan(step, x_BTD, layers)[0]
+
+
+def layer(params: Any, cfg: ModelConfig, x_BTD: jax.Array, *, number: int) -> jax.Array:
+    """One layer, by its own parameters, over whole rows that count from 0: what a model too large to hold is run by."""
+    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    return _whole_rows(cfg, _angles(cfg, positions_BT), None, cfg.kind(number), scanned=False)(x_BTD, params)
 
 
 def forward_cached(
@@ -182,24 +262,25 @@ def forward_cached(
     """
     B, T = tokens_BT.shape
     position_BT = cache.length_B[:, None] + jnp.arange(T)
-    angles = rope_angles(position_BT, cfg.head_dim, theta=cfg.rope_theta)
+    angles = _angles(cfg, position_BT)
     count_B = jnp.full_like(cache.length_B, T) if count_B is None else count_B
     new_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, EMPTY)
     places = Places(position_BT, new_BT, cache.position_BS, cache.used)
     x_BTD, ks, vs = _embed(params, cfg, tokens_BT), [], []
-    for layer, *kv in zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True):
+    for i, (layer, *kv) in enumerate(zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True)):
+        kind = cfg.kind(i)
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=kv):
-            options = {'window': cfg.window, 'softcap': cfg.attn_softcap}
+        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=kv, kind=kind):
+            options = {'window': _window(cfg, kind), 'softcap': cfg.attn_softcap}
             out_BTNH, k_BKSH, v_BKSH = cached_attention(q_BTNH, k_BTKH, v_BTKH, kv[0], kv[1], places, **options)
             ks.append(k_BKSH)
             vs.append(v_BKSH)
             return out_BTNH
 
-        x_BTD = _block(x_BTD, layer, cfg, angles, attend)
+        x_BTD = _block(x_BTD, layer, cfg, angles[kind], attend)
     position_BS = jax.lax.dynamic_update_slice(cache.position_BS, new_BT, (0, cache.used))
     cache = Cache(tuple(ks), tuple(vs), position_BS, cache.length_B + count_B, cache.used + T)
-    return block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps), cache
+    return _final_norm(params, cfg, x_BTD), cache
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
@@ -249,10 +330,18 @@ def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:
     return (params['embed_VD'], 'VD') if cfg.tied and 'head_DV' not in params else (params['head_DV'], 'DV')
 
 
+def head_inputs(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """(hidden states, weight, options) for the functions of lm/model/head.py: the model's own head."""
+    w, dims = head_weight(params, cfg)
+    if cfg.logit_scale is not None:
+        h_BTD = _scaled(h_BTD, cfg.logit_scale)
+    return h_BTD, w, {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+
+
 def logits(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:
     """Float32 logits [B, T, vocab_size] of final hidden states: for sampling, not for training."""
-    w, dims = head_weight(params, cfg)
-    return head.logits(h_BTD, w, dims=dims, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
+    h_BTD, w, options = head_inputs(params, cfg, h_BTD)
+    return head.logits(h_BTD, w, **options)
 
 
 def nll(
@@ -260,9 +349,8 @@ def nll(
     sparse: bool = False,
 ):  # fmt: skip
     """`head.nll` with the model's own head."""
-    w, dims = head_weight(params, cfg)
-    options = {'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap, 'z_coef': z_coef, 'sparse': sparse}
-    return head.nll(h_BTD, w, targets_BT, weights_BT, dims=dims, **options)
+    h_BTD, w, options = head_inputs(params, cfg, h_BTD)
+    return head.nll(h_BTD, w, targets_BT, weights_BT, z_coef=z_coef, sparse=sparse, **options)
 
 
 def unstack(layers: Any, n: int) -> list[Any]:
@@ -281,25 +369,85 @@ def _layers(params: Params, cfg: ModelConfig) -> list[Any]:
 
 def _embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
     with jax.named_scope('embed'):
-        return seam.lookup(params['embed_VD'], tokens_BT, dtype=cfg.dtype)
+        x_BTD = seam.lookup(params['embed_VD'], tokens_BT, dtype=cfg.dtype)
+        return x_BTD if cfg.embed_scale is None else _scaled(x_BTD, cfg.embed_scale)
+
+
+def _final_norm(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    return parts.block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+
+
+def _angles(cfg: ModelConfig, positions_BT: jax.Array) -> dict[str, Any]:
+    """The rotary angles of each kind of layer that there is."""
+
+    def of(kind: str) -> Any:
+        if kind == 'nope':
+            return None
+        if kind == 'local' and cfg.pattern is not None:
+            theta = cfg.rope_theta if cfg.rope_theta_local is None else cfg.rope_theta_local
+            return rope_angles(positions_BT, cfg.head_dim, theta=theta)
+        scaling = RopeScaling.parse(cfg.rope_scaling)
+        return rope_angles(positions_BT, cfg.head_dim, theta=cfg.rope_theta, scaling=scaling)
+
+    return {kind: of(kind) for kind in dict.fromkeys(cfg.kinds)}
+
+
+def _window(cfg: ModelConfig, kind: str) -> int | None:
+    return cfg.window if kind == 'local' else None
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor that x's dtype need not have."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _block(x_BTD, layer, cfg, angles, attend):
     """One layer: attention, then the gated feed-forward (SwiGLU; Shazeer, 2020), each added to the residual stream."""
-    einsum, norm = seam.einsum, partial(block_norm, eps=cfg.norm_eps)
+    norm = partial(parts.block_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+
+    def read(name):
+        return x_BTD if cfg.norms == 'post' else norm(x_BTD, layer[name])
+
+    def added(y_BTD, name):
+        y_BTD = y_BTD if cfg.norms == 'pre' else norm(y_BTD, layer[name])
+        return x_BTD + (y_BTD if cfg.residual_scale is None else _scaled(y_BTD, cfg.residual_scale))
+
     with jax.named_scope('attention'):
-        y_BTD = norm(x_BTD, layer['attn_norm_D'])
-        q_BTNH = einsum('BTD,DNH->BTNH', y_BTD, layer['wq_DNH'])
-        k_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wk_DKH'])
-        v_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wv_DKH'])
-        if cfg.qk_norm:  # Henry et al., 2020; per head as in Qwen 3
-            q_BTNH = rms_norm(q_BTNH, seam.dense(layer['q_norm_H']), eps=cfg.norm_eps)
-            k_BTKH = rms_norm(k_BTKH, seam.dense(layer['k_norm_H']), eps=cfg.norm_eps)
-        out_BTNH = attend(rope(q_BTNH, angles), rope(k_BTKH, angles), v_BTKH)
-        out_BTNH = checkpoint_name(out_BTNH, 'attention')
-        x_BTD += einsum('BTNH,NHD->BTD', out_BTNH, layer['wo_NHD'])
+        y_BTD = _attention(read('attn_norm_D'), layer, cfg, angles, attend)
+        x_BTD = added(y_BTD, 'attn_post_norm_D')
     with jax.named_scope('mlp'):
-        y_BTD = norm(x_BTD, layer['mlp_norm_D'])
-        gate_BTF = jax.nn.silu(einsum('BTD,DF->BTF', y_BTD, layer['w_gate_DF']))
-        gated_BTF = checkpoint_name(gate_BTF * einsum('BTD,DF->BTF', y_BTD, layer['w_up_DF']), 'gated')
-        return x_BTD + einsum('BTF,FD->BTD', gated_BTF, layer['w_down_FD'])
+        y_BTD = _feed_forward(read('mlp_norm_D'), layer, cfg)
+        return added(y_BTD, 'mlp_post_norm_D')
+
+
+def _attention(y_BTD, layer, cfg, angles, attend):
+    """What attention adds."""
+    einsum = seam.einsum
+    q_BTNH = einsum('BTD,DNH->BTNH', y_BTD, layer['wq_DNH'])
+    k_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wk_DKH'])
+    v_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wv_DKH'])
+    if cfg.qkv_bias:
+        q_BTNH, k_BTKH = _biased(q_BTNH, layer, 'bias_q_NH'), _biased(k_BTKH, layer, 'bias_k_KH')
+        v_BTKH = _biased(v_BTKH, layer, 'bias_v_KH')
+    if cfg.qk_norm:  # Henry et al., 2020; per head as in Qwen 3, or over all as in OLMo 2
+        norm = partial(parts.head_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+        q_name, k_name = ('q_norm_NH', 'k_norm_KH') if cfg.qk_norm_joint else ('q_norm_H', 'k_norm_H')
+        q_BTNH, k_BTKH = norm(q_BTNH, layer[q_name], dims=q_name), norm(k_BTKH, layer[k_name], dims=k_name)
+    if angles is not None:
+        q_BTNH, k_BTKH = rope(q_BTNH, angles), rope(k_BTKH, angles)
+    if cfg.query_scale is not None and cfg.query_scale != cfg.head_dim**-0.5:  # which attention scales by
+        q_BTNH = _scaled(q_BTNH, cfg.query_scale * cfg.head_dim**0.5)
+    out_BTNH = checkpoint_name(attend(q_BTNH, k_BTKH, v_BTKH), 'attention')
+    return einsum('BTNH,NHD->BTD', out_BTNH, layer['wo_NHD'])
+
+
+def _biased(x: jax.Array, layer: Params, name: str) -> jax.Array:
+    bias = seam.gather(seam.dense(layer[name]), sharding.dims_of(name))
+    return x + bias.astype(x.dtype)
+
+
+def _feed_forward(y_BTD, layer, cfg):
+    """What the gated feed-forward adds."""
+    gate_BTF = ACTIVATIONS[cfg.activation](seam.einsum('BTD,DF->BTF', y_BTD, layer['w_gate_DF']))
+    gated_BTF = checkpoint_name(gate_BTF * seam.einsum('BTD,DF->BTF', y_BTD, layer['w_up_DF']), 'gated')
+    return seam.einsum('BTF,FD->BTD', gated_BTF, layer['w_down_FD'])

@@ -71,7 +71,7 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
         yield from continuation(model, [tokenizer.bos_id, *tokenizer.encode(text)], tokenizer.stop_ids, **options)
         return
     talker.turns.append({'role': 'user', 'content': text})
-    trained_on = model.config['seq_len']
+    trained_on = model.cfg.context or model.config['seq_len']
     room = room_to_ask(trained_on, options['max_new_tokens'])
     ids, left_out = fitting(talker.template, tokenizer, talker.turns, room=room)
     if (left_out or len(ids) > trained_on) and not talker.cut:

@@ -216,7 +216,7 @@ def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 
 
 def _flops_per_token(config: Config, cfg: ModelConfig) -> float:
-    return flops.per_token(cfg.sizes, layers=cfg.layers, seq_len=config.seq_len, window=cfg.window)
+    return flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
 
 
 def abstract_state(stage: Stage, config: Config, cfg: ModelConfig, optimizer: Any) -> training.TrainState:

@@ -1,7 +1,7 @@
 """Model FLOPs, what the device could do, and so MFU."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,18 +18,21 @@ PEAK = {
 }  # fmt: skip
 
 
-def per_token(sizes: Mapping[str, int], *, layers: int, seq_len: int, window: int | None = None) -> float:
+def per_token(sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int) -> float:
     """FLOPs of a training step per token: 6N plus the causal half of attention.
 
     N counts what is multiplied: the layers' matrices and the head, not the embedding's rows nor the norms. Attention is
     6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen (less under a window).
     Recomputation (remat) is not counted, as in PaLM, appendix B.
+
+    Args:
+      windows: of each layer, how far it sees; None: all.
     """
     D, N, K, H, F, V = (sizes[d] for d in 'DNKHFV')
-    matrices = layers * (D * N * H * 2 + D * K * H * 2 + 3 * D * F) + V * D
-    reach = min(window or seq_len, seq_len)
-    seen = reach - reach * reach / (2 * seq_len)  # keys a query sees on average: a triangle, then a band
-    return 6 * matrices + layers * 12 * N * H * seen
+    matrices = len(windows) * (D * N * H * 2 + D * K * H * 2 + 3 * D * F) + V * D
+    reaches = [min(window or seq_len, seq_len) for window in windows]
+    seen = sum(reach - reach * reach / (2 * seq_len) for reach in reaches)  # keys, on average: a triangle, then a band
+    return 6 * matrices + 12 * N * H * seen
 
 
 def peak(device: Any) -> float:
