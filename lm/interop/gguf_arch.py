@@ -17,7 +17,7 @@ PLAIN: Mapping[str, Any] = {
     'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
     'activation': 'silu', 'query_scale': None, 'embed_scale': None, 'residual_scale': None, 'logit_scale': None,
     'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
-    'logit_softcap': None,
+    'logit_softcap': None, 'context': None,
 }  # fmt: skip
 
 TOP = {'embed_VD': 'token_embd.weight', 'final_norm_D': 'output_norm.weight'}

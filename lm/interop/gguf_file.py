@@ -27,7 +27,19 @@ MAX_ALIGNMENT = 2**16
 SMALLEST_PAIR, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes in the header
 
 # Scalar types of metadata by their number; 8 is a string, 9 an array.
-SCALARS = {0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8'}
+SCALARS = {
+    0: '<u1',
+    1: '<i1',
+    2: '<u2',
+    3: '<i2',
+    4: '<u4',
+    5: '<i4',
+    6: '<f4',
+    7: '?',
+    10: '<u8',
+    11: '<i8',
+    12: '<f8',
+}
 STRING, ARRAY = 8, 9
 
 # Kinds of tensors that we read by their number: (name, elements a block, bytes a block).
@@ -101,7 +113,7 @@ def dtype_of(info: Info) -> np.dtype:
 
 def _dequantize(path: str | Path, offset: int, rows: int, columns: int, kind: str) -> np.ndarray:
     """Float32 [rows, columns], a few rows at a time."""
-    quants, number = _package().quants, _package().GGMLQuantizationType[kind]
+    quants, number = package().quants, package().GGMLQuantizationType[kind]
     elements, size = BLOCKS[kind]
     width = columns // elements * size
     step = max(1, CHUNK // width)
@@ -123,7 +135,7 @@ def _bytes(path: str | Path, offset: int, size: int) -> np.ndarray:
     return data
 
 
-def _package() -> Any:
+def package() -> Any:
     """The package gguf, which knows how blocks are laid out."""
     try:
         import gguf

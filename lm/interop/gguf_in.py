@@ -52,14 +52,14 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
             raise UsageError(f'{where}: {name}.{key} is not the head dim {model["head_dim"]}: not in our graph')
     if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
         raise UsageError(
-            f'{where}: {model["heads"]} heads, {model["kv_heads"]} of keys, of {model["head_dim"]} do not fit each other'
+            f'{where}: {model["heads"]} heads and {model["kv_heads"]} of keys, of {model["head_dim"]}, do not fit together'
         )
     model['vocab_size'] = _vocabulary(header, where)
     model['context'] = get.size('context_length', None)
     model['norm_eps'] = get.real('attention.layer_norm_rms_epsilon')
     model['rope_theta'] = get.real('rope.freq_base', 10_000.0)
     model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in header.tensors)
-    model |= tables.PLAIN | arch.graph | _gemma(get, arch, model)
+    model = tables.PLAIN | model | arch.graph | _gemma(get, arch, model)
     if name == 'llama':
         model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in header.tensors
         window = get.size('attention.sliding_window', None)  # Mistral's
