@@ -39,6 +39,7 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
     symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
     config: dict[str, Any] = {
         **symbols,
+        'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'add_bos_token': True,
         'add_eos_token': False,
