@@ -3,8 +3,8 @@
 They are read by Hugging Face's library `tokenizers` (of the extra [hub]) and changed where text would not come back or
 a control symbol could be typed: nothing is put in front of a text or around it, NFC and dropout are off, nothing is cut
 off or filled up. What changes text in another way is refused, but for control characters as U+0004 and unassigned ones
-that a vocabulary may lack, which are then left out as the library leaves them out. The ids of a text that is in NFC, as nearly all is, are
-those that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
+that a vocabulary may lack: the library leaves those out. The ids of a text that is in NFC, as nearly all is, are those
+that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _KEEP_TEXT = ('ByteLevel', 'Metaspace', 'Split', 'Digits', 'Punctuation', 'Unico
 _MOST_IDS = 1 << 24  # there is a place for each id up to the largest: a damaged one must not take all memory
 # C0, C1 and F5 to FF are in no UTF-8; F1 and F2 begin characters of planes that Unicode has not assigned.
 _IN_NO_TEXT = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
-# Some vocabularies (SmolLM2's) lack control characters that their texts did not hold, and then leave them out of a text.
+# Some vocabularies (SmolLM2's) lack control characters that their texts did not hold, and leave them out of a text.
 _HARDLY_IN_TEXT = {*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F}
 
 
@@ -167,6 +167,8 @@ def _make_plain(spec: dict[str, Any]) -> None:
             node['prepend_scheme'] = 'never'
         elif node['type'] == 'ByteLevel':
             node['add_prefix_space'] = False
+        elif node['type'] == 'Split' and node['behavior'] == 'Removed' and node.get('invert'):
+            node.update(behavior='Isolated', invert=False)  # the same, but for what the pattern does not match
     for token in spec.get('added_tokens') or ():
         token.update(lstrip=False, rstrip=False)
 

@@ -18,6 +18,8 @@ _CASES = (rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+', rf'[^\r\n\p{{L}}\p{{N}}]
 _REST_OF_CASES = r'| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _TEKKEN = '|'.join(_CASES) + r'|\p{N}' + _REST_OF_CASES
 _GPT4O = '|'.join(f'{case}{_ENDINGS}?' for case in _CASES) + r'|\p{N}{1,3}' + _REST_OF_CASES
+# (behavior, invert) of a Split: what matches is a word, and with these patterns nothing is left over.
+_ISOLATE = (('Isolated', False), ('Removed', True))
 
 
 class Way(NamedTuple):
@@ -91,7 +93,7 @@ def _splits(node: Any) -> Iterator[str]:
             yield _GPT2
     elif kind == 'Digits':
         yield _DIGIT if node.get('individual_digits') else _DIGITS
-    elif kind == 'Split' and node['behavior'] == 'Isolated' and not node.get('invert') and 'Regex' in node['pattern']:
+    elif (node.get('behavior'), node.get('invert', False)) in _ISOLATE and 'Regex' in node['pattern']:
         yield node['pattern']['Regex'].replace(_ENDINGS_SPELLED, _ENDINGS)
     else:
         raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({kind})')

@@ -1,6 +1,7 @@
 """What the readers and writers of tokenizers share: JSON out, and whether lm can use what came out."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lm.data import tokenizer_json
@@ -18,7 +19,7 @@ def checked(files: dict[str, bytes]) -> dict[str, bytes]:
     return files
 
 
-def loaded(files: dict[str, bytes]) -> Tokenizer:
+def loaded(files: Mapping[str, bytes]) -> Tokenizer:
     """The tokenizer of a tokenizer.json and the files beside it. Raises UsageError if lm cannot use it."""
     try:
         return tokenizer_json.from_files(files)

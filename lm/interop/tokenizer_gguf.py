@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm.data import chat_template, tokenizer, tokenizer_json
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE, SPACE, Tokenizer
@@ -18,6 +20,7 @@ from lm.interop.tokenizer_files import checked, dump, loaded
 _KEY = 'tokenizer.ggml.'
 _TEMPLATE = 'tokenizer.chat_template'
 _MOST_TOKENS = 1 << 22
+_LONGEST_TOKEN = 1 << 10  # characters; to list the splits of a piece takes time with the square of it
 _FILLER = re.compile(r'\[PAD\d+\]')
 _SYMBOLS = {'bos_token': 'bos', 'eos_token': 'eos', 'unk_token': 'unknown', 'pad_token': 'padding'}
 _ENDS = ('eos', 'eot', 'eom')
@@ -85,6 +88,7 @@ def _id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
 
 def _list(metadata: Mapping[str, Any], name: str, size: int | None, kinds: tuple[type, ...]) -> Sequence[Any]:
     values = metadata.get(_KEY + name)
+    values = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(values, list | tuple):
         raise UsageError(f'the tokenizer of the file has no {_KEY}{name}: get it again')
     if size is not None and len(values) != size:
@@ -99,6 +103,9 @@ def _pieces_of(metadata: Mapping[str, Any]) -> list[Piece]:
     size = len(tokens)
     if not 0 < size <= _MOST_TOKENS:
         raise UsageError(f'the file is damaged ({size:,} tokens, and {_MOST_TOKENS:,} are the most): get it again')
+    if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
+        raise UsageError(f'the file is damaged (a token of {longest:,} characters): get it again')
+    _check_text(tokens)
     needs_scores = metadata[_KEY + 'model'] == 'llama'
     scores = _list(metadata, 'scores', size, (float, int)) if needs_scores else [0.0] * size
     kinds = _list(metadata, 'token_type', size, (int,)) if _KEY + 'token_type' in metadata else [NORMAL] * size
@@ -107,6 +114,13 @@ def _pieces_of(metadata: Mapping[str, Any]) -> list[Piece]:
     if any(math.isnan(score) for score in scores):
         raise UsageError(f'the file is damaged ({_KEY}scores holds what is no number): get it again')
     return [Piece(t, float(s), k or NORMAL) for t, s, k in zip(tokens, scores, kinds, strict=True)]
+
+
+def _check_text(tokens: Sequence[str]) -> None:
+    try:
+        ''.join(tokens).encode()
+    except UnicodeEncodeError:
+        raise UsageError('the file is damaged (a token is no UTF-8): get it again') from None
 
 
 def _as_controls(pieces: Sequence[Piece], ids: Sequence[int]) -> list[Piece]:
@@ -181,11 +195,14 @@ def to_gguf(files: Mapping[str, bytes], *, vocab_size: int) -> dict[str, Any]:
     if JSON_FILE not in files and MODEL_FILE not in files:
         raise UsageError(f'the model has no tokenizer ({JSON_FILE} or {MODEL_FILE}), and is of no use without')
     if JSON_FILE in files:
-        found, ours = _from_json(files), loaded(dict(files))
+        ours = loaded(files)
+        found = _from_json(files)
     else:
         ours = tokenizer.from_model(files[MODEL_FILE])
         found = _keys_of_pieces(sentencepiece_json.read_model(files[MODEL_FILE]))
     found |= _symbol_ids(files, ours)
+    if UNKNOWN in found['token_type']:
+        found['unknown_token_id'] = found['token_type'].index(UNKNOWN)
     return {key if key == _TEMPLATE else _KEY + key: value for key, value in _filled(found, vocab_size).items()}
 
 
@@ -205,7 +222,7 @@ def _filled(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
     config = _read(files, CONFIG_FILE) | {k: v for k, v in _read(files, MAP_FILE).items() if v}
     template = _template(files, ours)
-    end = template.stop_ids(ours)[0] if template else ours.eos_id
+    end = _turn_end(template, ours)
     ids: dict[str, Any] = {'eos_token_id': ours.eos_id}
     if ours.bos_id != ours.eos_id or config.get('bos_token'):
         ids['bos_token_id'] = ours.bos_id
@@ -213,9 +230,9 @@ def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
         ids['padding_token_id'] = ours.pad_id
     if end != ours.eos_id:
         ids['eot_token_id'] = end
-    unknown = config.get('unk_token') or '<unk>'
-    unknown = unknown['content'] if isinstance(unknown, dict) else unknown
-    if unknown in ours.controls:
+    unknown = config.get('unk_token')
+    unknown = unknown.get('content') if isinstance(unknown, dict) else unknown
+    if isinstance(unknown, str) and unknown in ours.controls:
         ids['unknown_token_id'] = ours.controls[unknown]
     ids['add_bos_token'] = 'bos_token_id' in ids and chat_template.begins_with_bos(ours)
     ids['add_eos_token'] = False
@@ -224,8 +241,16 @@ def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
 
 def _template(files: Mapping[str, bytes], ours: Tokenizer) -> chat_template.ChatTemplate | None:
     if TEMPLATE_FILE in files:
-        return chat_template.ChatTemplate(files[TEMPLATE_FILE].decode())
+        return chat_template.ChatTemplate(files[TEMPLATE_FILE].decode(errors='replace'))
     return chat_template.find(None, ours)
+
+
+def _turn_end(template: chat_template.ChatTemplate | None, ours: Tokenizer) -> int:
+    """What ends an answer; <eos> where the template does not show it."""
+    try:
+        return template.stop_ids(ours)[0] if template else ours.eos_id
+    except UsageError:
+        return ours.eos_id
 
 
 def _read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

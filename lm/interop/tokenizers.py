@@ -23,6 +23,7 @@ __all__ = ['from_gguf', 'from_huggingface', 'to_gguf', 'to_huggingface']
 _TEMPLATE_JSON = 'chat_template.json'
 _ADDED_FILE = 'added_tokens.json'
 _FAMILY_CONFIG = 'config.json'
+_USUAL_BOS = ('<s>', '<bos>')  # of a tokenizer.model without the file that names it
 
 
 def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[str, bytes]:
@@ -37,29 +38,31 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
     ours = tokenizer.from_model(files[MODEL_FILE])
     spec = sentencepiece_json.to_json(sentencepiece_json.read_model(files[MODEL_FILE]), bos='<bos>')
     symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
-    config: dict[str, Any] = {
-        **symbols,
-        'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'add_bos_token': True,
-        'add_eos_token': False,
-        'clean_up_tokenization_spaces': False,
-        'added_tokens_decoder': {
-            str(t['id']): {k: v for k, v in t.items() if k != 'id'} for t in spec['added_tokens']
-        },
-    }
-    if context is not None:
-        config['model_max_length'] = context
     template = files.get(TEMPLATE_FILE, DEFAULT.encode())
-    config['chat_template'] = template.decode()
     ends = {'bos_token_id': ours.bos_id, 'eos_token_id': list(ours.stop_ids), 'pad_token_id': ours.pad_id}
     return {
         JSON_FILE: dump(spec),
-        CONFIG_FILE: dump(config),
+        CONFIG_FILE: dump(_config(symbols, spec, template.decode(errors='replace'), context)),
         MAP_FILE: dump(symbols),
         GENERATION_FILE: dump(ends),
         TEMPLATE_FILE: template,
     }
+
+
+def _config(symbols: dict[str, str], spec: dict[str, Any], template: str, context: int | None) -> dict[str, Any]:
+    """The tokenizer_config.json of a tokenizer of ours; releases before 4.53 look for the template in it."""
+    added = {str(t['id']): {key: value for key, value in t.items() if key != 'id'} for t in spec['added_tokens']}
+    config = {
+        **symbols,
+        'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
+        'added_tokens_decoder': added,
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'add_bos_token': True,
+        'add_eos_token': False,
+        'clean_up_tokenization_spaces': False,
+        'chat_template': template,
+    }
+    return config if context is None else {**config, 'model_max_length': context}
 
 
 def from_huggingface(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -98,7 +101,9 @@ def _template(files: Mapping[str, bytes]) -> str | None:
         named = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}
         found = named.get('default', next(iter(named.values()), None) if len(named) == 1 else None)
     if not isinstance(found, str | None):
-        raise UsageError(f'the chat template of the folder is neither a text nor a list of named ones: mend {CONFIG_FILE}')
+        raise UsageError(
+            f'the chat template of the folder is neither a text nor a list of named ones: mend {CONFIG_FILE}'
+        )
     return found or None
 
 
@@ -109,9 +114,11 @@ def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
     vocabulary = sentencepiece_json.read_model(files[MODEL_FILE])
     config = _parse(files, CONFIG_FILE)
     named = config.get('bos_token')
-    bos = named.get('content') if isinstance(named, dict) else named
+    named = named.get('content') if isinstance(named, dict) else named
     texts = {p.text for p in vocabulary.pieces}
-    spec = sentencepiece_json.to_json(vocabulary, bos=bos if bos in texts and config.get('add_bos_token', True) else None)
+    begins = config.get('add_bos_token', True)
+    bos = next((name for name in (named, *_USUAL_BOS) if name in texts), None) if begins else None
+    spec = sentencepiece_json.to_json(vocabulary, bos=bos)
     return sentencepiece_json.with_added(spec, _more(files, config))
 
 
