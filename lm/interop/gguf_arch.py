@@ -145,7 +145,7 @@ def llama3_scaling(factors: np.ndarray, *, theta: float, head_dim: int, where: s
         raise UsageError(f'{where}: {ROPE_FREQS} of shape {factors.shape} is not one number a pair of {head_dim}')
     if np.all(factors == 1):
         return None
-    for original in (8192, *(2**n for n in range(9, 20))):
+    for original in (8192, *(2**n for n in range(5, 21))):
         scaling = f'llama3,factor={plain_number(factors.max())},low=1,high=4,original={original}'
         if np.allclose(llama3_factors(scaling, theta=theta, head_dim=head_dim), factors, rtol=1e-4, atol=0):
             return scaling

@@ -45,6 +45,8 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
         if get.raw(key, value) != value:
             raise UsageError(f'{where}: {name}.{key}={get.raw(key, None)} is not in our graph')
     model: dict[str, Any] = {key: get.size(gguf) for key, gguf in tables.SIZES.items()}
+    if model['layers'] > len(header.tensors):
+        raise UsageError(f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors')
     model['kv_heads'] = get.size('attention.head_count_kv', model['heads'])
     model['head_dim'] = get.size('attention.key_length', model['dim'] // model['heads'] or None)
     for key in ('attention.value_length', 'rope.dimension_count'):

@@ -84,18 +84,21 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     kind = (model['rope_scaling'] or 'none').split(',')[0]
     kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
     seen['rope_scaling'] = model['rope_scaling'] if kept else None
-    a, b = _plain(arch, model), _plain(arch, seen)
-    return [f'model.{key}={a[key]} ({name}: {b[key]})' for key in b if a[key] != b[key]]
+    a, b = _plain(model), _plain(seen)
+    misses = [f'model.{key}={a[key]} ({name}: {b[key]})' for key in b if a[key] != b[key]]
+    if arch.period and not model['window']:  # some versions of llama.cpp divide by a soft-cap of 0 then
+        misses.append(f'model.window=None ({name}: a number)')
+    return misses
 
 
-def _plain(arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
     """A graph's settings, equal where two graphs are; `context`, which changes none, is left out."""
     m = {k: v for k, v in model.items() if k not in ('context', 'scan')}
     layers, window, local = tables.kinds(model), model['window'], model['rope_theta_local'] or model['rope_theta']
-    whole = window and model['context'] and window >= model['context']  # within its context a local layer sees all
+    whole = window and model['context'] and window >= model['context']  # in its context, a local layer then sees all
     if whole and local == model['rope_theta'] and not model['rope_scaling']:
         layers = tuple('global' if kind == 'local' else kind for kind in layers)
-    if 'local' not in layers and not arch.period:
+    if 'local' not in layers:
         window, local = None, model['rope_theta']
     m |= {'pattern': _summary(layers), 'window': window, 'rope_theta_local': local}
     m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
@@ -174,7 +177,7 @@ def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes
         writer = gguf.GGUFWriter(path, name)
         for key, value in metadata.items():
             if key != 'general.architecture':  # the writer's own
-                _add(writer, key, value)
+                add_value(writer, key, value)
         for tensor in plan:
             kind = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind)
@@ -186,7 +189,7 @@ def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes
     return data + bytes(-len(data) % ALIGNMENT)
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
+def add_value(writer: Any, key: str, value: Any) -> None:
     """A value of metadata, in the type that readers expect of such a one."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
