@@ -58,6 +58,7 @@ class Arch(NamedTuple):
       linear: it has linear scaling of all of its positions.
       period: of its layers the last of so many is global, the others are local; None: all are global.
       softcaps: of attention and logits where the file names none.
+      square: its heads are together as wide as the model.
       scaled: the number of layers at which query_scale is (dim // heads)^-½; at others it is head_dim^-½.
     """
 
@@ -69,13 +70,14 @@ class Arch(NamedTuple):
     linear: bool = True
     period: int | None = None
     softcaps: tuple[float | None, float | None] = (None, None)
+    square: bool = False
     scaled: int | None = None
 
 
 _GEMMA = {'norms': 'both', 'norm_plus_one': True, 'activation': 'gelu'}
 ARCHS = {
     'llama': Arch({}, LAYER, interleaved=True, freqs=True),
-    'qwen2': Arch({'qkv_bias': True}, LAYER | BIASES),
+    'qwen2': Arch({'qkv_bias': True}, LAYER | BIASES, square=True),
     'qwen3': Arch({'qk_norm': True}, LAYER | QK_NORMS),
     'gemma2': Arch(
         _GEMMA, LAYER | POST_NORMS, untied=False, linear=False, period=2, softcaps=(50.0, 30.0), scaled=46

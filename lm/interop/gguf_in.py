@@ -46,7 +46,9 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
             raise UsageError(f'{where}: {name}.{key}={get.raw(key, None)} is not in our graph')
     model: dict[str, Any] = {key: get.size(gguf) for key, gguf in tables.SIZES.items()}
     if model['layers'] > len(header.tensors):
-        raise UsageError(f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors')
+        raise UsageError(
+            f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors'
+        )
     model['kv_heads'] = get.size('attention.head_count_kv', model['heads'])
     model['head_dim'] = get.size('attention.key_length', model['dim'] // model['heads'] or None)
     for key in ('attention.value_length', 'rope.dimension_count'):
@@ -54,7 +56,7 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
             raise UsageError(f'{where}: {name}.{key} is not the head dim {model["head_dim"]}: not in our graph')
     if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
         raise UsageError(
-            f'{where}: {model["heads"]} heads and {model["kv_heads"]} of keys, of {model["head_dim"]}, do not fit together'
+            f'{where}: {model["heads"]} heads, {model["kv_heads"]} of keys, of {model["head_dim"]} do not fit together'
         )
     model['vocab_size'] = _vocabulary(header, where)
     model['context'] = get.size('context_length', None)

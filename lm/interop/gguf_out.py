@@ -88,6 +88,8 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     misses = [f'model.{key}={a[key]} ({name}: {b[key]})' for key in b if a[key] != b[key]]
     if arch.period and not model['window']:  # some versions of llama.cpp divide by a soft-cap of 0 then
         misses.append(f'model.window=None ({name}: a number)')
+    if arch.square and (wide := model['heads'] * model['head_dim']) != model['dim']:
+        misses.append(f'model.heads × model.head_dim={wide} ({name}: model.dim={model["dim"]})')
     return misses
 
 
