@@ -144,8 +144,26 @@ def test_tokens_beside_a_tokenizer_model_are_added():
     model, _ = _their_model()
     config = {'eos_token': '<|im_end|>', 'added_tokens_decoder': {'700': {'content': '<|im_end|>', 'special': True}}}
     files = {'tokenizer.model': model, 'tokenizer_config.json': json.dumps(config).encode()}
-    found = from_files(from_huggingface(files | {'added_tokens.json': b'{"<|im_start|>": 701}'}))
-    assert (found.marker_id('<|im_start|>'), found.stop_ids) == (701, (700, 2))
+    found = from_files(from_huggingface(files | {'added_tokens.json': b'{"<|im_start|>": 709}'}))
+    assert (found.marker_id('<|im_start|>'), found.stop_ids) == (709, (700, 2))  # 701 to 708 are free
+    assert found.encode('<|im_start|>') == from_files(from_huggingface({'tokenizer.model': model})).encode(
+        '<|im_start|>'
+    )
+
+
+@pytest.mark.parametrize(
+    ('added', 'said'),
+    [
+        ({'added_tokens.json': b'{"<x>": 5}'}, "'<x>' is to have the id 5"),
+        ({'added_tokens.json': b'{"<x>": "y"}'}, 'added tokens of the folder are damaged'),
+        ({'tokenizer_config.json': b'{"added_tokens_decoder": {"700": {}}}'}, 'added tokens of the folder are damaged'),
+        ({'added_tokens.json': b'{"<x>": 99999999999}'}, 'is damaged'),
+    ],
+)
+def test_damaged_added_tokens_are_refused(added, said):
+    model, _ = _their_model()
+    with pytest.raises(UsageError, match=said):
+        from_huggingface({'tokenizer.model': model, **added})
 
 
 @pytest.mark.parametrize(
