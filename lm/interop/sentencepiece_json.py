@@ -193,10 +193,20 @@ def byte_value(name: str) -> int | None:
 
 
 def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
-    """The description with tokens {id: (content, special)} that the model does not have, or has as plain pieces."""
+    """The description with tokens {id: (content, special)} that the model does not have, or has as plain pieces.
+
+    They stand in the vocabulary, too: the library numbers those that do not as it likes.
+    """
+    vocab, names = dict(spec['model']['vocab']), {i: name for name, i in spec['model']['vocab'].items()}
     tokens = {token['id']: token for token in spec['added_tokens']}
-    tokens |= {i: added_token(i, content, special=special) for i, (content, special) in more.items()}
-    return {**spec, 'added_tokens': [tokens[i] for i in sorted(tokens)]}
+    for i, (text, special) in more.items():
+        content = _plain(text)
+        if names.get(i, content) != content or vocab.get(content, i) != i:
+            raise UsageError(
+                f'the added token {content[:40]!r} is to have the id {i}, which is not free: mend the folder'
+            )
+        vocab[content], tokens[i] = i, added_token(i, content, special=special)
+    return {**spec, 'added_tokens': [tokens[i] for i in sorted(tokens)], 'model': {**spec['model'], 'vocab': vocab}}
 
 
 # ---- and back ----

@@ -10,7 +10,7 @@ from lm.errors import UsageError
 
 
 def dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def checked(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -117,7 +117,11 @@ def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
     named = named.get('content') if isinstance(named, dict) else named
     texts = {p.text for p in vocabulary.pieces}
     begins = config.get('add_bos_token', True)
-    bos = next((name for name in (named, *_USUAL_BOS) if name in texts), None) if begins else None
+    bos = (
+        next((name for name in (named, *_USUAL_BOS) if isinstance(name, str) and name in texts), None)
+        if begins
+        else None
+    )
     spec = sentencepiece_json.to_json(vocabulary, bos=bos)
     return sentencepiece_json.with_added(spec, _more(files, config))
 
@@ -125,8 +129,8 @@ def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
 def _more(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """{id: (content, special)} of the tokens that stand beside a tokenizer.model."""
     try:
-        found = {i: (name, True) for name, i in _parse(files, _ADDED_FILE).items()}
+        found = {int(i): (str(name), True) for name, i in _parse(files, _ADDED_FILE).items()}
         decoder = config.get('added_tokens_decoder') or {}
-        return found | {int(i): (t['content'], bool(t.get('special', False))) for i, t in decoder.items()}
+        return found | {int(i): (str(t['content']), bool(t.get('special', False))) for i, t in decoder.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UsageError(f'the added tokens of the folder are damaged ({e}): mend {CONFIG_FILE}') from e
