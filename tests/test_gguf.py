@@ -59,8 +59,8 @@ def by_hand(monkeypatch):
 
 
 def arrays(model, dtype, seed=0):
-    """Random parameters by leaf, steep ones, so that greedy choices are far from ties; norms are whole 1/256th, to which
-    1 is added and taken away without rounding."""
+    """Random parameters by leaf, steep, so that greedy choices are far from ties; norms are whole 1/256th, to which 1
+    is added and taken away without rounding."""
     arch, draw = gguf_arch.ARCHS[gguf_out.choose(model)[0]], np.random.default_rng(seed)
     top = gguf_arch.TOP | ({} if model['tied'] else gguf_arch.HEAD)
     found = {}
@@ -144,6 +144,16 @@ def test_rows_of_llama_are_interleaved_and_norms_of_gemma_have_their_one(tmp_pat
     np.testing.assert_array_equal(by_name['output_norm.weight'], found['final_norm_D'] + 1)
 
 
+def test_q8_0_is_close_and_what_has_no_blocks_is_f16(tmp_path):
+    path, _, found = write(tmp_path, quantize='Q8_0', ffn_dim=80)
+    back, kinds = gguf_in.open_gguf(path), {k: t.kind for k, t in gguf_file.read_header(path).tensors.items()}
+    assert kinds['blk.0.ffn_down.weight'] == 'F16' and kinds['blk.0.attn_norm.weight'] == 'F32'
+    assert kinds['blk.0.attn_q.weight'] == kinds['token_embd.weight'] == kinds['output.weight'] == 'Q8_0'
+    for leaf in ('layers/wq_DNH', 'layers/w_down_FD', 'layers/w_up_DF'):
+        got, want = back.leaves[leaf].read(1), found[leaf][1]
+        assert np.sqrt(np.mean((got - want) ** 2)) < 0.006 * want.std()
+
+
 # ---- architectures ----
 
 
@@ -159,7 +169,7 @@ def test_architecture_is_the_first_that_is_the_graph():
     [
         ({'window': 64}, 'llama is but for model.pattern=local (llama: global)'),
         ({'qk_norm': True, 'qkv_bias': True, 'head_dim': 16}, 'qwen2 is but for model.qk_norm=True (qwen2: False)'),
-        ({'qkv_bias': True}, 'qwen2 is but for model.heads × model.head_dim=128 (qwen2: model.dim=64)'),
+        ({'qkv_bias': True}, 'llama is but for model.qkv_bias=True'),  # qwen2's heads are as wide as the model
         ({'qk_norm_joint': True}, 'model.qk_norm_joint=True'),
         ({'norms': 'post'}, 'model.norms=post (llama: pre)'),
         ({'pattern': 'global,nope'}, 'model.pattern=global,nope,global'),

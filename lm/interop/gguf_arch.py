@@ -13,7 +13,7 @@ import numpy as np
 from lm.errors import UsageError
 
 # What a graph is where its architecture says nothing else.
-PLAIN: Mapping[str, Any] = {
+PLAIN: dict[str, Any] = {
     'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
     'activation': 'silu', 'query_scale': None, 'embed_scale': None, 'residual_scale': None, 'logit_scale': None,
     'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
@@ -62,8 +62,8 @@ class Arch(NamedTuple):
       scaled: the number of layers at which query_scale is (dim // heads)^-½; at others it is head_dim^-½.
     """
 
-    graph: Mapping[str, Any]
-    layer: Mapping[str, str]
+    graph: dict[str, Any]
+    layer: dict[str, str]
     interleaved: bool = False
     untied: bool = True
     freqs: bool = False

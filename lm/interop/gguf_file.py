@@ -92,16 +92,16 @@ def read(path: str | Path, info: Info, rows: slice | None = None) -> np.ndarray:
 
     Nothing of the file stays mapped; a few MB of it are in memory at once beside the result.
     """
-    start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
+    start, stop, _ = (rows or slice(None)).indices(info.shape[0])
     shape = (max(0, stop - start), *info.shape[1:])
-    elements, size = BLOCKS[info.kind]
-    row = math.prod(info.shape[1:]) if len(info.shape) > 1 else 1
+    columns, (elements, size) = info.shape[-1], BLOCKS[info.kind]
+    row = math.prod(info.shape[1:])
     if info.kind in PLAIN:
         begin = info.offset + start * row * size
         return _bytes(path, begin, math.prod(shape) * size).view(PLAIN[info.kind]).reshape(shape)
     if len(info.shape) == 1:  # one row of blocks
         return _dequantize(path, info.offset, 1, info.shape[0], info.kind).reshape(-1)[start:stop]
-    columns, flat = info.shape[-1], math.prod(shape[:-1])
+    flat = math.prod(shape[:-1])
     first = info.offset + start * row // elements * size
     return _dequantize(path, first, flat, columns, info.kind).reshape(shape)
 

@@ -124,7 +124,7 @@ class _Keys:
         value = self.raw(key, default[0] if default else None)
         if value is None and default:
             return None
-        if type(value) not in (int, float) or not 0 < value < 2.0**128:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2.0**128:
             raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a positive number')
         return float(str(np.float32(value)))
 

@@ -166,6 +166,8 @@ def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize:
         return 'F32'
     if quantize in file.PLAIN:
         return quantize
+    if quantize == 'Q8_0':  # no mix: all matrices, or F16 where a row is no number of blocks
+        return 'Q8_0' if shape[-1] % file.BLOCKS['Q8_0'][0] == 0 else 'F16'
     from lm.interop import mixes
 
     return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'])
@@ -245,6 +247,9 @@ def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -
 
 def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:
     """uint8 of rows [n, columns] (or a vector) in a kind. Raises RunError if they are too large for it."""
+    if kind in ('Q8_0', 'Q4_0'):  # which the package does as llama.cpp does
+        gguf = file.package()
+        return gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[kind])
     if kind not in file.PLAIN:
         from lm.interop import kquants
 
