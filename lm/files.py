@@ -15,6 +15,8 @@ from etils import epath
 
 from lm.errors import RunError
 
+STREAM_CHUNK = 2**24  # bytes of a streamed file that are written, and flushed to the disk, at once
+
 
 def _write(path: epath.Path, data: bytes, mode: str) -> None:
     with path.open(mode) as f:
@@ -49,6 +51,39 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends bytes to a file too large for the memory, which appears at `path` when the block ends and
+    not at all if it fails.
+
+    Raises RunError if it cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
+    held = bytearray()
+
+    def flush() -> None:
+        with _told(path):
+            _write(temporary, bytes(held), 'ab')
+        held.clear()
+
+    def write(data: bytes) -> None:
+        held.extend(data)
+        if len(held) >= STREAM_CHUNK:
+            flush()
+
+    try:
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield write
+        flush()
+        with _told(path):
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

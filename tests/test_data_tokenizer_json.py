@@ -326,6 +326,37 @@ def test_bytes_that_are_lacking_are_counted(tmp_path):
         _load(tmp_path / 'a', made)
 
 
+def test_control_characters_that_a_vocabulary_lacks_are_left_out(tmp_path, built):
+    """As SmolLM2's does: no text holds them."""
+
+    def without(*bytes_):
+        spec = json.loads(built['byte-level'].to_str())
+        for byte in bytes_:
+            del spec['model']['vocab'][chr(0x100 + byte)]
+        return _load(tmp_path / 'a', json.dumps(spec))
+
+    tokenizer = without(0x04, 0x1D)
+    ids = tokenizer.encode('a\x04b\x1d\x05')
+    assert tokenizer.decode(ids) == 'ab\x05'
+    assert int(tokenizer.bytes_of_ids[ids].sum()) == 3
+    with pytest.raises(UsageError, match='lacks 1 of the bytes'):
+        without(0x04, ord('\n'))
+
+
+def test_a_split_that_removes_what_is_between_its_matches_keeps_the_text(tmp_path, built):
+    """As OLMo 2 writes it: its pattern matches everything, and if it did not, text would be lost."""
+    for pattern in (r'\s+|\S+', r'[a-z]+'):
+        spec = json.loads(built['byte-level'].to_str())
+        bytes_ = spec['pre_tokenizer'] | {'use_regex': False}
+        split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Removed', 'invert': True}
+        spec['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [split, bytes_]}
+        tokenizer = _load(tmp_path / 'a', json.dumps(spec))
+        assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+    split['invert'] = False
+    with pytest.raises(UsageError, match='loses text'):
+        _load(tmp_path / 'a', json.dumps(spec))
+
+
 def test_a_missing_library_is_named(tmp_path, built, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
     with pytest.raises(UsageError, match=r"needs the package tokenizers \(pip install 'lm\[hub\]'\)"):

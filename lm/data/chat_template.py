@@ -196,7 +196,7 @@ def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], 
         spans = {(at, _end(tokenizer, whole.text, i)[0]): i for i, at in begun.items()}
     cuts = {at for span in spans for at in span} | set(begun.values())
     parts = list(_parts(tokenizer, whole.text, cuts, spans))
-    if _begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
+    if begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
         parts.insert(0, _Part(tokenizer.bos_id, (), None))
     lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
     return _Plan(whole, tuple(parts), _MISMATCH if lost else None)
@@ -298,7 +298,7 @@ def _symbols(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=16)
-def _begins_with_bos(tokenizer: Tokenizer) -> bool:
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether a text begins with <bos>: ours do, and of a tokenizer.json it is told in its files."""
     if JSON_FILE not in tokenizer.saved:
         return True

@@ -2,8 +2,9 @@
 
 They are read by Hugging Face's library `tokenizers` (of the extra [hub]) and changed where text would not come back or
 a control symbol could be typed: nothing is put in front of a text or around it, NFC and dropout are off, nothing is cut
-off or filled up. What changes text in another way is refused. The ids of a text that is in NFC, as nearly all is, are
-those that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
+off or filled up. What changes text in another way is refused, but for control characters as U+0004 and unassigned ones
+that a vocabulary may lack: the library leaves those out. The ids of a text that is in NFC, as nearly all is, are those
+that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
 """
 
 import hashlib
@@ -29,8 +30,10 @@ _USUAL = {
 _TURN_ENDS = ('<|end|>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>')
 _KEEP_TEXT = ('ByteLevel', 'Metaspace', 'Split', 'Digits', 'Punctuation', 'UnicodeScripts', 'Sequence')
 _MOST_IDS = 1 << 24  # there is a place for each id up to the largest: a damaged one must not take all memory
-# C0, C1 and F5 to FF are in no UTF-8.
-_IN_NO_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
+# C0, C1 and F5 to FF are in no UTF-8; F1 and F2 begin characters of planes that Unicode has not assigned.
+_IN_NO_TEXT = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+# Some vocabularies (SmolLM2's) lack control characters that their texts did not hold, and leave them out of a text.
+_HARDLY_IN_TEXT = {*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F}
 
 
 def load(path: epath.Path) -> Tokenizer:
@@ -164,6 +167,8 @@ def _make_plain(spec: dict[str, Any]) -> None:
             node['prepend_scheme'] = 'never'
         elif node['type'] == 'ByteLevel':
             node['add_prefix_space'] = False
+        elif node['type'] == 'Split' and node['behavior'] == 'Removed' and node.get('invert'):
+            node.update(behavior='Isolated', invert=False)  # the same, but for what the pattern does not match
     for token in spec.get('added_tokens') or ():
         token.update(lstrip=False, rstrip=False)
 
@@ -186,7 +191,7 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
             yield from _nodes(part)
 
 
-def _is_byte_level(spec: dict[str, Any]) -> bool:
+def is_byte_level(spec: dict[str, Any]) -> bool:
     parts = [*_nodes(spec.get('normalizer')), *_nodes(spec.get('pre_tokenizer'))]
     return any(part['type'] == 'ByteLevel' for part in parts)
 
@@ -194,7 +199,7 @@ def _is_byte_level(spec: dict[str, Any]) -> bool:
 def _check_lossless(spec: dict[str, Any]) -> None:
     """Raises UsageError for parts that change or lose text, which a probe alone might not show."""
     model = spec['model']
-    if model.get('type') not in ('BPE', 'Unigram') or not (_is_byte_level(spec) or model.get('byte_fallback')):
+    if model.get('type') not in ('BPE', 'Unigram') or not (is_byte_level(spec) or model.get('byte_fallback')):
         raise UsageError('is neither a byte-level one nor one with byte fallback, so text is lost')
     if model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
         raise UsageError('marks the parts of words with a prefix or suffix, so text does not come back')
@@ -214,8 +219,9 @@ Spelling = tuple[Callable[[str], bytes], list[str]]
 
 def _spelling(spec: dict[str, Any], vocab: Mapping[str, int]) -> Spelling:
     """(bytes of a piece, the piece of each byte). Raises UsageError unless all bytes of text have pieces."""
-    spell, names = _byte_level() if _is_byte_level(spec) else _byte_fallback()
-    if lacking := [b for b in range(256) if b not in _IN_NO_TEXT and names[b] not in vocab]:
+    spell, names = _byte_level() if is_byte_level(spec) else _byte_fallback()
+    spared = _IN_NO_TEXT | _HARDLY_IN_TEXT
+    if lacking := [b for b in range(256) if b not in spared and names[b] not in vocab]:
         raise UsageError(f'lacks {len(lacking)} of the bytes that text is made of, so text is lost')
     return spell, names
 
@@ -271,6 +277,6 @@ def _taken_literally(
 def _around(names: Sequence[str], spec: dict[str, Any]) -> re.Pattern[str] | None:
     """What is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
     parts = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
-    if not _is_byte_level(spec):
+    if not is_byte_level(spec):
         parts.append(f'{SPACE}+')
     return re.compile(f'({"|".join(parts)})') if parts else None

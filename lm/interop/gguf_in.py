@@ -1,0 +1,204 @@
+"""A GGUF file as an `Opened`: its metadata as `model.*`, its tensors as parameters that are read one by one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.errors import UsageError
+from lm.interop import gguf_arch as tables
+from lm.interop import gguf_file as file
+from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.opened import Leaf, Opened
+
+INT32_MAX = 2**31 - 1
+IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
+
+
+def open_gguf(path: str | Path) -> Opened:
+    """A GGUF file of one of the architectures in `ARCHS`. Raises UsageError for what we cannot express."""
+    from lm.interop import tokenizers
+
+    header = file.read_header(path)
+    name, arch = architecture(header.metadata, str(path))
+    model = graph(header, name, arch, where=str(path))
+    leaves = _leaves(path, header, arch, model)
+    return Opened(str(path), model, leaves, tokenizers.from_gguf(header.metadata))
+
+
+def architecture(metadata: Mapping[str, Any], where: str) -> tuple[str, Arch]:
+    """The name of a file's architecture, and its table."""
+    name = metadata.get('general.architecture')
+    if not isinstance(name, str) or name not in ARCHS:
+        raise UsageError(f'{where}: the architecture {name!r} is not one of {", ".join(ARCHS)}')
+    parts = metadata.get('split.count', 1)
+    if parts not in (0, 1):
+        raise UsageError(f'{where}: is one of {parts} parts: put them together first (llama-gguf-split --merge)')
+    return name, ARCHS[name]
+
+
+def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str, Any]:
+    """`model.*` of a file."""
+    get = _Keys(header.metadata, name, where)
+    for key, value in tables.NEUTRAL.items():
+        if get.raw(key, value) != value:
+            raise UsageError(f'{where}: {name}.{key}={get.raw(key, None)} is not in our graph')
+    model: dict[str, Any] = {key: get.size(gguf) for key, gguf in tables.SIZES.items()}
+    if model['layers'] > len(header.tensors):
+        raise UsageError(
+            f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors'
+        )
+    model['kv_heads'] = get.size('attention.head_count_kv', model['heads'])
+    model['head_dim'] = get.size('attention.key_length', model['dim'] // model['heads'] or None)
+    for key in ('attention.value_length', 'rope.dimension_count'):
+        if get.size(key, model['head_dim']) != model['head_dim']:
+            raise UsageError(f'{where}: {name}.{key} is not the head dim {model["head_dim"]}: not in our graph')
+    if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
+        raise UsageError(
+            f'{where}: {model["heads"]} heads, {model["kv_heads"]} of keys, of {model["head_dim"]} do not fit together'
+        )
+    model['vocab_size'] = _vocabulary(header, where)
+    model['context'] = get.size('context_length', None)
+    model['norm_eps'] = get.real('attention.layer_norm_rms_epsilon')
+    model['rope_theta'] = get.real('rope.freq_base', 10_000.0)
+    model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in header.tensors)
+    model = tables.PLAIN | model | arch.graph | _gemma(get, arch, model)
+    if name == 'llama':
+        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in header.tensors
+        window = get.size('attention.sliding_window', None)  # Mistral's
+        model['window'] = window if window and window < (model['context'] or INT32_MAX) else None
+    return model
+
+
+def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any]) -> str | None:
+    """model.rope_scaling of a file."""
+    get = _Keys(header.metadata, header.metadata['general.architecture'], str(path))
+    kind, factor = get.raw('rope.scaling.type', 'none'), get.real('rope.scaling.factor', 1.0)
+    if kind not in ('none', 'linear') or (kind == 'linear' and factor != 1 and not arch.linear):
+        raise UsageError(f'{path}: rotary scaling of type {kind!r} is not in our graph: we have linear and llama3')
+    linear = f'linear,factor={tables.plain_number(factor)}' if kind == 'linear' and factor != 1 else None
+    info = header.tensors.get(tables.ROPE_FREQS) if arch.freqs else None
+    if info is None:
+        return linear
+    factors = file.read(path, info).astype(np.float32).reshape(-1)
+    options = {'theta': model['rope_theta'], 'head_dim': model['head_dim'], 'where': str(path)}
+    found = tables.llama3_scaling(factors, **options)
+    if linear and found:
+        raise UsageError(f'{path}: has linear scaling of rotary positions and {tables.ROPE_FREQS}: not in our graph')
+    return found or linear
+
+
+def to_ours(tensor: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
+    """A parameter of this name and shape, from a file's tensor; a view where that is possible."""
+    ours = (tensor.T if tensor.ndim == 2 and name != 'embed_VD' else tensor).reshape(shape)
+    if arch.interleaved and name in tables.ROTATED:  # neighbours -> halves
+        ours = ours.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
+    return ours - ours.dtype.type(1) if 'norm' in name and arch.graph.get('norm_plus_one') else ours
+
+
+class _Keys:
+    """Metadata of one architecture, of the types that we want. Raises UsageError for others."""
+
+    def __init__(self, metadata: Mapping[str, Any], name: str, where: str) -> None:
+        self.metadata, self.name, self.where = metadata, name, where
+
+    def raw(self, key: str, default: Any) -> Any:
+        """The value; of a list, which has one a layer, the one value that all have."""
+        value = self.metadata.get(f'{self.name}.{key}', default)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            return value[0]
+        return value
+
+    def size(self, key: str, *default: int | None) -> Any:
+        """A whole number from 1; None only as the default."""
+        value = self.raw(key, default[0] if default else None)
+        if value is None and default:
+            return None
+        if type(value) is not int or not 1 <= value <= INT32_MAX:
+            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a whole number from 1 to {INT32_MAX}')
+        return value
+
+    def real(self, key: str, *default: float | None) -> Any:
+        """A positive number as its shortest text in float32, 1e-05 for 9.99999974e-06; None only as the default."""
+        value = self.raw(key, default[0] if default else None)
+        if value is None and default:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2.0**128:
+            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a positive number')
+        return float(str(np.float32(value)))
+
+
+def _vocabulary(header: file.Header, where: str) -> int:
+    embed = header.tensors.get(tables.TOP['embed_VD'])
+    if embed is None:
+        raise UsageError(f'{where}: has no tensor {tables.TOP["embed_VD"]!r}')
+    return embed.shape[0]
+
+
+def _gemma(get: _Keys, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What Gemma has beside: local layers, soft-caps, scales; {} for others."""
+    if arch.period is None:
+        return {}
+    attention, logits = arch.softcaps
+    local = get.real('rope.freq_base_swa', 10_000.0 if arch.linear else model['rope_theta'])
+    window = get.size('attention.sliding_window', None if arch.linear else 4096)
+    return {
+        'embed_scale': model['dim'] ** 0.5,
+        'query_scale': tables.query_scale(arch, model),
+        'window': window,
+        'pattern': _pattern(get, arch.period) if window else None,
+        'rope_theta_local': local if window and local != model['rope_theta'] else None,
+        'attn_softcap': get.real('attn_logit_softcapping', attention) if attention else None,
+        'logit_softcap': get.real('final_logit_softcapping', logits),
+    }
+
+
+def _pattern(get: _Keys, period: int) -> str:
+    """The kinds of layer."""
+    period = get.raw('attention.sliding_window_pattern', period)
+    if type(period) is not int or not 2 <= period <= 64:
+        raise UsageError(f'{get.where}: {get.name}.attention.sliding_window_pattern={period!r} is not in our graph')
+    return ','.join(['local'] * (period - 1) + ['global'])
+
+
+def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any]) -> dict[str, Leaf]:
+    """The parameters; settles model['rope_scaling'], which a tensor says."""
+    model['rope_scaling'] = scaling(path, header, arch, model)
+    left = {name for name in header.tensors if not name.endswith((*IGNORED, tables.ROPE_FREQS))}
+    leaves = {}
+    top = tables.TOP | ({} if model['tied'] else tables.HEAD)
+    layer = arch.layer | (tables.BIASES if model['qkv_bias'] else {})
+    for name, gguf in (top | {f'layers/{k}': v for k, v in layer.items()}).items():
+        layers = model['layers'] if name.startswith('layers/') else None
+        places = [gguf] if layers is None else [f'blk.{i}.{gguf}' for i in range(layers)]
+        leaves[name] = _leaf(path, header, arch, model, name, places, layers)
+        left.difference_update(places)
+    if left:
+        some = ', '.join(sorted(left)[:3])
+        raise UsageError(f'{path}: has {len(left)} tensors that are not in our graph ({some}{", …" * (len(left) > 3)})')
+    return leaves
+
+
+def _leaf(
+    path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any], leaf: str, places: list[str],
+    layers: int | None,
+) -> Leaf:  # fmt: skip
+    """One parameter, of the tensors of these names."""
+    shape, stored = tables.shapes(leaf, model)
+    infos = []
+    for place in places:
+        info = header.tensors.get(place)
+        if info is None:
+            raise UsageError(f'{path}: has no tensor {place!r}')
+        if info.shape != stored:
+            raise UsageError(f'{path}: the tensor {place!r} has the shape {info.shape}; its metadata make it {stored}')
+        infos.append(info)
+    dtypes = {file.dtype_of(info) for info in infos}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    name = leaf.rpartition('/')[2]
+
+    def read(i: int) -> np.ndarray:
+        return to_ours(file.read(path, infos[i]), name, shape, arch).astype(dtype, copy=False)
+
+    return Leaf(shape, dtype, layers, read)

@@ -1,0 +1,261 @@
+"""An `Opened` as a GGUF file: the first architecture that is its graph exactly, tensor by tensor, a few rows at a time.
+
+Which architecture that is is asked of the reader: a model's settings are put as an architecture's metadata would have
+them, read back, and compared.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm import files
+from lm.errors import RunError, UsageError
+from lm.interop import gguf_arch as tables
+from lm.interop import gguf_file as file
+from lm.interop import gguf_in
+from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.opened import Leaf, Opened
+
+# Names of --quantize: general.file_type.
+MIXES = {
+    'F32': 0, 'F16': 1, 'BF16': 32, 'Q8_0': 7, 'Q4_0': 2, 'Q4_K_S': 14, 'Q4_K_M': 15, 'Q5_K_M': 17, 'Q6_K': 18,
+}  # fmt: skip
+QUANTIZATION_VERSION = 2  # of the blocks' layout
+ALIGNMENT = 32  # the format's own
+ROWS = 2**22  # elements that are turned into a kind at once
+
+
+class Tensor(NamedTuple):
+    """One tensor to write: layer `layer` of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    leaf: str
+    layer: int
+
+
+def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say: Callable[[str], None]) -> None:
+    """Writes a GGUF file. Raises UsageError, before anything is written, for what no architecture of GGUF is."""
+    from lm.interop import tokenizers
+
+    if quantize not in MIXES:
+        raise UsageError(f'--quantize={quantize} is not one of {", ".join(MIXES)}')
+    if opened.scored:
+        raise UsageError(f'{opened.where}: a reward model has no GGUF form')
+    name, arch = choose(opened.model)
+    model = tables.PLAIN | dict(opened.model)
+    plan = _plan(arch, model, quantize)
+    metadata = _general(opened, name, quantize) | _described(name, arch, model)
+    metadata |= tokenizers.to_gguf(opened.tokenizer, vocab_size=model['vocab_size'])
+    say(f'{path}: {len(plan)} tensors of architecture {name}, as {quantize}')
+    with files.streamed(path) as write:
+        write(_header(name, metadata, plan))
+        for tensor in plan:
+            for data in _encoded(opened, arch, model, tensor):
+                write(data.tobytes())
+            write(bytes(-_nbytes(tensor) % ALIGNMENT))
+
+
+# ---- which architecture ----
+
+
+def choose(model: Mapping[str, Any]) -> tuple[str, Arch]:
+    """The first architecture that is this graph exactly. Raises UsageError with the settings that the nearest lacks."""
+    given = tables.PLAIN | dict(model)
+    misses = {}
+    for name, arch in ARCHS.items():
+        misses[name] = _differences(name, arch, given)
+        if not misses[name]:
+            return name, arch
+    name = min(misses, key=lambda n: len(misses[n]))
+    raise UsageError(f'no architecture of GGUF is this graph; {name} is but for {", ".join(misses[name])}')
+
+
+def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
+    """'model.KEY=THIS (ARCHITECTURE: THAT)' of the settings that a file of this architecture would not keep."""
+    tensors = {tensor.name: file.Info(tensor.shape, 'F32', 0, 0) for tensor in _plan(arch, model, 'F32')}
+    seen = gguf_in.graph(file.Header(_described(name, arch, model), tensors), name, arch, where=name)
+    kind = (model['rope_scaling'] or 'none').split(',')[0]
+    kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
+    seen['rope_scaling'] = model['rope_scaling'] if kept else None
+    a, b = _plain(model), _plain(seen)
+    misses = [f'model.{key}={a[key]} ({name}: {b[key]})' for key in b if a[key] != b[key]]
+    if arch.period and not model['window']:  # some versions of llama.cpp divide by a soft-cap of 0 then
+        misses.append(f'model.window=None ({name}: a number)')
+    if arch.square and (wide := model['heads'] * model['head_dim']) != model['dim']:
+        misses.append(f'model.heads × model.head_dim={wide} ({name}: model.dim={model["dim"]})')
+    return misses
+
+
+def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A graph's settings, equal where two graphs are; `context`, which changes none, is left out."""
+    m = {k: v for k, v in model.items() if k not in ('context', 'scan')}
+    layers, window, local = tables.kinds(model), model['window'], model['rope_theta_local'] or model['rope_theta']
+    whole = window and model['context'] and window >= model['context']  # in its context, a local layer then sees all
+    if whole and local == model['rope_theta'] and not model['rope_scaling']:
+        layers = tuple('global' if kind == 'local' else kind for kind in layers)
+    if 'local' not in layers:
+        window, local = None, model['rope_theta']
+    m |= {'pattern': _summary(layers), 'window': window, 'rope_theta_local': local}
+    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
+    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
+    return {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in m.items()}
+
+
+def _summary(layers: tuple[str, ...]) -> str:
+    """The kinds of all layers in few words."""
+    return layers[0] if len(set(layers)) == 1 else ','.join(layers)
+
+
+# ---- what the file says ----
+
+
+def _general(opened: Opened, name: str, quantize: str) -> dict[str, Any]:
+    stem = Path(opened.where.rstrip('/')).stem
+    return {
+        'general.architecture': name, 'general.type': 'model', 'general.name': stem or 'model',
+        'general.file_type': MIXES[quantize], 'general.quantization_version': QUANTIZATION_VERSION,
+    }  # fmt: skip
+
+
+def _described(name: str, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
+    """A graph as metadata of an architecture; what it has no key for is not there."""
+    keys: dict[str, Any] = {gguf: model[key] for key, gguf in tables.SIZES.items()}
+    keys |= {'attention.head_count_kv': model['kv_heads'], 'vocab_size': model['vocab_size']}
+    keys |= dict.fromkeys(('attention.key_length', 'attention.value_length'), model['head_dim'])
+    keys |= {'rope.dimension_count': model['head_dim'], 'rope.freq_base': float(model['rope_theta'])}
+    keys['attention.layer_norm_rms_epsilon'] = float(model['norm_eps'])
+    keys['context_length'] = model['context']
+    if (model['rope_scaling'] or '').startswith('linear') and arch.linear:
+        _, values = tables.split_scaling(model['rope_scaling'])
+        keys |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': values['factor']}
+    if arch.period:
+        keys['attention.sliding_window'] = model['window']
+    if arch.period and arch.linear:
+        keys['rope.freq_base_swa'] = float(model['rope_theta_local'] or model['rope_theta'])
+    attention, logits = arch.softcaps
+    keys['attn_logit_softcapping'] = model['attn_softcap'] if attention else None
+    keys['final_logit_softcapping'] = model['logit_softcap'] if logits else None
+    return {f'{name}.{key}': value for key, value in keys.items() if value is not None}
+
+
+def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
+    """The tensors of a file in their order."""
+    top = tables.TOP | ({} if model['tied'] or not arch.untied else tables.HEAD)
+    places = [(leaf, gguf, 0) for leaf, gguf in top.items()]
+    for i in range(model['layers']):
+        places += [(f'layers/{leaf}', f'blk.{i}.{gguf}', i) for leaf, gguf in arch.layer.items()]
+    plan = []
+    if arch.freqs and (model['rope_scaling'] or '').startswith('llama3'):
+        plan.append(Tensor(tables.ROPE_FREQS, (model['head_dim'] // 2,), 'F32', '', 0))
+    for leaf, gguf, i in places:
+        _, shape = tables.shapes(leaf, model)
+        plan.append(Tensor(gguf, shape, _kind(gguf, shape, model, quantize, i), leaf, i))
+    return plan
+
+
+def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, layer: int) -> str:
+    """What a tensor is stored as: norms and biases are never less than F32."""
+    if len(shape) == 1:
+        return 'F32'
+    if quantize in file.PLAIN:
+        return quantize
+    if quantize == 'Q8_0':  # no mix: all matrices, or F16 where a row is no number of blocks
+        return 'Q8_0' if shape[-1] % file.BLOCKS['Q8_0'][0] == 0 else 'F16'
+    from lm.interop import mixes
+
+    return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'])
+
+
+def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
+    """All before the first tensor."""
+    gguf = file.package()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'header')
+        writer = gguf.GGUFWriter(path, name)
+        for key, value in metadata.items():
+            if key != 'general.architecture':  # the writer's own
+                add_value(writer, key, value)
+        for tensor in plan:
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        data = Path(path).read_bytes()
+    return data + bytes(-len(data) % ALIGNMENT)
+
+
+def add_value(writer: Any, key: str, value: Any) -> None:
+    """A value of metadata, in the type that readers expect of such a one."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+# ---- the tensors ----
+
+
+def _nbytes(tensor: Tensor) -> int:
+    elements, size = file.BLOCKS[tensor.kind]
+    return math.prod(tensor.shape) // elements * size
+
+
+def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tensor) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, a few rows at a time."""
+    if tensor.name == tables.ROPE_FREQS:
+        theta, head_dim = model['rope_theta'], model['head_dim']
+        yield tables.llama3_factors(model['rope_scaling'], theta=theta, head_dim=head_dim).view(np.uint8)
+        return
+    leaf = _leaf(opened, tensor)
+    stored = to_stored(leaf.read(tensor.layer), tensor.leaf.rpartition('/')[2], tensor.shape, arch)
+    step = max(1, ROWS // math.prod(tensor.shape[1:])) if stored.ndim > 1 else stored.shape[0]
+    for i in range(0, stored.shape[0], step):
+        yield encode(stored[i : i + step], tensor.kind, tensor.name)
+
+
+def _leaf(opened: Opened, tensor: Tensor) -> Leaf:
+    leaf = opened.leaves.get(tensor.leaf)
+    if leaf is None:
+        raise UsageError(f'{opened.where}: has no parameter {tensor.leaf}')
+    return leaf
+
+
+def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
+    """`gguf_in.to_ours`, back: a view where that is possible."""
+    if arch.interleaved and name in tables.ROTATED:  # halves -> neighbours
+        *lead, wide = ours.shape
+        ours = ours.reshape(*lead, 2, wide // 2).swapaxes(-1, -2).reshape(*lead, wide)
+    if 'norm' in name and arch.graph.get('norm_plus_one'):
+        ours = ours.astype(np.float32) + 1
+    return ours.reshape(shape[::-1]).T if len(shape) == 2 and name != 'embed_VD' else ours.reshape(shape)
+
+
+def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """uint8 of rows [n, columns] (or a vector) in a kind. Raises RunError if they are too large for it."""
+    if kind in ('Q8_0', 'Q4_0'):  # which the package does as llama.cpp does
+        gguf = file.package()
+        return gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[kind])
+    if kind not in file.PLAIN:
+        from lm.interop import kquants
+
+        return kquants.quantize(np.ascontiguousarray(rows, np.float32), kind)
+    with np.errstate(over='ignore'):
+        out = np.ascontiguousarray(rows.astype(file.PLAIN[kind]))
+    if kind == 'F16' and not np.isfinite(out).all() and np.isfinite(rows.astype(np.float32)).all():
+        raise RunError(f'{name} has numbers above 65504, which F16 has no room for: use BF16 or F32')
+    return out.view(np.uint8)

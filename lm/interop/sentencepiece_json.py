@@ -1,0 +1,273 @@
+"""SentencePiece's BPE models as tokenizer.json of Hugging Face's library, with the same ids.
+
+SentencePiece merges any two neighbours that make a piece together, the piece with the highest score first and, of the
+same, the leftmost. The library merges listed pairs in the order of the list, so each way to split a piece in two pieces
+is listed. Spaces stand in the vocabulary as they are, not as U+2581: then a U+2581 of a text is in no piece and becomes
+its bytes, as NUL does, and nothing has to be replaced on the way in or out.
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lm.data.tokenizer import SPACE
+from lm.errors import UsageError
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # the types of pieces, GGUF's as well
+_BPE = 2  # trainer_spec.model_type
+_BYTE_NAME = re.compile(r'<0x[0-9A-Fa-f]{2}>')
+
+
+class Piece(NamedTuple):
+    """A piece by its text, with U+2581 for a space."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A vocabulary of SentencePiece's.
+
+    Attributes:
+      space_first: whether a space is put before a text.
+    """
+
+    pieces: tuple[Piece, ...]
+    space_first: bool
+
+
+# ---- the file tokenizer.model ----
+
+
+def read_model(content: bytes) -> Pieces:
+    """The pieces of a tokenizer.model. Raises UsageError if it is damaged, no BPE, or changes text."""
+    try:
+        fields = list(_fields(content))
+        pieces = tuple(_piece(value) for number, value in fields if number == 1)
+        trainer = _last(fields, 2)
+        normalizer = _last(fields, 3)
+    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as e:
+        raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another') from e
+    if not pieces:
+        raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another')
+    if trainer.get(3, 1) != _BPE:
+        raise UsageError('tokenizer.model is no BPE, and only those can be carried over: bring a tokenizer.json')
+    if normalizer.get(2) or normalizer.get(4, 1):
+        raise UsageError('tokenizer.model changes text (its normalization), and losses would be of another text')
+    return Pieces(pieces, space_first=bool(normalizer.get(3, 1)))
+
+
+def _last(fields: Sequence[tuple[int, Any]], number: int) -> dict[int, Any]:
+    return dict(_fields(next((value for n, value in reversed(fields) if n == number), b'')))
+
+
+def _piece(content: bytes) -> Piece:
+    found = dict(_fields(content))
+    score = struct.unpack('<f', found[2])[0] if 2 in found else 0.0
+    kind = found.get(3, NORMAL)
+    if not NORMAL <= kind <= BYTE:
+        raise ValueError(f'a piece of type {kind}')
+    return Piece(found.get(1, b'').decode(), score, kind)
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of a message of Protocol Buffers: an int, or bytes for all else. Raises ValueError."""
+    at = 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(content, at)
+        else:
+            if wire == 2:
+                size, at = _varint(content, at)
+            elif wire in (1, 5):
+                size = 8 if wire == 1 else 4
+            else:
+                raise ValueError(f'wire type {wire}')
+            if at + size > len(content):
+                raise ValueError('it is cut off')
+            value, at = content[at : at + size], at + size
+        yield key >> 3, value
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[at]
+        value, at = value | (byte & 0x7F) << shift, at + 1
+        if byte < 0x80:
+            return value, at
+    raise ValueError('a number without end')
+
+
+# ---- tokenizer.json ----
+
+
+def to_json(vocabulary: Pieces, *, bos: str | None = None) -> dict[str, Any]:
+    """The description that the library reads; `bos` is put before a text."""
+    pieces = vocabulary.pieces
+    named = [(i, p) for i, p in enumerate(pieces) if p.kind != UNUSED]
+    vocab = {_plain(p.text): i for i, p in named}
+    if len(vocab) < len(named):
+        raise UsageError(f'{len(named) - len(vocab)} of the pieces of the tokenizer are there twice: name another')
+    unknown = next((p.text for _, p in named if p.kind == UNKNOWN), None)
+    added = [_added(i, p) for i, p in named if p.kind in (UNKNOWN, CONTROL, USER)]
+    decoders: list[dict[str, Any]] = [{'type': 'ByteFallback'}, {'type': 'Fuse'}]
+    if vocabulary.space_first:
+        decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+    return {
+        'version': '1.0',
+        'truncation': None,
+        'padding': None,
+        'added_tokens': added,
+        'normalizer': {'type': 'Prepend', 'prepend': ' '} if vocabulary.space_first else None,
+        'pre_tokenizer': None,
+        'post_processor': put_before(bos, vocab[bos]) if bos else None,
+        'decoder': {'type': 'Sequence', 'decoders': decoders},
+        'model': {
+            'type': 'BPE',
+            'dropout': None,
+            'unk_token': unknown,
+            'continuing_subword_prefix': None,
+            'end_of_word_suffix': None,
+            'fuse_unk': False,
+            'byte_fallback': True,
+            'ignore_merges': False,
+            'vocab': vocab,
+            'merges': [list(pair) for pair in merges(pieces)],
+        },
+    }
+
+
+def _added(i: int, piece: Piece) -> dict[str, Any]:
+    return added_token(i, _plain(piece.text), special=piece.kind != USER)
+
+
+def added_token(i: int, content: str, *, special: bool) -> dict[str, Any]:
+    """A token that is found in a text as it is, before all else."""
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return {'id': i, 'content': content, **plain, 'special': special}
+
+
+def put_before(bos: str, i: int) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts a token before each text."""
+    symbol = lambda kind: {'SpecialToken': {'id': bos, 'type_id': kind}}
+    text = lambda name, kind: {'Sequence': {'id': name, 'type_id': kind}}
+    return {
+        'type': 'TemplateProcessing',
+        'single': [symbol(0), text('A', 0)],
+        'pair': [symbol(0), text('A', 0), symbol(1), text('B', 1)],
+        'special_tokens': {bos: {'id': bos, 'ids': [i], 'tokens': [bos]}},
+    }
+
+
+def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """All splits of a piece in two, in the order in which SentencePiece would merge them."""
+    scores = {_plain(p.text): p.score for p in pieces if p.kind == NORMAL}
+    ordered = sorted(scores, key=lambda text: -scores[text])  # stable: of the same score in the order of ids
+    found: list[tuple[str, str]] = []
+    for text in ordered:
+        splits = [k for k in range(1, len(text)) if text[:k] in scores and text[k:] in scores]
+        splits.sort(key=lambda k: (not _is_left(text, k), -k))
+        found += [(text[:k], text[k:]) for k in splits]
+    return found
+
+
+def _is_left(text: str, k: int) -> bool:
+    """Whether a text split at k may overlap on its right with itself split elsewhere: the left one is to be merged."""
+    return text.startswith(text[k:])
+
+
+def _plain(text: str) -> str:
+    return text.replace(SPACE, ' ')
+
+
+def byte_value(name: str) -> int | None:
+    """The byte that a piece as <0x0A> stands for."""
+    return int(name[3:5], 16) if _BYTE_NAME.fullmatch(name) else None
+
+
+def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
+    """The description with tokens {id: (content, special)} that the model does not have, or has as plain pieces.
+
+    They stand in the vocabulary, too: the library numbers those that do not as it likes.
+    """
+    vocab, names = dict(spec['model']['vocab']), {i: name for name, i in spec['model']['vocab'].items()}
+    tokens = {token['id']: token for token in spec['added_tokens']}
+    for i, (text, special) in more.items():
+        content = _plain(text)
+        if names.get(i, content) != content or vocab.get(content, i) != i:
+            raise UsageError(
+                f'the added token {content[:40]!r} is to have the id {i}, which is not free: mend the folder'
+            )
+        vocab[content], tokens[i] = i, added_token(i, content, special=special)
+    return {**spec, 'added_tokens': [tokens[i] for i in sorted(tokens)], 'model': {**spec['model'], 'vocab': vocab}}
+
+
+# ---- and back ----
+
+
+def from_json(spec: Mapping[str, Any]) -> Pieces:
+    """The pieces of a tokenizer.json with byte fallback, scored by their merges.
+
+    Raises UsageError if SentencePiece would merge otherwise, or it splits or changes texts in a way of its own.
+    """
+    _check_plain(spec)
+    model = spec['model']
+    pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs):
+        ranks.setdefault(_plain(left + right), rank)
+    added = {token['id']: token for token in spec.get('added_tokens') or ()}
+    names = {i: name for name, i in model['vocab'].items()} | {i: token['content'] for i, token in added.items()}
+    pieces = [_scored(i, names, added, ranks, model.get('unk_token')) for i in range(max(names) + 1)]
+    listed = {(_plain(left), _plain(right)) for left, right in pairs}
+    if missing := [pair for pair in merges(pieces) if pair not in listed]:
+        raise UsageError(
+            f'the tokenizer does not merge {"".join(missing[0])!r} though it has that piece ({len(missing)} in all), '
+            'and a GGUF file cannot say so'
+        )
+    return Pieces(tuple(pieces), space_first=_puts_space_first(spec))
+
+
+def _scored(
+    i: int, names: Mapping[int, str], added: Mapping[int, Any], ranks: Mapping[str, int], unknown: str | None
+) -> Piece:
+    if i not in names:
+        return Piece(f'[PAD{i}]', -1e9, UNUSED)
+    name = _plain(names[i])
+    text = name.replace(' ', SPACE)
+    if names[i] == unknown:
+        return Piece(text, 0.0, UNKNOWN)
+    if i in added:
+        return Piece(text, 0.0, CONTROL if added[i]['special'] else USER)
+    if byte_value(name) is not None:
+        return Piece(text, 0.0, BYTE)
+    return Piece(text, -float(ranks.get(name, len(ranks) + i)), NORMAL)
+
+
+def _check_plain(spec: Mapping[str, Any]) -> None:
+    """Raises UsageError for a pre-tokenizer that keeps pieces from merging: a GGUF file has none."""
+    for node in _nodes(spec.get('pre_tokenizer'), 'pretokenizers'):
+        on_space = node['type'] == 'Split' and node['pattern'] in ({'String': ' '}, {'String': SPACE})
+        if node['type'] not in ('Sequence', 'Metaspace') and not on_space:
+            raise UsageError(f'a GGUF file cannot say how the tokenizer splits texts ({node["type"]})')
+
+
+def _puts_space_first(spec: Mapping[str, Any]) -> bool:
+    prepends = any(node['type'] == 'Prepend' for node in _nodes(spec.get('normalizer'), 'normalizers'))
+    spaces = [node for node in _nodes(spec.get('pre_tokenizer'), 'pretokenizers') if node['type'] == 'Metaspace']
+    schemes = [node.get('prepend_scheme', 'always' if node.get('add_prefix_space') else 'never') for node in spaces]
+    return prepends or any(scheme != 'never' for scheme in schemes)
+
+
+def _nodes(node: Any, parts: str) -> Iterator[dict[str, Any]]:
+    if node:
+        yield node
+        for part in node.get(parts, ()):
+            yield from _nodes(part, parts)

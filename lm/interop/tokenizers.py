@@ -1,0 +1,136 @@
+"""A tokenizer's files, between a run's tokenizer/ and a folder of Hugging Face's. Those of GGUF: tokenizer_gguf.py.
+
+A run holds tokenizer.json as it came, or the tokenizer.model that lm has trained; `transformers` loads that as a
+tokenizer.json with the same ids. There, unlike in lm, the name of a control symbol in a text is that symbol, unless the
+text is encoded with split_special_tokens=True.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lm.data import tokenizer
+from lm.data.chat_template import DEFAULT, TEMPLATE_FILE
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE
+from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
+from lm.errors import UsageError
+from lm.interop import sentencepiece_json
+from lm.interop.tokenizer_files import checked, dump
+from lm.interop.tokenizer_gguf import from_gguf, to_gguf
+
+__all__ = ['from_gguf', 'from_huggingface', 'to_gguf', 'to_huggingface']
+
+_TEMPLATE_JSON = 'chat_template.json'
+_ADDED_FILE = 'added_tokens.json'
+_FAMILY_CONFIG = 'config.json'
+_USUAL_BOS = ('<s>', '<bos>')  # of a tokenizer.model without the file that names it
+
+
+def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[str, bytes]:
+    """What `transformers` loads, from a run's files. `context` is the most tokens that the model reads at once.
+
+    Raises UsageError if there is no tokenizer, or it is damaged.
+    """
+    if JSON_FILE in files:
+        return dict(files)
+    if MODEL_FILE not in files:
+        raise UsageError(f'the model has no tokenizer ({JSON_FILE} or {MODEL_FILE}), and is of no use without')
+    ours = tokenizer.from_model(files[MODEL_FILE])
+    spec = sentencepiece_json.to_json(sentencepiece_json.read_model(files[MODEL_FILE]), bos='<bos>')
+    symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
+    template = files.get(TEMPLATE_FILE, DEFAULT.encode())
+    ends = {'bos_token_id': ours.bos_id, 'eos_token_id': list(ours.stop_ids), 'pad_token_id': ours.pad_id}
+    return {
+        JSON_FILE: dump(spec),
+        CONFIG_FILE: dump(_config(symbols, spec, template.decode(errors='replace'), context)),
+        MAP_FILE: dump(symbols),
+        GENERATION_FILE: dump(ends),
+        TEMPLATE_FILE: template,
+    }
+
+
+def _config(symbols: dict[str, str], spec: dict[str, Any], template: str, context: int | None) -> dict[str, Any]:
+    """The tokenizer_config.json of a tokenizer of ours; releases before 4.53 look for the template in it."""
+    added = {str(t['id']): {key: value for key, value in t.items() if key != 'id'} for t in spec['added_tokens']}
+    config = {
+        **symbols,
+        'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
+        'added_tokens_decoder': added,
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'add_bos_token': True,
+        'add_eos_token': False,
+        'clean_up_tokenization_spaces': False,
+        'chat_template': template,
+    }
+    return config if context is None else {**config, 'model_max_length': context}
+
+
+def from_huggingface(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What a run's tokenizer/ is to hold, from the small files of a folder of Hugging Face's.
+
+    Raises UsageError if there is no tokenizer, or lm cannot use it.
+    """
+    kept = {name: files[name] for name in (JSON_FILE, CONFIG_FILE, MAP_FILE, GENERATION_FILE) if name in files}
+    if JSON_FILE not in files:
+        kept[JSON_FILE] = dump(_from_model(files))
+    if GENERATION_FILE not in files and (ends := _parse(files, _FAMILY_CONFIG).get('eos_token_id')) is not None:
+        kept[GENERATION_FILE] = dump({'eos_token_id': ends})
+    template = _template(files)
+    if template is not None:
+        kept[TEMPLATE_FILE] = template.encode()
+    return checked(kept)
+
+
+def _parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(name, b'{}'))
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f'{name} is damaged ({e}): get the folder again') from e
+    if not isinstance(value, dict):
+        raise UsageError(f'{name} is damaged (it is no object): get the folder again')
+    return value
+
+
+def _template(files: Mapping[str, bytes]) -> str | None:
+    """The chat template, which newer folders hold in a file of its own and older ones in one of two others."""
+    if TEMPLATE_FILE in files:
+        found: Any = files[TEMPLATE_FILE].decode(errors='replace')
+    else:
+        found = _parse(files, _TEMPLATE_JSON).get('chat_template') or _parse(files, CONFIG_FILE).get('chat_template')
+    if isinstance(found, list):  # several, by name
+        named = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}
+        found = named.get('default', next(iter(named.values()), None) if len(named) == 1 else None)
+    if not isinstance(found, str | None):
+        raise UsageError(
+            f'the chat template of the folder is neither a text nor a list of named ones: mend {CONFIG_FILE}'
+        )
+    return found or None
+
+
+def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The tokenizer.json of a folder that has a tokenizer.model alone."""
+    if MODEL_FILE not in files:
+        raise UsageError(f'the folder has no {JSON_FILE} and no {MODEL_FILE}: get its tokenizer, too')
+    vocabulary = sentencepiece_json.read_model(files[MODEL_FILE])
+    config = _parse(files, CONFIG_FILE)
+    named = config.get('bos_token')
+    named = named.get('content') if isinstance(named, dict) else named
+    texts = {p.text for p in vocabulary.pieces}
+    begins = config.get('add_bos_token', True)
+    bos = (
+        next((name for name in (named, *_USUAL_BOS) if isinstance(name, str) and name in texts), None)
+        if begins
+        else None
+    )
+    spec = sentencepiece_json.to_json(vocabulary, bos=bos)
+    return sentencepiece_json.with_added(spec, _more(files, config))
+
+
+def _more(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+    """{id: (content, special)} of the tokens that stand beside a tokenizer.model."""
+    try:
+        found = {int(i): (str(name), True) for name, i in _parse(files, _ADDED_FILE).items()}
+        decoder = config.get('added_tokens_decoder') or {}
+        return found | {int(i): (str(t['content']), bool(t.get('special', False))) for i, t in decoder.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UsageError(f'the added tokens of the folder are damaged ({e}): mend {CONFIG_FILE}') from e
