@@ -13,12 +13,13 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -27,6 +28,7 @@ from lm.config import split_run
 from lm.data import cache
 from lm.errors import RunError, UsageError
 
+PIECE = 1 << 22  # elements of which a checksum is taken at once, on the host
 LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
 
 
@@ -72,10 +74,38 @@ def checksum(x: jax.Array) -> jax.Array:
         step = jnp.arange(x.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride % 2**32)
         place = place + step.reshape((-1,) + (1,) * (x.ndim - 1 - axis))
         stride *= x.shape[axis]
+    return _words(bits, place)
+
+
+def _words(bits: jax.Array, place: jax.Array) -> jax.Array:
+    """The two sums, of bits and places that broadcast to them."""
     words = [
         jnp.sum(bits * (_mix(place + jnp.uint32(salt)) | jnp.uint32(1)), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)
     ]
     return jnp.stack(words)
+
+
+def checksum_of(piece: np.ndarray, start: int) -> np.ndarray:
+    """What a piece of an array adds to its `checksum`, uint32 [2]: those of all its pieces, added, are it.
+
+    Args:
+      piece: adjoining elements, in the order of memory (C). start: how many stand before them.
+    """
+    bits = np.ascontiguousarray(piece).reshape(-1).view(f'u{piece.dtype.itemsize}')
+    total, step = np.zeros(2, np.uint32), PIECE
+    while step >= 2 * max(bits.size, 2048):  # few lengths, so few programs: zeros add nothing
+        step //= 2
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+        for at in range(0, bits.size, step):
+            block = bits[at : at + step]
+            block = np.pad(block, (0, step - block.size)) if block.size < step else block
+            total = total + np.asarray(_piece_words(block, np.uint32((start + at) % 2**32)))
+    return total
+
+
+@jax.jit
+def _piece_words(bits: jax.Array, start: jax.Array) -> jax.Array:
+    return _words(bits.astype(jnp.uint32), start + jnp.arange(bits.size, dtype=jnp.uint32))
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -99,7 +129,7 @@ def digest(params: Any) -> str:
     return cache.fingerprint(checksums(params))
 
 
-def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
     """The same with a seal over it: its own bytes can rot, too."""
     text = json.dumps(meta, sort_keys=True)
     return {**meta, 'seal': hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
@@ -125,7 +155,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError('it is incomplete (no meta/metadata)')
     meta = json.loads(file.read_text())
-    if not isinstance(meta, dict) or meta != _sealed({k: v for k, v in meta.items() if k != 'seal'}):
+    if not isinstance(meta, dict) or meta != sealed({k: v for k, v in meta.items() if k != 'seal'}):
         raise ValueError('the seal of meta/metadata is wrong')
     if meta['layout'] > LAYOUT:
         raise UsageError(f'{path} has layout {meta["layout"]}, this version reads up to {LAYOUT}: use a newer lm')
@@ -166,7 +196,8 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """(the tree, meta) of one checkpoint, every leaf verified.
 
     Args:
-      abstract: tree of ShapeDtypeStruct with shardings; a part of the saved tree is enough ({'trainable': …}).
+      abstract: tree of ShapeDtypeStruct with shardings; a part of the saved tree is enough ({'trainable': …}). A leaf
+        that is stored in another dtype (a converted model's, by meta['dtypes']) is verified as it is stored, then cast.
 
     Raises:
       ValueError: what is damaged, by name. UsageError: a newer layout.
@@ -174,7 +205,7 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     tree, meta, damage = None, {}, None
     try:
         meta = read_meta(path)
-        tree = _restore(path, abstract)
+        tree = _restore(path, _as_stored(abstract, meta))
     except ValueError as error:
         damage = error
     if (told := processes.agreed(damage)) is not None:  # what one of several processes cannot read, none of them takes
@@ -183,7 +214,18 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     wrong = [leaf for leaf, words in checksums(tree).items() if saved.get(leaf) != words]
     if wrong:
         raise ValueError(f'checksum of {wrong[0]} is wrong' + (f', and of {len(wrong) - 1} more' if wrong[1:] else ''))
-    return tree, meta
+    return jax.tree.map(lambda x, asked: x if x.dtype == asked.dtype else x.astype(asked.dtype), tree, abstract), meta
+
+
+def _as_stored(abstract: Any, meta: Mapping[str, Any]) -> Any:
+    """The same leaves with the dtypes that they have on disk."""
+    stored = meta.get('dtypes', {})
+
+    def leaf(path: Any, asked: Any) -> Any:
+        dtype = stored.get(jax.tree_util.keystr(path), asked.dtype)
+        return jax.ShapeDtypeStruct(asked.shape, dtype, sharding=asked.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract) if stored else abstract
 
 
 def _restore(path: epath.Path, abstract: Any) -> Any:
@@ -285,7 +327,7 @@ class Writer:
         sums = checksums(tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave(_sealed({'layout': LAYOUT, 'step': step, 'checksums': sums})),
+            meta=ocp.args.JsonSave(sealed({'layout': LAYOUT, 'step': step, 'checksums': sums})),
         )
         with self._guarded():
             self._manager.save(step, args=args, force=True)

@@ -279,9 +279,14 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[in
     Args:
       abstract: the parameters as shapes and shardings.
     """
-    item = 'ema' if _averages(read_config(run)['config']) else 'trainable'
+    item = weights_item(read_config(run)['config'])
     step, tree, _ = checkpoint.find(run, {item: abstract}, warn=warn)
     return step, tree[item]
+
+
+def weights_item(saved: Mapping[str, Any]) -> str:
+    """Where in a checkpoint of a run with these saved settings the weights for use are."""
+    return 'ema' if _averages(saved) else 'trainable'
 
 
 def branch(run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
@@ -299,14 +304,18 @@ def _averages(saved: Mapping[str, Any]) -> bool:
 
 def abstract_params(cfg: ModelConfig) -> Any:
     """The parameters as shapes, dtypes and shardings on the current mesh."""
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
-    return with_shardings(shapes)
+    return with_shardings(shapes(cfg))
 
 
 def abstract_scored(cfg: ModelConfig) -> Any:
     """The parameters of a reward model, likewise."""
-    init = lambda key: {**transformer.init(key, cfg), **sequences.init_scores(key, cfg)}
-    return with_shardings(jax.eval_shape(init, jax.random.key(0)))
+    return with_shardings(shapes(cfg, scored=True))
+
+
+def shapes(cfg: ModelConfig, *, scored: bool = False) -> Any:
+    """The parameters of a model, or of a reward model, as shapes and dtypes."""
+    scores = sequences.init_scores if scored else lambda key, cfg: {}
+    return jax.eval_shape(lambda key: {**transformer.init(key, cfg), **scores(key, cfg)}, jax.random.key(0))
 
 
 def is_scored(config: Mapping[str, Any]) -> bool:
@@ -314,11 +323,11 @@ def is_scored(config: Mapping[str, Any]) -> bool:
     return config['stage'] == 'reward'
 
 
-def with_shardings(shapes: Any) -> Any:
+def with_shardings(tree: Any) -> Any:
     """A parameter-like tree of shapes with the shardings that its names say."""
     mesh = jax.sharding.get_mesh()
     put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(put, shapes, sharding.shardings(mesh, sharding.param_specs(shapes)))
+    return jax.tree.map(put, tree, sharding.shardings(mesh, sharding.param_specs(tree)))
 
 
 def versions() -> dict[str, str | None]:

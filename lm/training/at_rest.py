@@ -1,0 +1,289 @@
+"""A run's weights as they lie on disk: read and written layer by layer, never all of them in memory.
+
+Orbax keeps a tree as arrays of TensorStore's in one key-value store (OCDBT), each under the dotted path of its leaf,
+and a list of them beside it (`_METADATA`). Training reads and writes whole trees through Orbax. Here the arrays are opened
+one by one, so that a model of any size is converted within the memory of its largest leaf; what is written is what
+Orbax restores (0.12), with the checksums of `lm.training.checkpoint`.
+"""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from lm import config as configs
+from lm import files, sharding
+from lm.config import Config, split_run
+from lm.data import chat_template
+from lm.data.tokenizer import Tokenizer
+from lm.errors import RunError, UsageError
+from lm.interop.opened import Leaf, Opened
+from lm.model.transformer import ModelConfig
+from lm.training import checkpoint, runs
+
+CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
+CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
+MOST_SEQ_LEN = 2048  # of a converted run's own setting; what the model can read is model.context
+SCAN_FROM = 12  # layers from which a converted run scans: compiling them one by one takes longer than it wins
+ITEM = 'trainable'  # what training saves its weights as
+
+
+# ---- reading ----
+
+
+def open_run(run: str) -> Opened:
+    """Opens 'DIR' (its newest checkpoint that holds) or 'DIR@STEP': the average of the weights if it kept one.
+
+    Every leaf is read once to verify its checksum. Raises UsageError if there is no such run or checkpoint, RunError if
+    nothing in it can be read.
+    """
+    saved, notes = runs.read_config(run), []
+    step = checkpoint.locate(run)
+    folder, asked = split_run(run)
+    directory = epath.Path(folder).expanduser().resolve() / 'checkpoints'
+    for at in [step] if asked else checkpoint.listed(directory):
+        try:
+            leaves = _verified(directory / str(at), runs.weights_item(saved['config']), saved['config'])
+            return _opened(run, saved['config'], leaves, tuple(notes))
+        except ValueError as error:
+            notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
+    raise RunError(notes[-1] if asked else f'no checkpoint in {directory} can be read: {notes[-1]}')
+
+
+def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], notes: tuple[str, ...]) -> Opened:
+    model = {name: value for name, value in config['model'].items() if name != 'scan'}
+    model['context'] = model.get('context') or config['seq_len']
+    folder = epath.Path(runs.tokenizer_folder(run))
+    try:
+        tokenizer = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    except OSError as error:
+        raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
+    return Opened(run, model, leaves, tokenizer, scored=runs.is_scored(config), notes=notes)
+
+
+def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The leaves of one checkpoint. Raises ValueError for what is missing or damaged, by name."""
+    meta, leaves = checkpoint.read_meta(path), {}
+    prefix = jax.tree_util.keystr((jax.tree_util.DictKey(item),))
+    store = _Store(path / 'state')
+    for key in (k for k in meta['checksums'] if k.startswith(prefix)):
+        names = key.removeprefix(prefix)[2:-2].split("']['")
+        try:
+            array = store.open('.'.join((item, *names)))
+            words = sum(checkpoint.checksum_of(piece, at) for at, piece in _whole_pieces(array, stacked=len(names) > 1))
+        except ValueError as error:  # tensorstore's, of whatever it finds wrong
+            raise ValueError(f'{key} cannot be read ({str(error).splitlines()[0][:160]})') from error
+        if [int(w) for w in np.asarray(words, np.uint32)] != meta['checksums'][key]:
+            raise ValueError(f'checksum of {key} is wrong')
+        leaves['/'.join(names)] = _leaf(array, names, config['model']['vocab_size'])
+    if not leaves:
+        raise ValueError(f'{item} is not in it')
+    return leaves
+
+
+class _Store:
+    """The arrays of a checkpoint's state, however Orbax was told to keep them."""
+
+    def __init__(self, path: epath.Path) -> None:
+        told = json.loads((path / '_METADATA').read_text())
+        self._driver = 'zarr3' if told.get('use_zarr3') else 'zarr'
+        self._url = _url(path)
+        self._ocdbt = (path / 'manifest.ocdbt').exists()
+        self._context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+
+    def open(self, name: str) -> Any:
+        kvstore = {'driver': 'ocdbt', 'base': self._url, 'path': f'{name}/'} if self._ocdbt else f'{self._url}{name}/'
+        spec = {'driver': self._driver, 'kvstore': kvstore, 'recheck_cached_data': 'open'}
+        return ts.open(spec, read=True, open=True, context=self._context).result()
+
+
+def _url(path: epath.Path) -> str:
+    text = os.fspath(path)
+    return f'{text}/' if '://' in text else f'file://{text}/'
+
+
+def _leaf(array: Any, names: list[str], vocab_size: int) -> Leaf:
+    """A leaf that reads itself, a layer at a time, without the vocabulary's padding."""
+    stacked, letters = len(names) > 1, names[-1].rsplit('_', 1)[-1]
+    cut = tuple(slice(vocab_size if letter == 'V' else None) for letter in letters if letter.isupper())
+    cut = cut if names[-1] != 'bias_score' else ()
+    layers = int(array.shape[0]) if stacked else None
+
+    def read(layer: int) -> np.ndarray:
+        return np.asarray(array[(layer, *cut) if stacked else cut or ...].read().result())
+
+    own = array.shape[1:] if stacked else array.shape
+    shape = tuple(min(n, vocab_size) if part.stop else n for n, part in zip(own, cut, strict=True))
+    return Leaf(tuple(map(int, shape)), np.dtype(array.dtype.numpy_dtype), layers, read)
+
+
+def _whole_pieces(array: Any, *, stacked: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """(elements before it, piece) of an array with its padding, a layer or some rows at a time."""
+    if not array.shape:
+        yield 0, np.asarray(array.read().result())
+        return
+    row = math.prod(array.shape[1:])
+    rows = 1 if stacked else _rows(array.shape, array.dtype.numpy_dtype)
+    for at in range(0, array.shape[0], rows):
+        yield at * row, np.asarray(array[at : min(at + rows, array.shape[0])].read().result())
+
+
+def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many rows of an array of this shape fit a chunk."""
+    return max(1, min(shape[0], CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize)))
+
+
+# ---- writing ----
+
+
+def write_run(opened: Opened, workdir: epath.PathLike, *, say: Callable[[str], None]) -> None:
+    """Writes a run with one checkpoint, 0, in the dtypes that the leaves have; it appears at once or not at all.
+
+    Raises UsageError if `workdir` exists, or the model has settings that we do not know; RunError if it cannot be
+    written.
+    """
+    workdir = epath.Path(workdir).expanduser().resolve()
+    if workdir.exists():
+        raise UsageError(f'{workdir} exists: name a new folder')
+    config = _config(opened)
+    made = workdir.parent / f'.{workdir.name}.{uuid.uuid4().hex[:8]}.tmp'
+    try:
+        made.mkdir(parents=True)
+        config.stage, fingerprint = _write_words(opened, made / 'tokenizer')
+        runs.write_config(made, config, data=None, tokenizer=fingerprint, converted_from=opened.where)
+        _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0', say)
+        made.rename(workdir)
+    except OSError as error:
+        raise RunError(f'{workdir} cannot be written ({error.strerror or error})') from error
+    finally:
+        if made.exists():
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _config(opened: Opened) -> Config:
+    """The settings of a run that has this model and was never trained."""
+    config = configs.base()
+    with config.unlocked():
+        unknown = sorted(set(opened.model) - set(config.model))
+        if unknown:
+            raise UsageError(f'{opened.where} has model.{unknown[0]}, which this version does not know: use a newer lm')
+        config.model.update(dict(opened.model))
+    config.model.scan = config.model.layers >= SCAN_FROM
+    config.seq_len = min(config.model.context or config.seq_len, MOST_SEQ_LEN)
+    configs.check(config)
+    config.steps = 0
+    return config
+
+
+def _write_words(opened: Opened, folder: epath.Path) -> tuple[str, str]:
+    """Writes the tokenizer's files: (the stage that a run with them is of, the tokenizer's fingerprint)."""
+    for name, content in opened.tokenizer.items():
+        files.write_bytes(folder / name, content)
+    tokenizer = Tokenizer.load(folder)
+    speaks = chat_template.find(folder, tokenizer) is not None
+    return ('reward' if opened.scored else 'sft' if speaks else 'pretrain'), tokenizer.fingerprint
+
+
+class _Written(NamedTuple):
+    """What the lists beside the arrays say of one."""
+
+    key: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    words: list[int]
+
+
+def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path, say: Callable[[str], None]) -> None:
+    abstract = _expected(opened, cfg)
+    (path / 'state').mkdir(parents=True)
+    written = []
+    for name, shape in abstract.items():
+        say(f'{name} {list(shape)}')
+        written.append(_write_leaf(path / 'state', name, shape, opened.leaves[name]))
+    tree = {str((ITEM, *w.names)): _tree_entry(w) for w in written}
+    told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
+    files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
+    sums, dtypes = {w.key: w.words for w in written}, {w.key: w.dtype for w in written}
+    meta = {'layout': checkpoint.LAYOUT, 'step': 0, 'checksums': sums, 'dtypes': dtypes}
+    files.write_text(path / 'meta' / 'metadata', json.dumps(checkpoint.sealed(meta)))
+
+
+def _tree_entry(leaf: _Written) -> dict[str, Any]:
+    """An array as `_METADATA` lists it; key_type 2 is a dict's key."""
+    keys = [{'key': name, 'key_type': 2} for name in (ITEM, *leaf.names)]
+    value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(leaf.shape)}
+    return {'key_metadata': keys, 'value_metadata': value}
+
+
+def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
+    flat = jax.tree_util.tree_leaves_with_path(runs.shapes(cfg, scored=opened.scored))
+    wanted = {'/'.join(key.key for key in path): x.shape for path, x in flat}
+    if odd := sorted(set(wanted) ^ set(opened.leaves)):
+        what = 'lacks' if odd[0] in wanted else 'has'
+        raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')
+    for name, shape in wanted.items():
+        leaf, letters = opened.leaves[name], sharding.dims_of(name)
+        own = tuple(
+            cfg.vocab_size if letter == 'V' else n
+            for letter, n in zip(letters, shape[-len(letters) :] if letters else (), strict=True)
+        )
+        if leaf.shape != own or leaf.layers != (shape[0] if name.startswith('layers/') else None):
+            raise RunError(f'{opened.where}: {name} has the shape {leaf.layers} × {leaf.shape}, not {shape}')
+    return wanted
+
+
+def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf) -> _Written:
+    """Writes one array, a layer or some rows at a time."""
+    names = tuple(name.split('/'))
+    stacked = leaf.layers is not None
+    own = shape[1:] if stacked else shape
+    chunk = (_rows(own, leaf.dtype), *own[1:]) if own else ()
+    array = _create(state, '.'.join((ITEM, *names)), shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
+    words, size = np.zeros(2, np.uint32), math.prod(own)
+    for layer in range(leaf.layers or 1):
+        for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
+            words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
+            part = slice(at, at + len(piece)) if own else ...
+            array[(layer, part) if stacked else part].write(np.ascontiguousarray(piece)).result()
+    path = tuple(jax.tree_util.DictKey(key) for key in (ITEM, *names))
+    return _Written(jax.tree_util.keystr(path), names, shape, leaf.dtype.name, [int(w) for w in words])
+
+
+def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array, with zeros up to `shape`."""
+    if not shape:
+        yield 0, x
+        return
+    for at in range(0, shape[0], rows):
+        piece, height = x[at : at + rows], min(rows, shape[0] - at)
+        wanted = (height, *shape[1:])
+        yield (
+            at,
+            piece
+            if piece.shape == wanted
+            else np.pad(piece, [(0, n - m) for n, m in zip(wanted, piece.shape, strict=True)]),
+        )
+
+
+def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> Any:
+    """A new array of the checkpoint's, as Orbax makes them."""
+    kind = 'bfloat16' if dtype.name == 'bfloat16' else dtype.newbyteorder('<').str
+    metadata = {
+        'shape': list(shape), 'chunks': list(chunk), 'dtype': kind, 'fill_value': None, 'order': 'C', 'filters': None,
+        'compressor': {'id': 'zstd', 'level': 1}, 'dimension_separator': '.',
+    }  # fmt: skip
+    spec = {
+        'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'},
+        'metadata': metadata, 'store_data_equal_to_fill_value': True,
+    }  # fmt: skip
+    return ts.open(spec, create=True, open=True).result()
