@@ -1,7 +1,7 @@
 """A run's weights as they lie on disk: read and written layer by layer, never all of them in memory.
 
 Orbax keeps a tree as arrays of TensorStore's in one key-value store (OCDBT), each under the dotted path of its leaf,
-and a list of them beside it (`_METADATA`). Training reads and writes whole trees through Orbax. Here the arrays are opened
+and a list of them beside it (`_METADATA`). Training reads and writes whole trees through Orbax. Here arrays are opened
 one by one, so that a model of any size is converted within the memory of its largest leaf; what is written is what
 Orbax restores (0.12), with the checksums of `lm.training.checkpoint`.
 """
