@@ -368,6 +368,24 @@ def _changed(kind, ours, name, change):
     return keys
 
 
+def test_the_symbols_that_a_file_names_are_control_symbols_whatever_their_type():
+    """And a text ends with each of them; tokens of the user's stay tokens."""
+    keys = BYTES | {'tokenizer.ggml.eot_token_id': 490, 'tokenizer.ggml.token_type': [1] * 489 + [4] + [1] * 10}
+    name, added = (keys['tokenizer.ggml.tokens'][i] for i in (490, 489))
+    files = from_gguf(keys)
+    found = from_files(files)
+    assert found.stop_ids == (0, 490)
+    assert (found.controls[name], found.pieces[490], found.pieces[0]) == (490, b'', b'')
+    assert found.encode(added) == [489] and added not in found.controls
+    assert to_gguf(files, vocab_size=500)['tokenizer.ggml.token_type'][489:491] == [4, 3]
+
+
+@pytest.mark.parametrize('name', ['llama-bpe', 'dbrx'])
+def test_whole_words_are_taken_only_where_the_way_says_so(name):
+    files = from_gguf(BYTES | {'tokenizer.ggml.pre': name})
+    assert _parsed(files, 'tokenizer.json')['model']['ignore_merges'] is (name == 'llama-bpe')
+
+
 @pytest.mark.parametrize(
     ('kind', 'name', 'change', 'said'),
     [
@@ -384,6 +402,7 @@ def _changed(kind, ours, name, change):
         ('gpt2', 'token_type', lambda old: [*old[:-1], 99], 'type 99'),
         ('gpt2', 'merges', lambda _: None, 'has no tokenizer.ggml.merges'),
         ('gpt2', 'merges', lambda old: [*old, 'a qqq'], "merges 'a qqq'"),
+        ('gpt2', 'merges', lambda old: [*old, 'qqq a'], "merges 'qqq a'"),
         ('gpt2', 'merges', lambda old: [*old, 'a'], "merges 'a'"),
         ('gpt2', 'merges', lambda old: [*old, ''], "merges ''"),
         ('gpt2', 'eos_token_id', lambda _: 500, 'is 500, of 500 tokens'),

@@ -167,20 +167,17 @@ def put_before(bos: str, i: int) -> dict[str, Any]:
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """All splits of a piece in two, in the order in which SentencePiece would merge them."""
+    """All splits of a piece in two, in the order in which SentencePiece would merge them.
+
+    Which split of a piece comes first makes no difference: of two that overlap, merging from the left has left one.
+    """
     scores = {_plain(p.text): p.score for p in pieces if p.kind == NORMAL}
     ordered = sorted(scores, key=lambda text: -scores[text])  # stable: of the same score in the order of ids
     found: list[tuple[str, str]] = []
     for text in ordered:
         splits = [k for k in range(1, len(text)) if text[:k] in scores and text[k:] in scores]
-        splits.sort(key=lambda k: (not _is_left(text, k), -k))
         found += [(text[:k], text[k:]) for k in splits]
     return found
-
-
-def _is_left(text: str, k: int) -> bool:
-    """Whether a text split at k may overlap on its right with itself split elsewhere: the left one is to be merged."""
-    return text.startswith(text[k:])
 
 
 def _plain(text: str) -> str:
