@@ -36,7 +36,7 @@ MODELS = {
     'gemma2': GEMMA | {'pattern': 'local,global', 'attn_softcap': 50.0, 'logit_softcap': 30.0},
     'gemma3': GEMMA
     | {'pattern': ','.join(['local'] * 5 + ['global']), 'qk_norm': True, 'layers': 7}
-    | {'rope_theta': 1e6, 'rope_theta_local': 1e4, 'rope_scaling': 'linear,factor=8'},
+    | {'rope_theta': 1e6, 'rope_theta_local': 3e4, 'rope_scaling': 'linear,factor=8'},
 }
 
 
@@ -131,6 +131,17 @@ def test_package_reads_what_the_architecture_is_to_have(name, tmp_path):
     assert reader.get_field('tokenizer.ggml.tokens').contents()[3] == '<0x0A>'
 
 
+def test_tensors_that_end_anywhere_and_layers_of_several_kinds(tmp_path):
+    path, _, found = write(tmp_path, 'qwen3', head_dim=6)  # 24 bytes a norm
+    up = found['layers/w_up_DF'].astype(np.float16)
+    mixed = rewritten(path, drop=['blk.1.ffn_up.weight'], tensors={'blk.1.ffn_up.weight': up[1].T.copy()})
+    for back in (gguf_in.open_gguf(path), gguf_in.open_gguf(mixed)):
+        assert back.leaves['layers/w_up_DF'].dtype == np.float32
+        np.testing.assert_array_equal(back.leaves['layers/k_norm_H'].read(2), found['layers/k_norm_H'][2])
+    assert back.leaves['layers/w_up_DF'].read(1).dtype == np.float32
+    np.testing.assert_array_equal(back.leaves['layers/w_up_DF'].read(1), up[1].astype(np.float32))
+
+
 def test_rows_of_llama_are_interleaved_and_norms_of_gemma_have_their_one(tmp_path):
     path, _, found = write(tmp_path, 'llama')
     by_name = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
@@ -160,6 +171,8 @@ def test_q8_0_is_close_and_what_has_no_blocks_is_f16(tmp_path):
 def test_architecture_is_the_first_that_is_the_graph():
     for name, more in MODELS.items():
         assert gguf_out.choose(gguf_arch.PLAIN | SIZES | more)[0] == name.partition('-')[0]
+    wide = {'layers': 46, 'query_scale': (64 // 4) ** -0.5}  # Gemma 2 27B is known by its depth
+    assert gguf_out.choose(SIZES | MODELS['gemma2'] | wide)[0] == 'gemma2'
     inside = {'window': 128}  # local layers that see all of the context
     assert gguf_out.choose(SIZES | inside)[0] == 'llama'
 
@@ -210,7 +223,8 @@ def rewritten(path, *, drop=(), tensors=(), **changed):
     arch = reader.get_field('general.architecture').contents()
     writer = gguf.GGUFWriter(path.with_suffix('.other'), changed.pop('architecture', arch))
     values = {k: f.contents() for k, f in reader.fields.items() if k.startswith(f'{arch}.')}
-    values |= {f'{arch}.{key.replace("__", ".")}': value for key, value in changed.items()}
+    for key, value in changed.items():
+        values[('' if key.startswith('split') else f'{arch}.') + key.replace('__', '.')] = value
     for key, value in values.items():
         gguf_out.add_value(writer, key, value)
     kept = {t.name: np.array(t.data) for t in reader.tensors if t.name not in drop}
@@ -221,6 +235,9 @@ def rewritten(path, *, drop=(), tensors=(), **changed):
     writer.write_tensors_to_file()
     writer.close()
     return path.with_suffix('.other')
+
+
+LLAMA3 = gguf_arch.llama3_factors('llama3,factor=8,low=1,high=4,original=8192', theta=1e4, head_dim=32)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +260,11 @@ def rewritten(path, *, drop=(), tensors=(), **changed):
         ({'drop': ['token_embd.weight']}, "no tensor 'token_embd.weight'"),
         ({'tensors': {'blk.0.attn_output.bias': np.zeros(64, np.float32)}}, '1 tensors that are not'),
         ({'tensors': {'rope_freqs.weight': np.linspace(1, 9, 16).astype(np.float32)}}, 'is no llama3 scaling'),
+        ({'split__count': 3}, 'is one of 3 parts: put them together first'),
+        (
+            {'tensors': {'rope_freqs.weight': LLAMA3}, 'rope__scaling__type': 'linear', 'rope__scaling__factor': 2.0},
+            'has linear scaling of rotary positions and rope_freqs.weight',
+        ),
         ({'tensors': {'rope_freqs.weight': np.ones(8, np.float32)}}, 'is not one number a pair of 32'),
     ],
 )

@@ -81,6 +81,15 @@ def test_header_cut_anywhere_is_refused(tmp_path):
     assert set(gguf_file.read_header(path).tensors) == {'a', 'b'}
 
 
+def test_array_longer_than_any_vocabulary_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / 'long.gguf'
+    path.write_bytes(header([array('k', U8, 200, DATA[:200])]))
+    assert gguf_file.read_header(path).metadata == {'k': [0] * 200}
+    monkeypatch.setattr(gguf_file, 'MAX_ELEMENTS', 100)
+    with pytest.raises(UsageError, match='200 elements, more than 100'):
+        gguf_file.read_header(path)
+
+
 def test_a_folder_and_no_file_are_one_line(tmp_path):
     for path in (tmp_path, tmp_path / 'none.gguf'):
         with pytest.raises(UsageError, match='cannot be read'):
