@@ -170,9 +170,7 @@ def _pattern(get: _Keys, period: int) -> str:
     return ','.join(['local'] * (period - 1) + ['global'])
 
 
-def _leaves(
-    path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any], fetch: Fetch
-) -> dict[str, Leaf]:
+def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any], fetch: Fetch) -> dict[str, Leaf]:
     """The parameters; settles model['rope_scaling'], which a tensor says."""
     model['rope_scaling'] = scaling(path, header, arch, model)
     left = {name for name in header.tensors if not name.endswith((*IGNORED, tables.ROPE_FREQS))}

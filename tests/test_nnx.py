@@ -1,0 +1,57 @@
+"""A run's model as a Flax NNX module: the same numbers, the same gradients, and the same parameters back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lm.interop.nnx import from_nnx, to_nnx
+from lm.model import transformer
+
+TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture
+def params(tiny):
+    return transformer.init(jax.random.key(0), tiny)
+
+
+def plain_loss(params, cfg):
+    logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS))
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
+
+
+def module_loss(module):
+    return optax.softmax_cross_entropy_with_integer_labels(module(TOKENS)[:, :-1], TOKENS[:, 1:]).mean()
+
+
+def test_it_computes_what_the_model_does(params, tiny):
+    wanted = transformer.logits(params, tiny, transformer.forward(params, tiny, TOKENS))
+    np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS))(to_nnx(params, tiny)), wanted, atol=1e-5)
+
+
+def test_its_gradients_are_the_models(params, tiny):
+    found = nnx.grad(module_loss)(to_nnx(params, tiny))
+    wanted = jax.grad(plain_loss)(params, tiny)
+    named = {tuple(k for k in path if k != 'parameters'): leaf[...] for path, leaf in nnx.to_flat_state(found)}
+    assert len(named) == len(jax.tree.leaves(wanted))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        np.testing.assert_allclose(named[tuple(key.key for key in path)], leaf, atol=1e-6)
+
+
+def test_a_module_that_was_trained_comes_back(params, tiny):
+    module = to_nnx(params, tiny)
+    jax.tree.map(np.testing.assert_array_equal, from_nnx(module), params)
+    optimizer = nnx.Optimizer(module, optax.sgd(1.0), wrt=nnx.Param)
+    optimizer.update(module, nnx.grad(module_loss)(module))
+    back = from_nnx(module)
+    stepped = jax.tree.map(lambda w, g: w - g, params, jax.grad(plain_loss)(params, tiny))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, stepped)
+    assert plain_loss(back, tiny) < plain_loss(params, tiny)
+
+
+def test_it_splits_and_merges_as_modules_do(params, tiny):
+    graph, state = nnx.split(to_nnx(params, tiny))
+    np.testing.assert_array_equal(nnx.merge(graph, state)(TOKENS), to_nnx(params, tiny)(TOKENS))
