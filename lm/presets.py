@@ -67,11 +67,13 @@ _SMALL = _cluster(1e-3, 512, 2048, 10_000)  # below a billion parameters
 _MIDDLE = _cluster(3e-4, 512, 4096, 30_000, **{'remat': 'names'})
 _LARGE = _cluster(3e-4, 1024, 4096, 40_000, **{'remat': 'full'})
 
-# Known models by name: the numbers of the config.json that each was published with, of the base model where there are
-# several (Mistral's v0.1, OLMo 2's of November 2024, Granite's 3.1), to train one of that shape. Rates and batches are of the sizes above, not of each model's own paper.
+# Known models by name, to train one of that shape: the numbers of the config.json of each one's repository (Mistral's
+# v0.1, Qwen 2's without -Instruct, OLMo 2's of November 2024, Granite's 3.1). Rates and batches are not of their papers
+# but as above, at about 20 tokens a parameter for the larger ones of a group.
 PRESETS |= {
     'llama2-7b': _like(4096, 32, '32/32·128', 11008, 32_000, 4096, 1e4, **_UNTIED) | _LARGE,
-    'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED) | _LARGE,
+    'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
+    | _cluster(3e-4, 1024, 8192, 19_000, **{'remat': 'full'}),
     'llama3-70b': _like(8192, 80, '64/8·128', 28672, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
     | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full'}),
     'llama3.2-1b': _like(2048, 16, '32/8·64', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
