@@ -1,5 +1,6 @@
 """The models that are known by name: the shape of each, by how many parameters it is published to have."""
 
+import json
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from test_config import load
 
 from lm import presets
+from lm.errors import UsageError
 from lm.model import transformer
 from lm.training import runs
 
@@ -47,3 +49,18 @@ def test_a_known_model_has_its_parameters(name):
 
 def test_every_known_model_is_counted():
     assert set(presets.PRESETS) - {'124m', '350m', '1b', '8b', '70b'} == set(PARAMETERS)
+
+
+def test_a_run_older_than_a_setting_of_the_model_has_its_default(tmp_path):
+    old = load().to_dict()
+    for key in ('norms', 'pattern', 'qkv_bias', 'context'):
+        del old['model'][key]
+    (tmp_path / 'config.json').write_text(json.dumps({'config': old}))
+    child = load(f'--config.init_from={tmp_path}')
+    child.model.norms = 'post'  # as a stage's own file may have it
+    runs.inherit_model(child, {'init_from'}, weights=False)
+    assert child.model.norms == 'pre'
+    runs.inherit_model(child, {'init_from', 'model.norms'}, weights=False)
+    child.model.norms = 'post'
+    with pytest.raises(UsageError, match='model.norms=post differs from .*, which has pre: leave it out'):
+        runs.inherit_model(child, {'init_from', 'model.norms'}, weights=False)
