@@ -161,9 +161,7 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
     return plan
 
 
-def _kind(
-    name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, *, layer: int, tied: bool
-) -> str:
+def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, *, layer: int, tied: bool) -> str:
     """What a tensor is stored as: norms and biases are never less than F32."""
     return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'], tied=tied)
 
