@@ -20,7 +20,6 @@ import numpy as np
 from lm import files
 from lm.errors import RunError, UsageError
 from lm.interop import families
-from lm.interop.families import LM, SCORED
 from lm.interop.gguf_arch import shapes
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
@@ -245,7 +244,7 @@ def write_folder(opened: Opened, path: str | Path, *, say: Callable[[str], None]
         raise UsageError(f'{folder} exists: name a new folder')
     name, config = families.choose(opened.model, opened.where)
     words, generation = _words(opened, say)
-    config |= {'architectures': [name + (SCORED if opened.scored else LM)], **generation}
+    config |= {'architectures': [families.architecture(name, scored=opened.scored)], **generation}
     config |= _scored(opened, say) if opened.scored else {}
     plan = list(_plan(opened))
     kinds = [_kind(opened, leaf) for leaf, _, _ in plan]
