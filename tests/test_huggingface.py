@@ -309,6 +309,13 @@ def test_values_that_cannot_be_are_one_line(name, change, wanted):
     assert wanted in str(told.value) and '\n' not in str(told.value)
 
 
+def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):
+    """Else transformers takes the family's own, 128004 in SmolLM 3, beyond this vocabulary."""
+    write_folder(open_folder(GOLDEN / 'smollm3'), tmp_path / 'out', say=QUIET)
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert [config[key] for key in huggingface.IDS] == [None, None, None]
+
+
 def test_a_reward_model_of_gemma_3_is_its_text_class():
     assert families.architecture('Gemma3', scored=True) == 'Gemma3TextForSequenceClassification'
     for family, table in families.FAMILIES.items():

@@ -51,7 +51,7 @@ def _array(leaf: Leaf, spec: Any) -> jax.Array:
     shape, dtype = tuple(spec.shape), np.dtype(spec.dtype)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = sharding.addressable_devices_indices_map(shape)
-    spans = {device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for device, index in places.items()}
+    spans = {device: _span(index or (), shape) for device, index in places.items()}
     parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in set(spans.values())}
     for layer in range(leaf.layers or 1):
         wanted = [span for span in parts if leaf.layers is None or span[0][0] <= layer < span[0][1]]
@@ -59,6 +59,11 @@ def _array(leaf: Leaf, spec: Any) -> jax.Array:
             _fill(leaf.read(layer), layer, leaf.layers is not None, {span: parts[span] for span in wanted})
     pieces = [jax.device_put(parts[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each axis."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 def _fill(found: np.ndarray, layer: int, stacked: bool, parts: Mapping[tuple, np.ndarray]) -> None:
