@@ -250,3 +250,75 @@ def test_a_damaged_config_is_one_line(folder, content):
     (folder / 'config.json').write_text(content)
     with pytest.raises(UsageError, match='config.json is damaged'):
         open_folder(folder)
+
+
+# ---- what a config.json leaves out or hides ----
+
+
+def model_of(name: str, change: dict) -> dict:
+    config = json.loads((GOLDEN / name / 'config.json').read_text())
+    config = {key: value for key, value in (config | change).items() if value != 'absent'}
+    return families.read_model(config, families.family_of(config, name)[0], name)
+
+
+def test_what_is_absent_is_what_transformers_takes():
+    bare = {'rope_parameters': 'absent', 'layer_types': 'absent'}
+    gemma = model_of('gemma3', {**bare, 'num_hidden_layers': 7})
+    assert (gemma['rope_theta'], gemma['rope_theta_local'], gemma['window']) == (1e6, 1e4, 7)
+    assert model_of('smollm3', bare)['rope_theta'] == 2e6
+    assert model_of('llama', bare)['rope_theta'] == 1e4
+    for name in ('qwen2', 'qwen3'):
+        assert model_of(name, {**bare, 'use_sliding_window': 'absent', 'sliding_window': 7})['window'] is None
+
+
+def test_local_layers_alone_keep_a_theta_of_their_own():
+    """A Gemma 3 of fewer layers than its pattern has no global one."""
+    few = {'num_hidden_layers': 3, 'layer_types': ['sliding_attention'] * 3}
+    model = model_of('gemma3', few)
+    assert (model['pattern'], model['window'], model['rope_theta_local']) == ('local', 7, 100.0)
+    assert families.choose(model, 'it')[0] == 'Gemma3'
+
+
+def test_scaling_is_kept_to_the_last_digit():
+    rope = {'rope_type': 'llama3', 'factor': 1.1, 'low_freq_factor': 1, 'high_freq_factor': 4.0}
+    scaled = {**rope, 'rope_theta': 1e4, 'original_max_position_embeddings': 1_048_576}
+    model = model_of('llama', {'rope_parameters': scaled})
+    assert model['rope_scaling'] == 'llama3,factor=1.1,low=1,high=4,original=1048576'
+
+
+LINEAR = {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 1e4}
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'wanted'),
+    [
+        ('gemma2', {'rope_parameters': LINEAR}, 'of local layers'),  # which transformers scales, too
+        ('llama', {'num_hidden_layers': 2**30}, 'more than 10000'),
+        ('llama', {'rope_parameters': {**LINEAR, 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+        ('llama', {'rope_parameters': [1]}, 'is no object'),
+        ('llama', {'rope_parameters': 'absent', 'rope_scaling': 'x'}, 'is no object'),
+        ('llama', {'rope_parameters': {'rope_theta': 'x'}}, 'no theta'),
+        ('llama', {'rope_parameters': {'rope_theta': float('nan')}}, 'no theta'),
+        ('mistral', {'sliding_window': '7'}, 'no number of tokens'),
+        ('mistral', {'sliding_window': 0}, 'no number of tokens'),
+    ],
+)
+def test_values_that_cannot_be_are_one_line(name, change, wanted):
+    with pytest.raises(UsageError) as told:
+        model_of(name, change)
+    assert wanted in str(told.value) and '\n' not in str(told.value)
+
+
+def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):
+    """Else transformers takes the family's own, 128004 in SmolLM 3, beyond this vocabulary."""
+    write_folder(open_folder(GOLDEN / 'smollm3'), tmp_path / 'out', say=QUIET)
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert [config[key] for key in huggingface.IDS] == [None, None, None]
+
+
+def test_a_reward_model_of_gemma_3_is_its_text_class():
+    assert families.architecture('Gemma3', scored=True) == 'Gemma3TextForSequenceClassification'
+    for family, table in families.FAMILIES.items():
+        for scored in (False, True):
+            config = {'architectures': [families.architecture(family, scored=scored)]}
+            assert families.family_of(config, 'it') == (table, scored)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.errors import UsageError
-from lm.interop.gguf_arch import plain_number
 
 TOP = {'embed_VD': 'model.embed_tokens.weight', 'final_norm_D': 'model.norm.weight'}
 HEAD, SCORE = 'lm_head.weight', 'score.weight'
@@ -62,6 +61,8 @@ class Family(NamedTuple):
       tied: tie_word_embeddings where config.json does not say.
       layers: the kind of layer i where config.json does not say; None: all alike, local if there is a window.
       windowed: whether it can have local layers.
+      own_theta: whether these have a rotary theta of their own, and no scaling. Others' are rotated as all are.
+      thetas: of global and local layers, where config.json does not say.
     """
 
     model_type: str
@@ -70,6 +71,8 @@ class Family(NamedTuple):
     tied: bool = False
     layers: Callable[[int], str] | None = None
     windowed: bool = False
+    own_theta: bool = False
+    thetas: tuple[float, float] = (10_000.0, 10_000.0)
 
 
 _GEMMA = {'norm_plus_one': True, 'activation': 'gelu'}
@@ -86,7 +89,9 @@ FAMILIES = {
     'Qwen3': Family('qwen3', {'qk_norm': True}, windowed=True),
     'Qwen2': Family('qwen2', {'qkv_bias': True}, windowed=True),
     'Mistral': Family('mistral', windowed=True),
-    'SmolLM3': Family('smollm3', tied=True, layers=lambda i: 'global' if (i + 1) % 4 else 'nope'),
+    'SmolLM3': Family(
+        'smollm3', tied=True, layers=lambda i: 'global' if (i + 1) % 4 else 'nope', thetas=(2e6, 2e6)
+    ),
     'Olmo2': Family('olmo2', {'norms': 'post', 'qk_norm': True, 'qk_norm_joint': True}),
     'Granite': Family('granite', more=_SCALES),
     'Gemma': Family('gemma', _GEMMA, tied=True),
@@ -96,16 +101,22 @@ FAMILIES = {
     ),
     'Gemma3': Family(
         'gemma3_text', _FOUR_NORMS | {'qk_norm': True}, {'query_scale': 'query_pre_attn_scalar', **_CAPS}, True,
-        lambda i: 'local' if (i + 1) % 6 else 'global', True,
+        lambda i: 'local' if (i + 1) % 6 else 'global', True, True, (1e6, 1e4),
     ),
 }  # fmt: skip
 LM, SCORED = 'ForCausalLM', 'ForSequenceClassification'
+MOST_LAYERS = 10_000
 PLAIN = {
     'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
     'activation': 'silu', 'query_scale': None, 'embed_scale': None, 'residual_scale': None, 'logit_scale': None,
     'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
     'logit_softcap': None,
 }  # fmt: skip
+
+
+def architecture(family: str, *, scored: bool) -> str:
+    """What `transformers` calls it; its Gemma3ForSequenceClassification reads images, too."""
+    return f'{family}{"Text" * (scored and family == "Gemma3")}{SCORED if scored else LM}'
 
 
 def tensor_name(leaf: str, layer: int, norms: str) -> str:
@@ -123,9 +134,10 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool]:
     """(the family of a config.json, whether it is a reward model). Raises UsageError for one that we have not."""
     named = config.get('architectures')
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    for ending in (LM, SCORED):
-        if name and name.endswith(ending) and name.removesuffix(ending) in FAMILIES:
-            return FAMILIES[name.removesuffix(ending)], ending == SCORED
+    for family, table in FAMILIES.items():
+        for scored in (False, True):
+            if name == architecture(family, scored=scored):
+                return table, scored
     known = ', '.join(FAMILIES)
     raise UsageError(f'{where}: the architecture {name} is not one that we have: {known}, each {LM} or {SCORED}')
 
@@ -154,13 +166,11 @@ def read_model(config: Mapping[str, Any], family: Family, where: str) -> dict[st
         model['logit_scale'] = 1 / model['logit_scale']
     if family.graph.get('norm_plus_one'):
         model['embed_scale'] = model['dim'] ** 0.5
-    model['window'] = (
-        config.get('sliding_window') if family.windowed and config.get('use_sliding_window', True) else None
-    )
-    model['pattern'] = _pattern(_kinds(config, family, model))
+    model['window'] = _window(config, family, where)
+    model['pattern'] = _pattern(_kinds(config, family, model), own_theta=family.own_theta)
     if 'local' not in (model['pattern'] or 'local'):
         model['window'] = None
-    return _neutral_to_none(model | _rope(config, model, where))
+    return _neutral_to_none(model | _rope(config, family, model, where))
 
 
 def _check_types(values: dict[str, Any], where: str) -> None:
@@ -171,6 +181,8 @@ def _check_types(values: dict[str, Any], where: str) -> None:
         fits = isinstance(value, kind) and (name == 'tied' or not isinstance(value, bool) and 0 < value < 2**31)
         if not fits and not (optional and value is None):
             raise UsageError(f'{where}: model.{name} in config.json is {value!r}: that is no size of a model')
+    if values['layers'] > MOST_LAYERS:
+        raise UsageError(f'{where}: model.layers in config.json is {values["layers"]}: more than {MOST_LAYERS}')
 
 
 def _activation(config: Mapping[str, Any]) -> str | None:
@@ -179,6 +191,17 @@ def _activation(config: Mapping[str, Any]) -> str | None:
     if named == 'gelu' and config.get('model_type') == 'gemma':
         return 'gelu'
     return _ACTIVATIONS.get(named or 'silu')
+
+
+def _window(config: Mapping[str, Any], family: Family, where: str) -> int | None:
+    """How far local layers see; None: there are none."""
+    on = config.get('use_sliding_window', family.model_type not in ('qwen2', 'qwen3'))
+    window = config.get('sliding_window')
+    if not family.windowed or not on or window is None:
+        return None
+    if type(window) is not int or not 1 <= window < 2**31:
+        raise UsageError(f'{where}: sliding_window={window!r} in config.json is no number of tokens')
+    return window
 
 
 def _kinds(config: Mapping[str, Any], family: Family, model: Mapping[str, Any]) -> list[str]:
@@ -195,33 +218,49 @@ def _kinds(config: Mapping[str, Any], family: Family, model: Mapping[str, Any]) 
     return ['local' if model['window'] is not None else 'global'] * layers
 
 
-def _pattern(kinds: Sequence[str]) -> str | None:
-    """The shortest pattern that repeats to these layers; None where they are all alike and not 'nope'."""
+def _pattern(kinds: Sequence[str], *, own_theta: bool) -> str | None:
+    """The shortest pattern that repeats to these layers; None where it would say no more than the window does."""
     period = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
-    return None if period == 1 and kinds[0] != 'nope' else ','.join(kinds[:period])
+    plain = ('global',) if own_theta else ('global', 'local')
+    return None if period == 1 and kinds[0] in plain else ','.join(kinds[:period])
 
 
-def _rope(config: Mapping[str, Any], model: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], family: Family, model: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The rotary settings, of the old form of config.json or of that of transformers 5."""
-    found = config.get('rope_parameters') or {}
-    by_kind = 'full_attention' in found or 'sliding_attention' in found
-    whole = found.get('full_attention', {}) if by_kind else found
-    local = found.get('sliding_attention', {}) if by_kind else {}
-    theta = whole.get('rope_theta', config.get('rope_theta', 10_000.0))
-    theta_local = local.get('rope_theta', config.get('rope_local_base_freq'))
-    scaling = _scaling(config.get('rope_scaling') or whole, where)
-    if by_kind and _scaling(local, where) or (scaling and 'nope' in (model['pattern'] or '')):
-        raise UsageError(f'{where}: the scaling of rotary positions in config.json is not in our graph')
+    found = _mapping(config, 'rope_parameters', where)
+    by_kind = family.own_theta and ('full_attention' in found or 'sliding_attention' in found)
+    whole = _mapping(found, 'full_attention', where) if by_kind else found
+    local = _mapping(found, 'sliding_attention', where) if by_kind else {}
+    scaling = _scaling(_mapping(config, 'rope_scaling', where) or whole, where)
     has_local = 'local' in (model['pattern'] or '')
-    return {
-        'rope_theta': float(theta),
-        'rope_theta_local': float(theta_local) if has_local and theta_local and theta_local != theta else None,
-        'rope_scaling': scaling,
-    }
+    if _scaling(local, where) or (scaling and has_local and not family.own_theta):
+        raise UsageError(f'{where}: the scaling of rotary positions of local layers in config.json is not in our graph')
+    theta = _theta(whole, config, 'rope_theta', family.thetas[0], where)
+    theta_local = _theta(local, config, 'rope_local_base_freq', family.thetas[1], where)
+    own = has_local and family.own_theta and theta_local != theta
+    return {'rope_theta': theta, 'rope_theta_local': theta_local if own else None, 'rope_scaling': scaling}
+
+
+def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise UsageError(f'{where}: {key}={found!r} in config.json is no object')
+    return found
+
+
+def _theta(new: Mapping[str, Any], config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """A theta, of the new form, of the old one, or what is taken where neither says."""
+    theta = new.get('rope_theta', config.get(key))
+    theta = default if theta is None else theta
+    if not isinstance(theta, int | float) or not 1 <= theta < 2.0**127:
+        raise UsageError(f'{where}: {key}={theta!r} in config.json is no theta of rotary positions')
+    return float(theta)
 
 
 def _scaling(told: Mapping[str, Any], where: str) -> str | None:
     kind = told.get('rope_type', told.get('type', 'default'))
+    if told.get('partial_rotary_factor') not in NEUTRAL['partial_rotary_factor']:
+        raise UsageError(f'{where}: partial_rotary_factor={told["partial_rotary_factor"]!r} is not in our graph')
     if kind == 'default':
         return None
     names = {'factor': 'factor'}
@@ -233,7 +272,12 @@ def _scaling(told: Mapping[str, Any], where: str) -> str | None:
         raise UsageError(
             f'{where}: rope_scaling of type {kind!r} in config.json is not in our graph: linear, llama3 are'
         )
-    return ','.join([kind, *(f'{name}={plain_number(told[key])}' for name, key in names.items())])
+    return ','.join([kind, *(f'{name}={_number(told[key])}' for name, key in names.items())])
+
+
+def _number(x: float) -> str:
+    """'8', '0.5', '1048576': to the last digit."""
+    return f'{x:.0f}' if float(x).is_integer() else repr(float(x))
 
 
 def _neutral_to_none(model: dict[str, Any]) -> dict[str, Any]:

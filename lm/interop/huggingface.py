@@ -20,7 +20,6 @@ import numpy as np
 from lm import files
 from lm.errors import RunError, UsageError
 from lm.interop import families
-from lm.interop.families import LM, SCORED
 from lm.interop.gguf_arch import shapes
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
@@ -32,6 +31,7 @@ MAX_HEADER = 100 << 20  # bytes, as the format's own library has it
 SHARD = 5_000_000_000  # bytes of a file that is written
 DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 TORCH = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 IGNORED = ('rotary_emb.inv_freq',)  # old folders' copies of what follows from theta
 TOKENIZER = (
     'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
@@ -245,7 +245,7 @@ def write_folder(opened: Opened, path: str | Path, *, say: Callable[[str], None]
         raise UsageError(f'{folder} exists: name a new folder')
     name, config = families.choose(opened.model, opened.where)
     words, generation = _words(opened, say)
-    config |= {'architectures': [name + (SCORED if opened.scored else LM)], **generation}
+    config |= {'architectures': [families.architecture(name, scored=opened.scored)], **generation}
     config |= _scored(opened, say) if opened.scored else {}
     plan = list(_plan(opened))
     kinds = [_kind(opened, leaf) for leaf, _, _ in plan]
@@ -265,15 +265,16 @@ def write_folder(opened: Opened, path: str | Path, *, say: Callable[[str], None]
 
 
 def _words(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(the tokenizer's files, the ids of its symbols for config.json)."""
+    """(the tokenizer's files, the ids of its symbols for config.json: null where unknown, for a family's own may lie
+    outside of the vocabulary)."""
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer: the folder has none')
-        return {}, {}
+        return {}, dict.fromkeys(IDS)
     from lm.interop import tokenizers
 
     words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
     told = json.loads(words.get('generation_config.json', b'{}'))
-    return words, {key: told[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if key in told}
+    return words, {key: told.get(key) for key in IDS}
 
 
 def _scored(opened: Opened, say: Callable[[str], None]) -> dict[str, Any]:

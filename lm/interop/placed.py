@@ -1,0 +1,75 @@
+"""The weights of an `Opened` straight to where a run keeps them, never whole in the memory of the host."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.errors import UsageError
+from lm.interop.opened import Leaf, Opened
+
+
+def arrays(opened: Opened, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as `abstract` describes them: a tree of jax.ShapeDtypeStruct with or without shardings.
+
+    Each is cast to its dtype, and where it has more rows of the vocabulary than the model these are 0. Of what is on
+    the host at once, the most is the share of this host's devices in one parameter. Raises UsageError for a tree that
+    is not this model's.
+    """
+    paths = {'/'.join(k.key for k in path): spec for path, spec in jax.tree_util.tree_leaves_with_path(abstract)}
+    missing, surplus = sorted(set(paths) - set(opened.leaves)), sorted(set(opened.leaves) - set(paths))
+    if missing or surplus:
+        words = [f'has no {name}' for name in missing[:1]] + [f'has {name} beside' for name in surplus[:1]]
+        raise UsageError(f'{opened.where}: is another model than the settings describe: it {" and ".join(words)}')
+    for path, spec in paths.items():
+        _check(opened, path, spec)
+    placed = {path: _array(opened.leaves[path], spec) for path, spec in paths.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, _: placed['/'.join(k.key for k in path)], dict(abstract))
+
+
+def _own(leaf: Leaf) -> tuple[int, ...]:
+    """A leaf's shape with its layers."""
+    return leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
+
+
+def _check(opened: Opened, path: str, spec: Any) -> None:
+    """The shapes agree but for the padding of the vocabulary."""
+    own, wanted = _own(opened.leaves[path]), tuple(spec.shape)
+    padded = {'embed_VD': 0, 'head_DV': 1}.get(path)
+    fits = len(own) == len(wanted) and all(
+        have == want or (axis == padded and have < want)
+        for axis, (have, want) in enumerate(zip(own, wanted, strict=True))
+    )
+    if not fits:
+        raise UsageError(f'{opened.where}: {path} has the shape {own}, and the settings make it {wanted}')
+
+
+def _array(leaf: Leaf, spec: Any) -> jax.Array:
+    """One parameter on its devices, each of which gets its part of each layer as that is read."""
+    shape, dtype = tuple(spec.shape), np.dtype(spec.dtype)
+    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = sharding.addressable_devices_indices_map(shape)
+    spans = {device: _span(index or (), shape) for device, index in places.items()}
+    parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in set(spans.values())}
+    for layer in range(leaf.layers or 1):
+        wanted = [span for span in parts if leaf.layers is None or span[0][0] <= layer < span[0][1]]
+        if wanted:
+            _fill(leaf.read(layer), layer, leaf.layers is not None, {span: parts[span] for span in wanted})
+    pieces = [jax.device_put(parts[span], device) for device, span in spans.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each axis."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _fill(found: np.ndarray, layer: int, stacked: bool, parts: Mapping[tuple, np.ndarray]) -> None:
+    """Copies one layer's share into each part; what the layer does not have stays 0."""
+    for span, part in parts.items():
+        rest, into = (span[1:], part[layer - span[0][0]]) if stacked else (span, part)
+        piece = found[tuple(slice(start, stop) for start, stop in rest)]
+        if math.prod(piece.shape):
+            into[tuple(slice(0, n) for n in piece.shape)] = piece
