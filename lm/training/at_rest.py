@@ -254,7 +254,7 @@ def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf
         for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
             words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
             part = slice(at, at + len(piece)) if own else ...
-            array[(layer, part) if stacked else part].write(np.ascontiguousarray(piece)).result()
+            array[(layer, part) if stacked else part].write(np.asarray(piece, order='C')).result()
     path = tuple(jax.tree_util.DictKey(key) for key in (ITEM, *names))
     return _Written(jax.tree_util.keystr(path), names, shape, leaf.dtype.name, [int(w) for w in words])
 
