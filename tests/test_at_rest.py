@@ -110,6 +110,33 @@ def test_writing_and_opening_hold_one_layer(make, tmp_path):
         tracemalloc.stop()
 
 
+def test_a_leaf_is_read_a_layer_at_a_time(make, monkeypatch, tmp_path):
+    sizes = []
+
+    class Counted:
+        """An array of TensorStore's that notes how much of it is asked for."""
+
+        def __init__(self, array):
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def __getitem__(self, index):
+            return Counted(self.array[index])
+
+        def read(self):
+            sizes.append(math.prod(self.shape))
+            return self.array.read()
+
+    at_rest.write_run(make(), tmp_path / 'run', say=quiet)
+    plain = at_rest._Store.open
+    monkeypatch.setattr(at_rest._Store, 'open', lambda store, name: Counted(plain(store, name)))
+    opened = at_rest.open_run(str(tmp_path / 'run'))
+    assert sizes
+    for leaf in opened.leaves.values():
+        sizes.clear()
+        leaf.read((leaf.layers or 1) - 1)
+        assert sizes == [math.prod(leaf.shape)]
+
+
 @pytest.mark.parametrize('change', ['lacks', 'has', 'shape', 'setting'])
 def test_what_does_not_fit_together_is_one_line_and_writes_nothing(make, tmp_path, change):
     source = make()
