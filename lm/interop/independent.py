@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.interop import gguf_file, gguf_in
+from lm.errors import UsageError
+from lm.interop import gguf_file, gguf_in, huggingface
 from lm.interop.gguf_file import Info
+from lm.interop.huggingface import Stored
 from lm.interop.opened import Opened
 
 
@@ -22,3 +24,17 @@ def open_gguf(path: str | Path) -> Opened:
         return values.astype(gguf_file.dtype_of(info)).reshape(info.shape)
 
     return gguf_in.open_gguf(path, fetch=fetch)
+
+
+def open_folder(path: str | Path) -> Opened:
+    """A folder of Hugging Face's whose tensors the package safetensors reads."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UsageError("needs the package safetensors (pip install 'lm[convert]')") from None
+
+    def fetch(name: str, tensor: Stored) -> np.ndarray:
+        with safe_open(tensor.path, 'np') as file:
+            return file.get_tensor(name)
+
+    return huggingface.open_folder(path, fetch=fetch)

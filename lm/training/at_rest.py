@@ -59,7 +59,8 @@ def open_run(run: str) -> Opened:
 
 
 def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], notes: tuple[str, ...]) -> Opened:
-    model = {name: value for name, value in config['model'].items() if name != 'scan'}
+    known = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
+    model = {name: value for name, value in known.items() if name != 'scan'}
     model['context'] = model.get('context') or config['seq_len']
     folder = epath.Path(runs.tokenizer_folder(run))
     try:
@@ -254,7 +255,7 @@ def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf
         for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
             words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
             part = slice(at, at + len(piece)) if own else ...
-            array[(layer, part) if stacked else part].write(np.asarray(piece, order='C')).result()
+            array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
     path = tuple(jax.tree_util.DictKey(key) for key in (ITEM, *names))
     return _Written(jax.tree_util.keystr(path), names, shape, leaf.dtype.name, [int(w) for w in words])
 
