@@ -139,7 +139,7 @@ def read_model(config: Mapping[str, Any], family: Family, where: str) -> dict[st
     for key, neutral in NEUTRAL.items():
         if config.get(key) not in neutral:
             refuse(key)
-    values = {name: config.get(key) for name, key in (KEYS | dict(family.more)).items()}
+    values: dict[str, Any] = {name: config.get(key) for name, key in (KEYS | dict(family.more)).items()}
     heads = values['heads']
     values['kv_heads'] = values['kv_heads'] or heads
     values['tied'] = family.tied if values['tied'] is None else values['tied']
@@ -185,7 +185,7 @@ def _kinds(config: Mapping[str, Any], family: Family, model: Mapping[str, Any]) 
     """The kind of each layer."""
     layers = model['layers']
     if isinstance(named := config.get('layer_types'), list) and len(named) == layers and 'no_rope_layers' not in config:
-        return [WORDS.get(word, word) for word in named]
+        return [WORDS.get(str(word), str(word)) for word in named]
     if isinstance(rotary := config.get('no_rope_layers'), list) and len(rotary) == layers:
         return ['global' if has else 'nope' for has in rotary]
     if family.layers is not None:
