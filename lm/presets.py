@@ -43,6 +43,74 @@ PRESETS: dict[str, dict[str, Any]] = {
     | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
 }  # fmt: skip
 
+
+def _like(
+    dim: int, layers: int, heads: str, ffn_dim: int, vocab_size: int, context: int, theta: float, **more: Any
+) -> dict[str, Any]:
+    """A published model's shape; `heads` is 'queries/keys·head_dim'. What is not said is as in the Llama family."""
+    counts, _, head_dim = heads.partition('·')
+    queries, _, keys = counts.partition('/')
+    model = {
+        'head_dim': int(head_dim), 'context': context, 'rope_theta': theta, 'norm_eps': 1e-5, 'qk_norm': False, **more,
+    }  # fmt: skip
+    shape = _size(dim, layers, int(queries), int(keys), ffn_dim, vocab_size)
+    return shape | {f'model.{key}': value for key, value in model.items()}
+
+
+_QWEN2 = {'norm_eps': 1e-6, 'qkv_bias': True}
+_QWEN3 = {'norm_eps': 1e-6, 'qk_norm': True}
+_GEMMA = {'norm_eps': 1e-6, 'norm_plus_one': True, 'activation': 'gelu'}
+_GEMMA2 = _GEMMA | {'norms': 'both', 'query_scale': 256**-0.5}
+_UNTIED = {'tied': False}
+_LLAMA32 = {'rope_scaling': 'llama3,factor=32,low=1,high=4,original=8192'}
+_SMALL = _cluster(1e-3, 512, 2048, 10_000)  # below a billion parameters
+_MIDDLE = _cluster(3e-4, 512, 4096, 30_000, **{'remat': 'names'})
+_LARGE = _cluster(3e-4, 1024, 4096, 40_000, **{'remat': 'full'})
+
+# Known models by name, to train one of that shape: the numbers of the config.json of each one's repository (Mistral's
+# v0.1, Qwen 2's without -Instruct, OLMo 2's of November 2024, Granite's 3.1). Rates and batches are not of their papers
+# but as above, at about 20 tokens a parameter for the larger ones of a group.
+PRESETS |= {
+    'llama2-7b': _like(4096, 32, '32/32·128', 11008, 32_000, 4096, 1e4, **_UNTIED) | _LARGE,
+    'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
+    | _cluster(3e-4, 1024, 8192, 19_000, **{'remat': 'full'}),
+    'llama3-70b': _like(8192, 80, '64/8·128', 28672, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
+    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full'}),
+    'llama3.2-1b': _like(2048, 16, '32/8·64', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
+    'llama3.2-3b': _like(3072, 28, '24/8·128', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
+    'smollm2-135m': _like(576, 30, '9/3·64', 1536, 49_152, 8192, 1e5) | _SMALL,
+    'smollm2-360m': _like(960, 32, '15/5·64', 2560, 49_152, 8192, 1e5) | _SMALL,
+    'smollm2-1.7b': _like(2048, 24, '32/32·64', 8192, 49_152, 8192, 1.3e5) | _MIDDLE,
+    'smollm3-3b': _like(
+        2048, 36, '16/4·128', 11008, LLAMA3_VOCAB, 65_536, 5e6, norm_eps=1e-6, pattern='global,global,global,nope'
+    ) | _MIDDLE,
+    'mistral-7b': _like(4096, 32, '32/8·128', 14336, 32_000, 32_768, 1e4, window=4096, **_UNTIED) | _LARGE,
+    'qwen2-0.5b': _like(896, 24, '14/2·64', 4864, 151_936, 131_072, 1e6, **_QWEN2) | _SMALL,
+    'qwen2-1.5b': _like(1536, 28, '12/2·128', 8960, 151_936, 131_072, 1e6, **_QWEN2) | _MIDDLE,
+    'qwen2-7b': _like(3584, 28, '28/4·128', 18944, 152_064, 131_072, 1e6, **_QWEN2, **_UNTIED) | _LARGE,
+    'qwen3-0.6b': _like(1024, 28, '16/8·128', 3072, 151_936, 40_960, 1e6, **_QWEN3) | _SMALL,
+    'qwen3-1.7b': _like(2048, 28, '16/8·128', 6144, 151_936, 40_960, 1e6, **_QWEN3) | _MIDDLE,
+    'qwen3-4b': _like(2560, 36, '32/8·128', 9728, 151_936, 40_960, 1e6, **_QWEN3) | _MIDDLE,
+    'qwen3-8b': _like(4096, 36, '32/8·128', 12288, 151_936, 40_960, 1e6, **_QWEN3, **_UNTIED) | _LARGE,
+    'olmo2-7b': _like(
+        4096, 32, '32/32·128', 11008, 100_352, 4096, 5e5, norm_eps=1e-6, norms='post', qk_norm=True, qk_norm_joint=True,
+        **_UNTIED,
+    ) | _LARGE,
+    'gemma-2b': _like(2048, 18, '8/1·256', 16384, 256_000, 8192, 1e4, embed_scale=2048**0.5, **_GEMMA) | _MIDDLE,
+    'gemma2-2b': _like(
+        2304, 26, '8/4·256', 9216, 256_000, 8192, 1e4, embed_scale=2304**0.5, pattern='local,global', window=4096,
+        attn_softcap=50.0, logit_softcap=30.0, **_GEMMA2,
+    ) | _MIDDLE,
+    'gemma3-1b': _like(
+        1152, 26, '4/1·256', 6912, 262_144, 32_768, 1e6, embed_scale=1152**0.5, qk_norm=True, window=512,
+        pattern='local,local,local,local,local,global', rope_theta_local=1e4, **_GEMMA2,
+    ) | _MIDDLE,
+    'granite3-2b': _like(
+        2048, 40, '32/8·64', 8192, 49_155, 131_072, 5e6, embed_scale=12.0, residual_scale=0.22, logit_scale=1 / 8,
+        query_scale=1 / 64,
+    ) | _MIDDLE,
+}  # fmt: skip
+
 # Models that come from elsewhere: `python -m lm.convert NAME runs/NAME` makes a run of one, and these settings have a
 # stage train it further on a laptop: few steps, and rates that spare what it knows. One answer of the reference costs
 # as much as a step of training, so that to compute all of them beforehand would take longer than the few steps do.

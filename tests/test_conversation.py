@@ -1,5 +1,7 @@
 """A conversation: what the model is shown of it. Its answers are written here, not drawn."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lm.data.chat_template import ChatTemplate
@@ -41,7 +43,9 @@ def talk(tokenizer, monkeypatch):
 
 
 def talker(tokenizer, *turns, template=None, seq_len=64):
-    model = Model(params=None, cfg=None, tokenizer=tokenizer, config={'seq_len': seq_len}, step=0)
+    model = Model(
+        params=None, cfg=SimpleNamespace(context=None), tokenizer=tokenizer, config={'seq_len': seq_len}, step=0
+    )
     return Talker('run', model, template, list(turns))
 
 

@@ -17,7 +17,7 @@ from lm import files
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
-from lm.interop import gguf_in
+from lm.interop import gguf_in, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.opened import Leaf, Opened
 
@@ -156,21 +156,14 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
         plan.append(Tensor(tables.ROPE_FREQS, (model['head_dim'] // 2,), 'F32', '', 0))
     for leaf, gguf, i in places:
         _, shape = tables.shapes(leaf, model)
-        plan.append(Tensor(gguf, shape, _kind(gguf, shape, model, quantize, i), leaf, i))
+        kind = _kind(gguf, shape, model, quantize, layer=i, tied='head_DV' not in top)
+        plan.append(Tensor(gguf, shape, kind, leaf, i))
     return plan
 
 
-def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, layer: int) -> str:
+def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, *, layer: int, tied: bool) -> str:
     """What a tensor is stored as: norms and biases are never less than F32."""
-    if len(shape) == 1:
-        return 'F32'
-    if quantize in file.PLAIN:
-        return quantize
-    if quantize == 'Q8_0':  # no mix: all matrices, or F16 where a row is no number of blocks
-        return 'Q8_0' if shape[-1] % file.BLOCKS['Q8_0'][0] == 0 else 'F16'
-    from lm.interop import mixes
-
-    return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'])
+    return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'], tied=tied)
 
 
 def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:

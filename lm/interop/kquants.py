@@ -192,7 +192,8 @@ def _symmetric(x_NB: jax.Array) -> jax.Array:
 
     def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tried = attempt(32 + STEP * (i - SYMMETRIC))
-        return tuple(jnp.where(tried[1] > best[1], a, b) for a, b in zip(tried, best, strict=True))
+        won = tried[1] > best[1]
+        return jnp.where(won, tried[0], best[0]), jnp.where(won, tried[1], best[1])
 
     return jax.lax.fori_loop(0, 2 * SYMMETRIC + 1, better, attempt(32.0))[0]
 

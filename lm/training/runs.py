@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from lm import files, processes, runtime, sharding
-from lm.config import Config, differences, leaves, split_run
+from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.model import attention_kernels, sequences, transformer
@@ -192,13 +192,11 @@ def inherit_model(
         )
     if config.branch_from and not resumed:
         _check_branch(config, saved)
-    model = saved['model']
+    model = base().model.to_dict() | saved['model']  # a setting newer than that run has its default
     for key in sorted(chosen):
         name = key.removeprefix('model.')
-        if key.startswith('model.') and config.model[name] != model.get(name):
-            raise UsageError(
-                f'{key}={config.model[name]} differs from {parent}, which has {model.get(name)}: leave it out'
-            )
+        if key.startswith('model.') and config.model[name] != model[name]:
+            raise UsageError(f'{key}={config.model[name]} differs from {parent}, which has {model[name]}: leave it out')
     config.model.update(model)
     if config.data.pretraining is None and config.stage != 'pretrain':
         own = saved['stage'] == 'pretrain'
