@@ -61,12 +61,12 @@ def test_an_outlier_is_kept_and_its_block_alone_pays(kind):
 
 
 @pytest.mark.parametrize('kind', K_QUANTS)
-@pytest.mark.parametrize('factor', [2.0**4, 2.0**16])
+@pytest.mark.parametrize('factor', [2.0**-3, 2.0**9])
 def test_a_power_of_two_changes_only_the_scale(kind, factor):
-    rows = rows_of('gaussian')[:8]
+    rows = rows_of('gaussian')[:8] * 64  # such that no scale is below float16's normal numbers
     plain = read_back(kquants.quantize(rows, kind), kind)
     scaled = read_back(kquants.quantize(rows * np.float32(factor), kind), kind)
-    assert np.abs(scaled / factor - plain).max() < 0.005
+    assert np.array_equal(scaled, plain * factor)
 
 
 @pytest.mark.parametrize('kind', K_QUANTS)
@@ -77,16 +77,15 @@ def test_numbers_below_float16_are_no_nan(kind):
 
 
 @pytest.mark.parametrize('kind', K_QUANTS)
-def test_chunks_do_not_matter(kind, monkeypatch):
-    rows = rows_of('heavy')[:11, :768]
-    monkeypatch.setattr(kquants, 'CHUNK', 64)
-    whole = kquants.quantize(rows, kind)
-    assert whole.shape == (11, 3 * kquants.BYTES[kind]) and whole.dtype == np.uint8
-    monkeypatch.setattr(kquants, 'CHUNK', 8)  # boundaries within rows, the last chunk padded
-    one_by_one = np.concatenate([kquants.quantize(rows[i : i + 1], kind) for i in range(len(rows))])
-    error = lambda data: np.sqrt(np.mean((read_back(data, kind) - rows) ** 2, axis=-1))
-    for other in (kquants.quantize(rows, kind), one_by_one):  # where two scales are as good, another program may differ
-        np.testing.assert_allclose(error(other), error(whole), rtol=0.01)
+def test_chunks_do_not_matter(kind):
+    """More rows than a chunk holds, its end within a row: each has the bytes that it has alone."""
+    few = rows_of('heavy')[:3, :768]
+    many = np.tile(few, (kquants.CHUNK // 9 + 2, 1))
+    assert kquants.CHUNK % 3 and many.size // 256 > kquants.CHUNK
+    whole = kquants.quantize(many, kind)
+    assert whole.shape == (len(many), 3 * kquants.BYTES[kind]) and whole.dtype == np.uint8
+    alone = np.concatenate([kquants.quantize(few[i : i + 1], kind) for i in range(len(few))])
+    assert np.array_equal(whole, np.tile(alone, (len(many) // 3, 1)))
 
 
 @pytest.mark.parametrize('kind', KINDS)

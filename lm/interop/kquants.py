@@ -16,7 +16,7 @@ import numpy as np
 SIMPLE = ('Q8_0', 'Q4_0', 'Q5_0', 'Q5_1')  # which the package gguf does exactly
 SUPER = 256  # values of a super-block
 SIMPLE_BLOCK = 32
-CHUNK = 2048  # super-blocks at once: 2 MiB of float32
+CHUNK = 2048  # super-blocks at once, 2 MiB of float32: always as many, so that the order of sums is the same
 # Of Q4_K and Q5_K: the largest integer; the candidates' number of steps is that plus FIRST + 0.1 · i, i = 0..COUNT.
 ASYMMETRIC = {'Q4_K': (15, -1.0, 20), 'Q5_K': (31, -0.5, 15)}
 STEP = 0.1
@@ -56,15 +56,14 @@ def _simple(rows: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _searched(rows: np.ndarray, kind: str) -> np.ndarray:
-    """A K-quant, some super-blocks at a time; the last are padded with zeros, for one shape to compile."""
+    """A K-quant, CHUNK super-blocks at a time, the last padded with zeros: a row's bytes depend on no other row."""
     blocks = rows.reshape(-1, SUPER)
     out = np.empty((len(blocks), BYTES[kind]), np.uint8)
-    size = min(CHUNK, 1 << (len(blocks) - 1).bit_length()) if len(blocks) else 1
-    for i in range(0, len(blocks), size):
-        part = blocks[i : i + size]
+    for i in range(0, len(blocks), CHUNK):
+        part = blocks[i : i + CHUNK]
         count = len(part)
-        if count < size:
-            part = np.concatenate([part, np.zeros((size - count, SUPER), np.float32)])
+        if count < CHUNK:
+            part = np.concatenate([part, np.zeros((CHUNK - count, SUPER), np.float32)])
         out[i : i + count] = np.asarray(_super_blocks(part, kind=kind))[:count]
     return out.reshape(len(rows), -1)
 
