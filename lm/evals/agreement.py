@@ -4,6 +4,7 @@ Of each model one layer is in memory at a time, so that what does not fit there 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
         raise UsageError(f'{b.where}: its tokenizer gives other ids than that of {a.where}')
     if a.scored:
         largest = np.max(np.abs(scores(a, ids) - scores(b, ids)))
-        return Agreement(float(largest), *[float('nan')] * 3, len(ids))
+        return Agreement(float(largest), math.nan, math.nan, math.nan, len(ids))
     largest = kl = 0.0
     nll = np.zeros(2)
     for p_V, q_V, target in zip(logits_of(a, ids), logits_of(b, ids), [*ids[1:], None], strict=True):
@@ -74,6 +75,8 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
     """The tokenizer of a model's files."""
     if JSON_FILE in opened.tokenizer:
         return tokenizer_files.loaded(opened.tokenizer)
+    if MODEL_FILE not in opened.tokenizer:
+        raise UsageError(f'{opened.where} has no tokenizer: put its files there')
     return from_model(opened.tokenizer[MODEL_FILE])
 
 
@@ -88,7 +91,7 @@ def logits_of(opened: Opened, ids: Sequence[int]) -> np.ndarray:
     return np.concatenate(parts, axis=-1)
 
 
-def _head(opened: Opened, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, str]]:
+def _head(opened: Opened, cfg: ModelConfig) -> Iterator[tuple[jax.Array, str]]:
     """The head, some words at a time."""
     name = 'embed_VD' if cfg.tied else 'head_DV'
     whole = opened.leaves[name].read(0)
