@@ -45,7 +45,15 @@ def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
     assert counts == pytest.approx({'124M': 124, '350M': 355, '1.5B': 1558}, rel=0.02)
 
 
-@pytest.mark.parametrize('name', ['data', 'dpo', 'generate', 'pretrain', 'sft'])
+def test_a_conversion_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    importlib.import_module('convert').measure(['--size=tiny', f'--folder={tmp_path}', '--tokens=8'])
+    result = json.loads(capsys.readouterr().out)
+    assert result['largest'] == 0 and result['tokens'] == 8 and not list(tmp_path.iterdir())
+    assert list(result['seconds']) == ['write', 'open', 'compare'] and 0 < result['bytes'] < 4 * result['parameters']
+
+
+@pytest.mark.parametrize('name', ['convert', 'data', 'dpo', 'generate', 'pretrain', 'sft'])
 def test_a_mistake_is_one_line(name):
     done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--nonesuch'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == 'lm: unrecognized arguments: --nonesuch (--help lists the flags)\n'

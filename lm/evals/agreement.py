@@ -110,11 +110,15 @@ def hidden(opened: Opened, ids: Sequence[int]) -> jax.Array:
     cfg = config_of(opened.model)
     rows_TD = _float(opened.leaves['embed_VD'].read(0)[np.asarray(ids)])
     x_BTD = transformer.embed({'embed_VD': rows_TD}, cfg, jnp.arange(len(ids))[None])
-    names = [name for name in opened.leaves if name.startswith('layers/')]
-    for i in range(cfg.layers):
-        layer = {name.removeprefix('layers/'): _float(opened.leaves[name].read(i)) for name in names}
-        x_BTD = _layer(layer, cfg, x_BTD, number=i % len(cfg.kinds))
+    for i in range(cfg.layers):  # each is done with before the next is read
+        x_BTD = jax.block_until_ready(_layer(layer_of(opened, i), cfg, x_BTD, number=i % len(cfg.kinds)))
     return transformer.final_norm({'final_norm_D': _float(opened.leaves['final_norm_D'].read(0))}, cfg, x_BTD)
+
+
+def layer_of(opened: Opened, i: int) -> dict[str, jax.Array]:
+    """The parameters of one layer, float32."""
+    names = [name for name in opened.leaves if name.startswith('layers/')]
+    return {name.removeprefix('layers/'): _float(opened.leaves[name].read(i)) for name in names}
 
 
 _layer: Any = jax.jit(transformer.layer, static_argnames=('cfg', 'number'))

@@ -266,14 +266,9 @@ def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[
         yield 0, x
         return
     for at in range(0, shape[0], rows):
-        piece, height = x[at : at + rows], min(rows, shape[0] - at)
-        wanted = (height, *shape[1:])
-        yield (
-            at,
-            piece
-            if piece.shape == wanted
-            else np.pad(piece, [(0, n - m) for n, m in zip(wanted, piece.shape, strict=True)]),
-        )
+        piece = x[at : at + rows]
+        missing = [(0, n - m) for n, m in zip((min(rows, shape[0] - at), *shape[1:]), piece.shape, strict=True)]
+        yield at, np.pad(piece, missing) if any(n for _, n in missing) else piece
 
 
 def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> Any:
