@@ -72,7 +72,7 @@ def _searched(rows: np.ndarray, kind: str) -> np.ndarray:
 def _super_blocks(x_GN: jax.Array, *, kind: str) -> jax.Array:
     """uint8 [super-blocks, bytes]. The search is in units of a power of two near the largest value: squares fit."""
     _, power_G = jnp.frexp(jnp.abs(x_GN).max(1))
-    power_G = jnp.maximum(power_G, -100)  # below that all scales are 0 as float16
+    power_G = jnp.clip(power_G, -100, 100)  # beyond, scales are 0 or infinite as float16; 1 / unit stays normal
     unit_G = jnp.ldexp(jnp.float32(1), power_G)
     x_GN = x_GN / unit_G[:, None]
     return _q6(x_GN, unit_G) if kind == 'Q6_K' else _q45(x_GN, unit_G, kind)

@@ -4,13 +4,14 @@
     python tests/golden/make_kquants.py
 
 Stored are root mean square errors of blocks that `ggml_quantize_chunk` makes without an importance matrix, relative to
-the root mean square of the rows, and the kinds per tensor in files that `llama_model_quantize` makes of small models
-of zeros with the number of layers, the ties and the divisibility of rows that matter to it. The real rows are some of
-the embeddings of SmolLM2-135M-Instruct, as float16. Run it again only to take a newer llama.cpp; the version stands in
-the file.
+the root mean square of the rows, hashes of the real rows' blocks of the kinds that need no search, and the kinds per
+tensor in files that `llama_model_quantize` makes of small models of zeros with the number of layers, the ties and the
+divisibility of rows that matter to it. The real rows are some of the embeddings of SmolLM2-135M-Instruct, as float16.
+Run it again only to take a newer llama.cpp; the version stands in the file.
 """
 
 import ctypes
+import hashlib
 import json
 import tempfile
 from importlib import metadata
@@ -21,7 +22,8 @@ import llama_cpp
 import numpy as np
 
 HERE = Path(__file__).parent
-KINDS = ('Q8_0', 'Q4_0', 'Q5_0', 'Q5_1', 'Q4_K', 'Q5_K', 'Q6_K')
+SIMPLE = ('Q8_0', 'Q4_0', 'Q5_0', 'Q5_1')
+KINDS = (*SIMPLE, 'Q4_K', 'Q5_K', 'Q6_K')
 MIXES = {'F16': 1, 'BF16': 32, 'Q8_0': 7, 'Q4_0': 2, 'Q4_K_S': 14, 'Q4_K_M': 15, 'Q5_K_M': 17, 'Q6_K': 18}
 # dim, of keys and values, of the MLP, layers, tied. The first has rows as SmolLM2: 256 divides those of ffn_down only.
 MODELS = {
@@ -41,6 +43,7 @@ def main() -> None:
     golden = {
         'llama_cpp_python': metadata.version('llama_cpp_python'),
         'rmse': {name: {kind: _error(x, kind) for kind in KINDS} for name, x in rows.items()},
+        'sha256': {kind: hashlib.sha256(_blocks(rows['real'], kind).tobytes()).hexdigest() for kind in SIMPLE},
         'models': MODELS,
         'kinds': {name: {mix: _kinds(name, number) for mix, number in MIXES.items()} for name in MODELS},
     }
@@ -67,7 +70,7 @@ def _real() -> np.ndarray:
     return rows.astype(np.float16).reshape(8, -1)
 
 
-def _error(rows: np.ndarray, kind: str) -> float:
+def _blocks(rows: np.ndarray, kind: str) -> np.ndarray:
     number = gguf.GGMLQuantizationType[kind]
     elements, size = gguf.GGML_QUANT_SIZES[number]
     out = np.zeros((len(rows), rows.shape[1] // elements * size), np.uint8)
@@ -76,7 +79,11 @@ def _error(rows: np.ndarray, kind: str) -> float:
     chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     chunk.restype = ctypes.c_size_t
     chunk(int(number), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], None)
-    error = gguf.quants.dequantize(out, number).astype(np.float64) - rows
+    return out
+
+
+def _error(rows: np.ndarray, kind: str) -> float:
+    error = gguf.quants.dequantize(_blocks(rows, kind), gguf.GGMLQuantizationType[kind]).astype(np.float64) - rows
     return float(np.sqrt((error**2).mean() / (rows.astype(np.float64) ** 2).mean()))
 
 
