@@ -1,345 +1,377 @@
-"""Folders of Hugging Face's: config.json, safetensors, tokenizer. Read tensor by tensor, written tensor by tensor.
+"""Folders of Hugging Face's in and out: config.json, safetensors, and the tokenizer's files.
 
-A safetensors file is 8 bytes of length, that much JSON ({name: dtype, shape, data_offsets}), and the tensors. It comes
-from anywhere, so all of it is held against the size of the file before anything is allocated by it. Code that a folder
-brings is never run, and weights in pickles are not read.
+Neither torch nor `transformers` is needed, and nothing that a folder brings along is run. Tensors are read one by one
+when they are asked for, and written in pieces, so that memory holds one of them.
 """
 
 import json
 import math
 import shutil
-import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
+from etils import epath
 
 from lm import files
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE
+from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import RunError, UsageError
-from lm.interop import families
+from lm.interop import families, family_config, tokenizer_files
+from lm.interop import safetensors_file as file
+from lm.interop.families import Family
+from lm.interop.family_config import Described
 from lm.interop.gguf_arch import shapes
 from lm.interop.opened import Leaf, Opened
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.interop.safetensors_file import Info
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
-SMALL = 64 << 20  # bytes of a file that is read whole: tokenizer.json has up to 30 million
-MAX_HEADER = 100 << 20  # bytes, as the format's own library has it
-SHARD = 5_000_000_000  # bytes of a file that is written
-DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
-TORCH = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-IGNORED = ('rotary_emb.inv_freq',)  # old folders' copies of what follows from theta
-TOKENIZER = (
-    'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
-    'added_tokens.json', 'chat_template.jinja', 'chat_template.json', CONFIG,
+SHARD = 5_000_000_000  # of a file of weights
+PIECE_BYTES = 2**24  # that are put in order for writing at once
+IGNORED = ('rotary_emb.inv_freq', 'masked_bias')  # old files' copies of what follows from config.json
+BIAS = 'reward_bias'  # our key in config.json: their reward models have none
+SMALL_FILE = 64 << 20  # bytes: no tokenizer's file is larger
+_WORDS = (
+    'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'chat_template.jinja', 'chat_template.json', 'generation_config.json', CONFIG,
 )  # fmt: skip
 
+IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
-class Stored(NamedTuple):
-    """A tensor of a file: where it lies, in bytes from the start."""
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
+Fetch = Callable[[str, Info], np.ndarray]  # a tensor by its name
 
 
-Fetch = Callable[[str, Stored], np.ndarray]  # a tensor by its name
+# ---- reading ----
 
 
-# ---- in ----
-
-
-def open_folder(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
-    """Opens a folder. Raises UsageError, in one line, for what is damaged, missing or not in our graph.
+def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
+    """A folder of one of the architectures in `families.FAMILIES`. Raises UsageError for what we cannot express.
 
     Args:
-      fetch: reads a tensor; None: from its file, alone.
+      fetch: reads a tensor; None: `safetensors_file.read`.
     """
-    folder, where = Path(path), str(path)
-    config = _json(folder / CONFIG)
-    family, scored = families.family_of(config, where)
-    model = families.read_model(config, family, where)
-    stored = _stored(folder)
-    leaves = _leaves(stored, model, scored, where, fetch or (lambda _, tensor: read(tensor)))
-    if scored:
-        bias = config.get('reward_bias', 0.0)
-        if not isinstance(bias, int | float) or not math.isfinite(bias):
-            raise UsageError(f'{where}: reward_bias={bias!r} in config.json is no number')
-        leaves['bias_score'] = Leaf((), np.dtype(np.float32), None, lambda layer: np.array(bias, np.float32))
-    return Opened(where, model, leaves, _tokenizer(folder), scored=scored)
-
-
-def read(tensor: Stored) -> np.ndarray:
-    """A tensor, read and not mapped."""
-    count = math.prod(tensor.shape)
-    data = np.fromfile(tensor.path, np.uint8, count * tensor.dtype.itemsize, offset=tensor.offset)
-    if data.size != count * tensor.dtype.itemsize:
-        raise UsageError(f'{tensor.path}: was cut short while it was read')
-    return data.view(tensor.dtype).reshape(tensor.shape)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > SMALL:
-            raise UsageError(f'{file} has {file.stat().st_size} bytes: that is no such file')
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UsageError(f'{file} cannot be read ({error.strerror})') from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{file} is damaged ({" ".join(str(error).split())[:120]})') from None
-    if not isinstance(value, dict):
-        raise UsageError(f'{file} is damaged (it is no object)')
-    return value
-
-
-def _tokenizer(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files as a run keeps them; none if the folder has none."""
     from lm.interop import tokenizers
 
-    found = {name: folder / name for name in TOKENIZER if (folder / name).is_file()}
-    if not {'tokenizer.json', 'tokenizer.model'} & set(found):
-        return {}
-    if large := [str(file) for file in found.values() if file.stat().st_size > SMALL]:
-        raise UsageError(f'{large[0]} is larger than {SMALL} bytes: that is no tokenizer')
-    return tokenizers.from_huggingface({name: file.read_bytes() for name, file in found.items()})
+    folder, where = epath.Path(path), str(path)
+    if not (folder / CONFIG).exists():
+        raise UsageError(f'{where}: has no {CONFIG}: name a folder that transformers has saved')
+    config = _object(folder / CONFIG)
+    told = family_config.describe(config, f'{where}/{CONFIG}')
+    tensors = _tensors(folder)
+    names, prefixed = _names(tensors, told, where)
+    fetch = fetch or (lambda _, info: file.read(info))
+    leaves, left = _leaves(names, told, where, lambda name, info: fetch(prefixed[name], info))
+    notes = _settle_head(told, names, left, leaves, fetch, prefixed)
+    if told.scored:
+        leaves['bias_score'] = _bias(config, where)
+        notes += [] if BIAS in config else [f'{where}: has no bias of its score: it is 0']
+    if told.vision:
+        notes.append(f'{where}: the text model was taken, and what reads images was left out')
+    _check_surplus(left, where)
+    words = _small_files(folder)
+    if {JSON_FILE, MODEL_FILE} & set(words):
+        words = tokenizers.from_huggingface(words)
+    else:
+        words, notes = {}, [*notes, f'{where}: has no tokenizer']
+    return Opened(where, told.model, leaves, words, scored=told.scored, notes=tuple(notes))
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Where each tensor of a folder lies."""
-    if (folder / WEIGHTS).is_file():
-        return read_header(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        pickled = any(folder.glob('*.bin')) or any(folder.glob('*.pth'))
-        hint = ': its weights are pickles, which can run code; save them as safetensors' if pickled else ''
-        raise UsageError(f'{folder} has no {WEIGHTS} and no {INDEX}{hint}')
-    named = _json(folder / INDEX).get('weight_map')
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise UsageError(f'{folder / INDEX} is damaged (it has no weight_map)')
-    found: dict[str, Stored] = {}
-    for shard in sorted(set(named.values())):
-        if Path(shard).name != shard or not shard.endswith('.safetensors'):
-            raise UsageError(f'{folder / INDEX} names the file {shard!r}, which is no .safetensors file of the folder')
-        tensors = read_header(folder / shard)
-        if twice := sorted(set(found) & set(tensors)):
-            raise UsageError(f'{folder / shard}: the tensor {twice[0]!r} is in another shard, too')
-        found |= tensors
-    if missing := sorted(set(named) - set(found)):
-        raise UsageError(f'{folder}: the tensor {missing[0]!r} of {INDEX} is in no shard')
-    return found
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a safetensors file lies. Raises UsageError for whatever is wrong with the file."""
-
-    def wrong(why: str) -> UsageError:
-        return UsageError(f'{path}: a damaged safetensors file: {why}')
-
+def _object(path: epath.Path) -> dict[str, Any]:
+    """The JSON object of a small file."""
     try:
-        size = path.stat().st_size
-        with open(path, 'rb') as f:
-            first = f.read(8)
-            length = struct.unpack('<Q', first)[0] if len(first) == 8 else size
-            if length > min(size - 8, MAX_HEADER):
-                raise wrong(f'its header of {length} bytes does not fit its {size}')
-            header = json.loads(f.read(length))
-    except OSError as error:
-        raise UsageError(f'{path} cannot be read ({error.strerror})') from None
+        found = json.loads(_small(path))
     except (ValueError, RecursionError) as error:
-        raise wrong(f'its header is no JSON ({" ".join(str(error).split())[:120]})') from None
-    if not isinstance(header, dict):
-        raise wrong('its header is no object')
-    header.pop('__metadata__', None)
-    found = {name: _tensor(path, name, told, 8 + length, wrong) for name, told in header.items()}
-    end, before = 8 + length, ''
-    for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
-        if tensor.offset < end and math.prod(tensor.shape):
-            raise wrong(f'the tensors {before!r} and {name!r} overlap')
-        end, before = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize, name
-        if end > size:
-            raise wrong(f'the tensor {name!r} of shape {tensor.shape} reaches over the end of the file')
+        raise UsageError(f'{path} is damaged ({error}): get it again') from None
+    if not isinstance(found, dict):
+        raise UsageError(f'{path} is damaged (no object): get it again')
     return found
 
 
-def _tensor(path: Path, name: str, told: Any, start: int, wrong: Callable[[str], UsageError]) -> Stored:
-    told = told if isinstance(told, dict) else {}
-    kind, shape, offsets = (told.get(key) for key in ('dtype', 'shape', 'data_offsets'))
-    whole = lambda x: isinstance(x, list) and all(type(n) is int and 0 <= n < 2**48 for n in x)
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise wrong(f'the tensor {name!r} has no shape and place that could be')
-    if kind not in DTYPES:
-        raise UsageError(f'{path}: the tensor {name!r} is of type {kind}; we read {", ".join(DTYPES)}')
-    if math.prod(shape) * DTYPES[kind].itemsize != offsets[1] - offsets[0]:
-        raise wrong(f'the tensor {name!r} of shape {shape} has not {offsets[1] - offsets[0]} bytes')
-    return Stored(path, DTYPES[kind], tuple(shape), start + offsets[0])
+def _small(path: epath.Path) -> bytes:
+    try:
+        if path.stat().length > SMALL_FILE:
+            raise UsageError(f'{path} has more than {SMALL_FILE} bytes: it is not what its name says')
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f'{path}: cannot be read ({error.strerror or error})') from None
 
 
-def _names(model: Mapping[str, Any], *, scored: bool) -> list[str]:
-    """The paths of a model's leaves that are tensors."""
-    tree = transformer.names(ModelConfig(**{k: v for k, v in model.items() if k != 'scan'}))
-    found = [name for name in tree if name != 'layers'] + [f'layers/{name}' for name in tree['layers']]
-    return [*(name for name in found if not (scored and name == 'head_DV')), *(['score_D'] if scored else [])]
+def _small_files(folder: epath.Path) -> dict[str, bytes]:
+    return {name: _small(folder / name) for name in _WORDS if (folder / name).exists()}
 
 
-def _leaves(
-    stored: Mapping[str, Stored], model: Mapping[str, Any], scored: bool, where: str, fetch: Fetch
-) -> dict[str, Leaf]:
-    """The parameters. Raises UsageError for a tensor that is missing, of another shape, or left over."""
-    leaves, left = {}, {name for name in stored if not name.endswith(IGNORED)}
-    if model['tied'] or scored:
-        left.discard(families.HEAD)  # a copy of the embedding, or what a reward model has no use for
-    for leaf in _names(model, scored=scored):
-        layers = model['layers'] if leaf.startswith('layers/') else None
-        names = [families.tensor_name(leaf, i, model['norms']) for i in range(layers or 1)]
-        leaves[leaf] = _leaf(stored, leaf, names, layers, model, where, fetch)
-        left.difference_update(names)
-    if left:
-        some = ', '.join(sorted(left)[:3])
-        raise UsageError(
-            f'{where}: has {len(left)} tensors that are not in our graph ({some}{", …" * (len(left) > 3)})'
-        )
-    return leaves
+def _tensors(folder: epath.Path) -> dict[str, Info]:
+    """{name: tensor} of all of a folder's files of weights."""
+    if (folder / WEIGHTS).exists():
+        return file.read_header(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        if list(folder.glob('*.bin')) or list(folder.glob('*.pt')) or list(folder.glob('*.pth')):
+            raise UsageError(
+                f'{folder}: has pickled weights alone, which run code when they are read: load them with transformers '
+                'and save_pretrained(…, safe_serialization=True) elsewhere'
+            )
+        raise UsageError(f'{folder}: has neither {WEIGHTS} nor {INDEX}')
+    places = _object(folder / INDEX).get('weight_map')
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UsageError(f'{folder / INDEX}: has no weight_map of names to files')
+    headers = {shard: file.read_header(_shard(folder, shard)) for shard in sorted(set(places.values()))}
+    for name, shard in places.items():
+        if name not in headers[shard]:
+            raise UsageError(f'{folder / shard}: has no tensor {name!r}, which {INDEX} says it has')
+    if sum(map(len, headers.values())) != len({name for header in headers.values() for name in header}):
+        raise UsageError(f'{folder}: a tensor is in two of its files: get the folder again')
+    return {name: info for header in headers.values() for name, info in header.items()}
+
+
+def _shard(folder: epath.Path, name: str) -> epath.Path:
+    """A shard's path. Its name may not lead out of the folder; a link may, as the hub's own cache is made of links, and
+    what made the link is not the file that names it."""
+    if '/' in name or '\\' in name or '\0' in name or not name.endswith('.safetensors'):
+        raise UsageError(f'{folder / INDEX}: {name[:80]!r} is not the name of a file in the folder')
+    if not (folder / name).exists():
+        raise UsageError(f'{folder}: has no {name}, which {INDEX} names: get it, too')
+    return folder / name
+
+
+def _names(tensors: Mapping[str, Info], told: Described, where: str) -> tuple[dict[str, Info], dict[str, str]]:
+    """({name that a text model has: tensor}, {that name: its own}), whatever holds the text model beside others."""
+    if not told.vision:
+        return dict(tensors), {name: name for name in tensors}
+    own = {}
+    for name in tensors:
+        for theirs, ours in families.VISION_PREFIXES.items():
+            if name.startswith(theirs):
+                own[ours + name.removeprefix(theirs)] = name
+                break
+    if not own:
+        raise UsageError(f'{where}: has no text model ({" or ".join(families.VISION_PREFIXES)}…)')
+    return {name: tensors[theirs] for name, theirs in own.items()}, own
+
+
+def _leaves(names: Mapping[str, Info], told: Described, where: str, fetch: Fetch) -> tuple[dict[str, Leaf], set[str]]:
+    """(the parameters, the names of tensors that are none)."""
+    left, leaves = set(names), {}
+    for leaf, places in _places(told.family, told.model, scored=told.scored).items():
+        leaves[leaf] = _leaf(names, told.model, where, leaf, places, fetch)
+        left.difference_update(places)
+    return leaves, left
+
+
+def _places(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, list[str]]:
+    """{parameter: the name of its tensor, or those of its layers'}."""
+    top = families.TOP | ({} if model['tied'] else families.HEAD) | (families.SCORE if scored else {})
+    layers = range(model['layers'])
+    stacked = {f'layers/{k}': [families.LAYER_PREFIX.format(i) + v for i in layers] for k, v in family.layer.items()}
+    return {name: [theirs] for name, theirs in top.items()} | stacked
 
 
 def _leaf(
-    stored: Mapping[str, Stored], leaf: str, names: list[str], layers: int | None, model: Mapping[str, Any], where: str,
-    fetch: Fetch,
-) -> Leaf:  # fmt: skip
+    names: Mapping[str, Info], model: Mapping[str, Any], where: str, leaf: str, places: Sequence[str], fetch: Fetch
+) -> Leaf:
     """One parameter, of the tensors of these names."""
-    ours, theirs = _shapes(leaf, model)
-    for name in names:
-        if name not in stored:
-            raise UsageError(f'{where}: has no tensor {name!r}')
-        if stored[name].shape != theirs:
-            raise UsageError(f'{where}: {name!r} has the shape {stored[name].shape}; config.json makes it {theirs}')
-    dtypes = {stored[name].dtype for name in names}
+    shape, stored = _shapes(leaf, model)
+    infos = []
+    for place in places:
+        info = names.get(place)
+        if info is None:
+            raise UsageError(f'{where}: has no tensor {place!r}')
+        if info.shape != stored:
+            raise UsageError(f'{where}: the tensor {place!r} has the shape {info.shape}; {CONFIG} makes it {stored}')
+        if info.kind not in file.DTYPES:
+            raise UsageError(f'{where}: the tensor {place!r} is {info.kind}: F32, F16 and BF16 are read')
+        infos.append(info)
+    dtypes = {file.DTYPES[info.kind] for info in infos}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def read_layer(i: int) -> np.ndarray:
-        tensor = fetch(names[i], stored[names[i]])
-        turned = tensor.T if tensor.ndim == 2 and leaf != 'embed_VD' else tensor
-        return turned.reshape(ours).astype(dtype, copy=False)
+    def read(layer: int) -> np.ndarray:
+        return to_ours(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
 
-    return Leaf(ours, dtype, layers, read_layer)
+    return Leaf(shape, dtype, len(places) if leaf.startswith('layers/') else None, read)
 
 
 def _shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(a parameter's shape as we have it, as a file has it)."""
+    """(a parameter's shape as we have it, as a folder has it)."""
     return ((model['dim'],), (1, model['dim'])) if leaf == 'score_D' else shapes(leaf, model)
 
 
-# ---- out ----
+def to_ours(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter, from a folder's tensor [out, in]: a view."""
+    return (tensor.T if tensor.ndim == 2 and leaf != 'embed_VD' else tensor).reshape(shape)
 
 
-def write_folder(opened: Opened, path: str | Path, *, say: Callable[[str], None]) -> None:
-    """Writes a folder that transformers loads; it appears at once or not at all.
+def to_theirs(ours: np.ndarray, leaf: str, stored: tuple[int, ...]) -> np.ndarray:
+    """`to_ours`, back: a view."""
+    return ours.reshape(stored[::-1]).T if len(stored) == 2 and leaf != 'embed_VD' else ours.reshape(stored)
 
-    Raises UsageError if `path` exists or no architecture is this graph, RunError if it cannot be written.
+
+def _settle_head(
+    told: Described, names: Mapping[str, Info], left: set[str], leaves: dict[str, Leaf], fetch: Fetch,
+    prefixed: Mapping[str, str],
+) -> list[str]:  # fmt: skip
+    """A head that is stored though config.json ties it: left out if it is the embedding, else it counts, as it does for
+    transformers 5. Returns notes."""
+    head = families.HEAD['head_DV']
+    if not told.model['tied'] or head not in left:
+        return []
+    left.remove(head)
+    if told.scored:
+        return [f'{head} was left out: no score is made of it']
+    embed, info = families.TOP['embed_VD'], names[head]
+    same = info.shape == names[embed].shape and info.kind == names[embed].kind
+    if same and np.array_equal(_bits(fetch(prefixed[head], info)), _bits(fetch(prefixed[embed], names[embed]))):
+        return []
+    told.model['tied'] = False
+    leaves['head_DV'] = _leaf(names, told.model, head, 'head_DV', [head], lambda name, i: fetch(prefixed[name], i))
+    return [f'{head} differs from the embedding, so the two are not tied, whatever {CONFIG} says']
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view(np.uint8)
+
+
+def _bias(config: Mapping[str, Any], where: str) -> Leaf:
+    value = config.get(BIAS, 0.0)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UsageError(f'{where}/{CONFIG}: {BIAS}={value!r} is not a number')
+    return Leaf((), np.dtype(np.float32), None, lambda _: np.array(value, np.float32))
+
+
+def _check_surplus(left: set[str], where: str) -> None:
+    """Raises UsageError for tensors that are not in the graph that config.json describes: it is another then."""
+    odd = sorted(name for name in left if not name.endswith(IGNORED))
+    if odd:
+        some = ', '.join(odd[:3]) + (', …' if len(odd) > 3 else '')
+        raise UsageError(f'{where}: has {len(odd)} tensors that are not in our graph ({some})')
+
+
+# ---- writing ----
+
+
+class Tensor(NamedTuple):
+    """One tensor to write: layer `layer` of a parameter."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    leaf: str
+    layer: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * file.DTYPES[self.kind].itemsize
+
+
+def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], None]) -> None:
+    """Writes a folder that `transformers` loads, in the dtypes that the leaves have; it appears at once or not at all.
+
+    Raises UsageError, before anything is written, if the folder exists or no architecture is this graph; RunError if it
+    cannot be written.
     """
-    folder = Path(path)
+    folder = epath.Path(path).expanduser()
     if folder.exists():
-        raise UsageError(f'{folder} exists: name a new folder')
-    name, config = families.choose(opened.model, opened.where)
-    words, generation = _words(opened, say)
-    config |= {'architectures': [families.architecture(name, scored=opened.scored)], **generation}
-    config |= _scored(opened, say) if opened.scored else {}
-    plan = list(_plan(opened))
-    kinds = [_kind(opened, leaf) for leaf, _, _ in plan]
-    config['torch_dtype'] = TORCH[max(set(kinds), key=kinds.count)]
-    say(f'{folder}: {len(plan)} tensors of architecture {name}')
+        raise UsageError(f'{path} exists: name a new folder')
+    family, config = family_config.choose(opened.model, scored=opened.scored)
+    plan = _plan(opened, family)
+    words, ids = _words_of(opened, say)
+    config |= ids | _more(opened, plan)
+    if opened.scored:
+        _say_of_scores(opened, say)
     made = folder.parent / f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp'
     try:
-        for file, content in {**words, CONFIG: json.dumps(config, indent=2).encode()}.items():
-            files.write_bytes(made / file, content)
-        _write_weights(opened, made, plan)
+        made.mkdir(parents=True)
+        for name, content in words.items():
+            files.write_bytes(made / name, content)
+        files.write_json(made / CONFIG, config)
+        _write_weights(opened, made, plan, say)
         made.rename(folder)
     except OSError as error:
-        raise RunError(f'{folder} cannot be written ({error.strerror or error})') from error
+        raise RunError(f'{path} cannot be written ({error.strerror or error})') from error
     finally:
         if made.exists():
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _words(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(the tokenizer's files, the ids of its symbols for config.json: null where unknown, for a family's own may lie
-    outside of the vocabulary)."""
-    if not opened.tokenizer:
-        say(f'{opened.where} has no tokenizer: the folder has none')
-        return {}, dict.fromkeys(IDS)
+def _plan(opened: Opened, family: Family) -> list[Tensor]:
+    """The tensors in their order."""
+    model = {**opened.model, 'tied': opened.model['tied'] or opened.scored}
+    plan = []
+    for leaf, places in _places(family, model, scored=opened.scored).items():
+        if leaf not in opened.leaves:
+            raise UsageError(f'{opened.where}: has no parameter {leaf}')
+        kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), _shapes(leaf, model)
+        plan += [Tensor(name, kind, stored, leaf, layer) for layer, name in enumerate(places)]
+    return plan
+
+
+def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(the tokenizer's files, the ids of its symbols as config.json and generation_config.json name them)."""
     from lm.interop import tokenizers
 
-    words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
-    told = json.loads(words.get('generation_config.json', b'{}'))
-    return words, {key: told.get(key) for key in IDS}
+    if not opened.tokenizer:
+        say(f'{opened.where} has no tokenizer, and so the folder has none')
+        return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
+    words = dict(tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context')))
+    found, inside = tokenizer_files.loaded(words), range(opened.model['vocab_size'])
+    ends = [i for i in found.stop_ids if i in inside]
+    pad = found.pad_id if found.pad_id in inside else None
+    ids: dict[str, Any] = dict(zip(IDS, (found.bos_id, ends[0] if len(ends) == 1 else ends, pad), strict=True))
+    words.setdefault(GENERATION_FILE, tokenizer_files.dump(ids))
+    return words, ids
 
 
-def _scored(opened: Opened, say: Callable[[str], None]) -> dict[str, Any]:
-    """What a reward model's config.json has beside."""
+def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:
+    """What config.json says beside the graph."""
+    names = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+    biggest = max(plan, key=lambda tensor: tensor.nbytes)
+    config: dict[str, Any] = {'torch_dtype': names[biggest.kind]}
+    if opened.scored:
+        config |= {'num_labels': 1, 'id2label': {'0': 'score'}, 'label2id': {'score': 0}}
+        config[BIAS] = float(opened.leaves['bias_score'].read(0))
+    return config
+
+
+def _say_of_scores(opened: Opened, say: Callable[[str], None]) -> None:
     bias = float(opened.leaves['bias_score'].read(0))
-    if bias:
-        say(f'transformers has no bias for a score: its scores are ours less {bias:.4g} (reward_bias in config.json)')
-    return {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}, 'num_labels': 1, 'reward_bias': bias}
+    say(f'the score has a bias of {bias:.6g}, which transformers does not add: it stands in {CONFIG} as {BIAS}')
+    if 'head_DV' in opened.leaves:
+        say('the head of the language model, which no score is made of, is left out')
 
 
-def _plan(opened: Opened) -> Iterator[tuple[str, str, int]]:
-    """(leaf, tensor, layer) of all that is written, in the order of depth."""
-    norms = opened.model['norms']
-    for leaf in (name for name in opened.leaves if not name.startswith('layers/') and name != 'bias_score'):
-        if not (opened.scored and leaf == 'head_DV'):
-            yield leaf, families.tensor_name(leaf, 0, norms), 0
-    for i in range(opened.model['layers']):
-        for leaf in (name for name in opened.leaves if name.startswith('layers/')):
-            yield leaf, families.tensor_name(leaf, i, norms), i
-
-
-def _kind(opened: Opened, leaf: str) -> str:
-    return next(kind for kind, dtype in DTYPES.items() if dtype == opened.leaves[leaf].dtype)
-
-
-def _write_weights(opened: Opened, folder: Path, plan: list[tuple[str, str, int]]) -> None:
-    """Writes the tensors, in shards if they are many."""
-    size = lambda leaf: math.prod(opened.leaves[leaf].shape) * opened.leaves[leaf].dtype.itemsize
-    shards: list[list[tuple[str, str, int]]] = [[]]
-    filled = 0
-    for item in plan:
-        if shards[-1] and filled + size(item[0]) > SHARD:
+def _shards(plan: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in files of at most SHARD; a larger tensor has one of its own."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in plan:
+        if shards[-1] and size + tensor.nbytes > SHARD:
             shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += size(item[0])
-    if len(shards) == 1:
-        return _write_shard(opened, folder / WEIGHTS, plan)
-    names = [f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
-    for name, items in zip(names, shards, strict=True):
-        _write_shard(opened, folder / name, items)
-    where = {tensor: name for name, items in zip(names, shards, strict=True) for _, tensor, _ in items}
-    index = {'metadata': {'total_size': sum(size(leaf) for leaf, _, _ in plan)}, 'weight_map': where}
-    files.write_bytes(folder / INDEX, json.dumps(index, indent=2).encode())
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
 
 
-def _write_shard(opened: Opened, path: Path, plan: list[tuple[str, str, int]]) -> None:
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-    at = 0
-    for leaf, tensor, _ in plan:
-        shape = _shapes(leaf, opened.model)[1]
-        end = at + math.prod(shape) * opened.leaves[leaf].dtype.itemsize
-        header[tensor] = {'dtype': _kind(opened, leaf), 'shape': list(shape), 'data_offsets': [at, end]}
-        at = end
-    content = json.dumps(header).encode()
-    content += b' ' * (-len(content) % 8)
-    with files.streamed(path) as write:
-        write(struct.pack('<Q', len(content)) + content)
-        for leaf, _, layer in plan:
-            write(_theirs(opened, leaf, layer).tobytes())
+def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], say: Callable[[str], None]) -> None:
+    shards = _shards(plan)
+    one = len(shards) == 1
+    names = [WEIGHTS if one else f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        say(f'{name}: {len(shard)} tensors, {sum(t.nbytes for t in shard):,} bytes')
+        with files.streamed(folder / name) as write:
+            write(file.header({t.name: (t.kind, t.shape) for t in shard}))
+            for tensor in shard:
+                for piece in _pieces(opened, tensor):
+                    write(piece)
+    if not one:
+        places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in plan)
+        files.write_json(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': places})
 
 
-def _theirs(opened: Opened, leaf: str, layer: int) -> np.ndarray:
-    """A parameter as a file has it."""
-    ours, shape = opened.leaves[leaf].read(layer), _shapes(leaf, opened.model)[1]
-    if len(shape) == 1 or leaf in ('embed_VD', 'score_D'):
-        return ours.reshape(shape)
-    return ours.reshape(shape[::-1]).T
+def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor, a few rows at a time."""
+    stored = to_theirs(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+    row = max(1, tensor.nbytes // tensor.shape[0])
+    step = max(1, PIECE_BYTES // row)
+    for at in range(0, tensor.shape[0], step):
+        yield stored[at : at + step].astype(file.DTYPES[tensor.kind], copy=False).tobytes()

@@ -7,8 +7,8 @@ import numpy as np
 from lm.errors import UsageError
 from lm.interop import gguf_file, gguf_in, huggingface
 from lm.interop.gguf_file import Info
-from lm.interop.huggingface import Stored
 from lm.interop.opened import Opened
+from lm.interop.safetensors_file import Info as Stored
 
 
 def open_gguf(path: str | Path) -> Opened:
@@ -34,7 +34,7 @@ def open_folder(path: str | Path) -> Opened:
         raise UsageError("needs the package safetensors (pip install 'lm[convert]')") from None
 
     def fetch(name: str, tensor: Stored) -> np.ndarray:
-        with safe_open(tensor.path, 'np') as file:
+        with safe_open(str(tensor.path), 'np') as file:
             return file.get_tensor(name)
 
     return huggingface.open_folder(path, fetch=fetch)

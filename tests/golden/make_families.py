@@ -1,7 +1,9 @@
 """Makes tests/golden/families: tiny random models of transformers, one a family, and the logits that it gives them.
 
-    python tests/golden/make_families.py
+    python tests/golden/make_families.py            makes them, then checks what we write of each
+    python tests/golden/make_families.py --check    checks alone
 
+What is checked: that transformers loads the folder that `write_folder` makes of a model, and says the same.
 It needs torch and transformers (5.24 made what is here; extra [peers]); the tests need neither. Norms, biases and
 scales are drawn away from where they would not show, layers are as many as do not fit their pattern, windows are
 shorter than the rows. Run it again when a family is added, never to make a test pass.
@@ -9,11 +11,15 @@ shorter than the rows. Run it again when a family is added, never to make a test
 
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers as tf
+
+from lm.interop.huggingface import open_folder, write_folder
 
 FOLDER = Path(__file__).parent / 'families'
 TOKENS = np.random.default_rng(0).integers(
@@ -86,7 +92,37 @@ def make(name: str, family: str, settings: dict, head: str) -> None:
     np.savez_compressed(folder / 'logits.npz', tokens=TOKENS, logits=out)
 
 
+def logits_of(folder: Path, head: str) -> np.ndarray:
+    """What transformers says of a folder; every one of its parameters must be there, and no other."""
+    loader = tf.AutoModelForCausalLM if head == 'ForCausalLM' else tf.AutoModelForSequenceClassification
+    options = {'attn_implementation': 'eager', 'output_loading_info': True}
+    model, found = loader.from_pretrained(folder, **options)
+    assert not any(found[what] for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
+    assert type(model).__name__ in json.loads((folder / 'config.json').read_text())['architectures']
+    with torch.no_grad():
+        rows = [model.float().eval()(torch.tensor(row[None])).logits for row in TOKENS]  # no symbol is for padding
+        return torch.cat(rows).numpy()
+
+
+def check(name: str, head: str) -> None:
+    """Writes the folder again by `write_folder`, and compares."""
+    with tempfile.TemporaryDirectory() as folder, np.load(FOLDER / name / 'logits.npz') as golden:
+        write_folder(open_folder(FOLDER / name), f'{folder}/out', say=lambda line: None)
+        found = logits_of(Path(folder) / 'out', head)
+        print(f'{name}: the largest difference is {np.max(np.abs(found - golden["logits"])):.3g}')
+        np.testing.assert_allclose(found, golden['logits'], atol=1e-6)
+
+
 def main() -> None:
+    if '--check' not in sys.argv:
+        make_all()
+    for name in MODELS:
+        check(name, 'ForCausalLM')
+    for name in SCORED:
+        check(name, 'ForSequenceClassification')
+
+
+def make_all() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     for name, (family, settings) in MODELS.items():
         make(name, family, settings, 'ForCausalLM')

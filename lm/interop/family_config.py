@@ -1,0 +1,398 @@
+"""config.json of a Hugging Face folder <-> `model.*`, by the tables of families.py.
+
+Both its forms are read: that of transformers 4 (rope_theta, rope_scaling) and that of 5 (rope_parameters, perhaps one
+for each type of layer). The first is written: both versions read it. Which architecture a graph is is asked of the
+reader: its settings are written for one, read back, and compared.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.errors import UsageError
+from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
+from lm.interop.gguf_arch import PLAIN, kinds, split_scaling
+
+INT32_MAX = 2**31 - 1
+SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
+MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
+FULL, SLIDING = 'full_attention', 'sliding_attention'
+_LLAMA3 = {  # llama3's own names, and ours
+    'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
+    'original_max_position_embeddings': 'original',
+}  # fmt: skip
+
+
+class Described(NamedTuple):
+    """What a config.json says.
+
+    Attributes:
+      family: the architecture.
+      scored: whether it is a reward model.
+      model: the settings `model.*`.
+      config: the config of the text model, where the folder holds others beside it.
+      vision: whether it does.
+    """
+
+    family: Family
+    scored: bool
+    model: dict[str, Any]
+    config: Mapping[str, Any]
+    vision: bool
+
+
+# ---- reading ----
+
+
+def describe(config: Mapping[str, Any], where: str) -> Described:
+    """What a config.json says. Raises UsageError for an architecture that we do not know, or a key that it has and our
+    decoder cannot express, by its name."""
+    family, scored, vision = _family_of(config, where)
+    inner = config.get('text_config') if vision else config
+    if not isinstance(inner, Mapping):
+        raise UsageError(f'{where}: text_config is no object: get the folder again')
+    for key, value in NEUTRAL.items():
+        if inner.get(key) not in (None, value) or config.get(key) not in (None, value):
+            raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
+    if scored and (labels := _labels(config)) != 1:
+        raise UsageError(f'{where}: num_labels={labels}: a reward model has one')
+    return Described(family, scored, graph(_Keys(inner, where), family, scored=scored), inner, vision)
+
+
+def _family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool, bool]:
+    """(the family, whether its class gives scores, whether it stands under text_config)."""
+    names = config.get('architectures')
+    name = names[0] if isinstance(names, list) and names else None
+    for family in FAMILIES:
+        if name is not None and name in (family.causal, family.scored):
+            return family, name == family.scored, False
+    if name == VISION:
+        return FAMILIES[-1], False, True
+    known = ', '.join(family.causal.removesuffix('ForCausalLM') for family in FAMILIES)
+    raise UsageError(
+        f'{where}: the architecture {_short(name)} is not one that we have: {known}, each '
+        'ForCausalLM or ForSequenceClassification'
+    )
+
+
+def _labels(config: Mapping[str, Any]) -> Any:
+    """How many numbers the head gives: two, where nothing is said."""
+    labels = config.get('id2label')
+    return config.get('num_labels', len(labels) if isinstance(labels, Mapping) else 2)
+
+
+def graph(get: '_Keys', family: Family, *, scored: bool) -> dict[str, Any]:
+    """`model.*` of a config."""
+    model: dict[str, Any] = dict(PLAIN)
+    for ours, key in (COMMON | family.keys).items():
+        if ours not in ('kv_heads', 'head_dim'):
+            model[ours] = get.value(ours, key._replace(default=family.defaults.get(ours, key.default)))
+    if model['layers'] > MOST_LAYERS:
+        raise UsageError(f'{get.where}: num_hidden_layers={model["layers"]} is more than {MOST_LAYERS}')
+    heads, defaults = model['heads'], family.defaults
+    model['kv_heads'] = get.value('kv_heads', COMMON['kv_heads']._replace(default=defaults.get('kv_heads', heads)))
+    width = defaults.get('head_dim', model['dim'] // heads)
+    model['head_dim'] = get.value('head_dim', COMMON['head_dim']._replace(default=width))
+    model |= family.graph | {'activation': _activation(get, family)}
+    model['embed_scale'] = family.scaled(model['dim']) if family.scaled else model['embed_scale']
+    model['tied'] = model['tied'] or scored  # without a head of its own
+    return model | _positions(get, family, model)
+
+
+def _activation(get: '_Keys', family: Family) -> str:
+    name = get.config.get(family.activation) or family.defaults.get('activation', 'silu')
+    if name == 'gelu' and family.model_type == 'gemma':  # of the first releases, which mean the approximation
+        name = 'gelu_pytorch_tanh'
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UsageError(
+            f'{get.where}: {family.activation}={_short(name)} is not in our graph: {", ".join(ACTIVATIONS)}'
+        )
+    return ACTIVATIONS[name]
+
+
+def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The kinds of layer, their windows and their rotary positions."""
+    words, window = _words(get, family, model['layers'])
+    theta, scaling = rotary(get, family, FULL)
+    local = (theta, scaling)
+    if family.local_theta:
+        local = rotary(get, family, SLIDING)
+        if local[1]:
+            raise UsageError(f'{get.where}: rope_parameters of {SLIDING} with a scaling are not in our graph')
+    own = family.local_theta is not None
+    if set(words) == {'local'} and not own:
+        return {'window': window, 'rope_theta': theta, 'rope_scaling': scaling}
+    if scaling and 'local' in words and not own:
+        raise UsageError(f'{get.where}: rope_scaling of layers with a sliding window beside others is not in our graph')
+    out = {'rope_theta': theta, 'rope_scaling': scaling, 'pattern': repeated(words)}
+    if 'local' not in words:
+        return out
+    return out | {'window': window, 'rope_theta_local': None if local[0] == theta else local[0]}
+
+
+def _words(get: '_Keys', family: Family, layers: int) -> tuple[list[str], int | None]:
+    """(the kind of each layer, the window of local ones)."""
+    window = None
+    used = get.flag('use_sliding_window', False) if family.window == 'switched' else family.window != 'never'
+    if used:
+        window = get.value('window', Key('sliding_window', family.defaults.get('window')), optional=True)
+    rope = _rope_layers(get, family, layers)
+    types = get.config.get('layer_types')
+    if types is None:
+        types = [SLIDING if _slides(get, family, i, window, rope[i]) else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or any(t not in (FULL, SLIDING) for t in types):
+        raise UsageError(f'{get.where}: layer_types={_short(types)} is not {layers} of {FULL} and {SLIDING}')
+    if SLIDING in types and window is None:
+        raise UsageError(f'{get.where}: layer_types has {SLIDING}, but there is no sliding_window in use')
+    if family.window == 'always' and window is not None and FULL in types:
+        raise UsageError(f'{get.where}: layer_types of more than one kind are not of {family.causal}')
+    words = ['local' if t == SLIDING else 'global' for t in types]
+    for i in range(layers):
+        if not rope[i]:
+            if words[i] == 'local':
+                raise UsageError(f'{get.where}: no_rope_layers with a sliding window (layer {i}) are not in our graph')
+            words[i] = 'nope'
+    return words, window
+
+
+def _slides(get: '_Keys', family: Family, layer: int, window: int | None, rope: bool) -> bool:
+    """Whether a layer has the sliding window where the file does not say."""
+    if window is None:
+        return False
+    if family.period:
+        period = get.value('layers', Key('sliding_window_pattern', family.period))
+        return (layer + 1) % period != 0
+    if family.nope:
+        return not rope
+    if family.window == 'switched':
+        return layer >= get.value('first', Key('max_window_layers', 28))
+    return True
+
+
+def _rope_layers(get: '_Keys', family: Family, layers: int) -> list[bool]:
+    """Whether each layer has rotary positions."""
+    if not family.nope:
+        return [True] * layers
+    told = get.config.get('no_rope_layers')
+    if told is None:
+        interval = get.value('layers', Key('no_rope_layer_interval', 4))
+        return [(i + 1) % interval != 0 for i in range(layers)]
+    if not isinstance(told, list) or len(told) < layers or any(x not in (0, 1) for x in told):
+        raise UsageError(f'{get.where}: no_rope_layers={_short(told)} is not a 0 or 1 for each of {layers} layers')
+    return [bool(x) for x in told[:layers]]
+
+
+def repeated(words: Sequence[str]) -> str | None:
+    """A pattern's shortest text; None where all layers are global."""
+    period = next(n for n in range(1, len(words) + 1) if all(w == words[i % n] for i, w in enumerate(words)))
+    pattern = ','.join(words[:period])
+    return None if pattern == 'global' else pattern
+
+
+def rotary(get: '_Keys', family: Family, layer_type: str) -> tuple[float, str | None]:
+    """(theta, scaling) of the layers of a type."""
+    told = get.config.get('rope_scaling') or get.config.get('rope_parameters') or {}
+    nested = isinstance(told, Mapping) and bool({FULL, SLIDING} & set(told))
+    params = told.get(layer_type) or {} if nested else told
+    if not isinstance(params, Mapping) or (nested and not isinstance(told.get(FULL, {}), Mapping | None)):
+        raise UsageError(f'{get.where}: its rope_parameters are no object: get the folder again')
+    if nested and not family.local_theta and told.get(SLIDING) not in (None, told.get(FULL)):
+        raise UsageError(f'{get.where}: rope_parameters that differ by the type of layer are not in our graph')
+    default, name = family.defaults.get('rope_theta', 1e4), 'rope_theta'
+    if layer_type == SLIDING:
+        default, name = family.local_theta, 'rope_local_base_freq'
+        params = params if nested else {}  # a scaling that stands alone is the global layers'
+    top = get.value('rope_theta', Key(name, default))
+    rope = _Keys(params, f'{get.where}: rope_parameters')
+    theta = rope.value('rope_theta', Key('rope_theta', top))
+    if params.get('partial_rotary_factor') not in (None, 1, 1.0):
+        raise UsageError(
+            f'{rope.where}.partial_rotary_factor={_short(params["partial_rotary_factor"])} is not in our graph'
+        )
+    return theta, _scaling(rope)
+
+
+def _scaling(rope: '_Keys') -> str | None:
+    """model.rope_scaling."""
+    kind = rope.config.get('rope_type', rope.config.get('type', 'default'))
+    if kind in (None, 'default'):
+        return None
+    if kind == 'linear':
+        return f'linear,factor={_number(rope.value("factor", Key("factor")))}'
+    if kind != 'llama3':
+        raise UsageError(f'{rope.where}.rope_type={_short(kind)} is not in our graph: default, linear and llama3 are')
+    values = {ours: _number(rope.value(ours, Key(theirs))) for theirs, ours in _LLAMA3.items()}
+    return ','.join(['llama3', *(f'{name}={value}' for name, value in values.items())])
+
+
+def _number(x: float) -> str:
+    """'8', '0.5', '1048576': to the last digit."""
+    return str(int(x)) if x == int(x) else repr(x)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}…'
+
+
+class _Keys:
+    """The keys of a config, of the types that we want. Raises UsageError for others."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+
+    def value(self, ours: str, key: Key, *, optional: bool = False) -> Any:
+        """model.`ours`; None where it is null and may be, or is absent and nothing is taken then."""
+        value = self.config.get(key.name, key.default)
+        if value is None and ours == 'kv_heads':
+            value = self.config.get('num_attention_heads')
+        if value is None and ours == 'head_dim':
+            value = key.default
+        if value is None and (optional or ours in ('context', 'logit_softcap', 'attn_softcap')):
+            return None
+        if value is None:
+            raise UsageError(f'{self.where} has no {key.name}')
+        if ours == 'tied':
+            return self.flag(key.name, value)
+        if ours in SIZES:
+            if type(value) is not int or not 1 <= value <= INT32_MAX:
+                raise UsageError(
+                    f'{self.where}: {key.name}={_short(value)} is not a whole number from 1 to {INT32_MAX}'
+                )
+        elif ours == 'first':
+            if type(value) is not int or value < 0:
+                raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a whole number from 0')
+        elif type(value) not in (int, float) or not 0 < value < 1e38:
+            raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a positive number')
+        return key.read(value if ours in SIZES or ours == 'first' else float(value))
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise UsageError(f'{self.where}: {name}={_short(value)} is neither true nor false')
+        return value
+
+
+# ---- writing ----
+
+
+def choose(model: Mapping[str, Any], *, scored: bool) -> tuple[Family, dict[str, Any]]:
+    """(the first family that is this graph exactly, its config.json without ids and dtype).
+
+    Raises UsageError with the settings that the nearest lacks.
+    """
+    given, misses = _all_local(PLAIN | dict(model)), {}
+    for family in FAMILIES:
+        if scored and family.scored is None:
+            continue
+        config = compose(given, family, scored=scored)
+        misses[family.causal] = _differences(given, config, family, scored=scored)
+        if not misses[family.causal]:
+            return family, config
+    name = min(misses, key=lambda n: len(misses[n]))
+    raise UsageError(f'no architecture of Hugging Face is this graph; {name} is but for {", ".join(misses[name])}')
+
+
+def _all_local(model: dict[str, Any]) -> dict[str, Any]:
+    """The same graph without a pattern, if that says that all layers are local: these then have their own positions."""
+    if model['pattern'] is None or set(kinds(model)) != {'local'}:
+        return model
+    theta = model['rope_theta_local'] or model['rope_theta']
+    return model | {'pattern': None, 'rope_theta': theta, 'rope_theta_local': None, 'rope_scaling': None}
+
+
+def compose(model: Mapping[str, Any], family: Family, *, scored: bool) -> dict[str, Any]:
+    """A graph as a family's config.json; what the family has no key for is not there."""
+    config: dict[str, Any] = {
+        'architectures': [family.scored if scored else family.causal], 'model_type': family.model_type,
+    }  # fmt: skip
+    for ours, key in (COMMON | family.keys).items():
+        value = model[ours]
+        if value is None:
+            value = {'query_scale': model['head_dim'] ** -0.5}.get(ours, 1.0 if ours.endswith('scale') else None)
+        config[key.name] = None if value is None else key.write(value)
+    names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == model['activation']]
+    if model['context'] is None:
+        del config[COMMON['context'].name]  # which has no null
+    config[family.activation] = names[0] if names else model['activation']
+    return config | _windows(model, family) | _rope(model, family)
+
+
+def _windows(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    words, window = kinds(model), model['window']
+    types = [SLIDING if word == 'local' else FULL for word in words]
+    config: dict[str, Any] = {}
+    if family.window != 'never':
+        config['sliding_window'] = window if 'local' in words else None
+    if family.window == 'switched':
+        config |= {'use_sliding_window': 'local' in words, 'layer_types': types}
+        config['max_window_layers'] = types.index(SLIDING) if SLIDING in types else len(types)
+    if family.window == 'given':
+        config['layer_types'] = types
+    if family.nope:
+        config['no_rope_layers'] = [int(word != 'nope') for word in words]
+        config.pop('max_window_layers')
+    return config
+
+
+def _rope(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    config: dict[str, Any] = {'rope_theta': float(model['rope_theta']), 'rope_scaling': None}
+    if family.local_theta:
+        config['rope_local_base_freq'] = float(model['rope_theta_local'] or model['rope_theta'])
+    if model['rope_scaling']:
+        kind, values = split_scaling(model['rope_scaling'])
+        names = {ours: theirs for theirs, ours in _LLAMA3.items()}
+        config['rope_scaling'] = {'rope_type': kind, **{names[ours]: value for ours, value in values.items()}}
+        if kind == 'llama3':
+            config['rope_scaling'][names['original']] = int(values['original'])
+    return config
+
+
+def _differences(model: Mapping[str, Any], config: Mapping[str, Any], family: Family, *, scored: bool) -> list[str]:
+    """'model.KEY=THIS (ARCHITECTURE: THAT)' of the settings that this config.json would not keep."""
+    try:
+        seen = describe({**config, 'num_labels': 1}, family.causal).model
+    except UsageError as error:
+        return [str(error)]
+    a, b = comparable(model, scored=scored), comparable(seen, scored=scored)
+    misses = list(dict.fromkeys(_miss(key, model, a[key], b[key], family) for key in b if a[key] != b[key]))
+    if family.square and model['dim'] % model['heads']:
+        misses.append(f'model.dim={model["dim"]} ({family.model_type}: a multiple of model.heads={model["heads"]})')
+    return misses
+
+
+def _miss(key: str, model: Mapping[str, Any], wanted: Any, found: Any, family: Family) -> str:
+    """One setting that a family would not keep; of what differs by layer, the pattern."""
+    if isinstance(wanted, tuple) or isinstance(found, tuple):
+        return f'model.pattern={model["pattern"]} ({family.model_type} has other kinds of layer)'
+    return f'model.{key}={wanted} ({family.model_type}: {found})'
+
+
+def comparable(model: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
+    """A graph's settings, equal where two graphs are: what each layer does, in the place of what says it."""
+    words, patterned = kinds(model), model['pattern'] is not None
+    local = (model['rope_theta_local'] or model['rope_theta'], None) if patterned else None
+    shared = (model['rope_theta'], model['rope_scaling'])
+    turns = [(None, None) if w == 'nope' else local or shared if w == 'local' else shared for w in words]
+    m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
+    m['window'] = _one([model['window'] if word == 'local' else None for word in words])
+    m['rope_theta'] = _one([theta for theta, _ in turns])
+    m['rope_scaling'] = _one([scaling for _, scaling in turns])
+    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
+    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
+    if scored:
+        m |= {'tied': True, 'logit_scale': 1.0, 'logit_softcap': None}
+    return {k: _rounded(v) for k, v in m.items()}
+
+
+def _one(values: Sequence[Any]) -> Any:
+    """What all layers have, or the list of what each has."""
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _rounded(value: Any) -> Any:
+    """Float32's precision is all that the decoder has."""
+    return float(np.float32(value)) if isinstance(value, float) and math.isfinite(value) else value
