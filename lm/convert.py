@@ -126,7 +126,7 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
     if form == 'run':
         from lm.training.at_rest import write_run
 
-        return write_run(opened, dst, say=lambda line: None)
+        return write_run(opened, dst)
     if form == 'huggingface':
         from lm.interop.huggingface import write_folder
 

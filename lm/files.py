@@ -7,6 +7,7 @@ replacing `_write`, the only function that puts bytes anywhere.
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,6 +85,25 @@ def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A temporary folder beside `path`, which becomes it when the block ends, and is removed if the block fails.
+
+    Raises RunError if it cannot be written.
+    """
+    path = epath.Path(path)
+    made = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
+    try:
+        made.mkdir(parents=True)
+        yield made
+        made.rename(path)
+    except OSError as error:
+        raise RunError(f'{path} cannot be written ({error.strerror or error})') from error
+    finally:
+        if made.exists():
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

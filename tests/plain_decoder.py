@@ -1,72 +1,97 @@
-"""The decoder written out in numpy, a token and a head at a time: an oracle that shares no code with `lm.model`, with
-all switches of `model.*` that GGUF knows."""
+"""The decoder written out from the definitions of its families, in numpy, a head and a query at a time: an oracle that
+shares no code with `lm.model`."""
 
+import math
+
+import jax
 import numpy as np
 
-from lm.interop import gguf_arch
+
+def norm(x, weight, cfg):
+    scale = weight + 1 if cfg.norm_plus_one else weight
+    return x / math.sqrt(np.mean(x**2) + cfg.norm_eps) * scale
 
 
-def _norm(x, w, m):
-    y = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + m['norm_eps'])
-    return y * (w + 1 if m['norm_plus_one'] else w)
+def frequencies(cfg, kind):
+    """Radians a token of each pair of a head's halves; llama3's by wavelengths, as Llama 3.1's code has it."""
+    theta = cfg.rope_theta_local if kind == 'local' and cfg.rope_theta_local else cfg.rope_theta
+    found = [theta ** (-2 * i / cfg.head_dim) for i in range(cfg.head_dim // 2)]
+    if not cfg.rope_scaling or (kind == 'local' and cfg.pattern):
+        return np.array(found)
+    name, *pairs = cfg.rope_scaling.split(',')
+    s = {key: float(value) for key, value in (pair.split('=') for pair in pairs)}
+    if name == 'linear':
+        return np.array(found) / s['factor']
+
+    def slowed(f):
+        wavelength = 2 * math.pi / f
+        if wavelength < s['original'] / s['high']:
+            return f
+        if wavelength > s['original'] / s['low']:
+            return f / s['factor']
+        smooth = (s['original'] / wavelength - s['low']) / (s['high'] - s['low'])
+        return (1 - smooth) * f / s['factor'] + smooth * f
+
+    return np.array([slowed(f) for f in found])
 
 
-def _rotated(x_TNH, m, local):
-    """Halves pair up; scaling is of global layers."""
-    T, _, H = x_TNH.shape
-    theta = (m['rope_theta_local'] if local else None) or m['rope_theta']
-    frequency = theta ** (-np.arange(0, H, 2) / H)
-    if m['rope_scaling'] and not local:
-        kind, values = gguf_arch.split_scaling(m['rope_scaling'])
-        options = {'theta': theta, 'head_dim': H}
-        frequency /= values['factor'] if kind == 'linear' else gguf_arch.llama3_factors(m['rope_scaling'], **options)
-    angle = np.arange(T)[:, None, None] * frequency
-    a, b = np.split(x_TNH, 2, -1)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+def turned(x_H, position, frequency):
+    half = len(x_H) // 2
+    z = (x_H[:half] + 1j * x_H[half:]) * np.exp(1j * position * frequency)
+    return np.concatenate([z.real, z.imag])
 
 
-def _attention(y_TD, w, m, local):
-    q, k, v = (np.einsum('td,dnh->tnh', y_TD, w[name]) for name in ('wq_DNH', 'wk_DKH', 'wv_DKH'))
-    if m['qkv_bias']:
+def heads_of(y_D, w, cfg, kind, position):
+    """(queries [N, H], keys [K, H], values [K, H]) of one token."""
+    q, k, v = (np.tensordot(y_D, w[name], 1) for name in ('wq_DNH', 'wk_DKH', 'wv_DKH'))
+    if cfg.qkv_bias:
         q, k, v = q + w['bias_q_NH'], k + w['bias_k_KH'], v + w['bias_v_KH']
-    if m['qk_norm']:
-        q, k = _norm(q, w['q_norm_H'], m), _norm(k, w['k_norm_H'], m)
-    q, k = _rotated(q, m, local), _rotated(k, m, local)
-    T, N, H = q.shape
-    out = np.zeros_like(q)
-    for t in range(T):
-        first = max(0, t + 1 - m['window']) if local else 0
-        for n in range(N):
-            j = n * m['kv_heads'] // N
-            scores = k[first : t + 1, j] @ q[t, n] * (m['query_scale'] or H**-0.5)
-            if m['attn_softcap']:
-                scores = m['attn_softcap'] * np.tanh(scores / m['attn_softcap'])
-            p = np.exp(scores - scores.max())
-            out[t, n] = p @ v[first : t + 1, j] / p.sum()
-    return np.einsum('tnh,nhd->td', out, w['wo_NHD'])
+    if cfg.qk_norm and cfg.qk_norm_joint:
+        q, k = norm(q, w['q_norm_NH'], cfg), norm(k, w['k_norm_KH'], cfg)
+    elif cfg.qk_norm:
+        q, k = (np.stack([norm(x, w[name], cfg) for x in xs]) for xs, name in ((q, 'q_norm_H'), (k, 'k_norm_H')))
+    if kind != 'nope':
+        q, k = (np.stack([turned(x, position, frequencies(cfg, kind)) for x in xs]) for xs in (q, k))
+    return q, k, v
 
 
-def _feed_forward(y_TD, w, m):
-    gate, up = y_TD @ w['w_gate_DF'], y_TD @ w['w_up_DF']
-    tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
-    gate = gate / (1 + np.exp(-gate)) if m['activation'] == 'silu' else gate * (1 + tanh) / 2
-    return (gate * up) @ w['w_down_FD']
+def capped(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
 
 
-def logits(model, leaves, tokens):
-    """[T, V] of a row of tokens, in float64."""
-    m, w = model, {k: np.asarray(x, np.float64) for k, x in leaves.items()}
-    x_TD = w['embed_VD'][tokens] * (m['embed_scale'] or 1)
-    for i, kind in enumerate(gguf_arch.kinds(m)):
-        layer = {k.removeprefix('layers/'): x[i] for k, x in w.items() if k.startswith('layers/')}
-        parts = {
-            'attn': lambda y, layer=layer, kind=kind: _attention(y, layer, m, kind == 'local'),
-            'mlp': lambda y, layer=layer: _feed_forward(y, layer, m),
-        }
-        for part, function in parts.items():
-            y_TD = function(_norm(x_TD, layer[f'{part}_norm_D'], m))
-            x_TD = x_TD + (_norm(y_TD, layer[f'{part}_post_norm_D'], m) if m['norms'] == 'both' else y_TD)
-    h_TD = _norm(x_TD, w['final_norm_D'], m)
-    out = h_TD @ (w['embed_VD'].T if m['tied'] else w['head_DV'])
-    return m['logit_softcap'] * np.tanh(out / m['logit_softcap']) if m['logit_softcap'] else out
+def attention(y_TD, w, cfg, kind):
+    q, k, v = (np.stack(x) for x in zip(*(heads_of(y, w, cfg, kind, t) for t, y in enumerate(y_TD)), strict=True))
+    scale = cfg.query_scale if cfg.query_scale is not None else 1 / math.sqrt(cfg.head_dim)
+    out = np.zeros(y_TD.shape)
+    for t in range(len(y_TD)):
+        first = max(0, t - cfg.window + 1) if kind == 'local' else 0
+        for n in range(cfg.heads):
+            own = n // (cfg.heads // cfg.kv_heads)
+            p = np.exp(capped(k[first : t + 1, own] @ q[t, n] * scale, cfg.attn_softcap))
+            out[t] += (p / p.sum()) @ v[first : t + 1, own] @ w['wo_NHD'][n]
+    return out
+
+
+def feed_forward(y_TD, w, cfg):
+    gate = y_TD @ w['w_gate_DF']
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    gate = gate / (1 + np.exp(-gate)) if cfg.activation == 'silu' else gate * (1 + np.tanh(inner)) / 2
+    return gate * (y_TD @ w['w_up_DF']) @ w['w_down_FD']
+
+
+def logits(params, cfg, tokens_T):
+    """[T, vocab_size] of one row, in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    words = (cfg.pattern or ('local' if cfg.window else 'global')).split(',')
+    rows = lambda x_TD, weight: np.stack([norm(x, weight, cfg) for x in x_TD])
+    x_TD = params['embed_VD'][tokens_T] * (cfg.embed_scale or 1)
+    for i in range(cfg.layers):
+        w, kind = {name: x[i] for name, x in params['layers'].items()}, words[i % len(words)]
+        for part in ('attn', 'mlp'):
+            y_TD = x_TD if cfg.norms == 'post' else rows(x_TD, w[f'{part}_norm_D'])
+            y_TD = attention(y_TD, w, cfg, kind) if part == 'attn' else feed_forward(y_TD, w, cfg)
+            y_TD = y_TD if cfg.norms == 'pre' else rows(y_TD, w[f'{part}_post_norm_D'])
+            x_TD = x_TD + y_TD * (cfg.residual_scale or 1)
+    table_DV = params['embed_VD'].T if cfg.tied else params['head_DV']
+    x_TV = rows(x_TD, params['final_norm_D']) @ table_DV[:, : cfg.vocab_size] * (cfg.logit_scale or 1)
+    return capped(x_TV, cfg.logit_softcap)

@@ -57,7 +57,7 @@ def test_what_is_written_in_pieces_is_what_orbax_restores_on_a_mesh(make, monkey
     monkeypatch.setattr(at_rest, 'CHUNK_BYTES', 1000)  # many chunks a leaf, the last of them ragged
     monkeypatch.setattr(checkpoint, 'PIECE', 512)
     source = make(scored=scored)
-    at_rest.write_run(source, tmp_path / 'run', say=quiet)
+    at_rest.write_run(source, tmp_path / 'run')
     with sharding.use_mesh({'fsdp': 2, 'tensor': 4}):
         model = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
         params = jax.device_get(model.params)
@@ -78,7 +78,7 @@ def test_what_is_written_in_pieces_is_what_orbax_restores_on_a_mesh(make, monkey
 
 def test_a_damaged_checkpoint_is_passed_by_and_told(make, tmp_path):
     with sharding.use_mesh({}, jax.devices()[:1]):
-        at_rest.write_run(make(), tmp_path / 'run', say=quiet)
+        at_rest.write_run(make(), tmp_path / 'run')
         params = runs.load(str(tmp_path / 'run'), warn=pytest.fail).params
         with checkpoint.Writer(tmp_path / 'run' / 'checkpoints', keep=3) as writer:  # as training goes on from it
             writer.save(1, {'trainable': params})
@@ -103,7 +103,7 @@ def test_writing_and_opening_hold_one_layer(make, tmp_path):
     layer = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.leaves.values() if leaf.layers)
     tracemalloc.start()
     try:
-        at_rest.write_run(source, tmp_path / 'run', say=quiet)
+        at_rest.write_run(source, tmp_path / 'run')
         at_rest.open_run(str(tmp_path / 'run'))
         assert tracemalloc.get_traced_memory()[1] < 4 * layer
     finally:
@@ -126,7 +126,7 @@ def test_a_leaf_is_read_a_layer_at_a_time(make, monkeypatch, tmp_path):
             sizes.append(math.prod(self.shape))
             return self.array.read()
 
-    at_rest.write_run(make(), tmp_path / 'run', say=quiet)
+    at_rest.write_run(make(), tmp_path / 'run')
     plain = at_rest._Store.open
     monkeypatch.setattr(at_rest._Store, 'open', lambda store, name: Counted(plain(store, name)))
     opened = at_rest.open_run(str(tmp_path / 'run'))
@@ -151,8 +151,8 @@ def test_what_does_not_fit_together_is_one_line_and_writes_nothing(make, tmp_pat
     if change == 'setting':
         model['nonesuch'] = 1
     with pytest.raises(UsageError if change == 'setting' else RunError, match='a random one'):
-        at_rest.write_run(dataclasses.replace(source, leaves=leaves, model=model), tmp_path / 'run', say=quiet)
+        at_rest.write_run(dataclasses.replace(source, leaves=leaves, model=model), tmp_path / 'run')
     assert not list(tmp_path.iterdir())
-    at_rest.write_run(source, tmp_path / 'run', say=quiet)
+    at_rest.write_run(source, tmp_path / 'run')
     with pytest.raises(UsageError, match='exists'):
-        at_rest.write_run(source, tmp_path / 'run', say=quiet)
+        at_rest.write_run(source, tmp_path / 'run')

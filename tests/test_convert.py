@@ -64,7 +64,7 @@ def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dty
     source = at_rest.open_run(str(dialogues.run('sft')))
     cast = lambda leaf: Leaf(leaf.shape, np.dtype(dtype), leaf.layers, lambda i: leaf.read(i).astype(dtype))
     source = Opened('source', source.model, {n: cast(x) for n, x in source.leaves.items()}, source.tokenizer)
-    at_rest.write_run(source, tmp_path / 'run', say=lambda line: None)
+    at_rest.write_run(source, tmp_path / 'run')
     same(source, at_rest.open_run(str(tmp_path / 'run')))
     with sharding.use_mesh():
         model = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
@@ -76,7 +76,7 @@ def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dty
 
 
 def test_a_written_run_is_trained_further(dialogues, tmp_path):
-    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run', say=lambda line: None)
+    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
     last = dialogues.train('sft', tmp_path / 'on', init_from=str(tmp_path / 'run'), steps=2)
     assert last['step'] == 2
 
@@ -89,7 +89,7 @@ def test_checksums_of_pieces_add_up():
 
 
 def test_a_flipped_byte_of_a_written_run_is_noticed(dialogues, tmp_path):
-    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run', say=lambda line: None)
+    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
     data = max((tmp_path / 'run' / 'checkpoints' / '0' / 'state').rglob('*'), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -106,9 +106,7 @@ def test_a_run_that_could_not_be_written_leaves_nothing(dialogues, tmp_path):
 
     leaves = {**source.leaves, 'layers/wq_DNH': source.leaves['layers/wq_DNH']._replace(read=fails)}
     with pytest.raises(RunError, match='No space left on device'):
-        at_rest.write_run(
-            Opened('source', source.model, leaves, source.tokenizer), tmp_path / 'run', say=lambda line: None
-        )
+        at_rest.write_run(Opened('source', source.model, leaves, source.tokenizer), tmp_path / 'run')
     assert not list(tmp_path.iterdir())
 
 

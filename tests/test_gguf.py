@@ -16,6 +16,7 @@ from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, tokenizers
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
+from lm.model.layers import RopeScaling
 
 EOS = 2  # of the vocabulary made by hand
 VOCAB = 320  # not a multiple of what tables are padded to
@@ -290,7 +291,7 @@ def test_files_of_older_converters_are_read(tmp_path):
 def test_llama3_scaling_is_found_in_its_factors(scaling):
     options = {'theta': 5e5, 'head_dim': 64}
     factors = gguf_arch.llama3_factors(scaling, **options)
-    assert factors[0] == 1 and np.isclose(factors[-1], gguf_arch.split_scaling(scaling)[1]['factor'])
+    assert factors[0] == 1 and np.isclose(factors[-1], RopeScaling.parse(scaling).factor)
     assert gguf_arch.llama3_scaling(factors, where='', **options) == scaling
     assert gguf_arch.llama3_scaling(np.ones(32, np.float32), where='', **options) is None
 
@@ -337,12 +338,9 @@ def test_numbers_too_large_for_f16_are_one_line(tmp_path):
 # ---- llama.cpp ----
 
 
-def our_logits(model, found, tokens):
-    """The decoder's own logits [T, V] of a row of tokens; None where it has not all of the switches."""
-    fields = {f.name: f.default for f in dataclasses.fields(transformer.ModelConfig)}
-    cfg = transformer.ModelConfig(**{k: v for k, v in model.items() if k in fields})
-    if any(v != gguf_arch.PLAIN[k] for k, v in model.items() if k in gguf_arch.PLAIN and k not in fields):
-        return None
+def parameters(model, found):
+    """(the decoder's shape, its parameters with the vocabulary's padding)."""
+    cfg = transformer.ModelConfig(**model)
     rows = cfg.sizes['V'] - model['vocab_size']
     params = {'layers': {}}
     for leaf, x in found.items():
@@ -350,6 +348,11 @@ def our_logits(model, found, tokens):
         x = np.pad(x, ((0, 0), (0, rows))) if leaf == 'head_DV' else x
         place, _, name = leaf.rpartition('/')
         (params[place] if place else params)[name] = jnp.asarray(x)
+    return cfg, params
+
+
+def our_logits(params, cfg, tokens):
+    """The decoder's own logits [T, V] of a row of tokens."""
     h = jax.jit(transformer.forward, static_argnums=1)(params, cfg, jnp.asarray([tokens]))
     return np.asarray(transformer.logits(params, cfg, h))[0]
 
@@ -389,9 +392,8 @@ def test_llama_cpp_says_the_same(name, tmp_path):
     prompt = np.random.default_rng(1).integers(4, VOCAB, 24).tolist()
     ids, logp = llama_cpp(path, prompt, 16)
     assert len(set(ids)) > 4  # no loop of one token
+    cfg, params = parameters(model.model, found)
     for function in (plain_decoder.logits, our_logits):
-        logits = function(model.model, found, prompt + ids)
-        if logits is not None:
-            said, expected = greedy(logits[len(prompt) - 1 : -1])
-            assert said == ids
-            np.testing.assert_allclose(logp, expected, atol=1e-3)  # llama.cpp's GELU is a table of float16
+        said, expected = greedy(function(params, cfg, np.array(prompt + ids))[len(prompt) - 1 : -1])
+        assert said == ids
+        np.testing.assert_allclose(logp, expected, atol=1e-3)  # llama.cpp's GELU is a table of float16

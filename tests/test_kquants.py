@@ -90,7 +90,7 @@ def test_chunks_do_not_matter(kind):
     many = np.tile(few, (kquants.CHUNK // 9 + 2, 1))
     assert kquants.CHUNK % 3 and many.size // 256 > kquants.CHUNK
     whole = kquants.quantize(many, kind)
-    assert whole.shape == (len(many), 3 * kquants.BYTES[kind]) and whole.dtype == np.uint8
+    assert whole.shape == (len(many), 3 * kquants.FLOATS[kind][0]) and whole.dtype == np.uint8
     alone = np.concatenate([kquants.quantize(few[i : i + 1], kind) for i in range(len(few))])
     assert np.array_equal(whole, np.tile(alone, (len(many) // 3, 1)))
 

@@ -127,7 +127,7 @@ _logits: Any = jax.jit(transformer.logits, static_argnames='cfg')
 
 def config_of(model: Mapping[str, Any]) -> ModelConfig:
     """The shape that settings `model.*` describe, computed in float32."""
-    return ModelConfig(**{k: v for k, v in model.items() if k != 'scan'})
+    return ModelConfig(**model)
 
 
 def _float(x: np.ndarray) -> jax.Array:

@@ -13,7 +13,8 @@ import numpy as np
 
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
-from lm.interop.gguf_arch import PLAIN, kinds, split_scaling
+from lm.interop.gguf_arch import PLAIN, kinds
+from lm.model.layers import RopeScaling
 
 INT32_MAX = 2**31 - 1
 SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
@@ -342,12 +343,12 @@ def _rope(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
     config: dict[str, Any] = {'rope_theta': float(model['rope_theta']), 'rope_scaling': None}
     if family.local_theta:
         config['rope_local_base_freq'] = float(model['rope_theta_local'] or model['rope_theta'])
-    if model['rope_scaling']:
-        kind, values = split_scaling(model['rope_scaling'])
-        names = {ours: theirs for theirs, ours in _LLAMA3.items()}
-        config['rope_scaling'] = {'rope_type': kind, **{names[ours]: value for ours, value in values.items()}}
-        if kind == 'llama3':
-            config['rope_scaling'][names['original']] = int(values['original'])
+    scaling = RopeScaling.parse(model['rope_scaling'])
+    if scaling:
+        config['rope_scaling'] = {'rope_type': scaling.kind, 'factor': scaling.factor}
+    if scaling and scaling.kind == 'llama3':
+        config['rope_scaling'] |= {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
+        config['rope_scaling']['original_max_position_embeddings'] = int(scaling.original)
     return config
 
 

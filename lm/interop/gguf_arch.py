@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.errors import UsageError
+from lm.model.layers import RopeScaling
 
 # What a graph is where its architecture says nothing else.
 PLAIN: dict[str, Any] = {
@@ -126,19 +127,13 @@ def query_scale(arch: Arch, model: Mapping[str, Any]) -> float:
 def llama3_factors(scaling: str, *, theta: float, head_dim: int) -> np.ndarray:
     """Float32 [H/2]: what the rotary frequencies are divided by under 'llama3,factor=…,low=…,high=…,original=…'
     (Grattafiori et al., 2024; long wavelengths are stretched by the factor, short ones kept)."""
-    kind, values = split_scaling(scaling)
-    if kind != 'llama3':
+    found = RopeScaling.parse(scaling)
+    if found is None or found.kind != 'llama3':
         raise UsageError(f'model.rope_scaling={scaling}: only llama3 has a factor for each frequency')
-    factor, low, high, original = (values[k] for k in ('factor', 'low', 'high', 'original'))
+    _, factor, low, high, original = found
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-
-
-def split_scaling(scaling: str) -> tuple[str, dict[str, float]]:
-    """'linear,factor=8' -> ('linear', {'factor': 8.0})."""
-    kind, *pairs = scaling.split(',')
-    return kind, {k: float(v) for k, _, v in (pair.partition('=') for pair in pairs)}
 
 
 def llama3_scaling(factors: np.ndarray, *, theta: float, head_dim: int, where: str) -> str | None:

@@ -17,9 +17,10 @@ from lm import files
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
-from lm.interop import gguf_in, mixes
+from lm.interop import gguf_in, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.opened import Leaf, Opened
+from lm.model.layers import RopeScaling
 
 # Names of --quantize: general.file_type.
 MIXES = {
@@ -95,7 +96,7 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
 
 def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
     """A graph's settings, equal where two graphs are; `context`, which changes none, is left out."""
-    m = {k: v for k, v in model.items() if k not in ('context', 'scan')}
+    m = {k: v for k, v in model.items() if k != 'context'}
     layers, window, local = tables.kinds(model), model['window'], model['rope_theta_local'] or model['rope_theta']
     whole = window and model['context'] and window >= model['context']  # in its context, a local layer then sees all
     if whole and local == model['rope_theta'] and not model['rope_scaling']:
@@ -132,9 +133,9 @@ def _described(name: str, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any
     keys |= {'rope.dimension_count': model['head_dim'], 'rope.freq_base': float(model['rope_theta'])}
     keys['attention.layer_norm_rms_epsilon'] = float(model['norm_eps'])
     keys['context_length'] = model['context']
-    if (model['rope_scaling'] or '').startswith('linear') and arch.linear:
-        _, values = tables.split_scaling(model['rope_scaling'])
-        keys |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': values['factor']}
+    scaling = RopeScaling.parse(model['rope_scaling'])
+    if scaling and scaling.kind == 'linear' and arch.linear:
+        keys |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': scaling.factor}
     if arch.period:
         keys['attention.sliding_window'] = model['window']
     if arch.period and arch.linear:
@@ -156,14 +157,10 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
         plan.append(Tensor(tables.ROPE_FREQS, (model['head_dim'] // 2,), 'F32', '', 0))
     for leaf, gguf, i in places:
         _, shape = tables.shapes(leaf, model)
-        kind = _kind(gguf, shape, model, quantize, layer=i, tied='head_DV' not in top)
+        tied = 'head_DV' not in top
+        kind = mixes.kind_of(gguf, shape, mix=quantize, layer=i, layers=model['layers'], tied=tied)
         plan.append(Tensor(gguf, shape, kind, leaf, i))
     return plan
-
-
-def _kind(name: str, shape: tuple[int, ...], model: Mapping[str, Any], quantize: str, *, layer: int, tied: bool) -> str:
-    """What a tensor is stored as: norms and biases are never less than F32."""
-    return mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'], tied=tied)
 
 
 def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
@@ -239,14 +236,12 @@ def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -
 
 
 def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:
-    """uint8 of rows [n, columns] (or a vector) in a kind. Raises RunError if they are too large for it."""
-    if kind in ('Q8_0', 'Q4_0'):  # which the package does as llama.cpp does
-        gguf = file.package()
-        return gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[kind])
+    """uint8 of rows [n, columns] (or a vector) in a kind. Raises RunError for numbers that it has no room for."""
     if kind not in file.PLAIN:
-        from lm.interop import kquants
-
-        return kquants.quantize(np.ascontiguousarray(rows, np.float32), kind)
+        try:
+            return kquants.quantize(rows, kind)
+        except ValueError as error:
+            raise RunError(f'{name}: {error}: use BF16 or F32') from error
     with np.errstate(over='ignore'):
         out = np.ascontiguousarray(rows.astype(file.PLAIN[kind]))
     if kind == 'F16' and not np.isfinite(out).all() and np.isfinite(rows.astype(np.float32)).all():

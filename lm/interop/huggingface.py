@@ -6,8 +6,6 @@ when they are asked for, and written in pieces, so that memory holds one of them
 
 import json
 import math
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ from etils import epath
 from lm import files
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.data.tokenizer_json import GENERATION_FILE
-from lm.errors import RunError, UsageError
+from lm.errors import UsageError
 from lm.interop import families, family_config, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
@@ -277,19 +275,11 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     config |= ids | _more(opened, plan)
     if opened.scored:
         _say_of_scores(opened, say)
-    made = folder.parent / f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp'
-    try:
-        made.mkdir(parents=True)
+    with files.new_folder(folder) as made:
         for name, content in words.items():
             files.write_bytes(made / name, content)
         files.write_json(made / CONFIG, config)
         _write_weights(opened, made, plan, say)
-        made.rename(folder)
-    except OSError as error:
-        raise RunError(f'{path} cannot be written ({error.strerror or error})') from error
-    finally:
-        if made.exists():
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def _plan(opened: Opened, family: Family) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What was written, read again by others than our readers: the packages of the formats themselves, and Orbax."""
+"""What was written, its tensors read again by others than our readers: the packages of the formats themselves."""
 
 from pathlib import Path
 

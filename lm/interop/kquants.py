@@ -21,7 +21,6 @@ CHUNK = 2048  # super-blocks at once, 2 MiB of float32: always as many, so that 
 ASYMMETRIC = {'Q4_K': (15, -1.0, 20), 'Q5_K': (31, -0.5, 15)}
 STEP = 0.1
 SYMMETRIC = 9  # Q6_K: the candidates' number of steps is 32 + 0.1 · i, i = −9..9
-BYTES = {'Q4_K': 144, 'Q5_K': 176, 'Q6_K': 210}  # of a super-block
 # Where the float16 numbers of a block lie: (bytes of a block, first byte, how many numbers).
 FLOATS = {
     'Q8_0': (34, 0, 1), 'Q4_0': (18, 0, 1), 'Q5_0': (22, 0, 1), 'Q5_1': (24, 0, 2),
@@ -58,7 +57,7 @@ def _simple(rows: np.ndarray, kind: str) -> np.ndarray:
 def _searched(rows: np.ndarray, kind: str) -> np.ndarray:
     """A K-quant, CHUNK super-blocks at a time, the last padded with zeros: a row's bytes depend on no other row."""
     blocks = rows.reshape(-1, SUPER)
-    out = np.empty((len(blocks), BYTES[kind]), np.uint8)
+    out = np.empty((len(blocks), FLOATS[kind][0]), np.uint8)
     for i in range(0, len(blocks), CHUNK):
         part = blocks[i : i + CHUNK]
         count = len(part)

@@ -9,9 +9,7 @@ Orbax restores (0.12), with the checksums of `lm.training.checkpoint`.
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +143,7 @@ def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 # ---- writing ----
 
 
-def write_run(opened: Opened, workdir: epath.PathLike, *, say: Callable[[str], None]) -> None:
+def write_run(opened: Opened, workdir: epath.PathLike) -> None:
     """Writes a run with one checkpoint, 0, in the dtypes that the leaves have; it appears at once or not at all.
 
     Raises UsageError if `workdir` exists, or the model has settings that we do not know; RunError if it cannot be
@@ -155,18 +153,10 @@ def write_run(opened: Opened, workdir: epath.PathLike, *, say: Callable[[str], N
     if workdir.exists():
         raise UsageError(f'{workdir} exists: name a new folder')
     config = _config(opened)
-    made = workdir.parent / f'.{workdir.name}.{uuid.uuid4().hex[:8]}.tmp'
-    try:
-        made.mkdir(parents=True)
+    with files.new_folder(workdir) as made:
         config.stage, fingerprint = _write_words(opened, made / 'tokenizer')
         runs.write_config(made, config, data=None, tokenizer=fingerprint, converted_from=opened.where)
-        _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0', say)
-        made.rename(workdir)
-    except OSError as error:
-        raise RunError(f'{workdir} cannot be written ({error.strerror or error})') from error
-    finally:
-        if made.exists():
-            shutil.rmtree(made, ignore_errors=True)
+        _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0')
 
 
 def _config(opened: Opened) -> Config:
@@ -203,13 +193,10 @@ class _Written(NamedTuple):
     words: list[int]
 
 
-def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path, say: Callable[[str], None]) -> None:
-    abstract = _expected(opened, cfg)
+def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
+    expected = _expected(opened, cfg)
     (path / 'state').mkdir(parents=True)
-    written = []
-    for name, shape in abstract.items():
-        say(f'{name} {list(shape)}')
-        written.append(_write_leaf(path / 'state', name, shape, opened.leaves[name]))
+    written = [_write_leaf(path / 'state', name, shape, opened.leaves[name]) for name, shape in expected.items()]
     tree = {str((ITEM, *w.names)): _tree_entry(w) for w in written}
     told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
     files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
