@@ -7,7 +7,7 @@ become runs. What was written is read again, by another way than it was written,
 
 import argparse
 import json
-import math
+import os
 import resource
 import sys
 import time
@@ -42,15 +42,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--quantize', metavar='KIND', help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …')
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    flags.src, flags.dst = (_place(path) for path in (flags.src, flags.dst))
+    return flags
+
+
+def _place(path: str) -> str:
+    """A path as it is meant. Raises UsageError for what is none."""
+    if not path or not path.isprintable():
+        raise UsageError(f'{path!r} is no path: name SRC and DST')
+    return os.path.expanduser(path).rstrip('/') or '/'
 
 
 # ---- what is what ----
 
 
+def is_gguf(path: str) -> bool:
+    """Whether it is a GGUF file by its name."""
+    return path.lower().endswith('.gguf')
+
+
 def form_of(src: str) -> str:
     """What lies there: one of FORMS. Raises UsageError if it is none of them."""
-    if src in PACKAGED or src.endswith('.gguf'):
+    if src in PACKAGED and epath.Path(src).exists():
+        raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
+    if src in PACKAGED or is_gguf(src):
         return 'gguf'
     folder = epath.Path(split_run(src)[0])
     if not folder.exists():
@@ -77,7 +93,7 @@ def _json(file: epath.Path) -> Mapping[str, Any]:
 
 def target_form(dst: str, src_form: str, asked: str | None) -> str:
     """What DST is to be. Raises UsageError if its name says otherwise than --format."""
-    named = 'gguf' if dst.endswith('.gguf') else None
+    named = 'gguf' if is_gguf(dst) else None
     if asked and (asked == 'gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
     return asked or named or ('huggingface' if src_form == 'run' else 'run')
@@ -100,7 +116,7 @@ def gguf_file(src: str) -> str:
     """The GGUF file that SRC names."""
     if src in PACKAGED:
         return packaged(src)
-    return src if src.endswith('.gguf') else str(next(Path(src).glob('*.gguf')))
+    return src if is_gguf(src) else str(next(Path(src).glob('*.gguf')))
 
 
 # ---- reading and writing ----
@@ -180,29 +196,27 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         wrote = time.perf_counter() - begun
         found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None
-    told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **_finite(found._asdict())}
+    told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **found._asdict()}
     told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}
     told |= {'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     judge(flags, found, kind)
     return told
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
 def judge(flags: argparse.Namespace, found: Any, kind: str | None) -> None:
     """Says how the check went. Raises RunError if it failed."""
-    what = 'score' if math.isnan(found.kl) else 'logit'
+    what = 'score' if found.kl is None else 'logit'
     line = f'on {found.tokens} tokens the largest difference of a {what} is {found.largest:.2g}'
     if what == 'logit':
         line += f', the KL {found.kl:.2g} nats a token'
     if kind:
         line += f', the perplexity {found.perplexity_before:.4g} before and {found.perplexity_after:.4g} after'
-    most_kl = MOST_KL.get(kind or '') if what == 'logit' else None
-    good = found.largest <= MOST_DIFFERENCE if most_kl is None else found.kl <= most_kl
+    most_kl = MOST_KL.get(kind or '')
+    if most_kl is None or found.kl is None:
+        good, most = found.largest <= MOST_DIFFERENCE, f'a difference of {MOST_DIFFERENCE}'
+    else:
+        good, most = found.kl <= most_kl, f'a KL of {most_kl}'
     if not good:
-        most = f'a difference of {MOST_DIFFERENCE}' if most_kl is None else f'a KL of {most_kl}'
         raise RunError(f'{flags.dst} does not say what {flags.src} says: {line}; the most is {most}. It was left there')
     say(line)
 

@@ -34,7 +34,7 @@ def _told(path: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise RunError(f'{path} cannot be written ({why}): the last checkpoint is intact') from error
+        raise RunError(f'{path} cannot be written ({why}): what was there before is intact') from error
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -50,8 +50,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
             _write(temporary, data, 'wb')
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
             raise
+
+
+def _discard(temporary: epath.Path) -> None:
+    """Removes a temporary file, if the system lets us: why it was not written matters more."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -83,7 +89,7 @@ def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
         with _told(path):
             temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import resource
 import tracemalloc
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from lm import config as configs
 from lm import sharding
+from lm.data.chat_template import DEFAULT
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
@@ -47,7 +49,8 @@ def make(words):
             own = tuple(390 if d == 'V' else n for d, n in zip(letters, x.shape[1 if stacked else 0 :], strict=True))
             values = (0.2 * draw.standard_normal(((x.shape[0] if stacked else 1), *own))).astype(dtype)
             leaves[name] = Leaf(own, dtype, x.shape[0] if stacked else None, lambda i, values=values: values[i, ...])
-        return Opened('a random one', model, leaves, words.saved, scored=scored)
+        saved = {**words.saved, 'chat_template.jinja': DEFAULT.encode()}
+        return Opened('a random one', model, leaves, saved, scored=scored)
 
     return made
 
@@ -156,3 +159,14 @@ def test_what_does_not_fit_together_is_one_line_and_writes_nothing(make, tmp_pat
     at_rest.write_run(source, tmp_path / 'run')
     with pytest.raises(UsageError, match='exists'):
         at_rest.write_run(source, tmp_path / 'run')
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(make, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        with pytest.raises(RunError, match=r'state cannot be written \(.*File too large') as caught:
+            at_rest.write_run(make(), tmp_path / 'run')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())

@@ -121,6 +121,28 @@ def test_from_a_run_to_a_gguf_file_and_back(call, dialogues):
     same(at_rest.open_run(str(dialogues.run('sft'))), at_rest.open_run('again'))
 
 
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'reward'])
+def test_a_run_out_and_back_is_the_same_run(call, dialogues, stage):
+    """Its stage, its weights bit for bit, and the scale of its scores."""
+    run = str(dialogues.run(stage))
+    for words in ((run, 'folder'), ('folder', 'again')):
+        status, told, err = call(*words)
+        assert (status, told['largest']) == (0, 0), err
+    first, again = at_rest.open_run(run), at_rest.open_run('again')
+    same(first, again)
+    assert (again.scored, again.scale, again.model) == (first.scored, first.scale, first.model)
+    assert runs.read_config('again')['config']['stage'] == stage
+    assert (first.scale is not None) == (stage == 'reward')
+
+
+def test_numbers_that_are_none_fail_the_check(call, dialogues, monkeypatch):
+    whole = gguf_out.to_stored
+    monkeypatch.setattr(gguf_out, 'to_stored', lambda ours, *rest: whole(ours, *rest) * np.float32('nan'))
+    for kind in ('F32', 'BF16'):
+        status, told, err = call(dialogues.run('sft'), f'{kind}.gguf', f'--quantize={kind}')
+        assert (status, told) == (1, None) and 'difference of a logit is nan, the KL nan' in err
+
+
 def test_what_a_quantized_file_costs_is_told(call, dialogues):
     status, told, err = call(dialogues.run('sft'), 'model.gguf', '--quantize=Q8_0')
     assert status == 0 and 0 < told['kl'] < 1e-2 and 'the perplexity' in err and 'before and' in err
@@ -185,16 +207,23 @@ def test_agreement_is_the_difference_of_the_models(dialogues):
         (('RUN', 'x', '--tokens=1'), '--tokens=1 must be from 2 to'),
         (('file.txt', 'x'), 'file.txt: is neither a folder nor a .gguf file'),
         (('REWARD', 'x.gguf'), 'a reward model has no GGUF form'),
+        (('RUN', ''), "'' is no path"),
+        (('RUN', 'a\udcff'), 'is no path'),
+        (('RUN', 'x.GGUF/', '--format=run'), 'the name of a GGUF file ends with .gguf'),
+        (('~/none', 'x'), 'HOME/none: there is no such run'),
+        (('RUN', '~/there'), 'HOME/there exists'),
+        (('smollm2', 'x'), 'there is a folder smollm2: name ./smollm2'),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_writes_nothing(call, dialogues, tmp_path, words, wanted):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'there').mkdir()
+def test_what_cannot_be_done_is_one_line_and_writes_nothing(call, dialogues, monkeypatch, tmp_path, words, wanted):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in ('empty', 'there', 'smollm2'):
+        (tmp_path / name).mkdir()
     (tmp_path / 'file.txt').write_text('x')
     before = sorted(tmp_path.iterdir())
     runs_by_name = {'RUN': 'sft', 'REWARD': 'reward'}
     status, told, err = call(*(dialogues.run(runs_by_name[w]) if w in runs_by_name else w for w in words))
-    assert (status, told) == (2, None) and wanted in err and err.count('\n') == 1
+    assert (status, told) == (2, None) and wanted.replace('HOME', str(tmp_path)) in err and err.count('\n') == 1
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -527,19 +527,13 @@ def test_a_folder_that_could_not_be_written_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('stage', ['sft', 'reward'])
-def test_a_run_goes_out_and_comes_back_the_same(dialogues, tmp_path, stage):
+def test_a_runs_symbols_are_named(dialogues, tmp_path, stage):
     first = at_rest.open_run(str(dialogues.run(stage)))
     write_folder(first, tmp_path / 'out', say=QUIET)
     config, ends = (json.loads((tmp_path / 'out' / n).read_text()) for n in ('config.json', 'generation_config.json'))
     ids = {'bos_token_id': 1, 'pad_token_id': 0, 'eos_token_id': [2, 7]}
     assert {key: config[key] for key in ids} == ids and ends['eos_token_id'] == [2, 7]
     assert config['model_type'] == 'qwen3' and config['max_position_embeddings'] == first.model['context']
-    at_rest.write_run(open_folder(tmp_path / 'out'), tmp_path / 'run', say=QUIET)
-    again = at_rest.open_run(str(tmp_path / 'run'))
-    assert again.scored == first.scored and set(again.leaves) == set(first.leaves)
-    for path, leaf in first.leaves.items():
-        for layer in range(leaf.layers or 1):
-            np.testing.assert_array_equal(again.leaves[path].read(layer), leaf.read(layer), err_msg=path)
 
 
 def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):

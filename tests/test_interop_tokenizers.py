@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lm.data.chat_template import ChatTemplate
+from lm.data.chat_template import DEFAULT, ChatTemplate
 from lm.data.tokenizer import SPACE, train_tokenizer
 from lm.errors import UsageError
 from lm.interop import pre_tokenizers
@@ -97,7 +97,8 @@ def test_a_tokenizer_json_is_exported_as_it_is(ours):
 
 def test_transformers_gives_our_ids_and_prompts(ours, tmp_path):
     transformers = pytest.importorskip('transformers')
-    for name, content in to_huggingface(ours.saved, context=512).items():
+    saved = {**ours.saved, 'chat_template.jinja': DEFAULT.encode()}
+    for name, content in to_huggingface(saved, context=512).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -258,7 +259,8 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(files, said):
 
 
 def test_our_tokenizer_goes_through_a_gguf_file(ours):
-    keys = to_gguf(ours.saved, vocab_size=640)
+    saved = {**ours.saved, 'chat_template.jinja': DEFAULT.encode()}
+    keys = to_gguf(saved, vocab_size=640)
     assert keys['tokenizer.ggml.tokens'][600:602] == ['[PAD600]', '[PAD601]']
     assert all(len(keys[f'tokenizer.ggml.{name}']) == 640 for name in ('tokens', 'scores', 'token_type'))
     assert keys['tokenizer.ggml.eot_token_id'] == ours.marker_id('<|end|>')
@@ -268,8 +270,9 @@ def test_our_tokenizer_goes_through_a_gguf_file(ours):
     assert (back.pieces, back.stop_ids, back.pad_id) == (ours.pieces, ours.stop_ids, ours.pad_id)
     template = ChatTemplate(files['chat_template.jinja'].decode())
     assert template.prompt(back, TALK) == ChatTemplate().prompt(ours, TALK)
+    assert 'tokenizer.chat_template' not in to_gguf(ours.saved, vocab_size=640)  # of what only continues text
     assert (
-        to_gguf(to_huggingface(ours.saved, context=None), vocab_size=640)['tokenizer.ggml.tokens']
+        to_gguf(to_huggingface(saved, context=None), vocab_size=640)['tokenizer.ggml.tokens']
         == keys['tokenizer.ggml.tokens']
     )
 

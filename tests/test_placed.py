@@ -11,9 +11,10 @@ import pytest
 from lm import sharding
 from lm.errors import UsageError
 from lm.interop import placed
-from lm.interop.huggingface import open_folder
+from lm.interop.huggingface import open_folder, write_folder
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
+from lm.training import at_rest, runs
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
 
@@ -44,6 +45,20 @@ def test_the_logits_are_those_of_transformers_however_they_are_split(name):
     assert host['embed_VD'].shape[0] == 128 and not host['embed_VD'][96:].any()
     found = transformer.logits(host, cfg, transformer.forward(host, cfg, jnp.asarray(tokens)))
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_folder_is_loaded_onto_the_mesh_and_answers(tmp_path, dialogues):
+    write_folder(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'folder', say=lambda line: None)
+    with sharding.use_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4]):
+        found = at_rest.load(open_folder(tmp_path / 'folder'))
+        wanted = runs.load(str(dialogues.run('sft')), warn=pytest.fail)
+        for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(wanted.params), strict=True):
+            assert (a.sharding, a.shape) == (b.sharding, b.shape)
+        ids_BT = jnp.array([wanted.tokenizer.encode('a fish in the sea')])
+        says = jax.jit(lambda p: transformer.logits(p, found.cfg, transformer.forward(p, found.cfg, ids_BT)))
+        np.testing.assert_array_equal(says(found.params), says(wanted.params))
+    assert found.tokenizer.encode('a fish') == wanted.tokenizer.encode('a fish')
+    assert (found.config['stage'], found.config['model']['dim']) == ('sft', found.cfg.dim)
 
 
 def test_each_is_cast_and_every_layer_is_its_own():

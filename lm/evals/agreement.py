@@ -4,7 +4,6 @@ Of each model one layer is in memory at a time, so that what does not fit there 
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, from_model
 from lm.errors import UsageError
 from lm.interop import tokenizer_files
 from lm.interop.opened import Opened
@@ -36,12 +34,12 @@ Is 5 × 7 more than 6²? No: 35 < 36. Am Morgen war das Meer ruhig, et le phare 
 
 class Agreement(NamedTuple):
     """What came out: the largest difference of a logit (of a reward model: of a score), KL(a‖b) in nats a token, and
-    each one's perplexity on the text; nan for a reward model, which has no logits."""
+    each one's perplexity on the text; None for a reward model, which has no logits. NaN where the numbers are."""
 
     largest: float
-    kl: float
-    perplexity_before: float
-    perplexity_after: float
+    kl: float | None
+    perplexity_before: float | None
+    perplexity_after: float | None
     tokens: int
 
 
@@ -52,32 +50,24 @@ def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
     """
     if a.scored != b.scored:
         raise UsageError(f'{a.where} and {b.where}: one is a reward model and the other is not')
-    words = tokenizer_of(a)
+    words = tokenizer_files.loaded(a.tokenizer)
     ids = [words.bos_id, *words.encode(TEXT)][:tokens]
-    others = tokenizer_of(b)
+    others = tokenizer_files.loaded(b.tokenizer)
     if [others.bos_id, *others.encode(TEXT)][:tokens] != ids:
         raise UsageError(f'{b.where}: its tokenizer gives other ids than that of {a.where}')
     if a.scored:
         largest = np.max(np.abs(scores(a, ids) - scores(b, ids)))
-        return Agreement(float(largest), math.nan, math.nan, math.nan, len(ids))
-    largest = kl = 0.0
+        return Agreement(float(largest), None, None, None, len(ids))
+    largest, kl = np.float32(0), 0.0
     nll = np.zeros(2)
     for p_V, q_V, target in zip(logits_of(a, ids), logits_of(b, ids), [*ids[1:], None], strict=True):
-        largest = max(largest, float(np.max(np.abs(p_V - q_V))))
-        p_V, q_V = (x - np.logaddexp.reduce(x) for x in (p_V.astype(np.float64), q_V.astype(np.float64)))
+        largest = np.maximum(largest, np.max(np.abs(p_V - q_V)))  # NaN stays, which max() loses
+        with np.errstate(invalid='ignore'):
+            p_V, q_V = (x - np.logaddexp.reduce(x) for x in (p_V.astype(np.float64), q_V.astype(np.float64)))
         kl += float(np.sum(np.exp(p_V) * (p_V - q_V)))
         nll -= 0 if target is None else (p_V[target], q_V[target])
     before, after = np.exp(nll / (len(ids) - 1))
-    return Agreement(largest, max(kl / len(ids), 0.0), float(before), float(after), len(ids))
-
-
-def tokenizer_of(opened: Opened) -> Tokenizer:
-    """The tokenizer of a model's files."""
-    if JSON_FILE in opened.tokenizer:
-        return tokenizer_files.loaded(opened.tokenizer)
-    if MODEL_FILE not in opened.tokenizer:
-        raise UsageError(f'{opened.where} has no tokenizer: put its files there')
-    return from_model(opened.tokenizer[MODEL_FILE])
+    return Agreement(float(largest), float(np.maximum(kl / len(ids), 0)), float(before), float(after), len(ids))
 
 
 def logits_of(opened: Opened, ids: Sequence[int]) -> np.ndarray:

@@ -28,7 +28,7 @@ CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.
 SHARD = 5_000_000_000  # of a file of weights
 PIECE_BYTES = 2**24  # that are put in order for writing at once
 IGNORED = ('rotary_emb.inv_freq', 'masked_bias')  # old files' copies of what follows from config.json
-BIAS = 'reward_bias'  # our key in config.json: their reward models have none
+BIAS, MEAN, STD = 'reward_bias', 'reward_mean', 'reward_std'  # keys of ours in config.json: theirs have none
 SMALL_FILE = 64 << 20  # bytes: no tokenizer's file is larger
 _WORDS = (
     'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
@@ -62,7 +62,8 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     leaves, left = _leaves(names, told, where, lambda name, info: fetch(prefixed[name], info))
     notes = _settle_head(told, names, left, leaves, fetch, prefixed)
     if told.scored:
-        leaves['bias_score'] = _bias(config, where)
+        bias = np.array(_number(config, BIAS, where) or 0, np.float32)
+        leaves['bias_score'] = Leaf((), bias.dtype, None, lambda _: bias)
         notes += [] if BIAS in config else [f'{where}: has no bias of its score: it is 0']
     if told.vision:
         notes.append(f'{where}: the text model was taken, and what reads images was left out')
@@ -72,7 +73,8 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
         words = tokenizers.from_huggingface(words)
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
-    return Opened(where, told.model, leaves, words, scored=told.scored, notes=tuple(notes))
+    scale = _scale(config, where) if told.scored else None
+    return Opened(where, told.model, leaves, words, scored=told.scored, scale=scale, notes=tuple(notes))
 
 
 def _object(path: epath.Path) -> dict[str, Any]:
@@ -228,11 +230,20 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint8)
 
 
-def _bias(config: Mapping[str, Any], where: str) -> Leaf:
-    value = config.get(BIAS, 0.0)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise UsageError(f'{where}/{CONFIG}: {BIAS}={value!r} is not a number')
-    return Leaf((), np.dtype(np.float32), None, lambda _: np.array(value, np.float32))
+def _number(config: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = config.get(key)
+    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        raise UsageError(f'{where}/{CONFIG}: {key}={value!r} is not a number')
+    return value
+
+
+def _scale(config: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    mean, std = _number(config, MEAN, where), _number(config, STD, where)
+    if mean is None or std is None:
+        return None
+    if std <= 0:
+        raise UsageError(f'{where}/{CONFIG}: {STD}={std!r} is not positive')
+    return mean, std
 
 
 def _check_surplus(left: set[str], where: str) -> None:
@@ -318,6 +329,7 @@ def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:
     if opened.scored:
         config |= {'num_labels': 1, 'id2label': {'0': 'score'}, 'label2id': {'score': 0}}
         config[BIAS] = float(opened.leaves['bias_score'].read(0))
+        config |= dict(zip((MEAN, STD), opened.scale, strict=True)) if opened.scale else {}
     return config
 
 

@@ -38,6 +38,7 @@ class Opened:
       tokenizer: the files of its tokenizer by name, as a run's tokenizer/ holds them: tokenizer.json or tokenizer.model
         and what stands beside it (tokenizer_config.json, generation_config.json, chat_template.jinja).
       scored: whether it is a reward model.
+      scale: of a reward model, the mean and the standard deviation that its scores are normalised with, if known.
       notes: what was left out or changed on the way in, one sentence each, for the user.
     """
 
@@ -46,4 +47,5 @@ class Opened:
     leaves: Mapping[str, Leaf]
     tokenizer: Mapping[str, bytes] = field(repr=False)
     scored: bool = False
+    scale: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.data import tokenizer_json
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, from_model
 from lm.errors import UsageError
 
 
@@ -20,9 +20,11 @@ def checked(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def loaded(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json and the files beside it. Raises UsageError if lm cannot use it."""
+    """The tokenizer of a run's files. Raises UsageError if there is none, or lm cannot use it."""
+    if JSON_FILE not in files and MODEL_FILE not in files:
+        raise UsageError(f'the model has no tokenizer ({JSON_FILE} or {MODEL_FILE}), and is of no use without')
     try:
-        return tokenizer_json.from_files(files)
+        return tokenizer_json.from_files(files) if JSON_FILE in files else from_model(files[MODEL_FILE])
     except UsageError as e:
         raise UsageError(f'the tokenizer {e}: name another') from e.__cause__
     except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data import chat_template, tokenizer, tokenizer_json
+from lm.data import chat_template, tokenizer_json
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE, SPACE, Tokenizer
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
@@ -192,13 +192,10 @@ def to_gguf(files: Mapping[str, bytes], *, vocab_size: int) -> dict[str, Any]:
 
     Raises UsageError if a GGUF file cannot say what the tokenizer does.
     """
-    if JSON_FILE not in files and MODEL_FILE not in files:
-        raise UsageError(f'the model has no tokenizer ({JSON_FILE} or {MODEL_FILE}), and is of no use without')
+    ours = loaded(files)
     if JSON_FILE in files:
-        ours = loaded(files)
         found = _from_json(files)
     else:
-        ours = tokenizer.from_model(files[MODEL_FILE])
         found = _keys_of_pieces(sentencepiece_json.read_model(files[MODEL_FILE]))
     found |= _symbol_ids(files, ours)
     if UNKNOWN in found['token_type']:
@@ -221,7 +218,8 @@ def _filled(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
     config = _read(files, CONFIG_FILE) | {k: v for k, v in _read(files, MAP_FILE).items() if v}
-    template = _template(files, ours)
+    text = files[TEMPLATE_FILE].decode(errors='replace') if TEMPLATE_FILE in files else None
+    template = None if text is None else chat_template.ChatTemplate(text)
     end = _turn_end(template, ours)
     ids: dict[str, Any] = {'eos_token_id': ours.eos_id}
     if ours.bos_id != ours.eos_id or config.get('bos_token'):
@@ -237,12 +235,6 @@ def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
     ids['add_bos_token'] = 'bos_token_id' in ids and chat_template.begins_with_bos(ours)
     ids['add_eos_token'] = False
     return ids | ({_TEMPLATE: template.text} if template else {})
-
-
-def _template(files: Mapping[str, bytes], ours: Tokenizer) -> chat_template.ChatTemplate | None:
-    if TEMPLATE_FILE in files:
-        return chat_template.ChatTemplate(files[TEMPLATE_FILE].decode(errors='replace'))
-    return chat_template.find(None, ours)
 
 
 def _turn_end(template: chat_template.ChatTemplate | None, ours: Tokenizer) -> int:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.data import tokenizer
-from lm.data.chat_template import DEFAULT, TEMPLATE_FILE
+from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
 from lm.errors import UsageError
 from lm.interop import sentencepiece_json
-from lm.interop.tokenizer_files import checked, dump
+from lm.interop.tokenizer_files import checked, dump, loaded
 from lm.interop.tokenizer_gguf import from_gguf, to_gguf
 
 __all__ = ['from_gguf', 'from_huggingface', 'to_gguf', 'to_huggingface']
@@ -33,23 +33,21 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
     """
     if JSON_FILE in files:
         return dict(files)
-    if MODEL_FILE not in files:
-        raise UsageError(f'the model has no tokenizer ({JSON_FILE} or {MODEL_FILE}), and is of no use without')
-    ours = tokenizer.from_model(files[MODEL_FILE])
+    ours = loaded(files)
     spec = sentencepiece_json.to_json(sentencepiece_json.read_model(files[MODEL_FILE]), bos='<bos>')
     symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
-    template = files.get(TEMPLATE_FILE, DEFAULT.encode())
+    template = files[TEMPLATE_FILE].decode(errors='replace') if TEMPLATE_FILE in files else None
     ends = {'bos_token_id': ours.bos_id, 'eos_token_id': list(ours.stop_ids), 'pad_token_id': ours.pad_id}
     return {
         JSON_FILE: dump(spec),
-        CONFIG_FILE: dump(_config(symbols, spec, template.decode(errors='replace'), context)),
+        CONFIG_FILE: dump(_config(symbols, spec, template, context)),
         MAP_FILE: dump(symbols),
         GENERATION_FILE: dump(ends),
-        TEMPLATE_FILE: template,
+        **({} if template is None else {TEMPLATE_FILE: template.encode()}),  # what only continues text has none
     }
 
 
-def _config(symbols: dict[str, str], spec: dict[str, Any], template: str, context: int | None) -> dict[str, Any]:
+def _config(symbols: dict[str, str], spec: dict[str, Any], template: str | None, context: int | None) -> dict[str, Any]:
     """The tokenizer_config.json of a tokenizer of ours; releases before 4.53 look for the template in it."""
     added = {str(t['id']): {key: value for key, value in t.items() if key != 'id'} for t in spec['added_tokens']}
     config = {
@@ -61,8 +59,9 @@ def _config(symbols: dict[str, str], spec: dict[str, Any], template: str, contex
         'add_eos_token': False,
         'clean_up_tokenization_spaces': False,
         'chat_template': template,
+        'model_max_length': context,
     }
-    return config if context is None else {**config, 'model_max_length': context}
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def from_huggingface(files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ one by one, so that a model of any size is converted within the memory of its la
 Orbax restores (0.12), with the checksums of `lm.training.checkpoint`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,12 +21,13 @@ from etils import epath
 from lm import config as configs
 from lm import files, sharding
 from lm.config import Config, split_run
-from lm.data import chat_template
+from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
+from lm.interop import placed, tokenizer_files
 from lm.interop.opened import Leaf, Opened
 from lm.model.transformer import ModelConfig
-from lm.training import checkpoint, runs
+from lm.training import checkpoint, normalisation, runs
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
 CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
@@ -50,22 +52,28 @@ def open_run(run: str) -> Opened:
     for at in [step] if asked else checkpoint.listed(directory):
         try:
             leaves = _verified(directory / str(at), runs.weights_item(saved['config']), saved['config'])
-            return _opened(run, saved['config'], leaves, tuple(notes))
+            return _opened(run, saved['config'], leaves, at, notes)
         except ValueError as error:
             notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
     raise RunError(notes[-1] if asked else f'no checkpoint in {directory} can be read: {notes[-1]}')
 
 
-def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], notes: tuple[str, ...]) -> Opened:
+def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], step: int, notes: list[str]) -> Opened:
     known = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
     model = {name: value for name, value in known.items() if name != 'scan'}
     model['context'] = model.get('context') or config['seq_len']
-    folder = epath.Path(runs.tokenizer_folder(run))
+    folder, scored, scale = epath.Path(runs.tokenizer_folder(run)), runs.is_scored(config), None
+    try:
+        scale = normalisation.read(folder.parent, step) if scored else None
+    except RunError as error:  # it was not evaluated yet
+        notes.append(str(error))
     try:
         tokenizer = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+        if config['stage'] == 'pretrain':  # else whoever opens what is written would take it for one that answers
+            tokenizer.pop(TEMPLATE_FILE, None)
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
-    return Opened(run, model, leaves, tokenizer, scored=runs.is_scored(config), notes=notes)
+    return Opened(run, model, leaves, tokenizer, scored=scored, scale=scale, notes=tuple(notes))
 
 
 def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[str, Leaf]:
@@ -140,6 +148,18 @@ def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return max(1, min(shape[0], CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize)))
 
 
+def load(opened: Opened) -> runs.Model:
+    """A model of any form on the current mesh, its weights straight to their devices: no run is written.
+
+    Raises UsageError if it has settings that we do not know, or is no model of its settings.
+    """
+    config = _config(opened)
+    cfg = runs.model_config(config)
+    abstract = runs.abstract_scored(cfg) if opened.scored else runs.abstract_params(cfg)
+    params = placed.arrays(opened, abstract)
+    return runs.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), config.to_dict(), 0)
+
+
 # ---- writing ----
 
 
@@ -154,8 +174,12 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         raise UsageError(f'{workdir} exists: name a new folder')
     config = _config(opened)
     with files.new_folder(workdir) as made:
-        config.stage, fingerprint = _write_words(opened, made / 'tokenizer')
+        for name, content in opened.tokenizer.items():
+            files.write_bytes(made / 'tokenizer' / name, content)
+        fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
         runs.write_config(made, config, data=None, tokenizer=fingerprint, converted_from=opened.where)
+        if opened.scored:  # scores without a scale are taken as they are
+            normalisation.write(made, 0, normalisation.Scale(*(opened.scale or (0.0, 1.0))))
         _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0')
 
 
@@ -171,16 +195,8 @@ def _config(opened: Opened) -> Config:
     config.seq_len = min(config.model.context or config.seq_len, MOST_SEQ_LEN)
     configs.check(config)
     config.steps = 0
+    config.stage = 'reward' if opened.scored else 'sft' if TEMPLATE_FILE in opened.tokenizer else 'pretrain'
     return config
-
-
-def _write_words(opened: Opened, folder: epath.Path) -> tuple[str, str]:
-    """Writes the tokenizer's files: (the stage that a run with them is of, the tokenizer's fingerprint)."""
-    for name, content in opened.tokenizer.items():
-        files.write_bytes(folder / name, content)
-    tokenizer = Tokenizer.load(folder)
-    speaks = chat_template.find(folder, tokenizer) is not None
-    return ('reward' if opened.scored else 'sft' if speaks else 'pretrain'), tokenizer.fingerprint
 
 
 class _Written(NamedTuple):
@@ -242,7 +258,8 @@ def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf
         for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
             words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
             part = slice(at, at + len(piece)) if own else ...
-            array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
+            with _told(state):
+                array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
     path = tuple(jax.tree_util.DictKey(key) for key in (ITEM, *names))
     return _Written(jax.tree_util.keystr(path), names, shape, leaf.dtype.name, [int(w) for w in words])
 
@@ -269,4 +286,15 @@ def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[i
         'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'},
         'metadata': metadata, 'store_data_equal_to_fill_value': True,
     }  # fmt: skip
-    return ts.open(spec, create=True, open=True).result()
+    with _told(state):
+        return ts.open(spec, create=True, open=True).result()
+
+
+@contextlib.contextmanager
+def _told(path: epath.Path) -> Iterator[None]:
+    """What TensorStore could not write becomes a RunError that says why."""
+    try:
+        yield
+    except ValueError as error:
+        why = str(error).splitlines()[0].split(' [')[0]
+        raise RunError(f'{path} cannot be written ({why})') from error
