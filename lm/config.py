@@ -61,35 +61,7 @@ def base() -> Config:
     c.precision = ConfigDict()
     c.precision.compute = placeholder(str)  # dtype of activations; None: bfloat16, on CPU float32
 
-    c.model = ConfigDict()
-    c.model.vocab_size = 4096
-    c.model.dim = 128
-    c.model.layers = 4
-    c.model.heads = 4
-    c.model.kv_heads = 4
-    c.model.head_dim = 32
-    c.model.ffn_dim = 384
-    c.model.rope_theta = 10_000.0
-    c.model.norm_eps = 1e-6
-    c.model.qk_norm = True  # RMS-normalise queries and keys per head
-    c.model.tied = True  # one matrix for the embedding and the head
-    c.model.qk_norm_joint = False  # … over all heads at once (OLMo 2)
-    c.model.qkv_bias = False  # Qwen 2
-    c.model.norms = 'pre'  # pre | post (OLMo 2) | both (Gemma 2 and 3): of what a sub-layer reads, of what it adds
-    c.model.norm_plus_one = False  # norms multiply by 1 + their weight (Gemma)
-    c.model.activation = 'silu'  # silu | gelu
-    c.model.window = placeholder(int)  # attend to this many last tokens in local layers; None: all
-    c.model.pattern = placeholder(str)  # 'local,global', with nope: repeated over the layers; None: all by window
-    c.model.rope_theta_local = placeholder(float)  # of a pattern's local layers; None: rope_theta
-    c.model.rope_scaling = placeholder(str)  # 'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'
-    c.model.query_scale = placeholder(float)  # what q·k is multiplied by; None: 1/√head_dim
-    c.model.embed_scale = placeholder(float)  # Gemma, Granite
-    c.model.residual_scale = placeholder(float)  # of what is added to the residual stream (Granite)
-    c.model.logit_scale = placeholder(float)  # Granite
-    c.model.context = placeholder(int)  # tokens that it was made to read at once; None: seq_len
-    c.model.attn_softcap = placeholder(float)
-    c.model.logit_softcap = placeholder(float)
-    c.model.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
+    c.model = _model()
 
     c.optim = ConfigDict()
     c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest) | adafactor
@@ -133,6 +105,40 @@ def base() -> Config:
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.profile = placeholder(int)  # step from which three steps are traced into DIR/profile
     return c.lock()
+
+
+def _model() -> ConfigDict:
+    """The graph, and its sizes: the fields of `lm.model.transformer.ModelConfig`."""
+    m = ConfigDict()
+    m.vocab_size = 4096
+    m.dim = 128
+    m.layers = 4
+    m.heads = 4
+    m.kv_heads = 4
+    m.head_dim = 32
+    m.ffn_dim = 384
+    m.rope_theta = 10_000.0
+    m.norm_eps = 1e-6
+    m.qk_norm = True  # RMS-normalise queries and keys per head
+    m.qk_norm_joint = False  # … over all heads at once (OLMo 2)
+    m.tied = True  # one matrix for the embedding and the head
+    m.qkv_bias = False  # Qwen 2
+    m.norms = 'pre'  # pre | post (OLMo 2) | both (Gemma 2 and 3): of what a sub-layer reads, of what it adds
+    m.norm_plus_one = False  # norms multiply by 1 + their weight (Gemma)
+    m.activation = 'silu'  # silu | gelu
+    m.window = placeholder(int)  # attend to this many last tokens in local layers; None: all
+    m.pattern = placeholder(str)  # 'local,global', with nope: repeated over the layers; None: all by window
+    m.rope_theta_local = placeholder(float)  # of a pattern's local layers; None: rope_theta
+    m.rope_scaling = placeholder(str)  # 'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'
+    m.query_scale = placeholder(float)  # what q·k is multiplied by; None: 1/√head_dim
+    m.embed_scale = placeholder(float)  # Gemma, Granite
+    m.residual_scale = placeholder(float)  # of what is added to the residual stream (Granite)
+    m.logit_scale = placeholder(float)  # Granite
+    m.context = placeholder(int)  # tokens that it was made to read at once; None: seq_len
+    m.attn_softcap = placeholder(float)
+    m.logit_softcap = placeholder(float)
+    m.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
+    return m
 
 
 # ---- reading the command line ----
