@@ -13,7 +13,7 @@ import pytest
 
 from lm import files
 from lm.errors import RunError, UsageError
-from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, tokenizers
+from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, tokenizers
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.layers import RopeScaling
@@ -66,7 +66,7 @@ def arrays(model, dtype, seed=0):
     top = gguf_arch.TOP | ({} if model['tied'] else gguf_arch.HEAD)
     found = {}
     for leaf in [*top, *(f'layers/{name}' for name in arch.layer)]:
-        shape, stored = gguf_arch.shapes(leaf, model)
+        shape, stored = graph.shapes(leaf, model)
         lead = (model['layers'],) if leaf.startswith('layers/') else ()
         if 'norm' in leaf:
             mean = 0 if model.get('norm_plus_one') else 1
@@ -79,7 +79,7 @@ def arrays(model, dtype, seed=0):
 
 def opened(name='llama', dtype=np.float32, **more):
     """A random model in memory, and its parameters."""
-    model = gguf_arch.PLAIN | SIZES | MODELS[name] | more
+    model = graph.PLAIN | SIZES | MODELS[name] | more
     found = arrays(model, dtype)
     leaves = {
         leaf: Leaf(x.shape[1:], x.dtype, len(x), lambda i, x=x: x[i])
@@ -171,7 +171,7 @@ def test_q8_0_is_close_and_what_has_no_blocks_is_f16(tmp_path):
 
 def test_architecture_is_the_first_that_is_the_graph():
     for name, more in MODELS.items():
-        assert gguf_out.choose(gguf_arch.PLAIN | SIZES | more)[0] == name.partition('-')[0]
+        assert gguf_out.choose(graph.PLAIN | SIZES | more)[0] == name.partition('-')[0]
     wide = {'layers': 46, 'query_scale': (64 // 4) ** -0.5}  # Gemma 2 27B is known by its depth
     assert gguf_out.choose(SIZES | MODELS['gemma2'] | wide)[0] == 'gemma2'
     inside = {'window': 128}  # local layers that see all of the context
@@ -181,12 +181,12 @@ def test_architecture_is_the_first_that_is_the_graph():
 @pytest.mark.parametrize(
     'more, why',
     [
-        ({'window': 64}, 'llama is but for model.pattern=local (llama: global)'),
+        ({'window': 64}, 'llama is but for model.window=64 (llama: None)'),
         ({'qk_norm': True, 'qkv_bias': True, 'head_dim': 16}, 'qwen2 is but for model.qk_norm=True (qwen2: False)'),
         ({'qkv_bias': True}, 'llama is but for model.qkv_bias=True'),  # qwen2's heads are as wide as the model
         ({'qk_norm_joint': True}, 'model.qk_norm_joint=True'),
         ({'norms': 'post'}, 'model.norms=post (llama: pre)'),
-        ({'pattern': 'global,nope'}, 'model.pattern=global,nope,global'),
+        ({'pattern': 'global,nope'}, 'llama is but for model.pattern=global,nope (llama has other kinds of layer)'),
         ({'query_scale': 0.5}, 'model.query_scale=0.5'),
         ({'embed_scale': 2.0}, 'model.embed_scale=2.0'),
         ({'residual_scale': 0.22}, 'model.residual_scale=0.22'),

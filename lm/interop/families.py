@@ -67,7 +67,7 @@ class Family(NamedTuple):
 
     Attributes:
       model_type: its name in config.json.
-      graph: model.*, where it is not `gguf_arch.PLAIN`.
+      graph: model.*, where it is not `graph.PLAIN`.
       layer: tensors of each layer.
       causal, scored: the names of its classes; None: `transformers` has no such class.
       keys: settings that it has beside those of all.

@@ -5,15 +5,12 @@ for each type of layer). The first is written: both versions read it. Which arch
 reader: its settings are written for one, read back, and compared.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
-from lm.interop.gguf_arch import PLAIN, kinds
+from lm.interop.graph import PLAIN, differences, kinds
 from lm.model.layers import RopeScaling
 
 INT32_MAX = 2**31 - 1
@@ -358,42 +355,8 @@ def _differences(model: Mapping[str, Any], config: Mapping[str, Any], family: Fa
         seen = describe({**config, 'num_labels': 1}, family.causal).model
     except UsageError as error:
         return [str(error)]
-    a, b = comparable(model, scored=scored), comparable(seen, scored=scored)
-    misses = list(dict.fromkeys(_miss(key, model, a[key], b[key], family) for key in b if a[key] != b[key]))
+    unread = {'tied': True, 'logit_scale': None, 'logit_softcap': None} if scored else {}
+    misses = differences({**model, **unread}, seen | unread, family.model_type)
     if family.square and model['dim'] % model['heads']:
         misses.append(f'model.dim={model["dim"]} ({family.model_type}: a multiple of model.heads={model["heads"]})')
     return misses
-
-
-def _miss(key: str, model: Mapping[str, Any], wanted: Any, found: Any, family: Family) -> str:
-    """One setting that a family would not keep; of what differs by layer, the pattern."""
-    if isinstance(wanted, tuple) or isinstance(found, tuple):
-        return f'model.pattern={model["pattern"]} ({family.model_type} has other kinds of layer)'
-    return f'model.{key}={wanted} ({family.model_type}: {found})'
-
-
-def comparable(model: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
-    """A graph's settings, equal where two graphs are: what each layer does, in the place of what says it."""
-    words, patterned = kinds(model), model['pattern'] is not None
-    local = (model['rope_theta_local'] or model['rope_theta'], None) if patterned else None
-    shared = (model['rope_theta'], model['rope_scaling'])
-    turns = [(None, None) if w == 'nope' else local or shared if w == 'local' else shared for w in words]
-    m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
-    m['window'] = _one([model['window'] if word == 'local' else None for word in words])
-    m['rope_theta'] = _one([theta for theta, _ in turns])
-    m['rope_scaling'] = _one([scaling for _, scaling in turns])
-    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
-    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
-    if scored:
-        m |= {'tied': True, 'logit_scale': 1.0, 'logit_softcap': None}
-    return {k: _rounded(v) for k, v in m.items()}
-
-
-def _one(values: Sequence[Any]) -> Any:
-    """What all layers have, or the list of what each has."""
-    return values[0] if len(set(values)) == 1 else tuple(values)
-
-
-def _rounded(value: Any) -> Any:
-    """Float32's precision is all that the decoder has."""
-    return float(np.float32(value)) if isinstance(value, float) and math.isfinite(value) else value

@@ -13,14 +13,6 @@ import numpy as np
 from lm.errors import UsageError
 from lm.model.layers import RopeScaling
 
-# What a graph is where its architecture says nothing else.
-PLAIN: dict[str, Any] = {
-    'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
-    'activation': 'silu', 'query_scale': None, 'embed_scale': None, 'residual_scale': None, 'logit_scale': None,
-    'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
-    'logit_softcap': None, 'context': None,
-}  # fmt: skip
-
 TOP = {'embed_VD': 'token_embd.weight', 'final_norm_D': 'output_norm.weight'}
 HEAD = {'head_DV': 'output.weight'}
 ROPE_FREQS = 'rope_freqs.weight'  # what the rotary frequencies are divided by: llama3 scaling
@@ -85,34 +77,6 @@ ARCHS = {
     ),
     'gemma3': Arch(_GEMMA | {'qk_norm': True}, LAYER | POST_NORMS | QK_NORMS, period=6, scaled=62),
 }  # fmt: skip
-
-
-def sizes(model: Mapping[str, Any]) -> dict[str, int]:
-    """The size of each letter."""
-    letters = {
-        'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'
-    }  # fmt: skip
-    return {letter: model[key] for letter, key in letters.items()}
-
-
-def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(a parameter's shape as we have it, as a file has it: [out, in], or one dim)."""
-    name = leaf.rpartition('/')[2]
-    dims = name.rpartition('_')[2]
-    shape = tuple(sizes(model)[letter] for letter in dims)
-    if name == 'embed_VD':
-        return shape, shape
-    if 'norm' in name or 'bias' in name:
-        return shape, (math.prod(shape),)
-    contracted = 2 if name == 'wo_NHD' else 1
-    return shape, (math.prod(shape[contracted:]), math.prod(shape[:contracted]))
-
-
-def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kind of each layer: 'local', 'global' …"""
-    pattern = model['pattern'] or ('local' if model['window'] else 'global')
-    words = pattern.split(',')
-    return tuple(words[i % len(words)] for i in range(model['layers']))
 
 
 def query_scale(arch: Arch, model: Mapping[str, Any]) -> float:

@@ -10,6 +10,7 @@ from lm.errors import UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.graph import PLAIN, shapes
 from lm.interop.opened import Leaf, Opened
 
 INT32_MAX = 2**31 - 1
@@ -71,7 +72,7 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
     model['norm_eps'] = get.real('attention.layer_norm_rms_epsilon')
     model['rope_theta'] = get.real('rope.freq_base', 10_000.0)
     model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in header.tensors)
-    model = tables.PLAIN | model | arch.graph | _gemma(get, arch, model)
+    model = PLAIN | model | arch.graph | _gemma(get, arch, model)
     if name == 'llama':
         model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in header.tensors
         window = get.size('attention.sliding_window', None)  # Mistral's
@@ -193,7 +194,7 @@ def _leaf(
     layers: int | None, fetch: Fetch,
 ) -> Leaf:  # fmt: skip
     """One parameter, of the tensors of these names."""
-    shape, stored = tables.shapes(leaf, model)
+    shape, stored = shapes(leaf, model)
     infos = []
     for place in places:
         info = header.tensors.get(place)

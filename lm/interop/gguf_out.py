@@ -17,7 +17,7 @@ from lm import files
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
-from lm.interop import gguf_in, kquants, mixes
+from lm.interop import gguf_in, graph, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.opened import Leaf, Opened
 from lm.model.layers import RopeScaling
@@ -50,7 +50,7 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
     if opened.scored:
         raise UsageError(f'{opened.where}: a reward model has no GGUF form')
     name, arch = choose(opened.model)
-    model = tables.PLAIN | dict(opened.model)
+    model = graph.PLAIN | dict(opened.model)
     plan = _plan(arch, model, quantize)
     metadata = _general(opened, name, quantize) | _described(name, arch, model)
     metadata |= tokenizers.to_gguf(opened.tokenizer, vocab_size=model['vocab_size'])
@@ -68,7 +68,7 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
 
 def choose(model: Mapping[str, Any]) -> tuple[str, Arch]:
     """The first architecture that is this graph exactly. Raises UsageError with the settings that the nearest lacks."""
-    given = tables.PLAIN | dict(model)
+    given = graph.PLAIN | dict(model)
     misses = {}
     for name, arch in ARCHS.items():
         misses[name] = _differences(name, arch, given)
@@ -85,8 +85,7 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     kind = (model['rope_scaling'] or 'none').split(',')[0]
     kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
     seen['rope_scaling'] = model['rope_scaling'] if kept else None
-    a, b = _plain(model), _plain(seen)
-    misses = [f'model.{key}={a[key]} ({name}: {b[key]})' for key in b if a[key] != b[key]]
+    misses = graph.differences(_without_windows(model), _without_windows(seen), name)
     if arch.period and not model['window']:  # some versions of llama.cpp divide by a soft-cap of 0 then
         misses.append(f'model.window=None ({name}: a number)')
     if arch.square and (wide := model['heads'] * model['head_dim']) != model['dim']:
@@ -94,24 +93,14 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     return misses
 
 
-def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A graph's settings, equal where two graphs are; `context`, which changes none, is left out."""
-    m = {k: v for k, v in model.items() if k != 'context'}
-    layers, window, local = tables.kinds(model), model['window'], model['rope_theta_local'] or model['rope_theta']
-    whole = window and model['context'] and window >= model['context']  # in its context, a local layer then sees all
-    if whole and local == model['rope_theta'] and not model['rope_scaling']:
-        layers = tuple('global' if kind == 'local' else kind for kind in layers)
-    if 'local' not in layers:
-        window, local = None, model['rope_theta']
-    m |= {'pattern': _summary(layers), 'window': window, 'rope_theta_local': local}
-    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
-    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
-    return {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in m.items()}
-
-
-def _summary(layers: tuple[str, ...]) -> str:
-    """The kinds of all layers in few words."""
-    return layers[0] if len(set(layers)) == 1 else ','.join(layers)
+def _without_windows(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The same graph with global layers for local ones that see all of its context, if that is all that they are."""
+    whole = model['window'] and model['context'] and model['window'] >= model['context']
+    alike = model['rope_theta_local'] in (None, model['rope_theta']) and not model['rope_scaling']
+    if not (whole and alike):
+        return dict(model)
+    words = ['global' if kind == 'local' else kind for kind in graph.kinds(model)]
+    return {**model, 'pattern': ','.join(words), 'window': None}
 
 
 # ---- what the file says ----
@@ -156,7 +145,7 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
     if arch.freqs and (model['rope_scaling'] or '').startswith('llama3'):
         plan.append(Tensor(tables.ROPE_FREQS, (model['head_dim'] // 2,), 'F32', '', 0))
     for leaf, gguf, i in places:
-        _, shape = tables.shapes(leaf, model)
+        _, shape = graph.shapes(leaf, model)
         tied = 'head_DV' not in top
         kind = mixes.kind_of(gguf, shape, mix=quantize, layer=i, layers=model['layers'], tied=tied)
         plan.append(Tensor(gguf, shape, kind, leaf, i))

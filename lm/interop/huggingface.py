@@ -20,7 +20,7 @@ from lm.interop import families, family_config, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
-from lm.interop.gguf_arch import shapes
+from lm.interop.graph import shapes
 from lm.interop.opened import Leaf, Opened
 from lm.interop.safetensors_file import Info
 

@@ -18,9 +18,11 @@ def open_gguf(path: str | Path) -> Opened:
 
     def fetch(name: str, info: Info) -> np.ndarray:
         found = tensors[name]
+        # Read, not mapped as the package would: what is mapped counts as the process's memory for as long as it lives.
+        data = np.fromfile(path, found.data.dtype, found.data.size, offset=found.data_offset).reshape(found.data.shape)
         if info.kind in ('F32', 'F16'):
-            return np.asarray(found.data).reshape(info.shape)
-        values = gguf.quants.dequantize(found.data, found.tensor_type)
+            return data.reshape(info.shape)
+        values = gguf.quants.dequantize(data, found.tensor_type)
         return values.astype(gguf_file.dtype_of(info)).reshape(info.shape)
 
     return gguf_in.open_gguf(path, fetch=fetch)

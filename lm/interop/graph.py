@@ -1,0 +1,80 @@
+"""A model's graph as its settings `model.*` say it: what the formats' readers and writers share."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# What a graph is where its architecture says nothing else.
+PLAIN: dict[str, Any] = {
+    'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
+    'activation': 'silu', 'query_scale': None, 'embed_scale': None, 'residual_scale': None, 'logit_scale': None,
+    'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
+    'logit_softcap': None, 'context': None,
+}  # fmt: skip
+
+
+def sizes(model: Mapping[str, Any]) -> dict[str, int]:
+    """The size of each letter."""
+    letters = {
+        'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'
+    }  # fmt: skip
+    return {letter: model[key] for letter, key in letters.items()}
+
+
+def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(a parameter's shape as we have it, as a file has it: [out, in], or one dim)."""
+    name = leaf.rpartition('/')[2]
+    dims = name.rpartition('_')[2]
+    shape = tuple(sizes(model)[letter] for letter in dims)
+    if name == 'embed_VD':
+        return shape, shape
+    if 'norm' in name or 'bias' in name:
+        return shape, (math.prod(shape),)
+    contracted = 2 if name == 'wo_NHD' else 1
+    return shape, (math.prod(shape[contracted:]), math.prod(shape[:contracted]))
+
+
+def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of each layer: 'local', 'global' …"""
+    pattern = model['pattern'] or ('local' if model['window'] else 'global')
+    words = pattern.split(',')
+    return tuple(words[i % len(words)] for i in range(model['layers']))
+
+
+def differences(wanted: Mapping[str, Any], kept: Mapping[str, Any], name: str) -> list[str]:
+    """'model.KEY=THIS (NAME: THAT)' of the settings that a format's NAME would not keep; of what differs by layer, the
+    pattern."""
+    a, b, misses = comparable(wanted), comparable(kept), {}
+    for key in (key for key in b if a[key] != b[key]):
+        if isinstance(a[key], tuple) or isinstance(b[key], tuple):
+            misses[f'model.pattern={wanted["pattern"]} ({name} has other kinds of layer)'] = None
+        else:
+            misses[f'model.{key}={a[key]} ({name}: {b[key]})'] = None
+    return list(misses)
+
+
+def comparable(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A graph's settings, equal where two graphs are: what each layer does, in the place of what says it."""
+    words, patterned = kinds(model), model['pattern'] is not None
+    local = (model['rope_theta_local'] or model['rope_theta'], None) if patterned else None
+    shared = (model['rope_theta'], model['rope_scaling'])
+    turns = [(None, None) if w == 'nope' else local or shared if w == 'local' else shared for w in words]
+    m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
+    m['window'] = _one([model['window'] if word == 'local' else None for word in words])
+    m['rope_theta'] = _one([theta for theta, _ in turns])
+    m['rope_scaling'] = _one([scaling for _, scaling in turns])
+    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
+    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
+    return {k: _rounded(v) for k, v in m.items()}
+
+
+def _one(values: Sequence[Any]) -> Any:
+    """What all layers have, or the list of what each has."""
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _rounded(value: Any) -> Any:
+    """Float32's precision is all that the decoder has."""
+    return float(str(np.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
