@@ -13,7 +13,7 @@ import pytest
 
 from lm import files
 from lm.errors import RunError, UsageError
-from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, tokenizers
+from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, independent, tokenizers
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.layers import RopeScaling
@@ -115,6 +115,19 @@ def test_written_and_read_back_is_the_same_bit_for_bit(name, kind, dtype, tmp_pa
         np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32), err_msg=leaf)
         matrix = 'norm' not in leaf and 'bias' not in leaf
         assert read.dtype == (gguf_file.PLAIN[kind] if matrix else np.float32)
+
+
+@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_K_M'])
+def test_independent_reader_finds_the_same_in_few_rows_at_a_time(kind, tmp_path, monkeypatch):
+    more = {'dim': 256, 'ffn_dim': 256} if kind == 'Q4_K_M' else {}
+    path, _, found = write(tmp_path, 'llama', quantize=kind, **more)
+    monkeypatch.setattr(independent, 'CHUNK', 1200)  # a few rows, and a rest
+    ours, theirs = gguf_in.open_gguf(path), independent.open_gguf(path)
+    for leaf in found:
+        a, b = ours.leaves[leaf], theirs.leaves[leaf]
+        assert (a.shape, a.dtype, a.layers) == (b.shape, b.dtype, b.layers)
+        for layer in range(a.layers or 1):
+            np.testing.assert_array_equal(a.read(layer), b.read(layer), err_msg=leaf)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -1,12 +1,13 @@
 """What was written, its tensors read again by others than our readers: the packages of the formats themselves."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from lm.errors import UsageError
 from lm.interop import gguf_file, gguf_in, huggingface
-from lm.interop.gguf_file import Info
+from lm.interop.gguf_file import CHUNK, Info, dtype_of
 from lm.interop.opened import Opened
 from lm.interop.safetensors_file import Info as Stored
 
@@ -17,13 +18,17 @@ def open_gguf(path: str | Path) -> Opened:
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
     def fetch(name: str, info: Info) -> np.ndarray:
+        """Some rows at a time, and read: what is mapped, as the package would, counts as our memory while it lives."""
         found = tensors[name]
-        # Read, not mapped as the package would: what is mapped counts as the process's memory for as long as it lives.
-        data = np.fromfile(path, found.data.dtype, found.data.size, offset=found.data_offset).reshape(found.data.shape)
-        if info.kind in ('F32', 'F16'):
-            return data.reshape(info.shape)
-        values = gguf.quants.dequantize(data, found.tensor_type)
-        return values.astype(gguf_file.dtype_of(info)).reshape(info.shape)
+        kind, width = found.data.dtype, found.data.shape[-1]
+        out = np.empty((found.data.size // width, math.prod(info.shape) * width // found.data.size), dtype_of(info))
+        step = max(1, CHUNK // (width * kind.itemsize))
+        for at in range(0, len(out), step):
+            n = min(step, len(out) - at)
+            place = found.data_offset + at * width * kind.itemsize
+            rows = np.fromfile(path, kind, n * width, offset=place).reshape(n, width)
+            out[at : at + n] = rows if info.kind in ('F32', 'F16') else gguf.quants.dequantize(rows, found.tensor_type)
+        return out.reshape(info.shape)
 
     return gguf_in.open_gguf(path, fetch=fetch)
 
