@@ -17,7 +17,7 @@ from lm.interop.opened import Opened
 from lm.model import sequences, transformer
 from lm.model.transformer import ModelConfig
 
-WORDS = 1 << 14  # of the vocabulary whose logits are made at once
+WORDS = 1 << 12  # of the vocabulary whose logits are made at once
 TEXT = """\
 A lighthouse keeper wrote down the weather three times a day. On the ninth of March the wind turned north, and by noon \
 the glass had fallen so far that she tapped it twice. "It is broken," said her brother; it was not. At four o'clock \
