@@ -86,7 +86,7 @@ def form_of(src: str) -> str:
 def _json(file: epath.Path) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f'{file} is damaged ({error})') from None
     return found if isinstance(found, dict) else {}
 
@@ -192,9 +192,15 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         opened = open_model(flags.src, src_form)
         for note in opened.notes:
             say(note)
+        agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
         write_model(opened, flags.dst, form, flags.quantize, say)
         wrote = time.perf_counter() - begun
-        found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+        try:
+            found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+        except UsageError as error:
+            raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
+        except KeyboardInterrupt:
+            raise RunError(f'interrupted: {flags.dst} is whole, and was not checked') from None
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None
     told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **found._asdict()}
     told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}

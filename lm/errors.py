@@ -61,6 +61,10 @@ def run_command(command: Callable[[], None]) -> int:
         return 0
     except (UsageError, RunError, Preempted) as error:
         return _told(str(error), error.status)
+    except ImportError as error:  # fsspec's, of a bucket: it says which package to install
+        if not str(error).startswith('Please install'):
+            raise
+        return _told(str(error), UsageError.status)
     except OSError as error:  # what is not written or read through `lm.files`
         return _told(str(error), RunError.status)
     except RuntimeError as error:  # XLA's, when the device's memory is full

@@ -330,7 +330,7 @@ def test_a_step_by_name(three):
     for name in ('7', 'x', '', '-1'):
         with pytest.raises(UsageError, match=r'has no checkpoint .*\(it has: 1, 2, 3\)'):
             checkpoint.find(f'{run}@{name}', abstract, warn=pytest.fail)
-    with pytest.raises(UsageError, match='has no checkpoint: train it first'):
+    with pytest.raises(UsageError, match='has no checkpoint: train or convert it first'):
         checkpoint.find(str(run / 'no'), abstract, warn=pytest.fail)
 
 

@@ -448,7 +448,7 @@ def test_chat_and_evaluate_refuse(call, trained, tmp_path):
     refused(call('inspect', f'--config={running.CONFIG}', '--rows=-1'), '--rows=-1')
     (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
     shutil.copy(trained / 'config.json', tmp_path / 'run')
-    refused(call('chat', tmp_path / 'run', '--raw', '--prompt=x'), 'has no checkpoint: train it first')
+    refused(call('chat', tmp_path / 'run', '--raw', '--prompt=x'), 'has no checkpoint: train or convert it first')
 
 
 def test_a_run_that_has_lost_its_tokenizer(call, trained, tmp_path):

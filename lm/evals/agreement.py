@@ -50,10 +50,8 @@ def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
     """
     if a.scored != b.scored:
         raise UsageError(f'{a.where} and {b.where}: one is a reward model and the other is not')
-    words = tokenizer_files.loaded(a.tokenizer)
-    ids = [words.bos_id, *words.encode(TEXT)][:tokens]
-    others = tokenizer_files.loaded(b.tokenizer)
-    if [others.bos_id, *others.encode(TEXT)][:tokens] != ids:
+    ids = ids_of(a, tokens)
+    if ids_of(b, tokens) != ids:
         raise UsageError(f'{b.where}: its tokenizer gives other ids than that of {a.where}')
     if a.scored:
         largest = np.max(np.abs(scores(a, ids) - scores(b, ids)))
@@ -68,6 +66,17 @@ def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
         nll -= 0 if target is None else (p_V[target], q_V[target])
     before, after = np.exp(nll / (len(ids) - 1))
     return Agreement(float(largest), float(np.maximum(kl / len(ids), 0)), float(before), float(after), len(ids))
+
+
+def ids_of(opened: Opened, tokens: int) -> list[int]:
+    """The text's first ids by a model's tokenizer. Raises UsageError if it has none that fits."""
+    words, rows = tokenizer_files.loaded(opened.tokenizer), opened.model['vocab_size']
+    ids = [words.bos_id, *words.encode(TEXT)][:tokens]
+    if max(ids) >= rows:
+        raise UsageError(
+            f'{opened.where}: its tokenizer gives the id {max(ids)}, and the model has {rows} rows for them'
+        )
+    return ids
 
 
 def logits_of(opened: Opened, ids: Sequence[int]) -> np.ndarray:

@@ -83,11 +83,16 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
 def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any]) -> str | None:
     """model.rope_scaling of a file."""
     get = _Keys(header.metadata, header.metadata['general.architecture'], str(path))
-    kind, factor = get.raw('rope.scaling.type', 'none'), get.real('rope.scaling.factor', 1.0)
+    factor = get.real('rope.scaling.factor', get.real('rope.scale_linear', 1.0))  # the second of older files
+    kind = get.raw('rope.scaling.type', 'linear')
     if kind not in ('none', 'linear') or (kind == 'linear' and factor != 1 and not arch.linear):
         raise UsageError(f'{path}: rotary scaling of type {kind!r} is not in our graph: we have linear and llama3')
     linear = f'linear,factor={tables.plain_number(factor)}' if kind == 'linear' and factor != 1 else None
-    info = header.tensors.get(tables.ROPE_FREQS) if arch.freqs else None
+    info = header.tensors.get(tables.ROPE_FREQS)
+    if info is not None and not arch.freqs:
+        raise UsageError(
+            f'{path}: has {tables.ROPE_FREQS}, which its architecture does not use: it is not what it says'
+        )
     if info is None:
         return linear
     factors = file.read(path, info).astype(np.float32).reshape(-1)

@@ -28,6 +28,7 @@ MIXES = {
 }  # fmt: skip
 QUANTIZATION_VERSION = 2  # of the blocks' layout
 ALIGNMENT = 32  # the format's own
+CONTEXT = 2048  # tokens, of a model that does not say: llama.cpp does not open a file without it
 ROWS = 2**22  # elements that are turned into a kind at once
 
 
@@ -51,6 +52,9 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
         raise UsageError(f'{opened.where}: a reward model has no GGUF form')
     name, arch = choose(opened.model)
     model = graph.PLAIN | dict(opened.model)
+    if not model['context']:
+        model['context'] = CONTEXT
+        say(f'{opened.where} does not say how many tokens it reads at once: context_length is {CONTEXT}')
     plan = _plan(arch, model, quantize)
     metadata = _general(opened, name, quantize) | _described(name, arch, model)
     metadata |= tokenizers.to_gguf(opened.tokenizer, vocab_size=model['vocab_size'])
@@ -84,6 +88,12 @@ def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     seen = gguf_in.graph(file.Header(_described(name, arch, model), tensors), name, arch, where=name)
     kind = (model['rope_scaling'] or 'none').split(',')[0]
     kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
+    if kind == 'llama3' and kept:  # what we would not read back is not written
+        options = {'theta': model['rope_theta'], 'head_dim': model['head_dim']}
+        try:
+            tables.llama3_scaling(tables.llama3_factors(model['rope_scaling'], **options), where=name, **options)
+        except UsageError:
+            kept = False
     seen['rope_scaling'] = model['rope_scaling'] if kept else None
     misses = graph.differences(_without_windows(model), _without_windows(seen), name)
     if arch.period and not model['window']:  # some versions of llama.cpp divide by a soft-cap of 0 then

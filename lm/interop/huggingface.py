@@ -90,9 +90,11 @@ def _object(path: epath.Path) -> dict[str, Any]:
 
 def _small(path: epath.Path) -> bytes:
     try:
-        if path.stat().length > SMALL_FILE:
+        with path.open('rb') as f:
+            content = f.read(SMALL_FILE + 1)  # a device has no length of its own
+        if len(content) > SMALL_FILE:
             raise UsageError(f'{path} has more than {SMALL_FILE} bytes: it is not what its name says')
-        return path.read_bytes()
+        return content
     except OSError as error:
         raise UsageError(f'{path}: cannot be read ({error.strerror or error})') from None
 
@@ -283,6 +285,9 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     family, config = family_config.choose(opened.model, scored=opened.scored)
     plan = _plan(opened, family)
     words, ids = _words_of(opened, say)
+    if opened.scored and _pads_with_an_end(ids):
+        ids['pad_token_id'] = None  # transformers reads the score before the last padding: it would pass by the end
+        say('the tokenizer has no padding of its own, so give transformers one row at a time, or set a pad_token')
     config |= ids | _more(opened, plan)
     if opened.scored:
         _say_of_scores(opened, say)
@@ -291,6 +296,11 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
             files.write_bytes(made / name, content)
         files.write_json(made / CONFIG, config)
         _write_weights(opened, made, plan, say)
+
+
+def _pads_with_an_end(ids: Mapping[str, Any]) -> bool:
+    ends = ids['eos_token_id']
+    return ids['pad_token_id'] is not None and ids['pad_token_id'] in (ends if isinstance(ends, list) else [ends])
 
 
 def _plan(opened: Opened, family: Family) -> list[Tensor]:

@@ -20,7 +20,7 @@ class Decoder(nnx.Module):
     def __init__(self, params: Params, cfg: ModelConfig) -> None:
         """
         Args:
-          params: arrays, as `runs.load(run).params`.
+          params: arrays, as `runs.load(run, warn=print).params`, loaded under `sharding.use_mesh()`.
         """
         self.cfg = cfg
         self.parameters = nnx.data(_wrapped(params))

@@ -43,6 +43,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     ends = [i for name in _ENDS if (i := _id(metadata, name, len(pieces))) is not None]
     if 'eos_token' not in symbols:
         raise UsageError(f'the tokenizer of the file names no token that ends a text ({_KEY}eos_token_id)')
+    ordinary = [key for key, i in symbols.items() if key in ('pad_token', 'unk_token') and pieces[i].kind == NORMAL]
+    symbols = {key: i for key, i in symbols.items() if key not in ordinary}  # a word that is used for it stays a word
     pieces = _as_controls(pieces, [*symbols.values(), *ends])
     begins = _get(metadata, 'add_bos_token', bool, _begins(model, metadata)) and 'bos_token' in symbols
     bos = names[symbols['bos_token']] if begins else None

@@ -53,7 +53,7 @@ def open_run(run: str) -> Opened:
         try:
             leaves = _verified(directory / str(at), runs.weights_item(saved['config']), saved['config'])
             return _opened(run, saved['config'], leaves, at, notes)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
     raise RunError(notes[-1] if asked else f'no checkpoint in {directory} can be read: {notes[-1]}')
 
@@ -73,7 +73,9 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
             tokenizer.pop(TEMPLATE_FILE, None)
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
-    return Opened(run, model, leaves, tokenizer, scored=scored, scale=scale, notes=tuple(notes))
+    found = Opened(run, model, leaves, tokenizer, scored=scored, scale=scale, notes=tuple(notes))
+    _expected(found, ModelConfig(**model))
+    return found
 
 
 def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[str, Leaf]:
@@ -101,6 +103,8 @@ class _Store:
 
     def __init__(self, path: epath.Path) -> None:
         told = json.loads((path / '_METADATA').read_text())
+        if not isinstance(told, dict):
+            raise ValueError('state/_METADATA is no object')
         self._driver = 'zarr3' if told.get('use_zarr3') else 'zarr'
         self._url = _url(path)
         self._ocdbt = (path / 'manifest.ocdbt').exists()

@@ -185,7 +185,7 @@ def locate(run: str) -> int:
     directory = epath.Path(folder) / 'checkpoints'
     steps = listed(directory)
     if not steps:
-        raise UsageError(f'{folder} has no checkpoint: train it first, or name another run')
+        raise UsageError(f'{folder} has no checkpoint: train or convert it first, or name another run')
     if step is not None and (not step.isdecimal() or int(step) not in steps):
         raise UsageError(f'{folder} has no checkpoint {step} (it has: {", ".join(map(str, reversed(steps)))})')
     check_layout(directory)
