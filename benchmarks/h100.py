@@ -39,7 +39,7 @@ from lm.training import step as training  # noqa: E402
 SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     '124M': ('124m', {}, 460_000),
     '350M': ('350m', {}, 188_000),
-    '1.5B': ('124m', {'dim': 1600, 'layers': 48, 'heads': 25, 'kv_heads': 25, 'ffn_dim': 4352}, 47_000),
+    '1.5B': ('124m', {'dim': 1600, 'layers': 48, 'heads': 25, 'kv_heads': 25, 'ffn_dim': 4352, 'scan': True}, 47_000),
 }
 TINY = {'dim': 32, 'layers': 2, 'heads': 2, 'kv_heads': 2, 'head_dim': 16, 'ffn_dim': 128, 'vocab_size': 250}
 SEQ_LEN = 1024
@@ -54,8 +54,8 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument('--rounds', type=configs.whole('--rounds'), default=10, help='timed steps')
     parser.add_argument('--microbatch', type=configs.whole('--microbatch'), help='sequences; default: try')
     parser.add_argument('--attention', help='blocks, dense, cudnn or splash; default: the platform decides')
-    parser.add_argument('--remat', default='none', help='none, names, dots or full')
-    parser.add_argument('--unroll', action='store_true', help='layers one after the other instead of scanned')
+    parser.add_argument('--remat', help='none, names, dots or full; default: dots in a scan, else none')
+    parser.add_argument('--unroll', action='store_true', help='layers one after the other at every size')
     parser.add_argument('--segments', type=configs.whole('--segments'), help='documents a row, masked from each other')
     parser.add_argument('--decode_batch', type=configs.whole('--decode_batch'), default=1, help='rows decoded at once')
     parser.add_argument('--decode_tokens', type=configs.whole('--decode_tokens'), default=512)
@@ -67,8 +67,10 @@ def parse(argv: Sequence[str]) -> Any:
 def settings(size: str, flags: Any) -> configs.Config:
     """The run's settings of a size."""
     preset, differs, _ = SIZES[size]
-    given = {'remat': flags.remat, 'model.scan': not flags.unroll, 'seq_len': 64 if flags.tiny else SEQ_LEN}
-    given |= {f'model.{key}': value for key, value in (TINY if flags.tiny else differs).items()}
+    given = {f'model.{key}': value for key, value in (TINY if flags.tiny else differs).items()}
+    given |= {'model.scan': False} if flags.unroll else {}
+    given |= {'remat': flags.remat or ('dots' if given.get('model.scan') else 'none')}
+    given |= {'seq_len': 64 if flags.tiny else SEQ_LEN}
     given |= {'batch_size': 8 if flags.tiny else STEP_TOKENS // SEQ_LEN, 'attention': flags.attention or 'none'}
     return configs.load(f'configs/pretrain.py:{preset}', [(key, str(value)) for key, value in given.items()])[0]
 

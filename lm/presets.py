@@ -7,6 +7,10 @@ from lm.errors import UsageError
 
 GPT2_VOCAB = 50_304  # 50,257 ids padded to a multiple of 128
 LLAMA3_VOCAB = 128_256
+# Layers one after the other are faster than in a scan, which copies what it keeps for the backward pass, and keeps more
+# unless told to keep products alone: of 12 on an H200 they were 1.16 times as fast as a scan with remat=dots, 1.5 times
+# as a scan without. They compile in proportion: 24 in a minute.
+UNROLLED = 24
 
 
 def _size(
@@ -14,9 +18,10 @@ def _size(
 ) -> dict[str, Any]:
     shape = {
         'dim': dim, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': dim // heads,
-        'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': True,
+        'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': layers > UNROLLED,
     }  # fmt: skip
-    return {f'model.{k}': v for k, v in shape.items()} | more
+    remat = {'remat': 'dots'} if layers > UNROLLED else {}
+    return {f'model.{k}': v for k, v in shape.items()} | remat | more
 
 
 def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:

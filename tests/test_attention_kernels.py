@@ -1,5 +1,6 @@
 """The accelerators' kernels: which one a device gets, and that each equals the dense twin."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from test_attention import assert_same, jitted
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import attention_kernels as kernels
+from lm.model import transformer
 from lm.model.attention import BACKENDS, attention, dense_attention
 
 H100 = kernels.Device('cuda', 'NVIDIA H100', 9.0)
@@ -199,6 +201,24 @@ def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, shape, packed, window):
     assert set(re.findall(r'mask_type\W+(\w+)', text)) == {'CAUSAL'}
     reach = window if window and not packed else 0  # a mask has the window in it
     assert set(re.findall(r'sliding_window_length\W+(\d+)', text)) == {str(reach)}
+
+
+@pytest.mark.parametrize('remat', ['dots', 'names'])
+@pytest.mark.parametrize('shape', [{}, {'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize('backend', ['cudnn', 'splash'])
+def test_a_layer_that_is_computed_again_does_not_run_the_kernel_again(tiny, monkeypatch, backend, shape, remat):
+    """Once forward, and what the backward pass of each kernel takes: one call of cuDNN's, two of splash's."""
+    inner = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
+    monkeypatch.setattr(inner, 'check_cudnn_version', lambda: 91_000)
+    cfg = dataclasses.replace(tiny, scan=True, remat=remat, attention=backend, dtype='bfloat16')
+    tokens_BT = jnp.zeros((2, 128), jnp.int32)
+    loss = lambda p: jnp.sum(transformer.forward(p, cfg, tokens_BT).astype(jnp.float32))
+    with sharding.use_mesh(shape, jax.devices()[: 4 if shape else 1]):
+        params = transformer.init_sharded(jax.random.key(0), cfg)
+        traced = jax.jit(jax.grad(loss)).trace(params)
+        text = traced.lower(lowering_platforms=('cuda' if backend == 'cudnn' else 'tpu',)).as_text()
+    calls = re.findall(r'custom_call @(__cudnn\$fmha|tpu_custom_call)', text)
+    assert len(calls) == {'cudnn': 2, 'splash': 3}[backend], calls
 
 
 def worst_on_gpu(T=260, B=2, N=8, K=2, H=64):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
@@ -42,8 +43,11 @@ def attention(
     # Under a mesh, even of one device, JAX cannot lay a kernel out: it is run on each device's own arrays.
     manual = backend in kernels.NEEDS and not jax.sharding.get_abstract_mesh().empty
     if not sharding.axis_sizes() and not manual:
-        return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, offset=None)
-    return _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT, offset=None)
+    else:
+        out_BTNH = _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    # what a remat policy may keep; of a kernel that is more than the output
+    return out_BTNH if backend in kernels.NEEDS else checkpoint_name(out_BTNH, kernels.NAME)
 
 
 def _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT):

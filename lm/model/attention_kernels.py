@@ -21,6 +21,7 @@ PREFERRED = {'cuda': 'cudnn', 'tpu': 'splash'}  # of other platforms: blocks
 NEEDS = {'cudnn': ('cuda', 'an NVIDIA GPU'), 'splash': ('tpu', 'a TPU')}
 LANES = 128  # the splash kernel's queries and keys come in multiples of a TPU's vector width
 SPLASH_BLOCKS = (512, 256, LANES)  # a side of its blocks, the first that divides; more would not fit in every TPU
+NAME = 'attention'  # of what remat policies keep of it
 INTERPRET = False  # tests run the splash kernel on CPU, step by step
 
 
@@ -169,7 +170,7 @@ def _splash_kernel(
     mask = ops.CausalMask((S, S)) if window is None else ops.LocalMask((S, S), (window - 1, 0), 0)
     kernel = ops.make_splash_mha(
         ops.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=S // T,
-        attn_logits_soft_cap=softcap, interpret=INTERPRET,
+        attn_logits_soft_cap=softcap, residual_checkpoint_name=NAME, interpret=INTERPRET,
     )  # fmt: skip
     if offset is None:
         return kernel

@@ -24,7 +24,7 @@ from lm.model import seam
 
 NEGATIVE = -1e30
 CHUNK_BYTES = {'cpu': 8 << 20}  # a chunk's logits stay in a CPU's cache; an accelerator wants large products
-ACCELERATOR_CHUNK_BYTES = 256 << 20
+ACCELERATOR_CHUNK_BYTES = 1 << 30  # a quarter of it made GPT-2's step 2 % slower on an H200, four times it 1 % faster
 MIN_CHUNK, CHUNK_MULTIPLE = 256, 128
 
 

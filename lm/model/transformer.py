@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.errors import UsageError
+from lm.model import attention_kernels as kernels
 from lm.model import head, seam
 from lm.model import layers as parts
 from lm.model.attention import BACKENDS, EMPTY, Places, attention, cached_attention
@@ -30,11 +31,27 @@ from lm.model.layers import RopeScaling, rope, rope_angles
 
 Params = Mapping[str, Any]
 
+
+def _with_cudnn(policy: Any) -> Any:
+    """The policy, which also keeps what cuDNN's attention gives: its backward pass reads more of that than has a name,
+    and without this the kernel is run again."""
+
+    def keeps(prim: Any, *avals: Any, **options: Any) -> bool:
+        return prim.name.startswith('dot_product_attention_fwd') or policy(prim, *avals, **options)
+
+    return keeps
+
+
 REMAT = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'names': jax.checkpoint_policies.save_only_these_names('attention', 'gated'),
+    'dots': _with_cudnn(
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(kernels.NAME),
+        )
+    ),
+    'names': _with_cudnn(jax.checkpoint_policies.save_only_these_names(kernels.NAME, 'gated')),
 }
 
 
@@ -439,8 +456,7 @@ def _attention(y_BTD, layer, cfg, angles, attend):
         q_BTNH, k_BTKH = rope(q_BTNH, angles), rope(k_BTKH, angles)
     if cfg.query_scale is not None and cfg.query_scale != cfg.head_dim**-0.5:  # which attention scales by
         q_BTNH = _scaled(q_BTNH, cfg.query_scale * cfg.head_dim**0.5)
-    out_BTNH = checkpoint_name(attend(q_BTNH, k_BTKH, v_BTKH), 'attention')
-    return einsum('BTNH,NHD->BTD', out_BTNH, layer['wo_NHD'])
+    return einsum('BTNH,NHD->BTD', attend(q_BTNH, k_BTKH, v_BTKH), layer['wo_NHD'])
 
 
 def _biased(x: jax.Array, layer: Params, name: str) -> jax.Array:
