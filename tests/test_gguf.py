@@ -280,6 +280,9 @@ LLAMA3 = gguf_arch.llama3_factors('llama3,factor=8,low=1,high=4,original=8192', 
             'has linear scaling of rotary positions and rope_freqs.weight',
         ),
         ({'tensors': {'rope_freqs.weight': np.ones(8, np.float32)}}, 'is not one number a pair of 32'),
+        # a factor counts without its type, under its older name too, and there is none in rope_freqs besides
+        ({'tensors': {'rope_freqs.weight': LLAMA3}, 'rope__scaling__factor': 2.0}, 'has linear scaling'),
+        ({'tensors': {'rope_freqs.weight': LLAMA3}, 'rope__scale_linear': 2.0}, 'has linear scaling'),
     ],
 )
 def test_file_that_is_not_our_graph_is_one_line(changes, why, tmp_path):
@@ -287,6 +290,34 @@ def test_file_that_is_not_our_graph_is_one_line(changes, why, tmp_path):
     with pytest.raises(UsageError) as caught:
         gguf_in.open_gguf(rewritten(path, **changes))
     assert why in str(caught.value) and 'model.other' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_factors_of_positions_in_an_architecture_that_has_none_are_refused(tmp_path):
+    path, _, _ = write(tmp_path, 'qwen3')
+    with pytest.raises(UsageError, match=r'has rope_freqs\.weight, which its architecture does not use'):
+        gguf_in.open_gguf(rewritten(path, tensors={'rope_freqs.weight': LLAMA3}))
+
+
+@pytest.mark.parametrize('key', ['rope__scaling__factor', 'rope__scale_linear'])
+def test_a_factor_without_its_type_is_linear(key, tmp_path):
+    """As llama.cpp reads it."""
+    path, _, _ = write(tmp_path)
+    assert gguf_in.open_gguf(rewritten(path, **{key: 4.0})).model['rope_scaling'] == 'linear,factor=4'
+
+
+def test_scaling_that_we_could_not_read_back_is_not_written(tmp_path):
+    for odd in ('high=2,original=8192', 'high=4,original=8191'):
+        with pytest.raises(UsageError, match='rope_scaling'):
+            write(tmp_path, rope_scaling=f'llama3,factor=8,low=1,{odd}')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_say_what_it_reads_at_once(tmp_path):
+    """llama.cpp does not open a file without a context's length."""
+    said = []
+    model, _ = opened(context=None)
+    gguf_out.write_gguf(model, tmp_path / 'model.gguf', quantize='F32', say=said.append)
+    assert gguf_in.open_gguf(tmp_path / 'model.gguf').model['context'] == 2048 and 'context_length is 2048' in said[0]
 
 
 def test_files_of_older_converters_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """Hugging Face folders: each family's logits, round trips bit for bit, and folders that are damaged or hostile."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -13,7 +14,7 @@ import pytest
 from lm import files
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
-from lm.interop import families, family_config, huggingface, independent, safetensors_file
+from lm.interop import families, family_config, huggingface, independent, safetensors_file, tokenizers
 from lm.interop.huggingface import open_folder, write_folder
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
@@ -541,3 +542,21 @@ def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):
     write_folder(open_folder(GOLDEN / 'smollm3'), tmp_path / 'out', say=QUIET)
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert [config[key] for key in huggingface.IDS] == [None, None, None]
+
+
+def test_padding_that_ends_an_answer_is_not_named_with_a_reward_model(dialogues, tmp_path):
+    """transformers reads the score at the last token that is not padding, which would be the one before the end."""
+    first = at_rest.open_run(str(dialogues.run('reward')))
+    files_of_it = tokenizers.to_huggingface(first.tokenizer, context=None)
+    named, other = b'"pad_token": "<pad>"', b'"pad_token": "<eos>"'
+    files_of_it = {name: content.replace(named, other) for name, content in files_of_it.items()}
+    said = []
+    write_folder(dataclasses.replace(first, tokenizer=files_of_it), tmp_path / 'out', say=said.append)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['pad_token_id'] is None
+    assert any('no padding of its own' in text for text in said)
+
+
+def test_a_file_without_an_end_is_not_read_whole(folder):
+    (folder / 'chat_template.jinja').symlink_to('/dev/zero')
+    with pytest.raises(UsageError, match='has more than'):
+        open_folder(folder)

@@ -459,3 +459,19 @@ def test_the_space_of_our_vocabulary_is_a_space(ours):
     """The exported vocabulary holds no U+2581, by which alone that character becomes bytes."""
     spec = _parsed(to_huggingface(ours.saved, context=None), 'tokenizer.json')
     assert not any(SPACE in piece for piece in spec['model']['vocab'])
+
+
+def test_a_word_that_is_used_for_padding_stays_a_word():
+    """As in llama.cpp, which goes by the type."""
+    keys = BYTES | {'tokenizer.ggml.token_type': [1] * 499 + [3]}
+    word = next(
+        i
+        for i, piece in enumerate(keys['tokenizer.ggml.tokens'])
+        if len(piece) > 2 and piece.isascii() and piece.isalpha()
+    )
+    keys['tokenizer.ggml.eos_token_id'] = 499
+    text = keys['tokenizer.ggml.tokens'][word]
+    for name in ('padding_token_id', 'unknown_token_id'):
+        found = from_files(from_gguf(keys | {f'tokenizer.ggml.{name}': word}))
+        assert found.pieces[word] == text.encode() and text not in found.controls
+        assert word in found.encode(text)

@@ -1,5 +1,7 @@
 """A run's model as a Flax NNX module: the same numbers, the same gradients, and the same parameters back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from lm.interop.nnx import from_nnx, to_nnx
+from lm import sharding
+from lm.errors import UsageError
+from lm.interop.nnx import from_nnx, opened, to_nnx
 from lm.model import transformer
+from lm.training import at_rest, runs
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -50,6 +55,28 @@ def test_a_module_that_was_trained_comes_back(params, tiny):
     stepped = jax.tree.map(lambda w, g: w - g, params, jax.grad(plain_loss)(params, tiny))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, stepped)
     assert plain_loss(back, tiny) < plain_loss(params, tiny)
+
+
+def test_what_came_back_is_written_as_a_run(dialogues, tmp_path):
+    """Trained, and with its vocabulary's padding."""
+    run = str(dialogues.run('sft'))
+    with sharding.use_mesh():
+        model = runs.load(run, warn=pytest.fail)
+        more = jax.tree.map(lambda x: x + 1, model.params)
+        at_rest.write_run(opened(to_nnx(more, model.cfg), at_rest.open_run(run)), tmp_path / 'run')
+        back = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
+    rows = model.cfg.vocab_size
+    assert rows < len(more['embed_VD']), 'a padded vocabulary'
+    for found, wanted in ((dict(back.params), dict(more)),):
+        np.testing.assert_array_equal(found.pop('embed_VD')[:rows], wanted.pop('embed_VD')[:rows])
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_module_of_another_graph_is_no_run_of_this_one(params, tiny, dialogues):
+    cfg = dataclasses.replace(tiny, qkv_bias=True)
+    module = to_nnx(transformer.init(jax.random.key(0), cfg), cfg)
+    with pytest.raises(UsageError, match='not of one graph: layers/bias_k_KH'):
+        opened(module, at_rest.open_run(str(dialogues.run('sft'))))
 
 
 def test_it_splits_and_merges_as_modules_do(params, tiny):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.config import INT32_MAX
 from lm.errors import UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
@@ -13,7 +14,6 @@ from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.graph import PLAIN, shapes
 from lm.interop.opened import Leaf, Opened
 
-INT32_MAX = 2**31 - 1
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 
 

@@ -2,14 +2,25 @@
 
 The module is a view: its parameters have the names that they have in a run, layers stacked, and it computes what
 `lm.model.transformer` does.
+
+    with sharding.use_mesh():
+        model = runs.load('runs/a', warn=print)
+        module = to_nnx(model.params, model.cfg)
+        …
+        at_rest.write_run(opened(module, at_rest.open_run('runs/a')), 'runs/b')
 """
 
+import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
+from lm.errors import UsageError
+from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.transformer import ModelConfig, Params
 
@@ -40,6 +51,27 @@ def from_nnx(module: Decoder) -> dict[str, Any]:
     """The parameters of a module, as it has them now."""
     unwrap = lambda node: {k: unwrap(v) if isinstance(v, Mapping) else v[...] for k, v in node.items()}
     return unwrap(module.parameters)
+
+
+def opened(module: Decoder, like: Opened) -> Opened:
+    """The model `like` with a module's parameters, to be written as a run or in another form.
+
+    Raises UsageError if the module has not the parameters of that model.
+    """
+    found = {'/'.join(key.key for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(from_nnx(module))}
+    if odd := sorted(set(found) ^ set(like.leaves)):
+        raise UsageError(f'the module and {like.where} are not of one graph: {odd[0]} is in one of them alone')
+    leaves = {
+        name: leaf._replace(dtype=np.dtype(found[name].dtype), read=partial(_read, found[name], leaf))
+        for name, leaf in like.leaves.items()
+    }
+    return dataclasses.replace(like, leaves=leaves, notes=())
+
+
+def _read(x: jax.Array, leaf: Leaf, layer: int) -> np.ndarray:
+    """A layer without the vocabulary's padding."""
+    whole = np.asarray(x if leaf.layers is None else x[layer])
+    return whole[tuple(slice(n) for n in leaf.shape)]
 
 
 def _wrapped(params: Params) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def read_config(run: str) -> dict[str, Any]:
         raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
     if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
         raise UsageError(f'{folder} is not a run: its config.json is of something else')
+    if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
+        raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
     return saved
 
 
