@@ -2,22 +2,33 @@
 
 Without --prompt it reads what you say from the terminal; each run remembers its own conversation. An empty line or
 Ctrl-D ends, /reset begins anew. Of several runs each answers in turn. A run that was only pretrained knows no
-conversation: beside others it continues the text, and --raw makes all do so.
+conversation: beside others it continues the text, and --raw makes all do so. How tokens are drawn is by the flags, else
+by the generation_config.json of a model that came with one, else at temperature 0.7 of all.
 """
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lm import runtime, sharding
 from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
+from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.sampling.conversation import Talker, answer, can_chat, forget, open_talker
 from lm.sampling.generate import Sampling
 
 RESET = '/reset'
 COLDEST = 1e-4  # logits divided by much less are not finite
+DEFAULT = Sampling(temperature=0.7)
+# What each may be, and how that is said.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    'temperature': (lambda x: x == 0 or COLDEST <= x < FLOAT32_END, f'0, or from {COLDEST} on and finite'),
+    'top_k': (lambda x: 0 <= x <= INT32_MAX, f'from 0 to {INT32_MAX}'),
+    'top_p': (lambda x: 0 < x <= 1, 'more than 0 and at most 1'),
+    'min_p': (lambda x: 0 <= x <= 1, 'from 0 to 1'),
+}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -27,23 +38,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--system', help='what the assistant is told before the conversation')
     parser.add_argument('--raw', action='store_true', help='continue plain text')
     parser.add_argument('--max_new_tokens', type=whole('--max_new_tokens'), default=128)
-    parser.add_argument('--temperature', type=float, default=0.7, help='0 is greedy')
-    parser.add_argument('--top_k', type=whole('--top_k'), default=0, help='draw from the k likeliest; 0: all')
-    parser.add_argument('--top_p', type=float, default=1.0, help='draw from the fewest that hold this probability')
-    parser.add_argument('--min_p', type=float, default=0.0, help='draw from those at least this part of the likeliest')
+    parser.add_argument('--temperature', type=float, help='0 is greedy')
+    parser.add_argument('--top_k', type=whole('--top_k'), help='draw from the k likeliest; 0: all')
+    parser.add_argument('--top_p', type=float, help='draw from the fewest that hold this probability')
+    parser.add_argument('--min_p', type=float, help='draw from those at least this part of the likeliest')
     parser.add_argument('--seed', type=whole('--seed'), default=0)
     return parser.parse_args(argv)
 
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be drawn with."""
-    for name, least, most in (('max_new_tokens', 1, MAX_NEW_TOKENS), ('top_k', 0, INT32_MAX), ('seed', 0, SEED_MAX)):
+    for name, least, most in (('max_new_tokens', 1, MAX_NEW_TOKENS), ('seed', 0, SEED_MAX)):
         if not least <= vars(flags)[name] <= most:
             raise UsageError(f'--{name}={vars(flags)[name]} must be from {least} to {most}')
-    if flags.temperature and not COLDEST <= flags.temperature < FLOAT32_END:
-        raise UsageError(f'--temperature={flags.temperature} must be 0, or from {COLDEST} on and finite')
-    if not 0 < flags.top_p <= 1 or not 0 <= flags.min_p <= 1:
-        raise UsageError('--top_p must lie in (0, 1] and --min_p in [0, 1]')
+    for name, (fits, words) in LIMITS.items():
+        value = vars(flags)[name]
+        if value is not None and not fits(value):
+            raise UsageError(f'--{name}={value} must be {words}')
     checked(flags.prompt or '', 'the prompt')
     checked(flags.system or '', '--system')
     if flags.system is not None and flags.raw:
@@ -69,6 +80,15 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
         yield checked(line, 'the prompt')
 
 
+def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> Sampling:
+    """How to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
+    own = json.loads(saved.get(GENERATION_FILE, b'{}'))
+    found = DEFAULT._replace(temperature=0.0) if own.get('do_sample') is False else DEFAULT
+    own = {name: own.get(name) for name in LIMITS if type(own.get(name)) in (int, float)}
+    found = found._replace(**{name: value for name, value in own.items() if LIMITS[name][0](value)})
+    return found._replace(**{name: vars(flags)[name] for name in LIMITS if vars(flags)[name] is not None})
+
+
 def reply(talker: Talker, text: str, flags: argparse.Namespace, *, alone: bool) -> None:
     """Prints what a run says, under its name unless it is alone; a continuation is read with its beginning."""
     beside = talker.template is None and not flags.raw
@@ -76,8 +96,8 @@ def reply(talker: Talker, text: str, flags: argparse.Namespace, *, alone: bool) 
         print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
     if talker.template is None:
         print(text, end='', flush=True)
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-    options = {'max_new_tokens': flags.max_new_tokens, 'sampling': sampling, 'seed': flags.seed}
+    drawn = sampling(flags, talker.model.tokenizer.saved)
+    options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
     for piece in answer(talker, text, warn=_warn, **options):
         print(piece, end='', flush=True)
     print(flush=True)

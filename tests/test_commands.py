@@ -16,6 +16,7 @@ import running
 from lm import chat, evaluate, inspect
 from lm import main as lm_main
 from lm.sampling import conversation
+from lm.sampling.generate import Sampling
 from lm.stages import pretrain, setup, wiring
 from lm.training import checkpoint
 
@@ -426,6 +427,17 @@ def test_sources_that_changed_under_a_run(call, lab, tmp_path):
         f.write(json.dumps({'text': 'one more'}) + '\n')
     answer = call('main', *lab.argv(workdir, data__mixture=mine))
     refused(answer, f'{workdir} was trained on other data', ('reading', 'training', 'encoding'))
+
+
+def test_tokens_are_drawn_by_the_flags_then_by_the_models_own_settings():
+    drawn = lambda own, *words: chat.sampling(chat.parse(['run', *words]), own)
+    of = lambda **settings: {'generation_config.json': json.dumps(settings).encode()}
+    assert drawn({}) == Sampling(temperature=0.7)
+    assert drawn(of(temperature=0.2, top_p=0.9, top_k=20), '--top_p=0.5') == Sampling(0.2, 20, 0.5)
+    assert drawn(of(do_sample=False)) == Sampling() == drawn(of(temperature=0.2), '--temperature=0')
+    assert drawn(of(do_sample=False, top_p=0.9), '--temperature=1') == Sampling(1.0, 0, 0.9)
+    odd = of(temperature=-1, top_p='x', top_k=None, min_p=True, eos_token_id=[2])
+    assert drawn(odd) == Sampling(temperature=0.7), 'what makes no sense is left out'
 
 
 def test_chat_and_evaluate_refuse(call, trained, tmp_path):
