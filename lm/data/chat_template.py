@@ -134,11 +134,19 @@ def _read(folder: epath.Path) -> str | None:
         found = json.loads(config.read_text()).get('chat_template') if config.exists() else None
     except (ValueError, AttributeError, RecursionError) as e:
         raise UsageError(f'the chat template of {folder} cannot be read ({" ".join(str(e).split())[:200]})') from e
-    if isinstance(found, list):  # several, by name
+    return chosen(found, config)
+
+
+def chosen(found: Any, where: object) -> str | None:
+    """The template of what a configuration has under chat_template: a text, or several by name.
+
+    Raises UsageError if it is neither.
+    """
+    if isinstance(found, list):
         named = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}
         found = named.get('default', next(iter(named.values()), None) if len(named) == 1 else None)
     if not isinstance(found, str | None):
-        raise UsageError(f'the chat template in {config} is neither a text nor a list of named ones')
+        raise UsageError(f'the chat template in {where} is neither a text nor a list of named ones: mend it')
     return found
 
 

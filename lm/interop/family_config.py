@@ -30,14 +30,12 @@ class Described(NamedTuple):
       family: the architecture.
       scored: whether it is a reward model.
       model: the settings `model.*`.
-      config: the config of the text model, where the folder holds others beside it.
-      vision: whether it does.
+      vision: whether the folder holds a model of images beside it.
     """
 
     family: Family
     scored: bool
     model: dict[str, Any]
-    config: Mapping[str, Any]
     vision: bool
 
 
@@ -56,7 +54,7 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
             raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
     if scored and (labels := _labels(config)) != 1:
         raise UsageError(f'{where}: num_labels={labels}: a reward model has one')
-    return Described(family, scored, graph(_Keys(inner, where), family, scored=scored), inner, vision)
+    return Described(family, scored, graph(_Keys(inner, where), family, scored=scored), vision)
 
 
 def _family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool, bool]:

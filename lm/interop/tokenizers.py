@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.data import tokenizer
-from lm.data.chat_template import TEMPLATE_FILE
+from lm.data.chat_template import TEMPLATE_FILE, chosen
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
 from lm.errors import UsageError
@@ -93,17 +93,9 @@ def _parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 def _template(files: Mapping[str, bytes]) -> str | None:
     """The chat template, which newer folders hold in a file of its own and older ones in one of two others."""
     if TEMPLATE_FILE in files:
-        found: Any = files[TEMPLATE_FILE].decode(errors='replace')
-    else:
-        found = _parse(files, _TEMPLATE_JSON).get('chat_template') or _parse(files, CONFIG_FILE).get('chat_template')
-    if isinstance(found, list):  # several, by name
-        named = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}
-        found = named.get('default', next(iter(named.values()), None) if len(named) == 1 else None)
-    if not isinstance(found, str | None):
-        raise UsageError(
-            f'the chat template of the folder is neither a text nor a list of named ones: mend {CONFIG_FILE}'
-        )
-    return found or None
+        return files[TEMPLATE_FILE].decode(errors='replace') or None
+    found = _parse(files, _TEMPLATE_JSON).get('chat_template') or _parse(files, CONFIG_FILE).get('chat_template')
+    return chosen(found, CONFIG_FILE) or None
 
 
 def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
