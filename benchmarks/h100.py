@@ -30,6 +30,7 @@ from lm import config as configs  # noqa: E402
 from lm import runtime, sharding  # noqa: E402
 from lm.errors import Parser, RunError, run_command  # noqa: E402
 from lm.model import transformer  # noqa: E402
+from lm.presets import UNROLLED  # noqa: E402
 from lm.sampling.generate import stream  # noqa: E402
 from lm.stages import pretrain, setup  # noqa: E402
 from lm.training import flops, runs  # noqa: E402
@@ -39,7 +40,7 @@ from lm.training import step as training  # noqa: E402
 SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     '124M': ('124m', {}, 460_000),
     '350M': ('350m', {}, 188_000),
-    '1.5B': ('124m', {'dim': 1600, 'layers': 48, 'heads': 25, 'kv_heads': 25, 'ffn_dim': 4352, 'scan': True}, 47_000),
+    '1.5B': ('124m', {'dim': 1600, 'layers': 48, 'heads': 25, 'kv_heads': 25, 'ffn_dim': 4352}, 47_000),
 }
 TINY = {'dim': 32, 'layers': 2, 'heads': 2, 'kv_heads': 2, 'head_dim': 16, 'ffn_dim': 128, 'vocab_size': 250}
 SEQ_LEN = 1024
@@ -67,11 +68,12 @@ def parse(argv: Sequence[str]) -> Any:
 def settings(size: str, flags: Any) -> configs.Config:
     """The run's settings of a size."""
     preset, differs, _ = SIZES[size]
-    given = {f'model.{key}': value for key, value in (TINY if flags.tiny else differs).items()}
-    given |= {'model.scan': False} if flags.unroll else {}
-    given |= {'remat': flags.remat or ('dots' if given.get('model.scan') else 'none')}
-    given |= {'seq_len': 64 if flags.tiny else SEQ_LEN}
-    given |= {'batch_size': 8 if flags.tiny else STEP_TOKENS // SEQ_LEN, 'attention': flags.attention or 'none'}
+    shape = TINY if flags.tiny else differs
+    scan = shape.get('layers', 0) > UNROLLED and not flags.unroll
+    given = {f'model.{key}': value for key, value in shape.items()}
+    given |= {'model.scan': scan, 'remat': flags.remat or ('dots' if scan else 'none')}
+    given |= {'seq_len': 64 if flags.tiny else SEQ_LEN, 'attention': flags.attention or 'none'}
+    given |= {'batch_size': 8 if flags.tiny else STEP_TOKENS // SEQ_LEN}
     return configs.load(f'configs/pretrain.py:{preset}', [(key, str(value)) for key, value in given.items()])[0]
 
 

@@ -16,12 +16,12 @@ UNROLLED = 24
 def _size(
     dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int, **more: Any
 ) -> dict[str, Any]:
+    scan = layers > UNROLLED
     shape = {
         'dim': dim, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': dim // heads,
-        'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': layers > UNROLLED,
+        'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': scan,
     }  # fmt: skip
-    remat = {'remat': 'dots'} if layers > UNROLLED else {}
-    return {f'model.{k}': v for k, v in shape.items()} | remat | more
+    return {f'model.{k}': v for k, v in shape.items()} | ({'remat': 'dots'} if scan else {}) | more
 
 
 def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from running import ROOT
 
 from lm import convert, sharding
 from lm.errors import RunError, UsageError
@@ -315,7 +316,7 @@ def test_what_is_stopped_leaves_nothing(dialogues, tmp_path, dst):
         'from lm import convert\n'
         'whole = convert.write_model\n'
         'def write(opened, *rest):\n'
-        '    leaf, count = opened.leaves["layers/w_up_DF"], []\n'
+        '    leaf = opened.leaves["layers/w_up_DF"]\n'
         '    def read(layer):\n'
         '        os.kill(os.getpid(), signal.SIGTERM); time.sleep(1); return leaf.read(layer)\n'
         '    opened.leaves["layers/w_up_DF"] = leaf._replace(read=read)\n'
@@ -324,7 +325,7 @@ def test_what_is_stopped_leaves_nothing(dialogues, tmp_path, dst):
         f'sys.argv = ["x", {str(dialogues.run("sft"))!r}, {dst!r}] + ["--format=run"] * {dst == "y"}\n'
         'sys.exit(convert.main())\n'
     )
-    env = os.environ | {'PYTHONPATH': os.getcwd()}
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and f'interrupted: {dst} was not written' in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())

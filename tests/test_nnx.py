@@ -67,9 +67,9 @@ def test_what_came_back_is_written_as_a_run(dialogues, tmp_path):
         back = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
     rows = model.cfg.vocab_size
     assert rows < len(more['embed_VD']), 'a padded vocabulary'
-    for found, wanted in ((dict(back.params), dict(more)),):
-        np.testing.assert_array_equal(found.pop('embed_VD')[:rows], wanted.pop('embed_VD')[:rows])
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    found, wanted = dict(back.params), dict(more)
+    np.testing.assert_array_equal(found.pop('embed_VD')[:rows], wanted.pop('embed_VD')[:rows])
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_module_of_another_graph_is_no_run_of_this_one(params, tiny, dialogues):

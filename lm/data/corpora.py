@@ -4,6 +4,7 @@
 one document a conversation. Both are written as array_record, which needs no TensorFlow.
 """
 
+import abc
 import contextlib
 import gzip
 import importlib.metadata
@@ -112,8 +113,9 @@ class _TextBuilder(Builder, skip_registration=True):
         for number, (key, text, meta) in enumerate(self._documents()):
             yield number, {'id': key, 'source': self.name, 'text': text, 'meta': json.dumps(meta)}
 
+    @abc.abstractmethod
     def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        raise NotImplementedError
+        """(key, text, what else is known of it) of each document."""
 
 
 class Botocore(_TextBuilder, skip_registration=True):

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lm.errors import UsageError
-from lm.interop.opened import Leaf, Opened
+from lm.interop.opened import Leaf, Opened, by_path
 from lm.model import transformer
 from lm.model.transformer import ModelConfig, Params
 
@@ -58,7 +58,7 @@ def opened(module: Decoder, like: Opened) -> Opened:
 
     Raises UsageError if the module has not the parameters of that model.
     """
-    found = {'/'.join(key.key for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(from_nnx(module))}
+    found = by_path(from_nnx(module))
     if odd := sorted(set(found) ^ set(like.leaves)):
         raise UsageError(f'the module and {like.where} are not of one graph: {odd[0]} is in one of them alone')
     leaves = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 
@@ -25,6 +26,11 @@ class Leaf(NamedTuple):
     dtype: np.dtype
     layers: int | None
     read: Callable[[int], np.ndarray]
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by their paths, as `Opened.leaves` names them."""
+    return {'/'.join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lm.errors import UsageError
-from lm.interop.opened import Leaf, Opened
+from lm.interop.opened import Leaf, Opened, by_path
 
 
 def arrays(opened: Opened, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def arrays(opened: Opened, abstract: Mapping[str, Any]) -> dict[str, Any]:
     the host at once, the most is the share of this host's devices in one parameter. Raises UsageError for a tree that
     is not this model's.
     """
-    paths = {'/'.join(k.key for k in path): spec for path, spec in jax.tree_util.tree_leaves_with_path(abstract)}
+    paths = by_path(abstract)
     missing, surplus = sorted(set(paths) - set(opened.leaves)), sorted(set(opened.leaves) - set(paths))
     if missing or surplus:
         words = [f'has no {name}' for name in missing[:1]] + [f'has {name} beside' for name in surplus[:1]]

@@ -29,7 +29,7 @@ def can_chat(run: str) -> bool:
 
     Raises UsageError if it is a reward model, or there is no such run.
     """
-    stage = runs.read_config(run)['config'].get('stage')
+    stage = runs.read_config(run)['config']['stage']
     if stage == 'reward':
         raise UsageError(
             f'{run} is a reward model and gives scores, not answers: python -m lm.evaluate {run} --score PROMPT ANSWER'

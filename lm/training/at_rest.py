@@ -25,7 +25,7 @@ from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
-from lm.interop.opened import Leaf, Opened
+from lm.interop.opened import Leaf, Opened, by_path
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint, normalisation, runs
 
@@ -234,8 +234,7 @@ def _tree_entry(leaf: _Written) -> dict[str, Any]:
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    flat = jax.tree_util.tree_leaves_with_path(runs.shapes(cfg, scored=opened.scored))
-    wanted = {'/'.join(key.key for key in path): x.shape for path, x in flat}
+    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, scored=opened.scored)).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
         raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')
