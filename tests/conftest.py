@@ -1,9 +1,20 @@
-"""Eight fake CPU devices, full-precision products, and a cache of the tests' own."""
+"""Eight fake CPU devices, full-precision products, what tests share, and how long a module of them may take."""
 
+import collections
+import math
 import os
+import sys
+from pathlib import Path
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Tests compile much and compute little: the older emitters and one LLVM module a program take a third of the time.
+COMPILE_FAST = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + f' {COMPILE_FAST} --xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# One cache of programs for all workers, for the processes that tests start, and for the next time.
+XLA_CACHE = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'tests-xla'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(XLA_CACHE)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '1'  # warnings are shown: a test reads what the partitioner warns of
 
 import jax  # noqa: E402
@@ -13,7 +24,7 @@ from lm import sharding  # noqa: E402
 from lm.model.transformer import ModelConfig  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'highest')
-jax.config.update('jax_disable_most_optimizations', True)  # tests compile much and compute little
+jax.config.update('jax_disable_most_optimizations', True)
 
 # The meshes that every layout-dependent property is tried on, by the sizes of their axes.
 MESHES = {
@@ -26,16 +37,15 @@ MESHES = {
     'seq4-tensor2': {'seq': 4, 'tensor': 2},
     'data2-tensor2-expert2': {'data': 2, 'tensor': 2, 'expert': 2},
 }
+QUICK = ('one', 'fsdp8', 'fsdp2-seq2-tensor2', 'data2-tensor2-expert2')  # every axis is split in one of them
+MINUTE = 60.0  # seconds that a module of quick tests may take before the summary names it
 
 
-@pytest.fixture(params=MESHES, ids=list(MESHES))
+@pytest.fixture(params=[pytest.param(n, id=n, marks=() if n in QUICK else pytest.mark.slow) for n in MESHES])
 def mesh(request):
-    """Each mesh in turn, entered."""
+    """Each mesh in turn, entered; the quick tests have four of them."""
     shape = MESHES[request.param]
-    size = 1
-    for n in shape.values():
-        size *= n
-    with sharding.use_mesh(shape, jax.devices()[:size]) as entered:
+    with sharding.use_mesh(shape, jax.devices()[: math.prod(shape.values())]) as entered:
         yield entered
 
 
@@ -54,6 +64,33 @@ def lab(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LM_CACHE', str(tmp_path_factory.mktemp('cache')))
         yield running.make_lab(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='session')
+def trained(lab, tmp_path_factory):
+    """A finished run of the tiny settings, which nobody may change: a test that would works on a copy."""
+    workdir = tmp_path_factory.mktemp('trained') / 'run'
+    lab.train(workdir)
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+    yield workdir
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}, 'a test has changed the run that all share'
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(command, *words) -> (exit status, stdout, stderr), as if typed; in this process."""
+    import importlib
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, 'argv', [f'lm.{name}', *map(str, words)])
+        capsys.readouterr()
+        try:
+            status = importlib.import_module(f'lm.{name}').main()
+        except SystemExit as left:
+            status = left.code
+        return (status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope='session')
@@ -80,3 +117,23 @@ def set_block(monkeypatch):
             monkeypatch.setattr(causal_blocks, name, size)
 
     return set_to
+
+
+class Budget:
+    """Names the modules that took longer than MINUTE, at the end."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self._seconds[report.nodeid.partition('::')[0]] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        for module, seconds in sorted(self._seconds.items(), key=lambda found: -found[1]):
+            if seconds > MINUTE:
+                terminalreporter.write_line(f'{module} took {seconds:.0f} s, over a minute: make it quicker', red=True)
+
+
+def pytest_configure(config) -> None:
+    if not hasattr(config, 'workerinput') and config.option.markexpr == 'not slow':
+        config.pluginmanager.register(Budget())

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from lm import config as configs
+from lm import hub, sharding
 from lm import main as lm_main
-from lm import sharding
+from lm.training import runs
+from lm.training.recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / 'configs' / 'pretrain.py')
@@ -65,12 +72,20 @@ class Lab:
         """Starts a run in a process of its own; `code` is run in place of the command."""
         command = [sys.executable, *(['-m', 'lm.main'] if code is None else ['-c', code])]
         env = {
-            **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+            **os.environ, 'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ['XLA_FLAGS']),
             # As in conftest.py, so that both compute the same.
             'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         }  # fmt: skip
         arguments = self.argv(workdir, *words, **settings)
         return subprocess.Popen(command + arguments, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)
+
+
+def load_config(*settings: str, arg: str = '') -> ConfigDict:
+    """configs/pretrain.py with settings as typed."""
+    words, pairs = configs.split_settings(settings)
+    assert not words
+    return configs.load(f'{CONFIG}:{arg}' if arg else CONFIG, pairs)[0]
 
 
 @contextlib.contextmanager
@@ -129,3 +144,49 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, seconds: 
 def kill(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def params(workdir: Path):
+    with all_devices():
+        return jax.tree.map(np.asarray, runs.load(str(workdir), warn=pytest.fail).params)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Bit for bit: metrics, samples and parameters."""
+    assert measured(a) == measured(b)
+    assert lines(a, 'samples.jsonl') == lines(b, 'samples.jsonl')
+    jax.tree.map(np.testing.assert_array_equal, params(a), params(b))
+
+
+def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
+    """Sends this process a signal when the metrics of a step are written."""
+    real, left = Recorder.metrics, [times]
+
+    def metrics(self, at, values):
+        real(self, at, values)
+        if at >= step and left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Recorder, 'metrics', metrics)
+
+
+def coordinator() -> str:
+    return f'127.0.0.1:{hub.free_port()}'
+
+
+def ended(started: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, list[str]]]:
+    """(status, stdout, lm's own lines of stderr) of each."""
+    told = [process.communicate(timeout=seconds) for process in started]
+    return [
+        (process.returncode, out, [line for line in err.splitlines() if line.startswith('lm: ')])
+        for process, (out, err) in zip(started, told, strict=True)
+    ]
+
+
+def assert_measured_alike(a: Path, b: Path) -> None:
+    """The same measurements, to the order of float32's sums; the same samples."""
+    ours, theirs = measured(a), measured(b)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose([ours[k] for k in theirs], list(theirs.values()), rtol=2e-5, atol=1e-6)
+    assert lines(a, 'samples.jsonl') == lines(b, 'samples.jsonl')

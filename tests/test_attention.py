@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_twin import assert_same, jitted
 
 from lm import sharding
 from lm.model.attention import EMPTY, Places, attention, cached_attention, dense_attention
@@ -24,20 +25,6 @@ def inputs(T, *, N=4, K=2, seed=0):
 def segments(T, seed=0):
     begins_BT = np.random.default_rng(seed).random((B, T)) < 0.15
     return np.cumsum(begins_BT, axis=1, dtype=np.int32)
-
-
-def both(fn, q, k, v, g, **options):
-    """(the output, the gradients for cotangent g)."""
-    out, back = jax.vjp(lambda q, k, v: fn(q, k, v, **options), q, k, v)
-    return out, back(g)
-
-
-def jitted(fn, *args, static, **arrays):
-    return jax.device_get(jax.jit(lambda args, arrays: both(fn, *args, **arrays, **static))(args, arrays))
-
-
-def assert_same(got, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)), rtol=0), got, expected)
 
 
 CASES = [

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import assert_same, jitted
+from attention_twin import assert_same, both, jitted
 
 from lm import sharding
 from lm.errors import UsageError
@@ -224,8 +224,6 @@ def test_a_layer_that_is_computed_again_does_not_run_the_kernel_again(tiny, monk
 def worst_on_gpu(T=260, B=2, N=8, K=2, H=64):
     """Run in a process that sees the GPU: {case: the largest difference of the kernel's output or a gradient from the
     twin's, relative to the twin's largest}, in bfloat16."""
-    from test_attention import both
-
     worst = {}
     for packed, window in ((False, None), (False, 100), (True, None), (True, 100)):
         (q, k, v, g), arrays = inputs(B, T, N, K, H, packed=packed)

@@ -12,38 +12,15 @@ from types import SimpleNamespace
 import jax
 import pytest
 import running
+from checks import refused
 
-from lm import chat, evaluate, inspect
-from lm import main as lm_main
+from lm import chat, inspect
 from lm.sampling import conversation
 from lm.sampling.generate import Sampling
 from lm.stages import pretrain, setup, wiring
 from lm.training import checkpoint
 
-COMMANDS = {'main': lm_main, 'chat': chat, 'evaluate': evaluate, 'inspect': inspect}
-
-
-@pytest.fixture(scope='module')
-def trained(lab, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp('trained') / 'run'
-    lab.train(workdir)
-    return workdir
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(command, words) -> (exit status, stdout, stderr)."""
-
-    def run(name, *words):
-        monkeypatch.setattr(sys, 'argv', [f'lm.{name}', *map(str, words)])
-        capsys.readouterr()
-        try:
-            status = COMMANDS[name].main()
-        except SystemExit as left:
-            status = left.code
-        return (status, *capsys.readouterr())
-
-    return run
+COMMANDS = ('main', 'chat', 'evaluate', 'inspect')
 
 
 @pytest.fixture
@@ -340,15 +317,6 @@ def test_a_bad_setting_is_one_line(call, lab, tmp_path, settings, wanted):
     given = {k.replace('.', '__'): v for k, v in settings.items()}
     refused(call('main', *lab.argv(tmp_path / 'run', **given)), wanted)
     assert not (tmp_path / 'run').exists()
-
-
-def refused(answer, wanted: str, progress: tuple[str, ...] = ()) -> None:
-    """Status 2, and one line on stderr after the progress lines that are allowed."""
-    status, out, err = answer
-    *before, line = err.splitlines()
-    assert status == 2 and not out, err
-    assert line.startswith('lm: ') and wanted in line
-    assert all(b.startswith(progress) for b in before), before
 
 
 @pytest.mark.usefixtures('nothing_allocated')

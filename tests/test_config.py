@@ -6,19 +6,13 @@ from functools import partial
 import jax
 import pytest
 from ml_collections import ConfigDict
-from running import CONFIG
+from running import CONFIG, load_config
 
 from lm import config as configs
 from lm import presets
 from lm.errors import UsageError
 from lm.model import transformer
 from lm.training import runs
-
-
-def load(*settings: str, arg: str = '') -> ConfigDict:
-    words, pairs = configs.split_settings(settings)
-    assert not words
-    return configs.load(f'{CONFIG}:{arg}' if arg else CONFIG, pairs)[0]
 
 
 def write(path, text):
@@ -57,7 +51,7 @@ def write(path, text):
     ],
 )
 def test_a_value_is_read_as_the_declared_type(text, key, value):
-    read = dict(configs.leaves(load(f'--config.{text}')))[key]
+    read = dict(configs.leaves(load_config(f'--config.{text}')))[key]
     assert read == value and type(read) is type(value)
 
 
@@ -68,11 +62,11 @@ def test_a_large_whole_number_is_exact():
 
 
 def test_a_value_may_stand_in_a_word_of_its_own():
-    assert load('--config.optim.lr', '2e-3').optim.lr == 2e-3
+    assert load_config('--config.optim.lr', '2e-3').optim.lr == 2e-3
 
 
 def test_the_last_of_two_settings_counts():
-    assert load('--config.seed=1', '--config.seed=2').seed == 2
+    assert load_config('--config.seed=1', '--config.seed=2').seed == 2
 
 
 @pytest.mark.parametrize(
@@ -93,7 +87,7 @@ def test_the_last_of_two_settings_counts():
 )
 def test_a_wrong_type_is_refused(text, wanted):
     with pytest.raises(UsageError, match=wanted):
-        load(f'--config.{text}')
+        load_config(f'--config.{text}')
 
 
 @pytest.mark.parametrize(
@@ -110,18 +104,18 @@ def test_a_wrong_type_is_refused(text, wanted):
 )
 def test_an_unknown_key_names_the_nearest(key, nearest):
     with pytest.raises(UsageError, match=rf'unknown setting {key} \(did you mean {nearest}'):
-        load(f'--config.{key}=1')
+        load_config(f'--config.{key}=1')
 
 
 @pytest.mark.parametrize('key', ['model', 'xyzzyqqq', 'model.dim.x', '', 'seed.'])
 def test_what_is_no_setting_is_refused(key):
     with pytest.raises(UsageError, match='unknown setting'):
-        load(f'--config.{key}=1')
+        load_config(f'--config.{key}=1')
 
 
 def test_a_setting_without_a_value_is_refused():
     with pytest.raises(UsageError, match='--config.steps has no value'):
-        load('--config.steps')
+        load_config('--config.steps')
 
 
 @pytest.mark.parametrize(
@@ -141,7 +135,7 @@ def test_a_setting_without_a_value_is_refused():
 )  # fmt: skip
 def test_a_value_that_no_run_can_have_is_refused(text):
     with pytest.raises(UsageError, match=f'^{text.partition("=")[0]}=.* must be '):
-        load(f'--config.{text}')
+        load_config(f'--config.{text}')
 
 
 @pytest.mark.parametrize(
@@ -149,24 +143,24 @@ def test_a_value_that_no_run_can_have_is_refused(text):
 )
 def test_a_choice_names_what_there_is(text):
     with pytest.raises(UsageError, match=f'^{text}.* is not one of'):
-        load(f'--config.{text}')
+        load_config(f'--config.{text}')
 
 
 def test_the_tokens_of_a_step_are_counted_in_int32():
-    assert load('--config.batch_size=32768', '--config.seq_len=65535').batch_size == 32768
+    assert load_config('--config.batch_size=32768', '--config.seq_len=65535').batch_size == 32768
     with pytest.raises(UsageError, match=r'batch_size=32768 × seq_len=65536 must be at most 2147483647'):
-        load('--config.batch_size=32768', '--config.seq_len=65536')
+        load_config('--config.batch_size=32768', '--config.seq_len=65536')
 
 
 def test_microbatch_divides_the_batch():
-    assert load('--config.batch_size=6', '--config.microbatch=3').microbatch == 3
+    assert load_config('--config.batch_size=6', '--config.microbatch=3').microbatch == 3
     with pytest.raises(UsageError, match='batch_size=6 is not a multiple of microbatch=4'):
-        load('--config.batch_size=6', '--config.microbatch=4')
+        load_config('--config.batch_size=6', '--config.microbatch=4')
 
 
 def test_a_run_starts_from_one_other():
     with pytest.raises(UsageError, match='set one of them'):
-        load('--config.init_from=a', '--config.branch_from=b')
+        load_config('--config.init_from=a', '--config.branch_from=b')
 
 
 # ---- files ----
@@ -219,18 +213,18 @@ def test_a_stage_may_add_settings(tmp_path):
     ('arg', 'millions'), [('124m', 124), ('350m', 355), ('1b', 1236), ('8b', 8030), ('70b', 70_554)]
 )
 def test_a_preset_has_the_parameters_that_its_name_says(arg, millions):
-    cfg = runs.model_config(load(arg=arg))
+    cfg = runs.model_config(load_config(arg=arg))
     shapes = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 def test_depth_4_is_what_the_file_says():
-    assert dict(configs.leaves(load(arg='depth=4'))) == dict(configs.leaves(load()))
+    assert dict(configs.leaves(load_config(arg='depth=4'))) == dict(configs.leaves(load_config()))
 
 
 @pytest.mark.parametrize('n', [1, 2, 6, 12, 24])
 def test_depth_moves_width_rate_batch_horizon_and_decay(n):
-    laptop, other = load(), load(arg=f'depth={n}')
+    laptop, other = load_config(), load_config(arg=f'depth={n}')
     assert (other.model.layers, other.model.dim, other.model.heads, other.model.head_dim) == (n, 32 * n, n, 32)
     assert other.optim.lr == pytest.approx(laptop.optim.lr / (n / 4) ** 0.5, rel=5e-3)
     count = lambda c: jax.eval_shape(partial(transformer.init, cfg=runs.model_config(c)), jax.random.key(0))
@@ -253,10 +247,10 @@ def test_a_small_rate_keeps_its_digits():
 
 
 def test_parts_of_an_argument_apply_in_order():
-    config = load(arg='depth=12,steps=500')
+    config = load_config(arg='depth=12,steps=500')
     assert (config.model.layers, config.steps) == (12, 500)
-    assert load(arg='124m,model.window=64').model.window == 64
-    assert load('--config.steps=7', arg='depth=12,steps=500').steps == 7
+    assert load_config(arg='124m,model.window=64').model.window == 64
+    assert load_config('--config.steps=7', arg='depth=12,steps=500').steps == 7
 
 
 def test_depth_leaves_an_epoch_an_epoch():
@@ -278,7 +272,7 @@ def test_depth_leaves_an_epoch_an_epoch():
 )
 def test_an_argument_that_is_none_is_refused(arg, wanted):
     with pytest.raises(UsageError, match=wanted):
-        load(arg=arg)
+        load_config(arg=arg)
 
 
 # ---- a run's saved settings ----
@@ -290,7 +284,7 @@ def saved(config: ConfigDict) -> dict:
 
 @pytest.mark.parametrize('arg', ['', '124m', 'depth=12', '70b'])
 def test_a_saved_config_is_the_same_config(arg):
-    assert configs.differences(saved(load(arg=arg)), load(arg=arg).to_dict()) == {}
+    assert configs.differences(saved(load_config(arg=arg)), load_config(arg=arg).to_dict()) == {}
 
 
 @pytest.mark.parametrize(
@@ -298,7 +292,7 @@ def test_a_saved_config_is_the_same_config(arg):
     ['steps=9', 'log.every=3', 'eval.rows=5', 'checkpoint.keep=9', 'mesh.data=2', 'eval.prompts=x', 'log.profile=3'],
 )
 def test_what_may_differ_when_a_run_is_resumed(text):
-    assert configs.differences(saved(load()), load(f'--config.{text}').to_dict()) == {}
+    assert configs.differences(saved(load_config()), load_config(f'--config.{text}').to_dict()) == {}
 
 
 @pytest.mark.parametrize(
@@ -309,13 +303,13 @@ def test_what_may_differ_when_a_run_is_resumed(text):
 )  # fmt: skip
 def test_what_must_not_differ_is_named(text):
     key = text.partition('=')[0]
-    assert list(configs.differences(saved(load()), load(f'--config.{text}').to_dict())) == [key]
+    assert list(configs.differences(saved(load_config()), load_config(f'--config.{text}').to_dict())) == [key]
 
 
 def test_what_a_run_resolved_stays():
-    old = load('--config.microbatch=4', '--config.precision.compute=bfloat16', '--config.attention=cudnn')
-    assert configs.differences(saved(old), load().to_dict()) == {}
-    assert list(configs.differences(saved(old), load('--config.microbatch=2').to_dict())) == ['microbatch']
+    old = load_config('--config.microbatch=4', '--config.precision.compute=bfloat16', '--config.attention=cudnn')
+    assert configs.differences(saved(old), load_config().to_dict()) == {}
+    assert list(configs.differences(saved(old), load_config('--config.microbatch=2').to_dict())) == ['microbatch']
 
 
 def test_what_the_command_line_chose():

@@ -1,5 +1,6 @@
 """The command between runs, Hugging Face folders and GGUF files, and runs at rest, which it reads and writes."""
 
+import functools
 import json
 import os
 import shutil
@@ -22,15 +23,13 @@ from lm.training import at_rest, checkpoint, runs
 
 
 @pytest.fixture
-def call(dialogues, monkeypatch, capsys, tmp_path):
+def call(call, monkeypatch, tmp_path):
     """call(*words) -> (exit status, the JSON of the last line or None, stderr), in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
+    typed = functools.partial(call, 'convert')
 
     def run(*words):
-        monkeypatch.setattr(sys, 'argv', ['lm.convert', *map(str, words)])
-        capsys.readouterr()
-        status = convert.main()
-        out, err = capsys.readouterr()
+        status, out, err = typed(*words)
         return status, json.loads(out.splitlines()[-1]) if out else None, err
 
     return run

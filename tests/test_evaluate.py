@@ -1,5 +1,6 @@
 """lm.evaluate over the stages: one table, the same questions for every run, and a reward model's score of an answer."""
 
+import functools
 import json
 import random
 import sys
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import running
 
-from lm import evaluate
 from lm.data import pairs
 from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import prepare
@@ -67,15 +67,9 @@ def copy(run, to, saved):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(words) -> (exit status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, 'argv', ['lm.evaluate', *map(str, words)])
-        capsys.readouterr()
-        return (evaluate.main(), *capsys.readouterr())
-
-    return run
+def call(call):
+    """call(*words) -> (exit status, stdout, stderr) of lm.evaluate."""
+    return functools.partial(call, 'evaluate')
 
 
 def test_stages_are_rows(call, chain, lab):

@@ -7,57 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MESHES
+from families import BASE, FAMILIES, TOKENS, made
 
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import transformer
 from lm.model.layers import RopeScaling
-from lm.model.transformer import ModelConfig
-
-BASE = ModelConfig(
-    vocab_size=120, vocab_multiple=64, dim=32, layers=5, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, qk_norm=False
-)
-LLAMA3 = 'llama3,factor=8,low=1,high=4,original=64'
-GEMMA = {'norm_plus_one': True, 'activation': 'gelu', 'embed_scale': 32**0.5}
-FAMILIES = {
-    'llama3': {'rope_scaling': LLAMA3, 'tied': False, 'rope_theta': 500.0},
-    'smollm3': {'pattern': 'global,global,global,nope'},
-    'mistral': {'window': 3, 'tied': False},
-    'qwen2': {'qkv_bias': True},
-    'qwen3': {'qk_norm': True},
-    'olmo2': {'norms': 'post', 'qk_norm': True, 'qk_norm_joint': True, 'tied': False},
-    'gemma': GEMMA,
-    'gemma2': GEMMA
-    | {
-        'norms': 'both', 'pattern': 'local,global', 'window': 4, 'attn_softcap': 5.0, 'logit_softcap': 3.0,
-        'query_scale': 0.2,
-    },
-    'gemma3': GEMMA
-    | {
-        'norms': 'both', 'pattern': 'local,local,global', 'window': 4, 'qk_norm': True, 'rope_theta_local': 50.0,
-        'rope_scaling': 'linear,factor=8', 'query_scale': 0.3,
-    },
-    'granite': {'embed_scale': 3.0, 'residual_scale': 0.3, 'logit_scale': 0.25, 'query_scale': 0.1},
-}  # fmt: skip
-TOKENS = np.random.default_rng(0).integers(0, 120, (8, 16))
 
 
 @pytest.fixture(params=FAMILIES)
 def cfg(request):
     return dataclasses.replace(BASE, **FAMILIES[request.param])
-
-
-def made(cfg: ModelConfig):
-    """Random parameters, norms and biases among them."""
-    params = transformer.init(jax.random.key(0), cfg)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [
-            x + 0.3 * jax.random.normal(k, x.shape) * (1.0 if x.ndim < 3 else 0.1)
-            for x, k in zip(leaves, keys, strict=True)
-        ]
-    )
 
 
 def logits(params, cfg, tokens=TOKENS, **rows):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_decoder
 import pytest
-from test_families import BASE, FAMILIES, TOKENS, made
+from families import BASE, FAMILIES, TOKENS, made
 
 from lm.evals import heldout, likelihood
 from lm.model import sequences, transformer

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 
 from lm import sharding
 from lm.model import head
@@ -80,14 +81,6 @@ def expected_logp(softcap):
     fn = lambda h, w: jax.vjp(lambda h, w: naive_logp(h, w, y_BT, softcap), h, w)
     out, back = fn(h_BTD, w_VD)
     return jax.device_get((out, back(cotangents)))
-
-
-def assert_close(got, expected, rtol=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=rtol * np.max(np.abs(b)), rtol=0),
-        jax.device_get(got),
-        expected,
-    )
 
 
 CASES = [('VD', 0.0, None), ('VD', 0.3, 2.0), ('DV', 0.3, None)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 
 from lm import sharding
 from lm.data.packing import PackedRows
@@ -58,16 +59,6 @@ def loss(params, batch, cfg):
 
 
 value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
-
-
-def assert_close(got, expected, rtol=1e-5):
-    """Leaf by leaf, relative to the leaf's largest value."""
-
-    def leaf(path, a, b):
-        scale = np.max(np.abs(b))
-        np.testing.assert_allclose(a, b, atol=rtol * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(leaf, jax.device_get(got), jax.device_get(expected))
 
 
 # ---- what a token can see ----

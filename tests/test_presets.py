@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import pytest
-from test_config import load
+from running import load_config
 
 from lm import presets
 from lm.errors import UsageError
@@ -41,7 +41,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_a_known_model_has_its_parameters(name):
-    cfg = runs.model_config(load(arg=name))
+    cfg = runs.model_config(load_config(arg=name))
     shapes = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
     padding = (cfg.sizes['V'] - cfg.vocab_size) * cfg.dim * (1 if cfg.tied else 2)
     assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == PARAMETERS[name]
@@ -52,11 +52,11 @@ def test_every_known_model_is_counted():
 
 
 def test_a_run_older_than_a_setting_of_the_model_has_its_default(tmp_path):
-    old = load().to_dict()
+    old = load_config().to_dict()
     for key in ('norms', 'pattern', 'qkv_bias', 'context'):
         del old['model'][key]
     (tmp_path / 'config.json').write_text(json.dumps({'config': old}))
-    child = load(f'--config.init_from={tmp_path}')
+    child = load_config(f'--config.init_from={tmp_path}')
     child.model.norms = 'post'  # as a stage's own file may have it
     runs.inherit_model(child, {'init_from'}, weights=False)
     assert child.model.norms == 'pre'

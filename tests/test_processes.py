@@ -44,16 +44,12 @@ def new_member(where: str, count: int, index: int, wait: int = 20) -> Member:
     return made[-1]
 
 
-def coordinator() -> str:
-    return f'127.0.0.1:{hub.free_port()}'
-
-
 # ---- meeting ----
 
 
 def meet(*, facts=({}, {}, {}), ids=(0, 1, 2), counts=(N, N, N), wait=20):
     """What each of the processes that come is told: a Member, or the UsageError's line."""
-    where = coordinator()
+    where = running.coordinator()
 
     def come(facts, index, count):
         try:
@@ -108,7 +104,7 @@ def test_who_does_not_come_is_named():
     ('error', 'status', 'line'), [(None, 1, 'process 1 of 3 has died'), (Preempted('a'), 75, 'process 1: a')]
 )
 def test_one_that_ends_while_all_wait_is_named(error, status, line):
-    where = coordinator()
+    where = running.coordinator()
     first, second = new_member(where, N, 0), new_member(where, N, 1)
     with ThreadPoolExecutor(2) as pool:
         entered = [pool.submit(member.enter, {}) for member in (first, second)]
@@ -134,7 +130,7 @@ def test_a_port_in_use():
 
 
 def test_a_stranger_at_the_port_is_ignored():
-    where = coordinator()
+    where = running.coordinator()
     first = new_member(where, 2, 0)
     with socket.create_connection(hub.address(where)) as stranger, ThreadPoolExecutor(2) as pool:
         stranger.sendall(b'GET / HTTP/1.1\r\n\r\n')
@@ -255,23 +251,14 @@ def test_one_process_has_all_rows(mesh):
 
 def start(lab, workdir, *words, devices=1, differing=({}, {}), **settings) -> list[subprocess.Popen]:
     """Two processes with so many devices each, which find each other at a free port."""
-    several = [f'--coordinator={coordinator()}', '--num_processes=2', *words]
+    several = [f'--coordinator={running.coordinator()}', '--num_processes=2', *words]
     return [
         lab.start(workdir, *several, f'--process_id={i}', devices=devices, **settings, **differing[i]) for i in range(2)
     ]
 
 
-def ended(started: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, list[str]]]:
-    """(status, stdout, lm's own lines of stderr) of each."""
-    told = [process.communicate(timeout=seconds) for process in started]
-    return [
-        (process.returncode, out, [line for line in err.splitlines() if line.startswith('lm: ')])
-        for process, (out, err) in zip(started, told, strict=True)
-    ]
-
-
 def assert_done(started: list[subprocess.Popen]) -> None:
-    told = ended(started)
+    told = running.ended(started)
     assert [code for code, _, _ in told] == [0] * len(told), told
 
 
@@ -279,25 +266,15 @@ def assert_done(started: list[subprocess.Popen]) -> None:
 def pair(lab, tmp_path_factory) -> Path:
     """A run of two processes with four devices each."""
     workdir = tmp_path_factory.mktemp('pair') / 'run'
-    (status_0, out, _), (status_1, nothing, _) = ended(start(lab, workdir, devices=4))
+    (status_0, out, _), (status_1, nothing, _) = running.ended(start(lab, workdir, devices=4))
     assert (status_0, status_1, nothing) == (0, 0, '') and running.one_object(out)['step'] == 12
     return workdir
 
 
-@pytest.fixture(scope='module')
-def one(lab, tmp_path_factory) -> Path:
+@pytest.fixture
+def one(trained) -> Path:
     """The same run of one process with eight."""
-    workdir = tmp_path_factory.mktemp('one') / 'run'
-    lab.train(workdir)
-    return workdir
-
-
-def assert_close(a: Path, b: Path) -> None:
-    """The same measurements, to the order of float32's sums; the same samples."""
-    ours, theirs = measured(a), measured(b)
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose([ours[k] for k in theirs], list(theirs.values()), rtol=2e-5, atol=1e-6)
-    assert lines(a, 'samples.jsonl') == lines(b, 'samples.jsonl')
+    return trained
 
 
 def back_to(workdir: Path, step: int, target: Path) -> Path:
@@ -311,7 +288,7 @@ def back_to(workdir: Path, step: int, target: Path) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(pair, one):
-    assert_close(pair, one)
+    running.assert_measured_alike(pair, one)
     assert steps_saved(pair) == steps_saved(one) and status(pair)['state'] == 'done'
     assert len(list((pair / 'tensorboard').iterdir())) == 1
     names = lambda workdir: sorted(p.name for p in workdir.iterdir())
@@ -322,7 +299,7 @@ def test_two_processes_train_what_one_trains(pair, one):
 def test_what_two_saved_one_resumes_and_two_resume(lab, pair, tmp_path):
     alone, both = (back_to(pair, 4, tmp_path / name) for name in ('alone', 'both'))
     lab.train(alone)
-    assert_close(alone, pair)
+    running.assert_measured_alike(alone, pair)
     assert_done(start(lab, both, devices=4))
     assert measured(both) == measured(pair)
 
@@ -331,7 +308,7 @@ def test_what_two_saved_one_resumes_and_two_resume(lab, pair, tmp_path):
 def test_what_one_saved_two_resume(lab, one, tmp_path):
     both = back_to(one, 8, tmp_path / 'both')
     assert_done(start(lab, both))
-    assert_close(both, one)
+    running.assert_measured_alike(both, one)
 
 
 @pytest.mark.slow
@@ -341,7 +318,7 @@ def test_an_axis_that_crosses_the_processes(lab, tmp_path, axis):
     settings = {'mesh__fsdp': 1, f'mesh__{axis}': 2, 'steps': 3, 'microbatch': 4}
     assert_done(start(lab, tmp_path / 'two', **settings))
     assert_done([lab.start(tmp_path / 'one', devices=2, **settings)])
-    assert_close(tmp_path / 'two', tmp_path / 'one')
+    running.assert_measured_alike(tmp_path / 'two', tmp_path / 'one')
 
 
 @pytest.mark.slow
@@ -351,7 +328,7 @@ def test_sigterm_to_one_stops_both_at_the_same_step(lab, tmp_path, who):
     started = start(lab, workdir, checkpoint__every=10_000, eval__every=10_000, steps=10_000)
     running.wait_for_step(started[0], workdir, 3)
     started[who].send_signal(signal.SIGTERM)
-    (code_0, _, told_0), (code_1, _, told_1) = ended(started)
+    (code_0, _, told_0), (code_1, _, told_1) = running.ended(started)
     assert code_0 == code_1 == 75 and told_0 == told_1
     (step,) = steps_saved(workdir)
     assert told_0 == [f'lm: saved at step {step} after SIGTERM to process {who}: run the same command again to go on']
@@ -365,7 +342,7 @@ def test_the_death_of_one_ends_the_other_in_a_line_that_names_it(lab, tmp_path, 
     running.wait_for_step(started[0], tmp_path / 'run', 3)
     started[who].kill()
     begun = time.monotonic()
-    code, _, told = ended(started, 60)[1 - who]
+    code, _, told = running.ended(started, 60)[1 - who]
     assert time.monotonic() - begun < 60 and code == 1
     assert len(told) == 1 and re.match(rf'lm: process {who} of 2 \(.*, pid \d+\) has died: start all', told[0])
     if who == 1:
@@ -376,27 +353,27 @@ def test_the_death_of_one_ends_the_other_in_a_line_that_names_it(lab, tmp_path, 
 def test_what_differs_is_refused_before_anything_is_written(lab, tmp_path):
     started = start(lab, tmp_path / 'run', differing=({}, {'optim__lr': 0.5}))
     line = 'lm: process 1 has optim.lr=0.5, process 0 has 0.003: start all of them alike'
-    assert [(code, told) for code, _, told in ended(started)] == [(2, [line])] * 2
+    assert [(code, told) for code, _, told in running.ended(started)] == [(2, [line])] * 2
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
 def test_a_dry_run_of_two(lab, tmp_path):
-    (code_0, out, _), (code_1, nothing, _) = ended(start(lab, tmp_path / 'run', '--dry_run'))
+    (code_0, out, _), (code_1, nothing, _) = running.ended(start(lab, tmp_path / 'run', '--dry_run'))
     assert code_0 == code_1 == 0 and running.one_object(out)['dry_run'] and nothing == ''
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
 def test_a_mistake_that_all_would_find_is_told_once_by_each(lab, pair):
-    told = ended(start(lab, pair, seq_len=16))
+    told = running.ended(start(lab, pair, seq_len=16))
     assert [code for code, _, _ in told] == [2, 2]
     assert all('holds another run: seq_len (32 there, 16 now)' in line for _, _, (line,) in told)
 
 
 @pytest.mark.slow
 def test_processes_without_a_shared_cache_prepare_their_own(lab, one, tmp_path, monkeypatch):
-    several, started = [f'--coordinator={coordinator()}', '--num_processes=2'], []
+    several, started = [f'--coordinator={running.coordinator()}', '--num_processes=2'], []
     for i in range(2):
         monkeypatch.setenv('LM_CACHE', str(tmp_path / f'cache{i}'))
         started.append(lab.start(tmp_path / 'run', *several, f'--process_id={i}', steps=12, eval__every=12))
@@ -426,6 +403,6 @@ def test_a_checkpoint_that_one_process_cannot_read_is_left_by_both(lab, one, tmp
     """They go on from the one before, together."""
     workdir = back_to(one, 12, tmp_path / 'run')
     assert_done(start(lab, workdir, code=BLIND))
-    assert_close(workdir, one)
+    running.assert_measured_alike(workdir, one)
     assert (workdir / 'checkpoints' / '12.damaged').exists()
     assert 'is damaged: process 1: it cannot be read' in (workdir / 'log.txt').read_text()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import running
-from running import lines, measured, status, steps_saved
+from running import assert_same, lines, measured, params, signal_at, status, steps_saved
 
 from lm import main as lm_main
 from lm import runtime
@@ -24,37 +24,10 @@ from lm.training.recorder import Recorder
 DEVICES = 8  # so that what runs in a process of its own can be compared with what runs in this one
 
 
-@pytest.fixture(scope='module')
-def whole(lab, tmp_path_factory) -> Path:
+@pytest.fixture
+def whole(trained) -> Path:
     """An uninterrupted run."""
-    workdir = tmp_path_factory.mktemp('whole') / 'run'
-    lab.train(workdir)
-    return workdir
-
-
-def params(workdir: Path):
-    with running.all_devices():
-        return jax.tree.map(np.asarray, runs.load(str(workdir), warn=pytest.fail).params)
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Bit for bit: metrics, samples and parameters."""
-    assert measured(a) == measured(b)
-    assert lines(a, 'samples.jsonl') == lines(b, 'samples.jsonl')
-    jax.tree.map(np.testing.assert_array_equal, params(a), params(b))
-
-
-def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
-    """Sends this process a signal when the metrics of a step are written."""
-    real, left = Recorder.metrics, [times]
-
-    def metrics(self, at, values):
-        real(self, at, values)
-        if at >= step and left[0]:
-            left[0] -= 1
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Recorder, 'metrics', metrics)
+    return trained
 
 
 # ---- stopped ----

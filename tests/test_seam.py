@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
@@ -26,13 +27,6 @@ def normal(seed, dims, **sizes):
 
 def place(mesh, params):
     return jax.device_put(params, sharding.shardings(mesh, sharding.param_specs(params)))
-
-
-def assert_close(got, expected, rtol=1e-5):
-    def leaf(path, a, b):
-        np.testing.assert_allclose(a, b, atol=rtol * np.max(np.abs(b)), rtol=0, err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(leaf, jax.device_get(got), jax.device_get(expected))
 
 
 # ---- arrays ----

@@ -6,7 +6,6 @@ import math
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import dialogues as made
@@ -14,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 import running
+from checks import refused
 from etils import epath
-from running import measured, status, steps_saved
-from test_run_resume import assert_same, signal_at
+from running import assert_same, measured, signal_at, status, steps_saved
 
 from lm import config as configs
-from lm import inspect, presets
 from lm import main as lm_main
+from lm import presets
 from lm.data import cache
 from lm.errors import Preempted, UsageError
 from lm.evals import preferences
@@ -33,16 +32,10 @@ LN2 = math.log(2)
 
 
 @pytest.fixture
-def call(dialogues, monkeypatch, capsys):
-    """call(argv) -> (exit status, stdout, stderr), in the lab's folder."""
+def call(dialogues, monkeypatch, call):
+    """call(argv, command) -> (exit status, stdout, stderr), in the lab's folder."""
     monkeypatch.chdir(dialogues.lab.folder)
-
-    def run(argv):
-        monkeypatch.setattr(sys, 'argv', ['lm.main', *map(str, argv)])
-        capsys.readouterr()
-        return (lm_main.main(), *capsys.readouterr())
-
-    return run
+    return lambda argv, name='main': call(name, *argv)
 
 
 def config_of(workdir: Path) -> dict:
@@ -377,21 +370,14 @@ def test_a_mistake_is_one_line_before_anything_is_allocated(
     dialogues.run('sft')
     for name in ('compile_step', 'start'):
         monkeypatch.setattr(wiring, name, lambda *args: pytest.fail('this should have been seen before'))
-    refused(call(dialogues.argv(stage, tmp_path / 'run', **settings)), wanted)
+    refused(call(dialogues.argv(stage, tmp_path / 'run', **settings)), wanted, None)
     assert not (tmp_path / 'run').exists()
-
-
-def refused(answer, wanted):
-    code, out, err = answer
-    told = [line for line in err.splitlines() if line.startswith('lm: ')]
-    assert code == 2 and not out and len(told) == 1 and wanted in told[0], err
-    assert 'Traceback' not in err
 
 
 def test_a_reward_model_does_not_learn_to_speak(dialogues, call, tmp_path):
     workdir, wanted = str(dialogues.run('reward')), 'is a reward model, which gives scores and has not learned to speak'
     for stage in ('sft', 'dpo'):
-        refused(call(dialogues.argv(stage, tmp_path / 'run', init_from=workdir)), f'{workdir} {wanted}')
+        refused(call(dialogues.argv(stage, tmp_path / 'run', init_from=workdir)), f'{workdir} {wanted}', None)
 
 
 @pytest.mark.slow
@@ -404,16 +390,9 @@ def test_preferences_may_begin_with_a_pretrained_run(dialogues, tmp_path):
 
 
 @pytest.fixture
-def shown(dialogues, monkeypatch, capsys):
+def shown(dialogues, call):
     """shown(stage, words, settings) -> (exit status, stdout, stderr) of lm.inspect, the parent without weights."""
-    monkeypatch.chdir(dialogues.lab.folder)
-
-    def run(stage, *words, **settings):
-        monkeypatch.setattr(sys, 'argv', ['lm.inspect', *map(str, dialogues.argv(stage, None, *words, **settings))])
-        capsys.readouterr()
-        return (inspect.main(), *capsys.readouterr())
-
-    return run
+    return lambda stage, *words, **settings: call(dialogues.argv(stage, None, *words, **settings), 'inspect')
 
 
 def test_inspect_shows_what_a_stage_learns_from(dialogues, shown, tmp_path):
@@ -469,11 +448,9 @@ def test_what_stands_after_the_colon_names_the_parent(path, parent, workdir, mix
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(dialogues, tmp_path, monkeypatch):
     """With a cache that has nothing of the reference: both compute it together."""
-    from test_processes import assert_close, coordinator, ended
-
     whole = dialogues.run('dpo')
     shutil.rmtree(cache.cache_dir() / 'reference')
-    several = [f'--coordinator={coordinator()}', '--num_processes=2']
+    several = [f'--coordinator={running.coordinator()}', '--num_processes=2']
     go = 'import os, sys\nfrom lm import errors, main\nos.chdir(sys.argv.pop())\nerrors.leave(main.main())'
     folder = str(dialogues.lab.folder)
     started = [
@@ -482,7 +459,7 @@ def test_two_processes_train_what_one_trains(dialogues, tmp_path, monkeypatch):
         )
         for i in range(2)
     ]
-    told = ended(started)
+    told = running.ended(started)
     assert [code for code, _, _ in told] == [0, 0], told
-    assert_close(tmp_path / 'run', whole)
+    running.assert_measured_alike(tmp_path / 'run', whole)
     assert config_of(tmp_path / 'run')['reference'] == config_of(whole)['reference']

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_close
 from jax.experimental.compilation_cache import compilation_cache
 
 from lm import sharding
@@ -21,14 +22,6 @@ from lm.training import optimizer as optim
 from lm.training import step as training
 
 ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
-
-
-def assert_close(got, expected, rtol=1e-5):
-    def leaf(path, a, b):
-        atol = rtol * max(np.max(np.abs(b)), 1e-30)
-        np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(leaf, jax.device_get(got), jax.device_get(expected))
 
 
 # ---- a loss of two terms with weights of their own, small enough to run many times ----
