@@ -1,6 +1,7 @@
 """The switches of the decoder, by the families that use them: what holds for the default graph holds for each."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,34 @@ def cfg(request):
     return dataclasses.replace(BASE, **FAMILIES[request.param])
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def logits(params, cfg, tokens=TOKENS, **rows):
-    return transformer.logits(params, cfg, transformer.forward(params, cfg, jnp.asarray(tokens), **rows))
+    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens, **rows))
 
 
-def test_scanned_is_unrolled(cfg):
+@pytest.mark.parametrize(
+    'family', [pytest.param(f, marks=() if f in ('smollm3', 'gemma3') else pytest.mark.slow) for f in FAMILIES]
+)
+def test_scanned_is_unrolled(family):
+    """Of several kinds of layers above all."""
+    cfg = dataclasses.replace(BASE, **FAMILIES[family])
     params = made(cfg)
     scanned = dataclasses.replace(cfg, scan=True, remat='full')
     np.testing.assert_allclose(logits(params, scanned), logits(params, cfg), atol=2e-5)
 
 
 def test_read_with_a_cache_is_read_at_once(cfg):
-    params, cache = made(cfg), transformer.empty_cache(cfg, 8, 16)
-    parts = []
-    for at, until in ((0, 7), (7, 8), (8, 16)):
-        h, cache = transformer.forward_cached(params, cfg, jnp.asarray(TOKENS[:, at:until]), cache)
-        parts.append(transformer.logits(params, cfg, h))
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), logits(params, cfg), atol=3e-5)
+    params = made(cfg)
+
+    @jax.jit
+    def in_parts(params):
+        cache, parts = transformer.empty_cache(cfg, 8, 16), []
+        for at, until in ((0, 7), (7, 8), (8, 16)):
+            h, cache = transformer.forward_cached(params, cfg, TOKENS[:, at:until], cache)
+            parts.append(transformer.logits(params, cfg, h))
+        return jnp.concatenate(parts, 1)
+
+    np.testing.assert_allclose(in_parts(params), logits(params, cfg), atol=3e-5)
 
 
 def test_packed_is_unpacked(cfg):
@@ -50,11 +62,15 @@ def test_packed_is_unpacked(cfg):
 
 def test_a_layer_alone_is_a_layer_of_the_model(cfg):
     params = made(cfg)
-    x = transformer.embed(params, cfg, jnp.asarray(TOKENS))
-    for i, layer in enumerate(transformer.unstack(params['layers'], cfg.layers)):
-        x = transformer.layer(layer, cfg, x, number=i)
-    h = transformer.final_norm(params, cfg, x)
-    np.testing.assert_allclose(transformer.logits(params, cfg, h), logits(params, cfg), atol=2e-5)
+
+    @jax.jit
+    def by_layer(params):
+        x = transformer.embed(params, cfg, TOKENS)
+        for i, layer in enumerate(transformer.unstack(params['layers'], cfg.layers)):
+            x = transformer.layer(layer, cfg, x, number=i)
+        return transformer.logits(params, cfg, transformer.final_norm(params, cfg, x))
+
+    np.testing.assert_allclose(by_layer(params), logits(params, cfg), atol=2e-5)
 
 
 def loss(params, cfg, tokens):
@@ -92,7 +108,7 @@ def test_sharded_is_one_device(family, mesh_name):
 def test_local_layers_see_their_window_and_global_ones_all():
     cfg = dataclasses.replace(BASE, layers=1, pattern='local,global', window=4)
     whole = dataclasses.replace(cfg, pattern='global')
-    slope = lambda cfg: jax.grad(lambda bump_TD: jnp.sum(_last(made(cfg), cfg, bump_TD)))(jnp.zeros((16, 32)))
+    slope = lambda cfg: jax.jit(jax.grad(lambda bump_TD: jnp.sum(_last(made(cfg), cfg, bump_TD))))(jnp.zeros((16, 32)))
     reach = lambda cfg: np.flatnonzero(np.any(np.abs(slope(cfg)) > 0, axis=1))
     assert list(reach(cfg)) == [12, 13, 14, 15] and list(reach(whole)) == list(range(16))
 

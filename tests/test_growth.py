@@ -1,5 +1,6 @@
 """The batch that grows: every row once and in order, exact weights, no work for what is not there, exact resuming."""
 
+import json
 import shutil
 import time
 
@@ -127,12 +128,18 @@ def test_an_epoch_is_as_many_steps_as_its_rows_make(lab, tmp_path, monkeypatch):
     assert rows - 8 < Growth(2, 4, 6).first(seen[1]) <= rows + 8 and seen[1] > seen[0]
 
 
-def test_what_cannot_grow_is_refused(lab, growing, tmp_path):
+def test_what_cannot_grow_is_refused(lab, trained, tmp_path):
     for more in ([], [('microbatch', '8')]):
         with pytest.raises(
             UsageError, match='optim.batch_warmup=5 grows the batch by microbatches: set microbatch below'
         ):
             configs.load('configs/pretrain.py', [('optim.batch_warmup', '5'), ('batch_size', '8'), *more])
+    growing = shutil.copytree(trained, tmp_path / 'growing')  # it is refused by what the settings say
+    saved = json.loads((growing / 'config.json').read_text())
+    for key, value in GROWING.items():
+        group, _, name = key.rpartition('__')
+        (saved['config'][group] if group else saved['config'])[name] = value
+    (growing / 'config.json').write_text(json.dumps(saved))
     for change in ({'microbatch': 4}, {'optim__batch_warmup': 5}):
         key = next(iter(change)).replace('__', '.')
         with pytest.raises(UsageError, match=f'has other data: {key} '):

@@ -1,6 +1,7 @@
 """A run's model as a Flax NNX module: the same numbers, the same gradients, and the same parameters back."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +21,23 @@ TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 @pytest.fixture
 def params(tiny):
-    return transformer.init(jax.random.key(0), tiny)
+    return jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), tiny)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def plain_loss(params, cfg):
     logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS))
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
 
 
+@nnx.jit
 def module_loss(module):
     return optax.softmax_cross_entropy_with_integer_labels(module(TOKENS)[:, :-1], TOKENS[:, 1:]).mean()
 
 
 def test_it_computes_what_the_model_does(params, tiny):
-    wanted = transformer.logits(params, tiny, transformer.forward(params, tiny, TOKENS))
+    forward = jax.jit(lambda p: transformer.logits(p, tiny, transformer.forward(p, tiny, TOKENS)))
+    wanted = forward(params)
     np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS))(to_nnx(params, tiny)), wanted, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -397,12 +398,20 @@ def test_the_last_line_is_json_when_a_figure_is_not_a_number(tmp_path):
 # ---- a full disk ----
 
 
-@pytest.mark.parametrize(
-    'name', ['config.json', 'log.txt', 'metrics.jsonl', 'samples.jsonl', 'status.json', 'tfevents', 'tokenizer.model']
-)
-def test_a_full_disk_ends_the_run_with_one_line(lab, tmp_path, monkeypatch, capsys, name):
-    workdir = tmp_path / 'run'
+@pytest.fixture(scope='module')
+def four_steps(lab, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp('four') / 'run'
     lab.train(workdir, steps=4)
+    return workdir
+
+
+FILES = {'config.json': True, 'metrics.jsonl': True, 'tfevents': True}
+FILES |= dict.fromkeys(['log.txt', 'samples.jsonl', 'status.json', 'tokenizer.model'], False)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if q else pytest.mark.slow) for n, q in FILES.items()])
+def test_a_full_disk_ends_the_run_with_one_line(lab, four_steps, tmp_path, monkeypatch, capsys, name):
+    workdir = shutil.copytree(four_steps, tmp_path / 'run')
     before = measured(workdir)
     real = files._write
 
@@ -447,10 +456,9 @@ ocp.type_handlers.ArrayHandler.serialize = full
 
 @pytest.mark.slow
 @pytest.mark.parametrize('when', FULL)
-def test_a_disk_that_fills_while_a_checkpoint_is_written(lab, tmp_path, when):
+def test_a_disk_that_fills_while_a_checkpoint_is_written(lab, four_steps, tmp_path, when):
     """The process ends at once, whatever Orbax still waits for."""
-    workdir = tmp_path / 'run'
-    lab.train(workdir, steps=4)
+    workdir = shutil.copytree(four_steps, tmp_path / 'run')
     code = FULL[when] + 'from lm import errors, main; errors.leave(main.main())'
     out, err = lab.start(workdir, devices=8, code=code).communicate(timeout=90)
     said = [line for line in err.splitlines() if line.startswith('lm: ')]
@@ -476,9 +484,8 @@ def test_a_write_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ['file.json']
 
 
-def test_damaged_lines_are_left_out_and_named(lab, tmp_path, capsys):
-    workdir = tmp_path / 'run'
-    lab.train(workdir, steps=4)
+def test_damaged_lines_are_left_out_and_named(lab, four_steps, tmp_path, capsys):
+    workdir = shutil.copytree(four_steps, tmp_path / 'run')
     before = measured(workdir)
     path = workdir / 'metrics.jsonl'
     first, *rest = path.read_bytes().splitlines(keepends=True)

@@ -33,7 +33,14 @@ def whole(trained) -> Path:
 # ---- stopped ----
 
 
-@pytest.mark.parametrize(('number', 'step'), [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8)])
+@pytest.mark.parametrize(
+    ('number', 'step'),
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        (signal.SIGINT, 5),
+        pytest.param(signal.SIGTERM, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(lab, whole, tmp_path, monkeypatch, number, step):
     workdir = tmp_path / 'run'
     with monkeypatch.context() as patch:
@@ -111,7 +118,8 @@ def test_a_signal_that_a_destructor_drops_comes_again(numbers, error, capsys):
     assert 'ignored' not in capsys.readouterr().err
 
 
-def test_a_run_that_is_done_says_so_again(lab, whole, capsys, monkeypatch):
+def test_a_run_that_is_done_says_so_again(lab, trained, tmp_path, capsys, monkeypatch):
+    whole = shutil.copytree(trained, tmp_path / 'run')
     before = {p.name: p.read_bytes() for p in whole.glob('*.jsonl')}
     monkeypatch.setattr(sys, 'argv', ['lm.main', *lab.argv(whole)])
     assert lm_main.main() == 0

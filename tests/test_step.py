@@ -226,11 +226,14 @@ REMATERIALIZED = 'nvoluntary full rematerialization'
 def said(capfd):
     """What XLA wrote to the terminal, as a function.
 
-    Of a program that is in the cache of compiled ones, which another test may have turned on, it says nothing.
+    Of a program that is in the cache of compiled ones it says nothing.
     """
+    folder = jax.config.values['jax_compilation_cache_dir']
     jax.config.update('jax_compilation_cache_dir', None)
     compilation_cache.reset_cache()
-    return lambda: ''.join(capfd.readouterr())
+    yield lambda: ''.join(capfd.readouterr())
+    jax.config.update('jax_compilation_cache_dir', folder)
+    compilation_cache.reset_cache()
 
 
 def test_the_capture_sees_the_message(said):
