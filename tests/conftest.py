@@ -1,6 +1,7 @@
 """Eight fake CPU devices, full-precision products, what tests share, and how long a module of them may take."""
 
 import collections
+import gc
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ from lm.model.transformer import ModelConfig  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_disable_most_optimizations', True)
+gc.set_threshold(200_000, 20, 50)  # JAX's caches are no garbage, and looking for some in them cost a twelfth
 
 # The meshes that every layout-dependent property is tried on, by the sizes of their axes.
 MESHES = {
@@ -132,6 +134,13 @@ class Budget:
         for module, seconds in sorted(self._seconds.items(), key=lambda found: -found[1]):
             if seconds > MINUTE:
                 terminalreporter.write_line(f'{module} took {seconds:.0f} s, over a minute: make it quicker', red=True)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """One worker for each module, and one for all whose tests share the runs of `dialogues`."""
+    talking = {item.path for item in items if 'dialogues' in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group('dialogues' if item.path in talking else item.path.stem))
 
 
 def pytest_configure(config) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -123,13 +124,13 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     ('shape', 'T', 'options'),
     [
-        (None, 384, {}),
+        pytest.param(None, 384, {}, marks=pytest.mark.slow),
         (None, 200, {'window': 70, 'softcap': 1.5}),
-        ({}, 130, {'N': 6, 'window': 2}),
+        pytest.param({}, 130, {'N': 6, 'window': 2}, marks=pytest.mark.slow),
         ({'fsdp': 2, 'tensor': 2}, 128, {'K': 1}),  # heads that do not divide are repeated
         (CONTEXT[0], 256, {'packed': False}),
-        (CONTEXT[0], 256, {'window': 150, 'softcap': 1.5}),
-        (CONTEXT[1], 512, {'B': 1}),
+        pytest.param(CONTEXT[0], 256, {'window': 150, 'softcap': 1.5}, marks=pytest.mark.slow),
+        pytest.param(CONTEXT[1], 512, {'B': 1}, marks=pytest.mark.slow),
         (CONTEXT[1], 1024, {'B': 1, 'N': 3, 'K': 1, 'window': 200}),  # three heads leave tensor to the sequence
     ],
 )
@@ -203,9 +204,13 @@ def test_the_program_for_a_gpu_calls_cudnn(monkeypatch, shape, packed, window):
     assert set(re.findall(r'sliding_window_length\W+(\d+)', text)) == {str(reach)}
 
 
-@pytest.mark.parametrize('remat', ['dots', 'names'])
-@pytest.mark.parametrize('shape', [{}, {'fsdp': 2, 'tensor': 2}])
-@pytest.mark.parametrize('backend', ['cudnn', 'splash'])
+@pytest.mark.parametrize(
+    ('backend', 'shape', 'remat'),
+    [
+        pytest.param(*case, marks=() if len(case[1]) == 2 * (case[2] == 'dots') else pytest.mark.slow)
+        for case in itertools.product(('cudnn', 'splash'), ({}, {'fsdp': 2, 'tensor': 2}), ('dots', 'names'))
+    ],
+)
 def test_a_layer_that_is_computed_again_does_not_run_the_kernel_again(tiny, monkeypatch, backend, shape, remat):
     """Once forward, and what the backward pass of each kernel takes: one call of cuDNN's, two of splash's."""
     inner = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')

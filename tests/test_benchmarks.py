@@ -53,14 +53,20 @@ def test_a_conversion_is_measured(monkeypatch, capsys, tmp_path):
     assert list(result['seconds']) == ['write', 'open', 'compare'] and 0 < result['bytes'] < 4 * result['parameters']
 
 
-@pytest.mark.parametrize('name', ['convert', 'data', 'dpo', 'generate', 'pretrain', 'sft'])
+SCRIPTS = [
+    'pretrain',
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ('convert', 'data', 'dpo', 'generate', 'sft')),
+]
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
 def test_a_mistake_is_one_line(name):
     done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--nonesuch'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == 'lm: unrecognized arguments: --nonesuch (--help lists the flags)\n'
 
 
 @pytest.mark.skipif(importlib.util.find_spec('trl') is not None, reason='trl is installed')
-@pytest.mark.parametrize('name', ['dpo', 'sft'])
+@pytest.mark.parametrize('name', ['dpo', pytest.param('sft', marks=pytest.mark.slow)])
 def test_a_peer_that_is_not_installed_is_one_line(name):
     done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--peer=trl'], capture_output=True, text=True)
     assert done.returncode == 2

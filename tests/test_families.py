@@ -15,8 +15,10 @@ from lm.errors import UsageError
 from lm.model import transformer
 from lm.model.layers import RopeScaling
 
+SWITCHES = ('qwen2', 'olmo2', 'gemma3', 'granite')  # all that the others have, `nope` layers aside
 
-@pytest.fixture(params=FAMILIES)
+
+@pytest.fixture(params=[pytest.param(f, marks=() if f in SWITCHES else pytest.mark.slow) for f in FAMILIES])
 def cfg(request):
     return dataclasses.replace(BASE, **FAMILIES[request.param])
 

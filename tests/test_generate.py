@@ -81,8 +81,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize('change', VARIANTS.values(), ids=list(VARIANTS))
-@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize(
+    ('mesh', 'change'),
+    [
+        pytest.param(mesh, change, id=f'{mesh}-{name}', marks=() if n == m else pytest.mark.slow)
+        for n, (name, change) in enumerate(VARIANTS.items())
+        for m, mesh in enumerate(('one', 'fsdp2-seq2-tensor2'))
+    ],
+    indirect=['mesh'],
+)
 def test_cached_logits_are_those_of_the_whole_forward(mesh, change):
     cfg = dataclasses.replace(CFG, **change)
     params = weights(cfg)
@@ -118,7 +125,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(module, 'ROUND', 8)
 
 
-@pytest.mark.parametrize('mesh', ['one', 'data2-fsdp2-tensor2', 'seq4-tensor2'], indirect=True)
+@pytest.mark.parametrize(
+    'mesh', ['one', pytest.param('data2-fsdp2-tensor2', marks=pytest.mark.slow), 'seq4-tensor2'], indirect=True
+)
 def test_ragged_greedy_rows_are_each_row_by_whole_forwards(mesh, small_pieces):
     """Prompts that end within, at and after a piece; two of them exactly at its edge."""
     prompts = prompts_of(1, 3, 7, 8, 9, 16, 17, 20)
@@ -128,7 +137,7 @@ def test_ragged_greedy_rows_are_each_row_by_whole_forwards(mesh, small_pieces):
     assert [g.ids for g in out] == expected and not any(g.ended for g in out)
 
 
-@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize('mesh', ['one', pytest.param('fsdp2-seq2-tensor2', marks=pytest.mark.slow)], indirect=True)
 def test_a_cache_that_grows_is_the_whole_forward(mesh, small_pieces):
     """Room for 8 tokens after the prompts, then for 24: parts of the stream end past the first, and with it."""
     prompts = prompts_of(2, 5, seed=1)
@@ -140,7 +149,9 @@ def test_a_cache_that_grows_is_the_whole_forward(mesh, small_pieces):
         assert [g.ids for g in parts[-1]] == expected and [len(p[0].ids) for p in parts] == lengths
 
 
-@pytest.mark.parametrize('mesh', ['data8', 'data2-tensor2-expert2'], indirect=True)
+@pytest.mark.parametrize(
+    'mesh', [pytest.param('data8', marks=pytest.mark.slow), 'data2-tensor2-expert2'], indirect=True
+)
 def test_what_is_drawn_does_not_depend_on_the_mesh(mesh):
     prompts = prompts_of(3, 5, 2, 9, 4, 4, 1, 6)
     options = {'max_new_tokens': 8, 'stop_ids': [STOP], 'sampling': Sampling(1.0, 20, 0.9, 0.01), 'seed': 3}

@@ -26,7 +26,7 @@ MORE = {
 
 @pytest.mark.parametrize('family', [*FAMILIES, *MORE])
 def test_a_familys_graph_is_its_definition(family):
-    cfg = dataclasses.replace(BASE, **(FAMILIES | MORE)[family], layers=4)
+    cfg = dataclasses.replace(BASE, **{'layers': 4, **(FAMILIES | MORE)[family]})
     params, tokens_T = made(cfg), TOKENS[0, :10]
     forward = jax.jit(lambda p: transformer.logits(p, cfg, transformer.forward(p, cfg, tokens_T[None])))
     wanted = plain_decoder.logits(params, cfg, tokens_T)

@@ -152,6 +152,7 @@ def test_the_log_has_what_the_terminal_showed(lab, tmp_path, capsys):
     assert 'parameters' in err and 'goodput' not in err and 'total' in err
 
 
+@pytest.mark.slow
 def test_the_choice_of_attention_is_told_and_is_the_platforms_own(lab, tmp_path):
     """A run that was trained with a kernel which this platform lacks can be loaded, and goes on without it."""
     lab.train(tmp_path / 'run', steps=2, attention='dense')

@@ -262,7 +262,7 @@ def test_a_first_try_that_failed_does_not_keep_its_settings(lab, whole, tmp_path
     with monkeypatch.context() as patch:
         signal_at(patch, 2, signal.SIGINT, times=2)
         with pytest.raises(KeyboardInterrupt):
-            lab.train(workdir, optim__lr=1e-4, batch_size=16, checkpoint__every=100)
+            lab.train(workdir, optim__max_skips=7, checkpoint__every=100)
     assert (workdir / 'config.json').exists() and not steps_saved(workdir) and lines(workdir)
     lab.train(workdir)
     assert_same(whole, workdir)
@@ -278,6 +278,7 @@ def test_fewer_steps_than_were_done_are_refused(lab, whole):
 # ---- elsewhere ----
 
 
+@pytest.mark.slow
 def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypatch):
     workdir, same = tmp_path / 'run', []
     with monkeypatch.context() as patch:
