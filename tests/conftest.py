@@ -136,6 +136,7 @@ class Budget:
                 terminalreporter.write_line(f'{module} took {seconds:.0f} s, over a minute: make it quicker', red=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items) -> None:
     """One worker for each module, and one for all whose tests share the runs of `dialogues`."""
     talking = {item.path for item in items if 'dialogues' in item.fixturenames}

@@ -53,13 +53,10 @@ def test_a_conversion_is_measured(monkeypatch, capsys, tmp_path):
     assert list(result['seconds']) == ['write', 'open', 'compare'] and 0 < result['bytes'] < 4 * result['parameters']
 
 
-SCRIPTS = [
-    'pretrain',
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ('convert', 'data', 'dpo', 'generate', 'sft')),
-]
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ('convert', 'data', 'dpo', 'generate', 'sft')]
 
 
-@pytest.mark.parametrize('name', SCRIPTS)
+@pytest.mark.parametrize('name', ['pretrain', *SLOW])
 def test_a_mistake_is_one_line(name):
     done = subprocess.run([sys.executable, FOLDER / f'{name}.py', '--nonesuch'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == 'lm: unrecognized arguments: --nonesuch (--help lists the flags)\n'

@@ -166,7 +166,7 @@ def test_a_run_whose_name_has_an_at_sign(call, trained, tmp_path):
         assert call('chat', run, *words)[0] == 0
 
 
-@pytest.mark.parametrize('name', ['chat', 'inspect'])
+@pytest.mark.parametrize('name', ['chat', pytest.param('inspect', marks=pytest.mark.slow)])
 def test_a_reader_that_leaves_is_no_error(lab, trained, name):
     """As in `… | head -0`, in a process of its own."""
     words = {'chat': [str(trained), '--raw', '--prompt=the'], 'inspect': [*lab.argv(None), '--rows=50']}[name]
@@ -466,7 +466,7 @@ def test_the_compile_cache_is_on(lab, tmp_path):
     assert list((tmp_path / 'cache' / 'xla').iterdir())
 
 
-@pytest.mark.parametrize('platform', ['cuda', 'nonesuch'])
+@pytest.mark.parametrize('platform', [pytest.param('cuda', marks=pytest.mark.slow), 'nonesuch'])
 def test_a_platform_that_this_machine_lacks_is_one_line(lab, tmp_path, platform):
     if (platform, jax.default_backend()) == ('cuda', 'gpu'):
         pytest.skip('this machine has it')

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -22,7 +23,6 @@ STAGES = ('pretrain', 'sft', 'reward', 'dpo')
 SHORT = {
     'steps': 2,
     'microbatch': 8,
-    'model__layers': 1,
     'optim__warmup': 1,
     'eval__every': 2,
     'eval__rows': 4,
@@ -36,14 +36,14 @@ def write(path, records):
 
 
 @pytest.fixture(scope='module')
-def chain(lab, tmp_path_factory):
+def chain(lab, trained, tmp_path_factory):
     """A run of each stage, and what they learn from: `chats` and `pairs`, made of one pretrained run to save time."""
     folder, draw = tmp_path_factory.mktemp('chain'), random.Random(1)
     said = lambda: ' '.join(draw.choices(running.WORDS, k=draw.randint(2, 6)))
     chat = write(folder / 'chat.jsonl', ({'prompt': f'{said()} {i}', 'completion': said()} for i in range(60)))
     sides = lambda i: {'prompt': f'{said()} {i}', 'chosen': said(), 'rejected': said() + ' no'}
     pair = write(folder / 'pairs.jsonl', map(sides, range(60)))
-    lab.train(folder / 'pretrain', **SHORT)
+    shutil.copytree(trained, folder / 'pretrain')
     train(lab, folder / 'reward', folder / 'pretrain', pair)
     for stage, mixture in (('sft', chat), ('dpo', pair)):
         saved = runs.read_config(str(folder / 'pretrain'))
