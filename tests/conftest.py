@@ -68,6 +68,28 @@ def lab(tmp_path_factory):
         yield running.make_lab(tmp_path_factory.mktemp('corpus'))
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once():
+    """Compiles the steps of runs that differ in nothing which a step is made of once: half of what a tiny run takes."""
+    from lm.config import leaves
+    from lm.stages import wiring
+
+    real, known = wiring.compile_step, {}
+    apart = ('log', 'eval', 'checkpoint', 'init_from', 'branch_from', 'data')
+
+    def compile_step(stage, config, cfg, data, optimizer, rate, abstract, microbatch):
+        settings = [(k, v) for k, v in leaves(config) if k.partition('.')[0] not in apart]
+        shapes = jax.tree.leaves((abstract, stage.batch(wiring.setup.with_microbatch(config, microbatch), data)))
+        key = str((config.stage, settings, cfg, shapes, [x.sharding for x in shapes], microbatch))
+        if key not in known:
+            known[key] = real(stage, config, cfg, data, optimizer, rate, abstract, microbatch)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wiring, 'compile_step', compile_step)
+        yield
+
+
 @pytest.fixture(scope='session')
 def trained(lab, tmp_path_factory):
     """A finished run of the tiny settings, which nobody may change: a test that would works on a copy."""

@@ -192,6 +192,7 @@ def test_evaluate_on_other_text(call, trained, lab):
     assert status == 0 and f'eval/{lab.folder / "two.jsonl"}/bpb' in running.one_object(out)
 
 
+@pytest.mark.slow
 def test_evaluate_does_without_the_parents_tokenizer(call, trained, lab, tmp_path):
     parent, child = tmp_path / 'parent', tmp_path / 'child'
     shutil.copytree(trained, parent)

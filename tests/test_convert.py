@@ -307,7 +307,7 @@ def test_a_check_that_cannot_be_made_is_a_failure_that_deletes_nothing(call, dia
         assert (status, told) == (1, None) and says in err and (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize('dst', ['x', 'x.gguf', 'y'])
+@pytest.mark.parametrize('dst', ['x', *(pytest.param(d, marks=pytest.mark.slow) for d in ('x.gguf', 'y'))])
 def test_what_is_stopped_leaves_nothing(dialogues, tmp_path, dst):
     """SIGTERM while a leaf is read to be written; 'y' is a run."""
     code = (

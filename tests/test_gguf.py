@@ -117,7 +117,7 @@ def test_written_and_read_back_is_the_same_bit_for_bit(name, kind, dtype, tmp_pa
         assert read.dtype == (gguf_file.PLAIN[kind] if matrix else np.float32)
 
 
-@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_K_M'])
+@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', pytest.param('Q4_K_M', marks=pytest.mark.slow)])
 def test_independent_reader_finds_the_same_in_few_rows_at_a_time(kind, tmp_path, monkeypatch):
     more = {'dim': 256, 'ffn_dim': 256} if kind == 'Q4_K_M' else {}
     path, _, found = write(tmp_path, 'llama', quantize=kind, **more)

@@ -58,7 +58,7 @@ def by_hand(params, cfg, bytes_V, n):
     return totals
 
 
-@pytest.mark.parametrize('mesh', ['data8', 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize('mesh', [pytest.param('data8', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
 def test_sums_are_those_by_hand(mesh, model, bytes_V):
     params = transformer.init_sharded(jax.random.key(0), model)
     got = heldout.sums(params, model, batches(model, 2), bytes_V)

@@ -406,8 +406,8 @@ def four_steps(lab, tmp_path_factory) -> Path:
     return workdir
 
 
-FILES = {'config.json': True, 'metrics.jsonl': True, 'tfevents': True}
-FILES |= dict.fromkeys(['log.txt', 'samples.jsonl', 'status.json', 'tokenizer.model'], False)
+FILES = {'metrics.jsonl': True}
+FILES |= dict.fromkeys(['config.json', 'tfevents', 'log.txt', 'samples.jsonl', 'status.json', 'tokenizer.model'], False)
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=() if q else pytest.mark.slow) for n, q in FILES.items()])

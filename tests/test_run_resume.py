@@ -69,6 +69,7 @@ def test_a_signal_between_the_save_and_the_question_is_not_taken_for_saved(lab, 
     assert steps_saved(tmp_path / 'run')[-1] == 5
 
 
+@pytest.mark.slow
 def test_the_last_step_is_not_preempted(lab, tmp_path, monkeypatch):
     signal_at(monkeypatch, 12, signal.SIGTERM)
     assert lab.train(tmp_path / 'run')['step'] == 12
@@ -132,6 +133,7 @@ def test_a_run_that_is_done_says_so_again(lab, trained, tmp_path, capsys, monkey
     assert status(whole)['state'] == 'done' and status(whole)['step'] == 12
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_it_ended(lab, whole, tmp_path):
     shutil.copytree(whole, tmp_path / 'run')
     assert lab.train(tmp_path / 'run', steps=14)['step'] == 14
@@ -162,6 +164,7 @@ def test_killed_during_a_save(lab, whole, tmp_path):
     assert_same(whole, workdir)
 
 
+@pytest.mark.slow
 def test_a_kill_before_anything_was_written_leaves_a_run_that_starts(lab, tmp_path, monkeypatch):
     """config.json comes first, so that what a kill leaves is a run, or nothing but a half-written file."""
     workdir = tmp_path / 'run'

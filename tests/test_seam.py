@@ -200,7 +200,11 @@ def toy():
 
 @pytest.mark.parametrize(
     ('mesh', 'scan'),
-    [('fsdp2-seq2-tensor2', True), ('fsdp2-seq2-tensor2', False), ('tensor4', True)],
+    [
+        ('fsdp2-seq2-tensor2', True),
+        pytest.param('fsdp2-seq2-tensor2', False, marks=pytest.mark.slow),
+        pytest.param('tensor4', True, marks=pytest.mark.slow),
+    ],
     indirect=['mesh'],
 )
 def test_the_model_does_not_know_what_a_weight_is(toy, mesh, scan):

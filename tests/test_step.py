@@ -191,7 +191,11 @@ def one_update(cfg, mesh, microbatches):
         return jax.jit(step, donate_argnums=0)(new_state(cfg), sharding.shard_batch(model_batch(cfg)))
 
 
-@pytest.mark.parametrize('shape', [{'data': 2}, {'fsdp': 2, 'seq': 2, 'tensor': 2}], ids=['data2', 'mixed'])
+@pytest.mark.parametrize(
+    'shape',
+    [pytest.param({'data': 2}, marks=pytest.mark.slow), {'fsdp': 2, 'seq': 2, 'tensor': 2}],
+    ids=['data2', 'mixed'],
+)
 def test_accumulation_over_a_mesh_equals_one_batch_on_one_device(model, shape):
     """AdamW, z-loss and clipping included."""
     alone, expected = one_batch_on_one_device(model)
