@@ -311,7 +311,14 @@ def test_preemption_waits_for_its_save():
     assert order == [1, 'waited']
 
 
-@pytest.mark.parametrize(('first', 'steps', 'traces'), [(0, 9, 1), (5, 9, 1), (0, 5, 1), (7, 9, 0), (0, 3, 0)])
+@pytest.mark.parametrize(
+    ('first', 'steps', 'traces'),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 9, 1), (0, 5, 1), (0, 3, 0))),
+        (5, 9, 1),
+        (7, 9, 0),
+    ],
+)
 def test_the_profiler_writes_a_trace(tmp_path, first, steps, traces):
     """Of steps 4 to 6, also where a process begins or ends among them, and of nothing else."""
     h, ready = hooks(tmp_path / 'run', profile=4), metrics()
