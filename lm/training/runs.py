@@ -24,7 +24,7 @@ from lm.training import checkpoint
 
 LOCK = '.lock'
 VERSIONED = (
-    'lm',
+    'lm-jax',
     'jax',
     'jaxlib',
     'flax',
@@ -270,6 +270,10 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
         tokenizer = Tokenizer.load(tokenizer_folder(run))
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
+    if saved.get('tokenizer') not in (None, tokenizer.fingerprint):
+        warn(
+            f'{tokenizer_folder(run)} is not the tokenizer that the run was trained with: it was changed or is damaged'
+        )
     return Model(params, cfg, tokenizer, saved['config'], step)
 
 
