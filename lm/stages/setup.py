@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import processes, runtime, sharding
+from lm import files, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
@@ -73,6 +73,7 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
+            recorder.flush()
             recorder.status(state, reason=reason)
 
     try:
@@ -84,6 +85,7 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
         raise
     recorder.say(ledger.line())
+    recorder.flush()
 
 
 def with_microbatch(config: Config, microbatch: int) -> Config:
@@ -210,5 +212,5 @@ def memory_limit(device: Any) -> int | None:
 
 
 def workdir_path(workdir: str) -> epath.Path:
-    """The run's directory, absolute (orbax wants it so)."""
-    return epath.Path(workdir).expanduser().resolve()
+    """The run's directory, absolute."""
+    return files.absolute(workdir)

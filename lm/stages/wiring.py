@@ -141,11 +141,19 @@ def _train(
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    checkpoints = workdir / 'checkpoints'
+    recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.open(workdir)
     with setup.told(recorder, ledger):
         if processes.first():
             _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+        if (
+            found
+            and checkpoint.listed(checkpoints)[0] == config.steps
+            and _is_done(stage, config, cfg, workdir, recorder)
+        ):
+            return recorder.last
         _fit(stage, config, cfg, workdir, found, data, prompts, recorder, ledger, stop)
     return recorder.last
 
@@ -157,6 +165,19 @@ def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> 
     template = chat_template.find(given, tokenizer)
     if template is not None:
         template.save(folder)
+
+
+def _is_done(stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, recorder: Recorder) -> bool:
+    """Whether the run's last checkpoint holds, so that there is nothing left to do, and that is said."""
+    wanted = saved(abstract_state(stage, config, cfg, setup.make_optimizer(config)[0]))
+    try:
+        checkpoint.read(workdir / 'checkpoints' / str(config.steps), wanted)
+    except ValueError:
+        return False  # what is damaged is named, and done again, where a run goes on
+    recorder.rewind(config.steps)
+    recorder.say(f'{workdir} is done, with {config.steps:,} steps: set more, or name another --workdir')
+    recorder.status('done', config.steps)
+    return True
 
 
 def _fit(
@@ -185,7 +206,8 @@ def _fit(
 
     # ---- loop ----
     source = stage.source(config, data, int(state.step))
-    with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
+    keep = config.checkpoint.keep
+    with checkpoint.Writer(workdir / 'checkpoints', keep=keep, whole=recorder.checkpointed) as writer:
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer,
             evaluate=stage.evaluate(config, cfg, data, prompts, recorder),

@@ -68,6 +68,7 @@ def run_loop(
                     if pending is not None:
                         meter.read(*pending, steps=steps)
                 i, pending = i + 1, (i + 1, metrics)
+            hooks.writer.check()
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
             stops = stop.after(i) and i < steps  # asked once: a signal that comes below is for the next step
             if evaluates or saves or stops:
@@ -93,6 +94,7 @@ def run_loop(
 def save(state: TrainState, step: int, hooks: Hooks) -> None:
     """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
     with hooks.ledger('checkpoint'):
+        hooks.recorder.flush()
         hooks.writer.save(step, saved(state))
 
 

@@ -37,7 +37,10 @@ class Recorder:
         self.last: dict[str, Any] = {}
         self._said: list[str] = []
         self._console = Console(stderr=True, highlight=False, quiet=not processes.first())
-        self._events: epath.Path | None = None
+        self._saved: int | None = None
+        self._growing: dict[str, files.Growing] = {}  # by their names in the directory
+        self._events: files.Growing | None = None
+        self._beat = ('', -math.inf)
         self._step = self._rewound = 0
         self._bar: Progress | None = None
         self._told = -math.inf
@@ -69,7 +72,18 @@ class Recorder:
         if self.workdir is None:
             self._said.append(text)
         else:
-            files.append_line(self.workdir / 'log.txt', text)
+            self._grow('log.txt', text)
+
+    def _grow(self, name: str, line: str) -> None:
+        """Adds a line to a file of the directory."""
+        if name not in self._growing:
+            self._growing[name] = files.Growing(self.folder / name)
+        self._growing[name].add_line(line)
+
+    def flush(self) -> None:
+        """Has all that was told where a kill does not reach it. Raises RunError if it cannot be written."""
+        for file in (*self._growing.values(), *([self._events] if self._events else [])):
+            file.flush()
 
     @contextlib.contextmanager
     def bar(self, *, start: int, steps: int) -> Iterator[None]:
@@ -99,7 +113,7 @@ class Recorder:
         self.last |= {'step': step, **values}
         if self.workdir is None:
             return
-        files.append_line(self.workdir / 'metrics.jsonl', json.dumps({'schema': SCHEMA, 'step': step, **values}))
+        self._grow('metrics.jsonl', json.dumps({'schema': SCHEMA, 'step': step, **values}))
         scalars = [Summary.Value(tag=k, simple_value=math.nan if v is None else v) for k, v in values.items()]
         self._event(step=step, summary=Summary(value=scalars))
 
@@ -109,24 +123,32 @@ class Recorder:
         if self._events is None:
             folder = self.folder / 'tensorboard'
             folder.mkdir(parents=True, exist_ok=True)
-            self._events = folder / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
+            self._events = files.Growing(folder / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}')
             self._event(file_version='brain.Event:2')
             self._event(step=self._rewound + 1, session_log=SessionLog(status=SessionLog.START))
-        files.append_bytes(self._events, framed(Event(wall_time=time.time(), **what)))
+        self._events.add(framed(Event(wall_time=time.time(), **what)))
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl."""
         if self.workdir is not None:
             for record in records:
-                files.append_line(self.workdir / 'samples.jsonl', json.dumps(record, ensure_ascii=False))
+                self._grow('samples.jsonl', json.dumps(record, ensure_ascii=False))
 
     def status(self, state: str, step: int | None = None, **more: Any) -> None:
         """status.json: a heartbeat that says where the run is; without `step`, where it was last."""
         self._step = self._step if step is None else step
-        if self.workdir is not None:
-            files.write_json(
-                self.workdir / 'status.json', {'state': state, 'step': self._step, 'time': time.time(), **more}
-            )
+        if self.workdir is None:
+            return
+        before, when = self._beat
+        if files.is_bucket(self.workdir) and before == state and time.monotonic() < when + files.BUCKET_SECONDS:
+            return
+        self._beat = state, time.monotonic()
+        told = {'state': state, 'step': self._step, 'saved': self._saved, 'time': time.time()}
+        files.write_json(self.workdir / 'status.json', told | more)
+
+    def checkpointed(self, step: int | None) -> None:
+        """Notes the newest checkpoint that is whole, for status.json: a run that had one has something to lose."""
+        self._saved = step
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step`, so that a resumed run's files read as if it had never stopped."""
@@ -138,6 +160,7 @@ class Recorder:
                 kept = [r for r in records if r['step'] <= step]
                 text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept)
                 files.write_text(self.workdir / name, text)
+                self._growing.pop(name, None)
         for line in files.read_json_lines(self.workdir / 'metrics.jsonl'):
             self.last |= {k: v for k, v in line.items() if k != 'schema'}
         self._rewound = step

@@ -138,9 +138,10 @@ def _check_folder(workdir: epath.Path) -> None:
 def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     """The saved config.json if `workdir` holds this run already, None if it is new.
 
-    A run without a checkpoint has nothing to lose: it begins again, under whatever settings.
+    A run that never had a checkpoint has nothing to lose: it begins again, under whatever settings.
 
-    Raises UsageError if it holds another run, one that is beyond its last step, or files that are no run.
+    Raises UsageError if it holds another run, one that is beyond its last step or has lost its checkpoints, or files
+    that are no run.
     """
     _check_folder(workdir)
     if not workdir.exists():
@@ -152,6 +153,7 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     saved = read_config(str(workdir))
     steps = checkpoint.listed(workdir / 'checkpoints')
     if not steps:
+        _check_nothing_lost(workdir)
         return None
     different = differences(saved['config'], config.to_dict())
     if different:
@@ -163,6 +165,28 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     if config.steps and at and config.steps < at:
         raise UsageError(f'{workdir} is at step {at} already, steps={config.steps}: set more')
     return saved
+
+
+def _check_nothing_lost(workdir: epath.Path) -> None:
+    """Raises UsageError if a run without checkpoints had one: to begin again would cut its metrics and samples."""
+    status = read_status(workdir)
+    done = status.get('state') == 'done'
+    if not done and status.get('saved') is None:
+        return
+    had = f'is done, with {status["step"]} steps' if done else f'was saved at step {status["saved"]}'
+    raise UsageError(
+        f'{workdir} {had}, and its checkpoints are gone: bring {workdir / "checkpoints"} back, name another --workdir, '
+        f'or delete {workdir} to begin again'
+    )
+
+
+def read_status(workdir: epath.Path) -> dict[str, Any]:
+    """status.json of a run, {} if it has none that can be read."""
+    try:
+        status = json.loads((workdir / 'status.json').read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def inherit_model(
