@@ -73,7 +73,7 @@ def test_metrics(whole):
     trained = [r for r in lines(whole) if 'train/loss' in r]
     evaluated = [r for r in lines(whole) if 'eval/loss' in r]
     assert [r['step'] for r in trained] == [3, 6, 9, 12] and [r['step'] for r in evaluated] == [6, 12]
-    assert all(r['schema'] == 1 for r in lines(whole))
+    assert all(r['schema'] == 2 for r in lines(whole))
     for r in trained:
         assert {
             'train/loss',

@@ -21,7 +21,7 @@ from lm import files, processes
 Event: Any = vars(event_pb2)['Event']
 SessionLog: Any = vars(event_pb2)['SessionLog']
 Summary: Any = vars(summary_pb2)['Summary']
-SCHEMA = 1  # of a line of metrics.jsonl
+SCHEMA = 2  # of a line of metrics.jsonl; 1 had the z-loss in train/cross_entropy, and that without it in train/nll
 PATIENCE = 15  # seconds
 
 
