@@ -48,7 +48,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(lab, copy, gone, ste
 
 def test_nor_is_one_that_was_stopped_after_a_checkpoint(lab, tmp_path, monkeypatch):
     workdir, save = tmp_path / 'run', checkpoint.Writer.save
-    killed = lambda self, step, tree: save(self, step, tree) if step < 8 else [].pop()
+    killed = lambda self, step, tree, **meta: save(self, step, tree, **meta) if step < 8 else [].pop()
     with monkeypatch.context() as patch, pytest.raises(IndexError):
         patch.setattr(checkpoint.Writer, 'save', killed)
         lab.train(workdir)
@@ -61,7 +61,7 @@ def test_nor_is_one_that_was_stopped_after_a_checkpoint(lab, tmp_path, monkeypat
 def test_one_that_never_had_a_checkpoint_begins_again(lab, tmp_path, monkeypatch):
     workdir = tmp_path / 'run'
     with monkeypatch.context() as patch, pytest.raises(IndexError):
-        patch.setattr(checkpoint.Writer, 'save', lambda self, step, tree: [].pop())
+        patch.setattr(checkpoint.Writer, 'save', lambda self, step, tree, **meta: [].pop())
         lab.train(workdir, steps=4)
     assert lines(workdir) and status(workdir)['saved'] is None
     assert lab.train(workdir, steps=4)['step'] == 4

@@ -184,7 +184,9 @@ def report_plan(
     total = microbatch.step_bytes(compiled)
     recorder.say(f'temporaries {gib(compiled.memory_analysis().temp_size_in_bytes)} per device, compiled, not run')
     recorder.say(f'in all      {gib(total)} per device')
-    recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
+    recorder.say(
+        f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
+    )
     planned = tokens * growth(config).first(config.steps) // config.batch_size
     recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
     limit = memory_limit(mesh.devices.flat[0])

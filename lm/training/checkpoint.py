@@ -349,12 +349,15 @@ class Writer:
         if error is not None and self._begun is not None:  # what was under way may have come to its end
             self._whole(newest_sealed(self._directory))
 
-    def save(self, step: int, tree: Any) -> None:
-        """Starts saving; returns once the tree may be changed. Raises RunError if this or the last save failed."""
+    def save(self, step: int, tree: Any, **meta: Any) -> None:
+        """Starts saving, with `meta` beside it; returns once the tree may be changed.
+
+        Raises RunError if this or the last save failed.
+        """
         sums = checksums(tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave(sealed({'layout': LAYOUT, 'step': step, 'checksums': sums})),
+            meta=ocp.args.JsonSave(sealed({**meta, 'layout': LAYOUT, 'step': step, 'checksums': sums})),
         )
         with self._guarded():
             self._manager.save(step, args=args, force=True)

@@ -317,12 +317,16 @@ def weights_item(saved: Mapping[str, Any]) -> str:
     return 'ema' if _averages(saved) else 'trainable'
 
 
-def branch(run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
-    """(step, a checkpoint's tree to go on from). An average that the run did not keep begins with its weights."""
+def branch(
+    run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(step, a checkpoint's tree to go on from, its meta). An average that the run did not keep begins with its
+    weights."""
     begins = 'ema' in abstract and not _averages(read_config(run)['config'])
     asked = {k: v for k, v in abstract.items() if not (begins and k == 'ema')}
-    step, tree, _ = checkpoint.find(run, asked, warn=warn)
-    return step, tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+    step, tree, meta = checkpoint.find(run, asked, warn=warn)
+    tree = tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+    return step, tree, meta
 
 
 def _averages(saved: Mapping[str, Any]) -> bool:
