@@ -5,7 +5,7 @@ Method: each depth is trained at multiples of the rate that `:depth=N` gives it,
 (warmup with it, and weight decay against it, as the dial does), and its held-out bits per byte are taken at the end. If
 the rate transfers, the best multiple is the same at each depth; if the rest does, bits per byte fall along a line in
 FLOPs. Each run adds a line to OUT/results.jsonl, and what is there is not run again: stop it and go on as you like.
-Prints one JSON line: the best multiple of each depth. With --svg the two are drawn (needs lm[plots]).
+Prints one JSON line: the best multiple of each depth. With --svg the two are drawn (pip install -e '.[plots]').
 """
 
 import argparse

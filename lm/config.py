@@ -26,6 +26,36 @@ MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
 OPTIONAL = ('optim.clip', 'beta', 'margin', 'label_smoothing', 'nll')  # may be none, though they have a default
 OPTIMIZERS = ('adamw', 'muon', 'adafactor')
 SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
+# Settings by the names that other trainers give them, and ours.
+ELSEWHERE = {
+    **dict.fromkeys(('learning_rate', 'peak_lr', 'max_lr'), 'optim.lr'),
+    **dict.fromkeys(('optimizer', 'optimizer_name', 'optim_type'), 'optim.name'),
+    **dict.fromkeys(('lr_scheduler_type', 'lr_schedule', 'scheduler'), 'optim.schedule'),
+    **dict.fromkeys(('warmup_steps', 'warmup_iters'), 'optim.warmup'),
+    **dict.fromkeys(('max_grad_norm', 'grad_clip', 'gradient_clip'), 'optim.clip'),
+    **dict.fromkeys(('beta1', 'adam_beta1'), 'optim.b1'),
+    **dict.fromkeys(('beta2', 'adam_beta2'), 'optim.b2'),
+    **dict.fromkeys(('max_steps', 'max_iters', 'num_steps', 'train_steps', 'total_steps', 'num_iterations'), 'steps'),
+    **dict.fromkeys(('global_batch_size', 'train_batch_size'), 'batch_size'),
+    **dict.fromkeys(
+        ('per_device_train_batch_size', 'per_device_batch_size', 'micro_batch_size', 'gradient_accumulation_steps'),
+        'microbatch',
+    ),
+    **dict.fromkeys(
+        ('max_length', 'max_seq_length', 'max_seq_len', 'sequence_length', 'context_length', 'block_size'), 'seq_len'
+    ),
+    **dict.fromkeys(('gradient_checkpointing', 'activation_checkpointing'), 'remat'),
+    **dict.fromkeys(('dataset', 'datasets', 'dataset_name', 'data_path', 'train_file'), 'data.mixture'),
+    **dict.fromkeys(('model_name', 'model_name_or_path', 'init_checkpoint', 'pretrained'), 'init_from'),
+    **dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'emb_dim', 'width'), 'model.dim'),
+    **dict.fromkeys(('n_layer', 'n_layers', 'num_layers', 'num_hidden_layers', 'depth'), 'model.layers'),
+    **dict.fromkeys(('n_head', 'n_heads', 'num_heads', 'num_attention_heads'), 'model.heads'),
+    **dict.fromkeys(('intermediate_size', 'mlp_dim', 'd_ff'), 'model.ffn_dim'),
+    **dict.fromkeys(('save_steps', 'save_interval', 'save_every'), 'checkpoint.every'),
+    **dict.fromkeys(('eval_steps', 'eval_interval', 'eval_every'), 'eval.every'),
+    **dict.fromkeys(('logging_steps', 'log_interval', 'log_every'), 'log.every'),
+    **dict.fromkeys(('dtype', 'bf16', 'mixed_precision', 'torch_dtype'), 'precision.compute'),
+}
 INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
 SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
 FLOAT32_END = 2.0**128  # the first number that float32 has no room for
@@ -174,9 +204,10 @@ def leaves(config: Config, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """' (did you mean X?)' with the nearest of the words, or ''."""
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f' (did you mean {found[0]}?)' if found else ''
+    """' (did you mean X?)' with the nearest of the words, upper and lower case alike, or ''."""
+    lower = {w.lower(): w for w in reversed(words)}
+    found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
+    return f' (did you mean {lower[found[0]]}?)' if found else ''
 
 
 def parse_value(key: str, text: str, kind: type, optional: bool) -> Any:
@@ -206,15 +237,21 @@ def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
     known = dict(leaves(config))
     if key not in known:
-        by_last = [k for k in known if k.rsplit('.', 1)[-1] == key.rsplit('.', 1)[-1]]
-        hint = f' (did you mean {by_last[0]}?)' if by_last else nearest(key, list(known))
-        raise UsageError(f'unknown setting {key}{hint}')
+        raise UsageError(f'unknown setting {key}{_nearest_setting(key, list(known))}')
     *parents, last = key.split('.')
     node = config
     for parent in parents:
         node = node[parent]
     optional = key in OPTIONAL or dict(leaves(base())).get(key, known[key]) is None
     node[last] = parse_value(key, text, node.get_type(last), optional)
+
+
+def _nearest_setting(key: str, known: Sequence[str]) -> str:
+    """As `nearest`, of a setting: first by the last part of its name, then by its name elsewhere."""
+    last = key.lower().rsplit('.', 1)[-1].replace('-', '_')
+    last = ELSEWHERE.get(last, last)
+    by_last = [k for k in known if last in (k, k.rsplit('.', 1)[-1])]
+    return f' (did you mean {by_last[0]}?)' if by_last else nearest(key, known)
 
 
 def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[Config, str]:

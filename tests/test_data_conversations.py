@@ -386,7 +386,7 @@ def test_dolly_comes_from_tfds(tmp_path):
 
 
 def datasets():
-    return pytest.importorskip('datasets', reason="pip install 'lm[hub]'")
+    return pytest.importorskip('datasets', reason="pip install -e '.[hub]'")
 
 
 def test_a_dataset_of_the_hubs_library(tmp_path):

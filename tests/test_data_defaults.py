@@ -298,7 +298,7 @@ def test_a_default_source_gives_what_its_function_gives(few, name):
 def test_a_missing_package_is_named(monkeypatch, kind, name):
     for corpus in ('botocore', 'chitchat'):
         monkeypatch.setitem(corpora.PACKAGES, corpus, 'surely-not-installed')
-    with pytest.raises(UsageError, match=r"pip install 'lm\[corpus\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[corpus\]' in the checkout"):
         open_source(name, kind)
 
 

@@ -303,7 +303,7 @@ def test_the_spool_gives_the_same_order_whenever_it_is_flushed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not all(importlib.util.find_spec(p) for p in ('botocore', 'chitchat_dataset')), reason="pip install 'lm[corpus]'"
+    not all(importlib.util.find_spec(p) for p in ('botocore', 'chitchat_dataset')), reason="pip install -e '.[corpus]'"
 )
 def test_the_real_corpora():
     began = time.perf_counter()

@@ -158,7 +158,7 @@ def test_state_of_a_file_changes_with_it(tmp_path):
 
 def test_missing_corpus_package_is_named(monkeypatch):
     monkeypatch.setitem(corpora.PACKAGES, 'botocore', 'surely-not-installed')
-    with pytest.raises(UsageError, match=r"pip install 'lm\[corpus\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[corpus\]' in the checkout"):
         open_source('botocore')
 
 

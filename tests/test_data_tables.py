@@ -146,7 +146,7 @@ def test_an_address_of_nothing_is_one_line(text):
 
 
 def _datasets():
-    return pytest.importorskip('datasets', reason="pip install 'lm[hub]'")
+    return pytest.importorskip('datasets', reason="pip install -e '.[hub]'")
 
 
 def test_a_saved_dataset_is_read(tmp_path):
@@ -214,7 +214,7 @@ def test_a_name_that_is_not_to_be_had_is_one_line_at_once(tmp_path, name, says):
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(UsageError, match=r"pip install 'lm\[hub\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[hub\]' in the checkout"):
         open_source(f'hf:{tmp_path}')
 
 
@@ -314,7 +314,7 @@ def test_a_named_dataset_of_tfds_is_read_from_where_it_lies(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_parquet_with_a_foreign_tokenizer_resumes_and_talks(lab, tmp_path, capsys):
-    library = pytest.importorskip('tokenizers', reason="pip install 'lm[hub]'")
+    library = pytest.importorskip('tokenizers', reason="pip install -e '.[hub]'")
     texts = [json.loads(line)['text'] for line in (lab.folder / 'one.jsonl').read_text().splitlines()]
     mixture = _parquet(tmp_path / 'x.parquet', {'body': texts, 'n': list(range(len(texts)))}) + '#body'
     made = library.Tokenizer(library.models.BPE())

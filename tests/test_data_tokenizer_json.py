@@ -11,7 +11,7 @@ from lm.data.prepare import prepare
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
-library = pytest.importorskip('tokenizers', reason="pip install 'lm[hub]'")
+library = pytest.importorskip('tokenizers', reason="pip install -e '.[hub]'")
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
 WORDS = [''.join(random.Random(i).choices('aeioubdklmnrst', k=2 + i % 6)) for i in range(300)]
@@ -300,7 +300,9 @@ def _lower(spec):
 def test_what_changes_or_loses_text_is_one_line(tmp_path, built, change, says):
     spec = json.loads(built['byte-level'].to_str())
     change(spec)
-    with pytest.raises(UsageError, match=f'^the tokenizer {tmp_path}/a/tokenizer.json {says}.*: name another$') as e:
+    with pytest.raises(
+        UsageError, match=f'^the tokenizer {tmp_path}/a/tokenizer.json {says}.*: restore it, or name another$'
+    ) as e:
         _load(tmp_path / 'a', json.dumps(spec))
     assert '\n' not in str(e.value)
 
@@ -359,7 +361,9 @@ def test_a_split_that_removes_what_is_between_its_matches_keeps_the_text(tmp_pat
 
 def test_a_missing_library_is_named(tmp_path, built, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    with pytest.raises(UsageError, match=r"needs the package tokenizers \(pip install 'lm\[hub\]'\)"):
+    with pytest.raises(
+        UsageError, match=r"needs the package tokenizers \(pip install -e '\.\[hub\]' in the checkout of lm\)"
+    ):
         _load(tmp_path / 'a', built['byte-level'])
 
 

@@ -181,7 +181,7 @@ def test_the_data_are_the_default_ones_or_the_runs_own(monkeypatch, saved, expec
 def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
     def missing(name, kind):
         if name in ('botocore', 'operations', 'programmatic', 'decline'):
-            raise UsageError(f"{name!r} is read from botocore: pip install 'lm[corpus]'")
+            raise UsageError(f"{name!r} is read from botocore: pip install -e '.[corpus]'")
 
     monkeypatch.setattr(tasks, 'open_source', missing)
     told, saved = [], {'run': settings('sft', 'operations', 'text.jsonl')}
@@ -250,5 +250,5 @@ def test_what_cannot_be_asked(call, chain, monkeypatch):
     refused(sft, '--tasks=refusals', says='no run read the default data')
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'lm_eval', None)
-        refused(sft, '--tasks=heldout,lm_eval:hellaswag', says="needs the package lm-eval: pip install 'lm[eval]'")
+        refused(sft, '--tasks=heldout,lm_eval:hellaswag', says="needs the package lm-eval: pip install -e '.[eval]'")
     refused(sft, '--tasks=heldout', '--mixture=/no/such.jsonl', says='/no/such.jsonl')

@@ -45,7 +45,7 @@ DPO = {
     (1, 'train/grad_norm'): 2.06801,
     (3, 'train/loss'): 1.02555,
     (6, 'train/loss'): 0.79127,
-    (6, 'train/nll'): 4.34612,
+    (6, 'train/chosen_nll'): 4.34612,
     (6, 'eval/pairs.jsonl/chosen_loss'): 4.58771,
     (6, 'eval/one.jsonl/bpb'): 5.45201,
 }

@@ -13,7 +13,7 @@ from lm.data.tokenizer import SPACE, train_tokenizer
 from lm.errors import UsageError
 from lm.interop import pre_tokenizers
 
-library = pytest.importorskip('tokenizers', reason="pip install 'lm[convert]'")
+library = pytest.importorskip('tokenizers', reason="pip install -e '.[convert]'")
 from lm.data.tokenizer_json import from_files  # noqa: E402
 from lm.interop.tokenizers import from_gguf, from_huggingface, to_gguf, to_huggingface  # noqa: E402
 

@@ -241,7 +241,7 @@ def test_the_sums_are_what_they_say():
     pairs, weight = Pairs(chosen, rejected, jnp.float32([1, 1, 0.2])), jnp.float32([1, 2, 1])
     terms, found = preference.sums('dpo', pairs, weight, settings={'beta': 0.5})
     weights = preference.weights('dpo', weight, chosen.length, rejected.length)
-    assert terms['nll'] == 4 + 2 * 6 + 3 and weights['nll'] == 2 + 2 * 3 + 1
+    assert terms['chosen_nll'] == 4 + 2 * 6 + 3 and weights['chosen_nll'] == 2 + 2 * 3 + 1
     assert found['reward_chosen'] == found['margin'] == 0.5 + 0 - 1 and found['reward_rejected'] == 0
     assert found['accuracy'] == 1 + 2 * 0.5 + 1 and weights['accuracy'] == 4
     assert found['accuracy_per_token'] == 1 + 2 * 1 + 1  # −2 > −3; −2 > −4; −3 < −1, as the label has it
@@ -290,8 +290,8 @@ def test_settings_are_the_papers_where_none_is_given_and_refused_where_they_do_n
         preference.settle('ipo', nothing | {'beta': 0.0})
     with pytest.raises(ValueError, match='not one of dpo'):
         preference.settle('dopo', nothing)
-    assert preference.coefficients('orpo')['nll'] == 1.0 and preference.coefficients('dpo')['nll'] == 0.0
-    assert preference.coefficients('orpo', nll=0.0)['nll'] == 0.0
+    assert preference.coefficients('orpo')['chosen_nll'] == 1.0 and preference.coefficients('dpo')['chosen_nll'] == 0.0
+    assert preference.coefficients('orpo', nll=0.0)['chosen_nll'] == 0.0
 
 
 # ---- in the step ----

@@ -151,7 +151,7 @@ def test_preference_optimisation_begins_at_the_reference_and_prefers(dialogues):
     found = measured(workdir)
     assert found[1, 'train/preference'] == pytest.approx(LN2, abs=1e-6)
     assert found[6, 'train/preference'] < LN2 - 0.05 and found[6, 'train/margin'] > 0.05
-    assert found[1, 'train/loss'] == pytest.approx(LN2 + 0.1 * found[1, 'train/nll'], rel=1e-5)
+    assert found[1, 'train/loss'] == pytest.approx(LN2 + 0.1 * found[1, 'train/chosen_nll'], rel=1e-5)
     names = 'accuracy accuracy_per_token chosen_loss rejected_loss longer_wins ended f1 reference_chosen_loss'
     names += ' reference_rejected_loss reference_accuracy_per_token reference_ended reference_f1'
     assert all((6, f'eval/pairs.jsonl/{name}') in found for name in names.split())
@@ -213,7 +213,9 @@ def test_every_loss_trains(dialogues, tmp_path, loss):
     terms = {'dpo': LN2, 'cdpo': LN2, 'robust': LN2, 'ipo': 25.0, 'kto': 0.5}
     assert found[1, 'train/preference'] == pytest.approx(terms.get(loss, found[1, 'train/preference']), rel=1e-4)
     nll = 1.0 if loss == 'orpo' else 0.0
-    assert found[1, 'train/loss'] == pytest.approx(found[1, 'train/preference'] + nll * found[1, 'train/nll'], rel=1e-5)
+    assert found[1, 'train/loss'] == pytest.approx(
+        found[1, 'train/preference'] + nll * found[1, 'train/chosen_nll'], rel=1e-5
+    )
     assert found[2, 'train/loss'] != found[1, 'train/loss'] and found[2, 'train/skipped'] == 0
     assert ((1, 'train/z0') in found) == (loss == 'kto')
 

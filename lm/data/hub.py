@@ -20,7 +20,7 @@ import grain
 
 from lm.data import cache, conversations
 from lm.data.records import Counts, Record, Source, choose_column, record
-from lm.errors import UsageError
+from lm.errors import UsageError, install
 
 _HUB = 'https://huggingface.co'
 _PATIENCE_SECONDS = 3.0
@@ -157,7 +157,7 @@ def _library(name: str, *, offline: bool) -> Any:
         from datasets import config
         from huggingface_hub import constants
     except ImportError:
-        raise UsageError(f"data source {name!r} is read by the package datasets: pip install 'lm[hub]'") from None
+        raise UsageError(f'data source {name!r} is read by the package datasets: {install("hub")}') from None
     # Otherwise it retries for half a minute. The environment's HF_HUB_OFFLINE is read at its import alone.
     config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE or offline
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline

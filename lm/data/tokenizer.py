@@ -64,15 +64,19 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: epath.PathLike) -> 'Tokenizer':
-        """From a directory that holds tokenizer.json or tokenizer.model, or that file. Raises UsageError if not so."""
+        """From a directory that holds tokenizer.json or tokenizer.model, or that file.
+
+        Raises UsageError, with the file's path, if there is none, or it is damaged.
+        """
         path = find_tokenizer(directory)
         if path is None:
             raise UsageError(f'no tokenizer at {directory}: name a directory that holds {MODEL_FILE} or {JSON_FILE}')
-        if path.suffix != '.json':
-            return from_model(path.read_bytes())
         from lm.data import tokenizer_json  # it stands on this file
 
-        return tokenizer_json.load(path)
+        try:
+            return tokenizer_json.load(path) if path.suffix == '.json' else from_model(path.read_bytes())
+        except UsageError as error:
+            raise UsageError(f'the tokenizer {path} {error}: restore it, or name another') from error.__cause__
 
     def save(self, directory: epath.PathLike) -> None:
         for name, content in self.saved.items():
@@ -143,18 +147,20 @@ def find_tokenizer(directory: epath.PathLike) -> epath.Path | None:
 
 
 def from_model(model: bytes) -> Tokenizer:
-    """From the bytes of a SentencePiece model. Raises UsageError if it is not one, or not one of ours."""
+    """From the bytes of a SentencePiece model. Raises UsageError, as the rest of a sentence on it, if it is not one, or
+    not one of ours."""
     try:
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(model)  # the constructor takes empty bytes for no model, and is silent
-    except (RuntimeError, OSError) as e:
-        raise UsageError('the tokenizer is not a SentencePiece model, or is damaged: name another') from e
-    size = processor.vocab_size()
-    controls = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+        size = processor.vocab_size()
+        controls = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+        pieces = tuple(_piece_bytes(processor, i) for i in range(size))
+    except (RuntimeError, OSError, ValueError, IndexError) as e:  # of its bytes, of the text or the numbers in a piece
+        raise UsageError('is not a SentencePiece model, or is damaged') from e
     if missing := [name for name in ('<pad>', '<bos>', '<eos>', *CHAT_MARKERS) if name not in controls]:
-        raise UsageError(f'the tokenizer lacks the control symbols {" ".join(missing)}: train one, or name another')
+        raise UsageError(f'lacks the control symbols {" ".join(missing)}, so it is none of ours or is damaged')
     tokenizer = Tokenizer(
-        pieces=tuple(_piece_bytes(processor, i) for i in range(size)),
+        pieces=pieces,
         controls=controls,
         bos_id=controls['<bos>'],
         eos_id=controls['<eos>'],
@@ -167,7 +173,7 @@ def from_model(model: bytes) -> Tokenizer:
         byte_ids=tuple(processor.piece_to_id(f'<0x{b:02X}>') for b in range(256)),
     )
     if not gives_back(tokenizer):
-        raise UsageError('the tokenizer changes text (normalization, no byte fallback): train one, or name another')
+        raise UsageError('changes text (normalization, no byte fallback)')
     return tokenizer
 
 

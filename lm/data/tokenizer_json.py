@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from lm.data.tokenizer import JSON_FILE, SPACE, Tokenizer, gives_back
-from lm.errors import UsageError
+from lm.errors import UsageError, install
 
 # Which of its symbols is which stands beside a tokenizer.json, and so does the chat template.
 CONFIG_FILE, MAP_FILE, GENERATION_FILE = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'
@@ -37,15 +37,14 @@ _HARDLY_IN_TEXT = {*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F}
 
 
 def load(path: epath.Path) -> Tokenizer:
-    """From a tokenizer.json and the files beside it. Raises UsageError if it is damaged, or loses or changes text."""
+    """From a tokenizer.json and the files beside it. Raises UsageError, as the rest of a sentence on it, if it is
+    damaged, or loses or changes text."""
     beside = {name: path.parent / name for name in _BESIDE}
     saved = {JSON_FILE: path.read_bytes()} | {n: file.read_bytes() for n, file in beside.items() if file.exists()}
     try:
         return from_files(saved)
-    except UsageError as e:
-        raise UsageError(f'the tokenizer {path} {e}: name another') from e.__cause__
     except (KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f'the tokenizer {path} is damaged ({type(e).__name__}: {e}): name another') from e
+        raise UsageError(f'is damaged ({type(e).__name__}: {e})') from e
 
 
 def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
@@ -146,7 +145,7 @@ def _build(spec: dict[str, Any]) -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("needs the package tokenizers (pip install 'lm[hub]')") from None
+        raise UsageError(f'needs the package tokenizers ({install("hub")})') from None
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as e:  # the library raises nothing more exact

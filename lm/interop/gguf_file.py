@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
-from lm.errors import UsageError
+from lm.errors import UsageError, install
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)  # 1 had counts of 32 bits, for some weeks of 2023
@@ -140,7 +140,7 @@ def package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError("needs the package gguf (pip install 'lm[convert]')") from None
+        raise UsageError(f'needs the package gguf: {install("convert")}') from None
     return gguf
 
 

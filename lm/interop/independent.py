@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.errors import UsageError
+from lm.errors import UsageError, install
 from lm.interop import gguf_file, gguf_in, huggingface
 from lm.interop.gguf_file import CHUNK, Info, dtype_of
 from lm.interop.opened import Opened
@@ -38,7 +38,7 @@ def open_folder(path: str | Path) -> Opened:
     try:
         from safetensors import safe_open
     except ImportError:
-        raise UsageError("needs the package safetensors (pip install 'lm[convert]')") from None
+        raise UsageError(f'needs the package safetensors: {install("convert")}') from None
 
     def fetch(name: str, tensor: Stored) -> np.ndarray:
         with safe_open(str(tensor.path), 'np') as file:

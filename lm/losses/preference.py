@@ -232,7 +232,7 @@ def settle(name: str, given: Mapping[str, float | None]) -> dict[str, float]:
 def coefficients(name: str, *, nll: float | None = None) -> dict[str, float]:
     """{term: coefficient} for `sums`: the loss itself at 1, and the NLL term at `nll`, or as the loss's formula has it
     where that is None."""
-    return {'preference': 1.0, 'nll': LOSSES[name].nll if nll is None else nll}
+    return {'preference': 1.0, 'chosen_nll': LOSSES[name].nll if nll is None else nll}
 
 
 def sums(
@@ -248,7 +248,7 @@ def sums(
     pairs = jax.tree.map(lambda x: jnp.where(weight > 0, x, 0), pairs)
     given = {} if z0 is None else {'z0': z0}
     loss = LOSSES[name].loss(pairs, **settings, **given)
-    terms = {'preference': loss, 'nll': -pairs.chosen.logp}
+    terms = {'preference': loss, 'chosen_nll': -pairs.chosen.logp}
     measured = metrics(name, pairs, settings['beta']) | given
     total = lambda x: jnp.sum(weight * x)
     return jax.tree.map(total, terms), jax.tree.map(total, jax.lax.stop_gradient(measured))
@@ -280,5 +280,5 @@ def weights(name: str, weight: jax.Array, chosen_length: jax.Array, rejected_len
     pairs = ['preference', 'reward_chosen', 'reward_rejected', 'margin', 'accuracy', 'accuracy_per_token']
     pairs += ['z0'] if LOSSES[name].baseline else []
     chosen, rejected = jnp.sum(weight * chosen_length), jnp.sum(weight * rejected_length)
-    per_token = {'nll': chosen, 'logp_chosen': chosen, 'logp_rejected': rejected}
+    per_token = {'chosen_nll': chosen, 'logp_chosen': chosen, 'logp_rejected': rejected}
     return dict.fromkeys(pairs, jnp.sum(weight)) | per_token

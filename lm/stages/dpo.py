@@ -36,12 +36,13 @@ def stage(config: Config) -> wiring.Stage:
     sides = 3 if taken.baseline else 2
     cached = taken.reference and config.reference == 'cached'
     live = taken.reference and config.reference == 'live'
+    forwards = (1 + taken.baseline) * (1 + live) - 1  # beside the one that is differentiated
     return wiring.Stage(
         prepare=partial(pairs.prepare, sides=sides), epoch=pairs.epoch,
         batch=partial(pairs.batch, sides=sides, reference=cached), source=pairs.make_source, loss=make_loss,
         evaluate=make_evaluate, describe=pairs.describe, complete=partial(reference.add, cached=cached, live=live),
         frozen=lambda config, cfg: runs.abstract_params(cfg) if live else None,
-        load_frozen=reference.load if live else wiring.no_frozen,
+        load_frozen=reference.load if live else wiring.no_frozen, cost=partial(wiring.lm_cost, forwards=forwards),
     )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def told_of_drops(s: PreparedSource) -> str:
 
 
 def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> training.Loss:
-    """Next-token cross-entropy with z-loss over packed rows: one term, since the head makes both in one pass.
+    """Next-token cross-entropy with z-loss over packed rows: one term, since the head makes both in one pass, and its
+    two parts as metrics.
 
     `sparse` is the head's, for rows of which much is not to be learned.
     """
@@ -84,12 +85,14 @@ def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> train
         with jax.named_scope('head'):
             targets = (batch['targets_BT'], batch['weights_BT'])
             total, parts = transformer.nll(params, cfg, h_BTD, *targets, z_coef=z_loss, sparse=sparse)
-        return {'cross_entropy': total}, {'nll': parts['nll'], 'z': parts['z'], 'accuracy': parts['correct']}
+        return {'loss': total}, {
+            'cross_entropy': parts['nll'], 'z_loss': z_loss * parts['z'], 'accuracy': parts['correct']
+        }  # fmt: skip
 
     def weights(batch: training.Batch) -> training.Sums:
-        return dict.fromkeys(('cross_entropy', 'nll', 'z', 'accuracy'), jnp.sum(batch['weights_BT']))
+        return dict.fromkeys(('loss', 'cross_entropy', 'z_loss', 'accuracy'), jnp.sum(batch['weights_BT']))
 
-    return training.Loss(terms, weights, {'cross_entropy': 1.0})
+    return training.Loss(terms, weights, {'loss': 1.0})
 
 
 def make_source(config: Config, prepared: Prepared, start: int) -> wiring.Source:

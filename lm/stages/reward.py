@@ -1,6 +1,7 @@
 """A reward model: the decoder with a score in place of words, which learns which of two responses is better."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def stage() -> wiring.Stage:
     return wiring.Stage(
         prepare=pairs.prepare, epoch=pairs.epoch, batch=pairs.batch, source=pairs.make_source, loss=make_loss,
         evaluate=make_evaluate, describe=pairs.describe, abstract=runs.abstract_scored, weights=first_weights,
+        cost=partial(wiring.lm_cost, head=False),
     )  # fmt: skip
 
 

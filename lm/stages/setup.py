@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import processes, runtime, sharding
+from lm import files, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
@@ -73,6 +73,7 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
+            recorder.flush()
             recorder.status(state, reason=reason)
 
     try:
@@ -84,6 +85,7 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
         raise
     recorder.say(ledger.line())
+    recorder.flush()
 
 
 def with_microbatch(config: Config, microbatch: int) -> Config:
@@ -182,7 +184,9 @@ def report_plan(
     total = microbatch.step_bytes(compiled)
     recorder.say(f'temporaries {gib(compiled.memory_analysis().temp_size_in_bytes)} per device, compiled, not run')
     recorder.say(f'in all      {gib(total)} per device')
-    recorder.say(f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention)')
+    recorder.say(
+        f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
+    )
     planned = tokens * growth(config).first(config.steps) // config.batch_size
     recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
     limit = memory_limit(mesh.devices.flat[0])
@@ -210,5 +214,5 @@ def memory_limit(device: Any) -> int | None:
 
 
 def workdir_path(workdir: str) -> epath.Path:
-    """The run's directory, absolute (orbax wants it so)."""
-    return epath.Path(workdir).expanduser().resolve()
+    """The run's directory, absolute."""
+    return files.absolute(workdir)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -64,6 +65,12 @@ def as_it_is(config: Config, cfg: ModelConfig, data: Any, found: Any, say: Calla
     return data, {}
 
 
+def lm_cost(config: Config, cfg: ModelConfig, width: int, *, head: bool = True, forwards: int = 0) -> flops.Cost:
+    """Model FLOPs of a stage that trains a language model, see `flops.cost`."""
+    del config
+    return flops.cost(cfg.sizes, windows=cfg.windows, seq_len=width, head=head, forwards=forwards)
+
+
 def no_frozen(*_: Any) -> None:
     """Nothing but what is trained."""
 
@@ -94,6 +101,8 @@ class Stage(NamedTuple):
     weights: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = first_weights
     # (config, cfg) -> what the step reads and does not train, as shapes and shardings; None: nothing
     frozen: Callable[[Config, ModelConfig], Any] = no_frozen
+    # (config, cfg, places a row) -> model FLOPs
+    cost: Callable[[Config, ModelConfig, int], flops.Cost] = lm_cost
     # (config, cfg, frozen as shapes, say) -> the same as arrays
     load_frozen: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = no_frozen
 
@@ -141,11 +150,19 @@ def _train(
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    checkpoints = workdir / 'checkpoints'
+    recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.open(workdir)
     with setup.told(recorder, ledger):
         if processes.first():
             _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+        if (
+            found
+            and checkpoint.listed(checkpoints)[0] == config.steps
+            and _is_done(stage, config, cfg, workdir, recorder)
+        ):
+            return recorder.last
         _fit(stage, config, cfg, workdir, found, data, prompts, recorder, ledger, stop)
     return recorder.last
 
@@ -157,6 +174,19 @@ def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> 
     template = chat_template.find(given, tokenizer)
     if template is not None:
         template.save(folder)
+
+
+def _is_done(stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, recorder: Recorder) -> bool:
+    """Whether the run's last checkpoint holds, so that there is nothing left to do, and that is said."""
+    wanted = saved(abstract_state(stage, config, cfg, setup.make_optimizer(config)[0]))
+    try:
+        checkpoint.read(workdir / 'checkpoints' / str(config.steps), wanted)
+    except ValueError:
+        return False  # what is damaged is named, and done again, where a run goes on
+    recorder.rewind(config.steps)
+    recorder.say(f'{workdir} is done, with {config.steps:,} steps: set more, or name another --workdir')
+    recorder.status('done', config.steps)
+    return True
 
 
 def _fit(
@@ -177,6 +207,7 @@ def _fit(
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
+    recorder.settings = config.to_dict()
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
         recorder.say(line)
@@ -185,13 +216,14 @@ def _fit(
 
     # ---- loop ----
     source = stage.source(config, data, int(state.step))
-    with checkpoint.Writer(workdir / 'checkpoints', keep=config.checkpoint.keep) as writer:
+    keep = config.checkpoint.keep
+    with checkpoint.Writer(workdir / 'checkpoints', keep=keep, whole=recorder.checkpointed) as writer:
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer,
             evaluate=stage.evaluate(config, cfg, data, prompts, recorder),
-            tokens=tokens, flops=tokens * _flops_per_token(config, cfg),
-            peak=sum(map(flops.peak, jax.devices())), log_every=config.log.every, eval_every=config.eval.every,
-            save_every=config.checkpoint.every, max_skips=config.optim.max_skips, profile=config.log.profile,
+            cost=stage.cost(config, cfg, _width(stage, config, data)), ceiling=flops.ceiling(),
+            log_every=config.log.every, eval_every=config.eval.every, save_every=config.checkpoint.every,
+            max_skips=config.optim.max_skips, profile=config.log.profile,
             batches=lambda i: grown.first(i) / config.batch_size,
         )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
@@ -215,8 +247,20 @@ def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     return math.prod(batch['tokens_BT'].shape)
 
 
-def _flops_per_token(config: Config, cfg: ModelConfig) -> float:
-    return flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
+def _width(stage: Stage, config: Config, data: Any) -> int:
+    """Places for tokens in a row."""
+    return stage.batch(config, data)['tokens_BT'].shape[1]
+
+
+def counted(step: Callable) -> Callable:
+    """The step, which also tells the tokens and the targets of its batch: padding is neither."""
+
+    def fn(state: training.TrainState, batch: training.Batch) -> tuple[training.TrainState, dict[str, jax.Array]]:
+        tokens, targets = jnp.sum(batch['segments_BT'] > 0), jnp.sum(batch['weights_BT'] > 0)
+        state, metrics = step(state, batch)
+        return state, {**metrics, 'tokens': tokens, 'targets': targets}
+
+    return fn
 
 
 def abstract_state(stage: Stage, config: Config, cfg: ModelConfig, optimizer: Any) -> training.TrainState:
@@ -237,7 +281,7 @@ def compile_step(
         stage.loss(config, cfg), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
         microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
     )  # fmt: skip
-    return jax.jit(fn, donate_argnums=0).lower(abstract, stage.batch(config, data)).compile()
+    return jax.jit(counted(fn), donate_argnums=0).lower(abstract, stage.batch(config, data)).compile()
 
 
 def start(
@@ -250,18 +294,26 @@ def start(
         workdir / 'checkpoints', saved(abstract), warn=partial(recorder.say, style='red'), set_aside=True
     )
     if newest is not None:
-        step, tree, _ = newest
+        step, tree, meta = newest
         recorder.rewind(step)
+        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'resumed at step {step}')
         return training.TrainState(frozen=frozen, **tree)
     recorder.rewind(0)
     if config.branch_from:
-        step, tree = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
+        step, tree, meta = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
+        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'branched from {config.branch_from} at step {step}')
         return training.TrainState(frozen=frozen, **tree)
     create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed, ema=config.optim.ema is not None))
     state = create(stage.weights(config, cfg, abstract.trainable, recorder.say))
     return dataclasses.replace(state, frozen=frozen)
+
+
+def _tokens_before(config: Config, step: int) -> int:
+    """Places for tokens in the batches before a step, padding with them: all that a checkpoint of an older version lets
+    us know."""
+    return config.seq_len * setup.growth(config).first(step)
 
 
 def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
@@ -276,7 +328,7 @@ def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
     recorder.say(f'attention   {choice.name} ({choice.why})')
     recorder.say(told)
     tokens = _tokens(stage.batch(config, None))
-    cost = tokens * _flops_per_token(config, cfg)
+    cost = stage.cost(config, cfg, _width(stage, config, None)).of(tokens, tokens)
     setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
     planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
     return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}

@@ -48,7 +48,7 @@ def open_run(run: str) -> Opened:
     saved, notes = runs.read_config(run), []
     step = checkpoint.locate(run)
     folder, asked = split_run(run)
-    directory = epath.Path(folder).expanduser().resolve() / 'checkpoints'
+    directory = files.absolute(folder) / 'checkpoints'
     for at in [step] if asked else checkpoint.listed(directory):
         try:
             leaves = _verified(directory / str(at), runs.weights_item(saved['config']), saved['config'])
@@ -173,7 +173,7 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
     Raises UsageError if `workdir` exists, or the model has settings that we do not know; RunError if it cannot be
     written.
     """
-    workdir = epath.Path(workdir).expanduser().resolve()
+    workdir = files.absolute(workdir)
     if workdir.exists():
         raise UsageError(f'{workdir} exists: name a new folder')
     config = _config(opened)

@@ -8,10 +8,12 @@ damaged is renamed out of the way.
 """
 
 import contextlib
+import errno
 import hashlib
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +25,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import processes
+from lm import files, processes
 from lm.config import split_run
 from lm.data import cache
 from lm.errors import RunError, UsageError
 
 PIECE = 1 << 22  # elements of which a checksum is taken at once, on the host
+FULL = os.strerror(errno.ENOSPC)
+COMMITTED = 'commit_success.txt'  # what Orbax writes last, in a bucket
 LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
 
 
@@ -139,13 +143,15 @@ def sealed(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(directory: epath.PathLike) -> list[int]:
-    """Steps that have a directory, newest first; whether they hold is another question."""
+    """Steps that have a directory, newest first; whether they hold is another question. In a bucket, where a directory
+    cannot appear at once, one that was not finished is none."""
     directory = epath.Path(directory)
     if not directory.exists():
         return []
-    return sorted(
-        (int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.name == str(int(p.name))), reverse=True
-    )
+    steps = [p for p in directory.iterdir() if p.name.isdecimal() and p.name == str(int(p.name))]
+    if files.is_bucket(directory):
+        steps = [p for p in steps if (p / COMMITTED).exists()]
+    return sorted((int(p.name) for p in steps), reverse=True)
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
@@ -234,7 +240,7 @@ def _restore(path: epath.Path, abstract: Any) -> Any:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            tree = handler.restore(path.resolve() / 'state', args=args)
+            tree = handler.restore(files.absolute(path) / 'state', args=args)
     except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
         raise ValueError(f'it cannot be read ({_first_line(error)})') from error
     missing = [p for p, x in jax.tree_util.tree_leaves_with_path(tree) if not isinstance(x, jax.Array)]
@@ -300,6 +306,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def _why(error: BaseException) -> str:
+    """The reason in a line: that of the error itself or of what it was raised from, if that is the system's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return files.reason(cause)
+        if FULL in str(cause):  # TensorStore's errors are texts
+            return files.reason(OSError(errno.ENOSPC, FULL))
+        cause = cause.__cause__ or cause.__context__
+    return _first_line(error)
+
+
 # ---- writing ----
 
 
@@ -309,9 +327,16 @@ class Writer:
     A context manager: what was begun is finished before it is left.
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int) -> None:
+    def __init__(
+        self, directory: epath.PathLike, *, keep: int, whole: Callable[[int | None], None] = lambda step: None
+    ) -> None:
+        """
+        Args:
+          whole: is told the newest step that is on disk, each time that it changes.
+        """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._directory = epath.Path(directory).resolve()
+        self._directory, self._whole = files.absolute(directory), whole
+        self._begun: int | None = None
         with self._guarded():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -321,26 +346,45 @@ class Writer:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with contextlib.nullcontext() if error is None else contextlib.suppress(RunError), self._guarded():
             self._manager.close()
+        if error is not None and self._begun is not None:  # what was under way may have come to its end
+            self._whole(newest_sealed(self._directory))
 
-    def save(self, step: int, tree: Any) -> None:
-        """Starts saving; returns once the tree may be changed. Raises RunError if this or the last save failed."""
+    def save(self, step: int, tree: Any, **meta: Any) -> None:
+        """Starts saving, with `meta` beside it; returns once the tree may be changed.
+
+        Raises RunError if this or the last save failed.
+        """
         sums = checksums(tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave(sealed({'layout': LAYOUT, 'step': step, 'checksums': sums})),
+            meta=ocp.args.JsonSave(sealed({**meta, 'layout': LAYOUT, 'step': step, 'checksums': sums})),
         )
         with self._guarded():
             self._manager.save(step, args=args, force=True)
+        self._begun = step
+
+    def check(self) -> None:
+        """Raises RunError if the save that is under way has failed; it does not wait for it."""
+        if self._begun is None:
+            return
+        with self._guarded():
+            self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Until what was begun is on disk."""
         with self._guarded():
             self._manager.wait_until_finished()
+        if self._begun is not None:
+            self._whole(self._begun)
+            self._begun = None
 
     def set_aside(self, after: int) -> None:
         """Renames the checkpoints of steps past `after`: they can be read and are not worth going on from."""
         self.wait()
         _set_aside([self._directory / str(step) for step in listed(self._directory) if step > after])
+        self._whole(newest_sealed(self._directory))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -348,7 +392,7 @@ class Writer:
             yield
         except Exception as error:
             where = f'a checkpoint in {self._directory} could not be written'
-            raise RunError(f'{where} ({_first_line(error)}): the last one is intact') from error
+            raise RunError(f'{where} ({_why(error)}): the last one is intact') from error
 
 
 def abstract(tree: Any) -> Any:

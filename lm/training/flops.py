@@ -1,15 +1,17 @@
 """Model FLOPs, what the device could do, and so MFU."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lm import sharding
 
+AGAIN = 30.0  # seconds between two measurements of a CPU
 # Dense peak of one device in FLOP/s, bfloat16, from the makers' data sheets; the first name that fits counts.
 PEAK = {
     'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
@@ -18,27 +20,85 @@ PEAK = {
 }  # fmt: skip
 
 
-def per_token(sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int) -> float:
-    """FLOPs of a training step per token: 6N plus the causal half of attention.
+class Cost(NamedTuple):
+    """Model FLOPs of a training step, for each of its tokens and for each of its targets: the tokens whose log-prob is
+    asked for. Padding is neither."""
 
-    N counts what is multiplied: the layers' matrices and the head, not the embedding's rows nor the norms. Attention is
-    6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen (less under a window).
-    Recomputation (remat) is not counted, as in PaLM, appendix B.
+    token: float
+    target: float
+
+    def of(self, tokens: float, targets: float) -> float:
+        return tokens * self.token + targets * self.target
+
+
+def cost(
+    sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int, head: bool = True, forwards: int = 0
+) -> Cost:
+    """6N a token plus the causal half of attention, N what is multiplied: the layers' matrices, and for a target the
+    head; not the embedding's rows nor the norms.
+
+    Attention is 6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen (less under
+    a window). What is computed again (remat, the logits of `head.logp`) is not counted, as in PaLM, appendix B.
 
     Args:
       windows: of each layer, how far it sees; None: all.
+      seq_len: tokens a row.
+      head: whether there is one over the vocabulary; a reward model has none.
+      forwards: how often more the tokens pass a model forward alone, as the live reference of DPO.
     """
     D, N, K, H, F, V = (sizes[d] for d in 'DNKHFV')
-    matrices = len(windows) * (D * N * H * 2 + D * K * H * 2 + 3 * D * F) + V * D
+    matrices = len(windows) * (D * N * H * 2 + D * K * H * 2 + 3 * D * F)
     reaches = [min(window or seq_len, seq_len) for window in windows]
     seen = sum(reach - reach * reach / (2 * seq_len) for reach in reaches)  # keys, on average: a triangle, then a band
-    return 6 * matrices + 12 * N * H * seen
+    times = 1 + forwards / 3  # a forward pass is a third of a step
+    return Cost(times * (6 * matrices + 12 * N * H * seen), times * 6 * V * D if head else 0.0)
+
+
+def per_token(sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int) -> float:
+    """Model FLOPs of a step of pretraining per token, each of which is a target."""
+    return sum(cost(sizes, windows=windows, seq_len=seq_len))
+
+
+class Ceiling:
+    """What the devices can do together, FLOP/s.
+
+    That of CPUs is the best matrix product that was seen, since something else may have the cores at any one moment: it
+    is tried again now and then, while nothing of ours runs, and what a step has reached counts, too.
+    """
+
+    def __init__(self, known: float | None = None, *, measure: Callable[[], float] = lambda: 0.0) -> None:
+        """`known`: of accelerators, the data sheet's. `measure`: without it."""
+        self._known, self._measure = known, measure
+        self._best, self._due = 0.0, -math.inf
+
+    def refresh(self) -> None:
+        """Measures, if that is due."""
+        if self._known is None and time.monotonic() >= self._due:
+            self._best = max(self._best, self._measure())
+            self._due = time.monotonic() + AGAIN
+
+    def mfu(self, reached: float) -> float:
+        """Model FLOPs utilisation of a step that reached so many FLOP/s."""
+        if self._known is not None:
+            return reached / self._known
+        self._best = max(self._best, reached)
+        return reached / self._best
+
+
+@cache
+def _cpu_ceiling() -> Ceiling:
+    return Ceiling(measure=lambda: measure_product() * jax.process_count())
+
+
+def ceiling() -> Ceiling:
+    """That of all devices of this run."""
+    found = _cpu_ceiling() if jax.default_backend() == 'cpu' else Ceiling(sum(map(peak, jax.devices())))
+    found.refresh()
+    return found
 
 
 def peak(device: Any) -> float:
-    """FLOP/s of one device: the data sheet's for accelerators, measured for a CPU (shared by its fake devices)."""
-    if device.platform == 'cpu':
-        return cached_product() / max(1, jax.local_device_count())
+    """FLOP/s of an accelerator, by its data sheet; NaN if we have none."""
     for name, value in PEAK.items():
         if name in device.device_kind:
             return value
@@ -55,6 +115,3 @@ def measure_product() -> float:
             product(x).block_until_ready()
             best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-cached_product = cache(measure_product)

@@ -8,6 +8,7 @@ import jax
 from lm.errors import Preempted, RunError
 from lm.runtime import StopRequest
 from lm.training.checkpoint import Writer
+from lm.training.flops import Ceiling, Cost
 from lm.training.ledger import Ledger
 from lm.training.recorder import Recorder
 from lm.training.step import TrainState
@@ -22,9 +23,8 @@ class Hooks(NamedTuple):
     ledger: Ledger
     writer: Writer
     evaluate: Callable[[TrainState, int], Mapping[str, float]]
-    tokens: int  # tokens a full batch
-    flops: float  # model FLOPs a full batch
-    peak: float  # FLOP/s of all devices
+    cost: Cost
+    ceiling: Ceiling
     log_every: int
     eval_every: int
     save_every: int
@@ -68,6 +68,7 @@ def run_loop(
                     if pending is not None:
                         meter.read(*pending, steps=steps)
                 i, pending = i + 1, (i + 1, metrics)
+            hooks.writer.check()
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
             stops = stop.after(i) and i < steps  # asked once: a signal that comes below is for the next step
             if evaluates or saves or stops:
@@ -77,6 +78,7 @@ def run_loop(
             if evaluates:
                 with hooks.ledger('eval'):
                     hooks.recorder.metrics(i, hooks.evaluate(state, i))
+                    hooks.ceiling.refresh()
             if (saves or stops) and not meter.skipping:  # what gives no finite loss does not push out what did
                 save(state, i, hooks)
             if stops:
@@ -93,7 +95,8 @@ def run_loop(
 def save(state: TrainState, step: int, hooks: Hooks) -> None:
     """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
     with hooks.ledger('checkpoint'):
-        hooks.writer.save(step, saved(state))
+        hooks.recorder.flush()
+        hooks.writer.save(step, saved(state), tokens=hooks.recorder.tokens)
 
 
 def saved(state: TrainState) -> dict[str, Any]:
@@ -103,31 +106,42 @@ def saved(state: TrainState) -> dict[str, Any]:
 
 
 class Meter:
-    """Turns fetched metrics into lines, and counts skipped steps."""
+    """Turns fetched metrics into lines, and counts tokens and skipped steps."""
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._skipped_in_a_row = 0
-        self._batches_since, self._seconds_before = 0.0, hooks.ledger.spent('step', 'data')
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """What follows is of the next line."""
+        self._tokens = self._targets = self._batches = 0.0
+        self._seconds_before = self._hooks.ledger.spent('step', 'data')
 
     def read(self, step: int, metrics: Any, *, steps: int) -> None:
         """Fetches a step's metrics and writes a line if one is due."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._count_tokens(step, int(values.pop('tokens')), int(values.pop('targets')))
         self._count(step, values)
-        self._batches_since += self._hooks.batches(step) - self._hooks.batches(step - 1)
         if step % self._hooks.log_every and step != steps:
             return
-        hooks, busy = self._hooks, self._hooks.ledger.spent('step', 'data')
-        seconds = max(busy - self._seconds_before, 1e-9)
-        rate = hooks.tokens * self._batches_since / seconds
-        mfu = hooks.flops * self._batches_since / seconds / hooks.peak
-        self._batches_since, self._seconds_before = 0.0, busy
+        hooks = self._hooks
+        seconds = max(hooks.ledger.spent('step', 'data') - self._seconds_before, 1e-9)
+        rate, batches_per_s = self._tokens / seconds, self._batches / seconds
+        mfu = hooks.ceiling.mfu(hooks.cost.of(self._tokens, self._targets) / seconds)
+        self._start_anew()
         line = {f'train/{k}': v for k, v in values.items()}
         perf = {'perf/tokens_per_s': rate, 'perf/mfu': mfu, 'perf/goodput': hooks.ledger.goodput}
         hooks.recorder.metrics(step, line | perf)
-        left = (hooks.batches(steps) - hooks.batches(step)) * hooks.tokens / rate
+        left = (hooks.batches(steps) - hooks.batches(step)) / batches_per_s
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
         hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
+
+    def _count_tokens(self, step: int, tokens: int, targets: int) -> None:
+        self._hooks.recorder.tokens = (self._hooks.recorder.tokens or 0) + tokens
+        self._tokens += tokens
+        self._targets += targets
+        self._batches += self._hooks.batches(step) - self._hooks.batches(step - 1)
 
     def _count(self, step: int, values: Mapping[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values['skipped'] else 0

@@ -24,7 +24,7 @@ from lm.training import checkpoint
 
 LOCK = '.lock'
 VERSIONED = (
-    'lm',
+    'lm-jax',
     'jax',
     'jaxlib',
     'flax',
@@ -138,9 +138,10 @@ def _check_folder(workdir: epath.Path) -> None:
 def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     """The saved config.json if `workdir` holds this run already, None if it is new.
 
-    A run without a checkpoint has nothing to lose: it begins again, under whatever settings.
+    A run that never had a checkpoint has nothing to lose: it begins again, under whatever settings.
 
-    Raises UsageError if it holds another run, one that is beyond its last step, or files that are no run.
+    Raises UsageError if it holds another run, one that is beyond its last step or has lost its checkpoints, or files
+    that are no run.
     """
     _check_folder(workdir)
     if not workdir.exists():
@@ -152,6 +153,7 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     saved = read_config(str(workdir))
     steps = checkpoint.listed(workdir / 'checkpoints')
     if not steps:
+        _check_nothing_lost(workdir)
         return None
     different = differences(saved['config'], config.to_dict())
     if different:
@@ -163,6 +165,28 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     if config.steps and at and config.steps < at:
         raise UsageError(f'{workdir} is at step {at} already, steps={config.steps}: set more')
     return saved
+
+
+def _check_nothing_lost(workdir: epath.Path) -> None:
+    """Raises UsageError if a run without checkpoints had one: to begin again would cut its metrics and samples."""
+    status = read_status(workdir)
+    done = status.get('state') == 'done'
+    if not done and status.get('saved') is None:
+        return
+    had = f'is done, with {status["step"]} steps' if done else f'was saved at step {status["saved"]}'
+    raise UsageError(
+        f'{workdir} {had}, and its checkpoints are gone: bring {workdir / "checkpoints"} back, name another --workdir, '
+        f'or delete {workdir} to begin again'
+    )
+
+
+def read_status(workdir: epath.Path) -> dict[str, Any]:
+    """status.json of a run, {} if it has none that can be read."""
+    try:
+        status = json.loads((workdir / 'status.json').read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def inherit_model(
@@ -270,6 +294,10 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
         tokenizer = Tokenizer.load(tokenizer_folder(run))
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
+    if saved.get('tokenizer') not in (None, tokenizer.fingerprint):
+        warn(
+            f'{tokenizer_folder(run)} is not the tokenizer that the run was trained with: it was changed or is damaged'
+        )
     return Model(params, cfg, tokenizer, saved['config'], step)
 
 
@@ -289,12 +317,16 @@ def weights_item(saved: Mapping[str, Any]) -> str:
     return 'ema' if _averages(saved) else 'trainable'
 
 
-def branch(run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
-    """(step, a checkpoint's tree to go on from). An average that the run did not keep begins with its weights."""
+def branch(
+    run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(step, a checkpoint's tree to go on from, its meta). An average that the run did not keep begins with its
+    weights."""
     begins = 'ema' in abstract and not _averages(read_config(run)['config'])
     asked = {k: v for k, v in abstract.items() if not (begins and k == 'ema')}
-    step, tree, _ = checkpoint.find(run, asked, warn=warn)
-    return step, tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+    step, tree, meta = checkpoint.find(run, asked, warn=warn)
+    tree = tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+    return step, tree, meta
 
 
 def _averages(saved: Mapping[str, Any]) -> bool:

@@ -1,0 +1,120 @@
+"""The FLOPs by which MFU is computed are those that a stage's step multiplies, as XLA counts them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import running
+from dialogues import STAGES
+from running import lines
+
+from lm import config as configs
+from lm.model import head
+from lm.stages import dpo, pretrain, reward, setup, sft, wiring
+from lm.training import flops, runs
+from lm.training import step as training
+
+SIZES = {
+    'steps': 4, 'batch_size': 4, 'seq_len': 128, 'attention': 'dense', 'optim.name': 'adamw', 'model.vocab_size': 2048,
+    'model.dim': 512, 'model.layers': 2, 'model.heads': 8, 'model.kv_heads': 4, 'model.head_dim': 64,
+    'model.ffn_dim': 1024,
+}  # fmt: skip
+CASES = {
+    'pretrain': (pretrain.stage, {}), 'sft': (sft.stage, {}), 'reward': (reward.stage, {}), 'dpo': (dpo.stage, {}),
+    'dpo-live': (dpo.stage, {'reference': 'live'}), 'simpo': (dpo.stage, {'loss': 'simpo'}),
+    'kto': (dpo.stage, {'loss': 'kto'}), 'kto-live': (dpo.stage, {'loss': 'kto', 'reference': 'live'}),
+}  # fmt: skip
+
+
+def step_of(name, **changes):
+    """(the stage, its config and model, its step, not compiled, and what that takes) at sizes where products are nearly
+    all."""
+    make, settings = CASES[name]
+    given = {**SIZES, **settings, **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
+    file = running.ROOT / 'configs' / f'{name if name in ("pretrain", *STAGES) else "dpo"}.py'
+    config, _ = configs.load(str(file), [(k, str(v)) for k, v in given.items()])
+    config.microbatch, config.model.scan, cfg = config.batch_size, False, runs.model_config(config)
+    stage = make() if make is not dpo.stage else make(config)
+    optimizer, rate = setup.make_optimizer(config)
+    state = wiring.abstract_state(stage, config, cfg, optimizer)
+    step = training.make_step(stage.loss(config, cfg), optimizer, clip=config.optim.clip, rate=rate)
+    return stage, config, cfg, step, (state, stage.batch(config, None))
+
+
+def counted_by_xla(step, arguments):
+    return jax.jit(step).lower(*arguments).cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_stages_flops_are_those_that_xla_counts(name, one_device, monkeypatch):
+    """Layers unrolled, the head in one chunk, no remat, no padding; dense attention multiplies what it then masks, and
+    the head of `logp` makes its logits twice, of which the second time is not counted."""
+    monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
+    stage, config, cfg, step, arguments = step_of(name)
+    B, T = arguments[1]['tokens_BT'].shape
+    ours = stage.cost(config, cfg, T).of(B * T, B * T)
+    forwards = stage.cost(config, cfg, T).token / flops.cost(cfg.sizes, windows=cfg.windows, seq_len=T).token
+    masked = forwards * 12 * cfg.layers * cfg.heads * cfg.head_dim * (T / 2) * B * T
+    again = 2 * cfg.sizes['V'] * cfg.dim * B * T if stage.loss is dpo.make_loss else 0
+    assert counted_by_xla(step, arguments) == pytest.approx(ours + masked + again, rel=0.03)
+
+
+def test_what_is_multiplied_besides_the_model_is_seen_by_this(one_device, monkeypatch):
+    """A head that a stage has not would be out by more than the tolerance."""
+    monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
+    stage, config, cfg, step, arguments = step_of('reward')
+    places = np.prod(arguments[1]['tokens_BT'].shape)
+    assert flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=1) * places > 1.03 * counted_by_xla(step, arguments)
+
+
+def test_tokens_and_targets_of_a_step_are_those_that_are_not_padding():
+    batch = {
+        'segments_BT': jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]]),
+        'weights_BT': jnp.array([[0, 1, 0.5, 0], [0.0] * 4]),
+    }
+    step = wiring.counted(lambda state, batch: (state, {'loss': 1.0}))
+    assert step(None, batch)[1] == {'loss': 1.0, 'tokens': 4, 'targets': 2}
+
+
+def test_the_ceiling_of_a_cpu_is_the_best_that_was_seen(monkeypatch):
+    """It is measured again now and then, and MFU is never above 1, whatever had the cores when it was measured."""
+    now, found = [0.0], [50.0, 200.0, 100.0]
+    monkeypatch.setattr(flops.time, 'monotonic', lambda: now[0])
+    ceiling = flops.Ceiling(measure=lambda: found.pop(0))
+    ceiling.refresh()
+    assert ceiling.mfu(25.0) == 0.5
+    ceiling.refresh()
+    assert len(found) == 2 and ceiling.mfu(80.0) == 1.0 and ceiling.mfu(40.0) == 0.5
+    for second, mfu in ((flops.AGAIN, 0.2), (2 * flops.AGAIN, 0.2)):
+        now[0] = second
+        ceiling.refresh()
+        assert ceiling.mfu(40.0) == mfu
+    assert not found and flops.Ceiling(100.0).mfu(150.0) == 1.5  # of a data sheet that is wrong one should hear
+
+
+@pytest.mark.parametrize('log_every', [1, 4])
+def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(lab, tmp_path, log_every):
+    workdir, settings = tmp_path / 'run', {'log__every': log_every, 'checkpoint__every': 3, 'eval__every': 6}
+    lab.train(workdir, steps=3, optim__schedule='constant', **settings)
+    assert lab.train(workdir, steps=6, optim__schedule='constant', **settings)['tokens'] == lines(workdir)[-1]['tokens']
+    found = lines(workdir)
+    assert [r['time'] for r in found] == sorted(r['time'] for r in found)
+    tokens = {r['step']: r['tokens'] for r in found}
+    assert 0.9 * 8 * 32 * 6 < tokens[6] <= 8 * 32 * 6  # padding at the ends of documents is not counted
+    meta = json.loads((workdir / 'checkpoints' / '6' / 'meta' / 'metadata').read_text())
+    assert meta['tokens'] == tokens[6]
+    lab.train(tmp_path / 'whole', steps=6, optim__schedule='constant', **settings)
+    assert {r['step']: r['tokens'] for r in lines(tmp_path / 'whole')}[6] == tokens[6]
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_stage_counts_no_padding(dialogues, stage):
+    """Conversations and pairs do not fill their rows."""
+    workdir = dialogues.run(stage)
+    saved = runs.read_config(str(workdir))['config']
+    last = lines(workdir)[-1]
+    assert last['tokens'] > 0 and all(0 < r['perf/mfu'] <= 1 for r in lines(workdir) if 'perf/mfu' in r)
+    if stage == 'sft':
+        assert last['tokens'] < 0.99 * last['step'] * saved['batch_size'] * saved['seq_len']
