@@ -269,7 +269,8 @@ def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
     """
     whole = split.train.bytes + split.heldout.bytes
     wanted = max(share * whole, min(LEAST_HELDOUT, whole / 10))
-    if split.heldout.documents and wanted / FAR_FROM_SHARE <= split.heldout.bytes <= wanted * FAR_FROM_SHARE:
+    near = wanted / FAR_FROM_SHARE <= split.heldout.bytes <= wanted * FAR_FROM_SHARE
+    if split.train.documents and split.heldout.documents and near:
         return
     for content_digest, data in split.heldout.read():
         split.train.add(data, content_digest)
