@@ -1,4 +1,5 @@
-"""What is held out: by its content or as the end of a long text, and what pretraining must not see, the answers that operation Q&A holds out.
+"""Held-out data: documents by their content or the end of a long text, and what pretraining must not see, the answers
+that operation Q&A holds out.
 
 Fine-tuning asks what an operation does and answers with the first sentence of its documentation. It is split by the
 operation's *name*, and pretraining leaves out every document that contains the answer of a held-out name.

@@ -81,6 +81,11 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     return name, weight
 
 
+def has_default(mixture: str) -> bool:
+    """Whether a default source is in a mixture."""
+    return any(name in names for name, _ in parse_mixture(mixture) for names in DEFAULTS.values())
+
+
 def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaired: bool = False) -> Source:
     """The source that a mixture calls `name`, of text, of conversations ('chat') or of pairs of answers ('pairs').
 

@@ -36,6 +36,7 @@ SPACE = '\u2581'
 _AROUND = re.compile(f'([{SPACE}\0]+)')
 # The trainer drops longer lines in silence, and its default is 4192 bytes.
 _LONGEST_SENTENCE = 1 << 24
+_CHARACTERS_PER_PIECE = 20
 _FEW = 16  # texts, the turns of a conversation: to start threads for them takes longer than to encode them
 
 
@@ -198,7 +199,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     # The plain way first, so that a text with enough in it has the tokenizer that it always had.
     attempts = (
         lambda: _trained(lines, vocab_size),
-        lambda: _trained(lines, vocab_size, hard_vocab_limit=False),
+        lambda: _trained(lines, min(vocab_size, _enough(lines)), hard_vocab_limit=False),
         lambda: _trained(_frequent(lines, (vocab_size - FIRST_PIECE) // 2), vocab_size, hard_vocab_limit=False),
     )
     for attempt in attempts:
@@ -217,6 +218,12 @@ def _trained(lines: Iterable[str], vocab_size: int, **more: Any) -> bytes:
         sentence_iterator=iter(lines), model_writer=model, num_threads=_cores(), **options
     )
     return model.getvalue()
+
+
+def _enough(lines: Sequence[str]) -> int:
+    """The vocabulary for a text that has too little in it for the one that was asked for: its characters, and as many
+    longer pieces as are seen often enough to be learned."""
+    return FIRST_PIECE + len(set().union(*lines)) + sum(map(len, lines)) // _CHARACTERS_PER_PIECE
 
 
 def _frequent(lines: Sequence[str], room: int) -> Iterator[str]:

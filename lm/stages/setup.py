@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 from lm import processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
+from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
+from lm.data.sources import has_default
+from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint, microbatch
@@ -54,6 +57,29 @@ def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> N
     config.precision.compute = runtime.compute_dtype(config.precision.compute)
     if config.branch_from and not saved and (begins := checkpoint.locate(config.branch_from)) >= config.steps:
         raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
+
+
+def fixed_prompts(config: Config) -> list[Prompt]:
+    """The prompts of a file: the one that is named, else ours where the mixture has the default data; none of other
+    data. Raises UsageError for a file that cannot be read or has none in it."""
+    path = config.eval.prompts
+    if not path and DEFAULT_FILE.exists() and has_default(config.data.mixture):
+        path = DEFAULT_FILE
+    found = load_prompts(path) if path else []
+    if path and not found:
+        raise UsageError(f'eval.prompts={path} has no prompt in it')
+    return found
+
+
+def shrink_vocabulary(config: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, int]:
+    """Gives the model the vocabulary that its text had enough for. Returns what config.json is to keep: how many were
+    asked for, so that the same command goes on."""
+    asked, have = config.model.vocab_size, tokenizer.vocab_size
+    if config.data.tokenizer or have >= asked:
+        return {}
+    say(f'the text is too little for a vocabulary of {asked:,}: the tokenizer and the model have {have:,}')
+    config.model.vocab_size = have
+    return {'asked_vocab_size': asked}
 
 
 def recall(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 from lm import processes, sharding, xla
 from lm.config import Config
 from lm.data import chat_template, pipeline
-from lm.data.prompts import Prompt, load_prompts
+from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
 from lm.model import transformer
@@ -28,7 +28,7 @@ from lm.training.recorder import Recorder
 
 Source = Callable[[Any, int], Mapping[str, jax.Array]]
 Evaluate = Callable[[training.TrainState, int], Mapping[str, float]]
-KEPT = ('reference',)  # of config.json, what a run that goes on is told by itself
+KEPT = ('reference', 'asked_vocab_size')  # of config.json, what a run that goes on is told by itself
 # Of packed rows of tokens.
 ROWS = {
     'tokens_BT': np.int32,
@@ -96,6 +96,8 @@ class Stage(NamedTuple):
     frozen: Callable[[Config, ModelConfig], Any] = no_frozen
     # (config, cfg, frozen as shapes, say) -> the same as arrays
     load_frozen: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = no_frozen
+    # (config, data) -> held-out beginnings to be answered, where the data are not the default ones
+    prompts: Callable[[Config, Any], list[Prompt]] = lambda config, data: []
 
 
 def run(
@@ -121,9 +123,7 @@ def _train(
     # ---- data ----
     ledger = Ledger()
     recorder = Recorder()
-    prompts = load_prompts(config.eval.prompts)
-    if not prompts:
-        raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
+    prompts = setup.fixed_prompts(config)
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
     if tokenizer and found and find_tokenizer(own):  # copied when the run began
         tokenizer = str(own)
@@ -137,16 +137,19 @@ def _train(
     for line in xla.lines():
         recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
+    prompts = prompts or stage.prompts(config, data)
+    kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    kept |= setup.shrink_vocabulary(config, data.tokenizer, recorder.say)
+    cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
     setup.resolve(config, found, epoch=stage.epoch(config, data))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
-    kept = {key: found[key] for key in KEPT if key in found} if found else {}
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.open(workdir)
     with setup.told(recorder, ledger):
         if processes.first():
             _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
-        _fit(stage, config, cfg, workdir, found, data, prompts, recorder, ledger, stop)
+        _fit(stage, config, cfg, workdir, found, data, kept, prompts, recorder, ledger, stop)
     return recorder.last
 
 
@@ -160,13 +163,13 @@ def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> 
 
 
 def _fit(
-    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any,
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any, kept: dict[str, Any],
     prompts: Sequence[Prompt], recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
     for line in stage.describe(config, data):
         recorder.say(line)
     with ledger('prepare'):
-        data, kept = stage.complete(config, cfg, data, found, recorder.say)
+        data, more = stage.complete(config, cfg, data, found, recorder.say)
     recorder.status('compiling', 0)
 
     # ---- state and step ----
@@ -176,6 +179,7 @@ def _fit(
     with ledger('compile'):
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
+    kept |= more
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
