@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm import files
+from lm import progress as shown
 from lm.data import cache
 from lm.data.heldout import cut_tail, is_heldout
 from lm.data.records import Counts, Kind, Source, content, split_content
@@ -221,7 +222,7 @@ def _read(
     progress(f'reading {source.name}')
     split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
     decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
-    for record in source.read(split.counts):
+    for record in shown.over(source.read(split.counts), f'reading {source.name}'):
         data = content(record)
         content_digest = digest(data)
         if content_digest in seen:
@@ -295,7 +296,8 @@ def _train(
     # The largest sample in the mixture's proportions that no source runs out of, within the budget.
     total = min(TOKENIZER_SAMPLE_BYTES, *(s.train.bytes / share for s, share in zip(splits, shares, strict=True)))
     texts = (text for s, share in zip(splits, shares, strict=True) for text in _sample(s.train, share * total))
-    return train_tokenizer(texts, vocab_size=vocab_size)
+    with shown.task(f'training a tokenizer of {vocab_size}'):
+        return train_tokenizer(texts, vocab_size=vocab_size)
 
 
 def _sample(spool: Spool, size: float) -> Iterator[str]:
@@ -318,8 +320,9 @@ def _encode(
     hashed = hashlib.blake2b(digest_size=16)
     for name, spool in (('train', split.train), ('heldout', split.heldout)):
         before = sum(split.counts.dropped.values())
-        contents = _hashing(spool, hashed.update)
-        counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
+        with shown.task(f'encoding {split.name}', spool.documents) as task:
+            contents = _hashing(spool, hashed.update, task)
+            counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
         refused = sum(split.counts.dropped.values()) - before  # by the form
         counts[f'{name}_documents'] = spool.documents - refused
         counts[f'{name}_bytes'] = spool.bytes
@@ -330,7 +333,8 @@ def _encode(
     return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 
-def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[bytes]:
+def _hashing(spool: Spool, update: Callable[[bytes], None], task: shown.Task) -> Iterator[bytes]:
     for content_digest, data in spool.read():
         update(content_digest)
         yield data
+        task.advance()

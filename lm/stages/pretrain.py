@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from lm import progress
 from lm.config import Config
 from lm.data import pipeline
 from lm.data.chat_template import ChatTemplate
@@ -125,7 +126,8 @@ def tell(
     step: int, metrics: Mapping[str, float], template: ChatTemplate | None = None,
 ) -> None:  # fmt: skip
     """Answers the fixed prompts into samples.jsonl, and says how it stands: the metrics worth a line, and an answer."""
-    samples = continue_prompts(params, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed, template)
+    with progress.task('samples'):
+        samples = continue_prompts(params, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed, template)
     recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
     shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if not k.endswith(('/loss', '/ppl'))}
     recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')

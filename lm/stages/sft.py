@@ -130,7 +130,7 @@ def chat_metrics(config: Config, cfg: ModelConfig, data: WithReplay, params: Any
     for s in data.own.sources:
         rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
         batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
-        totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids)
+        totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
         questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
         found = answers.answered(
             params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens

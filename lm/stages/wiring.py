@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import processes, sharding, xla
+from lm import processes, progress, sharding, xla
 from lm.config import Config
 from lm.data import chat_template, pipeline
 from lm.data.prompts import Prompt
@@ -127,7 +127,8 @@ def _train(
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
     if tokenizer and found and find_tokenizer(own):  # copied when the run began
         tokenizer = str(own)
-    with ledger('prepare'), processes.in_turn():  # the others find it in a cache that they share, or make their own
+    # The other processes find it in a cache that they share, or make their own.
+    with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
         data = stage.prepare(config, tokenizer, recorder.say)
     processes.same('prepared data', data.fingerprint)
     if found and found['data'] != data.fingerprint:
@@ -141,7 +142,8 @@ def _train(
     kept = {key: found[key] for key in KEPT if key in found} if found else {}
     kept |= setup.shrink_vocabulary(config, data.tokenizer, recorder.say)
     cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
-    setup.resolve(config, found, epoch=stage.epoch(config, data))
+    with progress.task('packing the data into rows'):
+        setup.resolve(config, found, epoch=stage.epoch(config, data))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
@@ -168,7 +170,7 @@ def _fit(
 ) -> None:  # fmt: skip
     for line in stage.describe(config, data):
         recorder.say(line)
-    with ledger('prepare'):
+    with ledger('prepare'), progress.task('asking the model it starts from'):
         data, more = stage.complete(config, cfg, data, found, recorder.say)
     recorder.status('compiling', 0)
 
@@ -176,7 +178,7 @@ def _fit(
     optimizer, rate = setup.make_optimizer(config)
     abstract = abstract_state(stage, config, cfg, optimizer)
     build = partial(compile_step, stage, config, cfg, data, optimizer, rate, abstract)
-    with ledger('compile'):
+    with ledger('compile'), progress.task('compiling the step'):
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
     kept |= more
@@ -185,7 +187,8 @@ def _fit(
     for line in describe_run(config, cfg, tokens=tokens):
         recorder.say(line)
     recorder.say(told)
-    state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
+    with progress.task('loading the weights'):
+        state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
     source = stage.source(config, data, int(state.step))
@@ -275,7 +278,8 @@ def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
     optimizer, rate = setup.make_optimizer(config)
     abstract = abstract_state(stage, config, cfg, optimizer)
     build = partial(compile_step, stage, config, cfg, None, optimizer, rate, abstract)
-    compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
+    with progress.task('compiling the step'):
+        compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder, choice = Recorder(), runs.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
     recorder.say(told)
