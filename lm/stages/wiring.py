@@ -19,7 +19,7 @@ from lm.errors import UsageError
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
 from lm.runtime import StopRequest
-from lm.stages import setup
+from lm.stages import fitting, setup
 from lm.training import checkpoint, flops, runs
 from lm.training import step as training
 from lm.training.ledger import Ledger
@@ -121,6 +121,7 @@ def _train(
     stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest
 ) -> dict[str, Any]:
     # ---- data ----
+    fitting.check(config, cfg, _state_before_data(stage, config, cfg))
     ledger = Ledger()
     recorder = Recorder()
     prompts = setup.fixed_prompts(config)
@@ -155,6 +156,13 @@ def _train(
     return recorder.last
 
 
+def _state_before_data(stage: Stage, config: Config, cfg: ModelConfig) -> training.TrainState:
+    """The state as shapes and shardings, which the number of steps does not change: it may be that of an epoch."""
+    config = setup.with_microbatch(config, config.microbatch)
+    config.steps = config.steps or 1
+    return abstract_state(stage, config, cfg, setup.make_optimizer(config)[0])
+
+
 def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
     """The tokenizer in the run's folder, and the chat template that lies beside it, else ours if it fits: a run's
     directory is all that it takes to talk to it."""
@@ -182,6 +190,7 @@ def _fit(
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
     kept |= more
+    fitting.check_compiled(config, cfg, abstract, step)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
@@ -278,14 +287,15 @@ def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
     optimizer, rate = setup.make_optimizer(config)
     abstract = abstract_state(stage, config, cfg, optimizer)
     build = partial(compile_step, stage, config, cfg, None, optimizer, rate, abstract)
-    with progress.task('compiling the step'):
-        compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder, choice = Recorder(), runs.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
+    fitting.report_state(recorder, config, cfg, abstract)
+    with progress.task('compiling the step'):
+        compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder.say(told)
     tokens = _tokens(stage.batch(config, None))
     cost = tokens * _flops_per_token(config, cfg)
-    setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    fitting.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
     planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
     return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}
 
