@@ -173,9 +173,14 @@ def source_of(key: str) -> str:
 
 def show(found: Sequence[Mapping[str, Any]]) -> None:
     """The runs as rows, on stderr: below each other as many tables as it takes to cut no word off."""
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 1000, highlight=False)
+    console = Console(stderr=True, width=width_of(), highlight=False)
     for shown in side_by_side(list(columns(found)), console.width - widest(found)):
         console.print(table(found, shown))
+
+
+def width_of() -> int | None:
+    """Characters of a line; None: what the terminal has."""
+    return None if sys.stderr.isatty() else 1000
 
 
 def widest(found: Sequence[Mapping[str, Any]]) -> int:

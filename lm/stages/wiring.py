@@ -126,8 +126,8 @@ def _train(
     recorder = Recorder()
     prompts = setup.fixed_prompts(config)
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
-    if tokenizer and found and find_tokenizer(own):  # copied when the run began
-        tokenizer = str(own)
+    if found and (tokenizer or 'asked_vocab_size' in found) and find_tokenizer(own):
+        tokenizer = str(own)  # copied when the run began, or smaller than what was asked for
     # The other processes find it in a cache that they share, or make their own.
     with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
         data = stage.prepare(config, tokenizer, recorder.say)
