@@ -47,6 +47,9 @@ SHOWN = {
 }  # fmt: skip
 
 
+GAP = 2  # characters between columns
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.evaluate', __doc__)
     whole = lambda name: configs.whole(f'--{name}')
@@ -185,7 +188,8 @@ def width_of() -> int | None:
 
 def widest(found: Sequence[Mapping[str, Any]]) -> int:
     """What the first two columns take, and the table's own edges."""
-    return max(len(row['run']) for row in found) + max(len(str(row['step'])) for row in found) + len('  step  ')
+    longest = [max(len('step'), *(len(str(row[name])) for row in found)) for name in ('run', 'step')]
+    return 1 + sum(n + GAP for n in longest)
 
 
 def side_by_side(shown: Sequence[tuple[str, str, str]], room: int) -> Iterator[list[tuple[str, str, str]]]:
@@ -206,7 +210,7 @@ def side_by_side(shown: Sequence[tuple[str, str, str]], room: int) -> Iterator[l
 
 def taken(group: Sequence[tuple[str, str, str]]) -> int:
     """Characters that columns take; a source is named above the first of its own."""
-    return sum(max(map(len, heading(group, i).split('\n'))) + 1 for i in range(len(group)))
+    return sum(max(map(len, heading(group, i).split('\n'))) + GAP for i in range(len(group)))
 
 
 def heading(group: Sequence[tuple[str, str, str]], i: int) -> str:

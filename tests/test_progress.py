@@ -1,4 +1,4 @@
-"""Progress: a line about what takes long where there is no terminal, bars where there is one, and the table of results."""
+"""Progress: lines where there is no terminal, bars where there is one; and the table of results, which cuts no word."""
 
 import re
 import subprocess
@@ -69,8 +69,8 @@ FOUND = [
     | {
         f'eval/{source}/{key}': 0.5
         for source, keys in {
-            'operations': ['ended', 'f1'], 'smalltalk': ['ended', 'f1'], 'programmatic': ['accuracy_per_token', 'accuracy'],
-            'decline': ['declined_invented', 'declined_real'], 'botocore': ['bpb'], 'chitchat': ['bpb'],
+            'operations': ['ended', 'f1'], 'smalltalk': ['ended', 'f1'], 'botocore': ['bpb'], 'chitchat': ['bpb'],
+            'programmatic': ['accuracy_per_token', 'accuracy'], 'decline': ['declined_invented', 'declined_real'],
         }.items()
         for key in keys
     }
