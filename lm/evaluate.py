@@ -102,7 +102,8 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         return score(flags)
     given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
     fit = {run: tasks.fitting(named, run, saved[run]) for run in flags.runs}
-    planned = {} if harness and not named else tasks.plan(named, saved, given, say)
+    with task('looking for the data'):
+        planned = {} if harness and not named else tasks.plan(named, saved, given, say)
     runtime.start_jax()
     found = []
     for run in flags.runs:

@@ -21,7 +21,7 @@ from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.progress import say
+from lm.progress import say, task
 from lm.stages import pairs as pair_stage
 from lm.stages import pretrain, run_of, sft
 from lm.training import runs
@@ -175,7 +175,8 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)
     prepare = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats}.get(config.stage, pair_stage.prepare)
-    data: Any = prepare(config, config.data.tokenizer, say)
+    with task('preparing the data'):
+        data: Any = prepare(config, config.data.tokenizer, say)
     options = {'seq_len': config.seq_len, 'seed': config.seed}
     if config.stage == 'pretrain':
         tell(console, data)
