@@ -103,11 +103,11 @@ def _beginnings(store: TokenStore, tokenizer: Tokenizer, count: int) -> Iterator
     """The first words of the first documents, or of `count` places in all if there are fewer documents."""
     places = -(-count // store.documents)
     for i in range(min(count, store.documents)):
-        ids = store.document(i)[1:-1]
+        ids = store.document(i)[1:-1].tolist()
         for at in range(0, len(ids), max(len(ids) // places, 2 * BEGINNING, 1)):
             start = at and _line_start(ids, at, tokenizer)
             words = ids[start : start + min(BEGINNING, max(1, (len(ids) - start) // 2))]
-            yield tokenizer.decode(words.tolist()).strip('\ufffd')  # half of a character
+            yield tokenizer.decode(words).strip('\ufffd')  # half of a character
 
 
 def _line_start(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> int:
