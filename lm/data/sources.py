@@ -159,7 +159,8 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
         tables = [p for p in of_folder if p.endswith(_TABLE_ENDS)]
         found = tables if kind != 'text' or column else of_folder
         left_out = [p for p in of_folder if p not in set(found)]
-        problem = f'holds no file that ends with {" ".join(_TABLE_ENDS)}' if left_out else 'holds no file'
+        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(_TABLE_ENDS)}'
+        problem = f'holds no file{ends}'
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):
