@@ -128,7 +128,7 @@ def base() -> Config:
     c.eval = ConfigDict()
     c.eval.every = 250  # steps; the last step is always evaluated
     c.eval.rows = 256  # held-out rows of each source
-    c.eval.prompts = 'configs/prompts.jsonl'
+    c.eval.prompts = placeholder(str)  # a .jsonl file; None: configs/prompts.jsonl, of own data its held-out beginnings
     c.eval.max_new_tokens = 48
 
     c.log = ConfigDict()

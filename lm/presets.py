@@ -49,6 +49,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SIZES = tuple(PRESETS)  # ours, from small to large
+
+
 def _like(
     dim: int, layers: int, heads: str, ffn_dim: int, vocab_size: int, context: int, theta: float, **more: Any
 ) -> dict[str, Any]:

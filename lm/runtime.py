@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lm import processes, xla
+from lm import processes, progress, xla
 from lm.errors import Preempted, UsageError
 
 # By default glibc hands each step's large buffers back to the system and takes them again, and the page faults cost a
@@ -49,7 +49,8 @@ def _tell_malloc(options: Mapping[int, int]) -> None:
 def start_jax() -> None:
     """Has JAX find its devices. Raises UsageError if this machine lacks the platform that JAX_PLATFORMS names."""
     try:
-        jax.devices()
+        with progress.task('looking for devices'):
+            jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where no package knows the platform
         asked, reason = jax.config.values['jax_platforms'], str(error).partition(' (set JAX')[0] or 'not installed'
         raise UsageError(f'JAX_PLATFORMS={asked} cannot be had here ({reason}): correct or unset it') from error

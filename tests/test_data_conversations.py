@@ -321,7 +321,7 @@ def test_parquet_files_folders_and_patterns(tmp_path):
     (tmp_path / 'd' / 'c.txt').write_text('text is no conversation')
     records, counts = read(tmp_path / 'd', 'chat')
     assert sorted(short(r['messages']) for r in records) == ['u:1 a:2', 'u:Hi a:Hello']
-    assert counts.dropped == {'no_response': 1} and counts.named[0].endswith(
+    assert counts.dropped == {'no_response': 1, '.txt': 1} and counts.named[0].endswith(
         "a.parquet:1: no message is the assistant's"
     )
     assert len(read(tmp_path / 'd' / '*.jsonl', 'chat')[0]) == 1

@@ -119,7 +119,7 @@ def test_directory_and_pattern_read_a_document_a_file(tmp_path):
     (tmp_path / 'ignored.png').write_bytes(b'\x89PNG')
     records, counts = _read(tmp_path)
     assert [r['text'] for r in records] == ['first\r\n', 'third', 'second']
-    assert counts.read == 4 and counts.dropped == {'not_utf8': 1}
+    assert counts.read == 5 and counts.dropped == {'not_utf8': 1, '.png': 1}
     assert [r['text'] for r in _read(tmp_path / '*.txt')[0]] == ['first\r\n']
 
 

@@ -20,6 +20,7 @@ ROOMS = (
     {'presets'},
     {'config'},
     {'runtime', 'files', 'sharding'},
+    {'progress'},
     {'processes', 'xla'},
     {'hub'},
     {'errors'},

@@ -16,7 +16,7 @@ else a record has goes into its meta, where it is a number or a text.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.config import FLOAT32_END
@@ -35,6 +35,8 @@ _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ('prompt', 'completion', 'label'),
     ),
 }  # fmt: skip
+_CALLED = {'text': 'text is', 'chat': 'conversations are', 'pairs': 'pairs of answers are'}
+_STAGES = {'text': 'configs/pretrain.py', 'chat': 'configs/sft.py', 'pairs': 'configs/reward.py or configs/dpo.py'}
 _OPTIONAL = ('id', 'system', 'input', 'margin', 'score_chosen', 'score_rejected')
 _FIELDS = {*_OPTIONAL, *(field for forms in _FORMS.values() for form in forms for field in form)}
 _ROLES: dict[str, Role] = {
@@ -120,19 +122,61 @@ def check_columns(place: str, kind: Kind, columns: Sequence[str], column: str | 
         raise UsageError(f'{place} {_no_form(kind, columns)}')
 
 
+def choose_column(place: str, wanted: str | None, texts: Sequence[str], columns: Sequence[str]) -> str:
+    """The column that holds the documents: `wanted`, or `text`, or the only one of `texts`, those that can be text.
+
+    Raises UsageError, naming the place and its columns, if there is no such column.
+    """
+    kind = kind_of(columns) if wanted is None and 'text' not in texts else None
+    if wanted is None and 'text' not in texts and len(texts) == 1 and kind is None:
+        return texts[0]
+    column = wanted or 'text'
+    if column not in texts:
+        problem = 'that is text' if column in columns else ''
+        why = f'{place} has no column {column!r} {problem}'.rstrip()
+        hint = belongs(kind) if kind else '; name one as in SOURCE#COLUMN'
+        raise UsageError(f'{why}: it has {", ".join(columns) or "none"}{hint}')
+    return column
+
+
+def kind_of(fields: Iterable[str]) -> Kind | None:
+    """What these fields make: a pair, a conversation, or nothing that is known."""
+    have = set(fields)
+    if have.issuperset(_FORMS['pairs'][0]):
+        return 'pairs'
+    return next((kind for kind in ('chat', 'pairs') if _form(kind, have)), None)
+
+
+def belongs(kind: Kind) -> str:
+    """The end of a sentence on data of a kind that was given to a stage of another: which stage takes it."""
+    return f'; {_CALLED[kind]} for --config={_STAGES[kind]}'
+
+
+def without_text(fields: Mapping[str, Any], column: str) -> str:
+    """A sentence on a record that has no text in a column."""
+    kind = kind_of(key for key, value in fields.items() if value is not None)
+    return f'has no {column}, but {_names(fields)}{belongs(kind) if kind else "; name one as in FILE#FIELD"}'
+
+
 def _form(kind: Kind, fields: Iterable[str]) -> tuple[str, ...] | None:
     """The first format of this kind whose fields are all there."""
     have = set(fields)
     return next((form for form in _FORMS[kind] if have.issuperset(form)), None)
 
 
-def _no_form(kind: Kind, fields: Iterable[str]) -> str:
+def _no_form(kind: Kind, fields: Collection[str]) -> str:
     wanted = '; or '.join(', '.join(form) for form in _FORMS[kind])
     what = 'a conversation' if kind == 'chat' else 'a pair'
-    # JSON can write lone surrogates, which no terminal takes.
+    other: Kind | None = 'text' if set(fields) & {'text'} else kind_of(fields)
+    hint = belongs(other) if other and other != kind else ''
+    return f'has the fields {_names(fields)}, but {what} has {wanted}{hint}'
+
+
+def _names(fields: Iterable[str]) -> str:
+    """The first names of fields. JSON can write lone surrogates, which no terminal takes."""
     have = [field.encode(errors='replace').decode() for field in fields]
     more = f' and {len(have) - _SHOWN} more' if len(have) > _SHOWN else ''
-    return f'has the fields {", ".join(have[:_SHOWN]) or "(none)"}{more}, but {what} has {wanted}'
+    return f'{", ".join(have[:_SHOWN]) or "(none)"}{more}'
 
 
 # ---- conversations ----

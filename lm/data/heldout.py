@@ -1,4 +1,5 @@
-"""What is held out: by its content, and what pretraining must not see, the answers that operation Q&A holds out.
+"""Held-out data: documents by their content or the end of a long text, and what pretraining must not see, the answers
+that operation Q&A holds out.
 
 Fine-tuning asks what an operation does and answers with the first sentence of its documentation. It is split by the
 operation's *name*, and pretraining leaves out every document that contains the answer of a held-out name.
@@ -10,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 HELDOUT_SHARE = 0.05
+SHORTEST_TEXT = 100  # bytes that can be cut in two
 _NOT_A_WORD = re.compile(r'[\W_]+')
 
 
@@ -22,6 +24,27 @@ def heldout_operation(name: str) -> bool:
 def is_heldout(content_digest: bytes, share: float) -> bool:
     """Whether the document with this digest is held out: a hash of its content, not its place, decides."""
     return int.from_bytes(content_digest[:8], 'big') < share * 2**64
+
+
+def cut_tail(text: bytes, size: float) -> tuple[bytes, bytes] | None:
+    """(beginning, end) of a UTF-8 text whose end is to have about `size` bytes; None where one of them would be blank,
+    or the text has less than SHORTEST_TEXT bytes.
+
+    The end begins with a line where one begins in its first half, else with a word, else with a character.
+    """
+    if len(text) < SHORTEST_TEXT:
+        return None
+    size = round(min(max(size, 1), len(text) / 2))
+    start = len(text) - size
+    reach = start + size // 2
+    for mark in (b'\n', b' '):
+        if (found := text.find(mark, start, reach)) >= 0:
+            start = found + 1
+            break
+    while start < len(text) and text[start] & 0xC0 == 0x80:  # inside a character
+        start += 1
+    parts = text[:start], text[start:]
+    return parts if all(part.decode().strip() for part in parts) else None
 
 
 def normalized(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import grain
 
 from lm.data import cache, conversations
-from lm.data.records import Counts, Record, Source, choose_column, record
+from lm.data.records import Counts, Record, Source, record
 from lm.errors import UsageError, install
 
 _HUB = 'https://huggingface.co'
@@ -82,7 +82,7 @@ def _open(datasets: Any, address: Address) -> Any:
 
 
 def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
-    column = choose_column(f'data source {name!r}', address.column, texts, data.column_names)
+    column = conversations.choose_column(f'data source {name!r}', address.column, texts, data.column_names)
 
     def read(counts: Counts) -> Iterator[Record]:
         rows: Any = grain.MapDataset.source(data.select_columns([column]))

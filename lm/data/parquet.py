@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data.records import choose_column
+from lm.data.conversations import choose_column
 from lm.errors import UsageError
 
 # pyarrow takes half a second to import, and a start that finds its data prepared needs none of it.

@@ -122,9 +122,24 @@ def rows_in_epoch(prepared: Prepared, seq_len: int) -> int:
     return mix(prepared, seq_len=seq_len, seed=0).rows_in_epoch()
 
 
-def heldout_batches(
-    source: PreparedSource, *, batch_size: int, seq_len: int, max_rows: int | None = None
-) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class InOrder:
+    """Batches of the first `count` of rows, one after the other; the last is filled up with rows of weight 0."""
+
+    rows: Any
+    batch_size: int
+    count: int
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.count, self.batch_size):
+            found = [self.rows.row(i) for i in range(start, min(start + self.batch_size, self.count))]
+            yield stack(found + [_empty_like(found[0], self.rows.store.pad_id)] * (self.batch_size - len(found)))
+
+
+def heldout_batches(source: PreparedSource, *, batch_size: int, seq_len: int, max_rows: int | None = None) -> InOrder:
     """The held-out rows of a source of text, `in_order`. Documents were shuffled when they were written, so the first
     rows are a random sample.
     """
@@ -132,12 +147,9 @@ def heldout_batches(
     return in_order(rows, batch_size=batch_size, max_rows=max_rows)
 
 
-def in_order(rows: Any, *, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
-    """The first `max_rows` of rows, one after the other; the last batch is filled up with rows of weight 0."""
-    count = len(rows) if max_rows is None else min(max_rows, len(rows))
-    for start in range(0, count, batch_size):
-        found = [rows.row(i) for i in range(start, min(start + batch_size, count))]
-        yield stack(found + [_empty_like(found[0], rows.store.pad_id)] * (batch_size - len(found)))
+def in_order(rows: Any, *, batch_size: int, max_rows: int | None = None) -> InOrder:
+    """Batches of the first `max_rows` of rows."""
+    return InOrder(rows, batch_size, len(rows) if max_rows is None else min(max_rows, len(rows)))
 
 
 def stack(rows: Sequence[Row]) -> Batch:

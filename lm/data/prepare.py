@@ -5,7 +5,8 @@ own.
 
 A document is a duplicate by its exact text, in any source; the first source of the mixture keeps it. What was seen is
 held in memory, about 100 bytes a document; the text itself goes through disk. Whether a document is held out depends
-on its text alone, so it never moves when others come or go, except where so few come that a part would be empty.
+on its text alone, so it never moves when others come or go, except where so few come that a part would be empty. Of a
+text among so few, one file for example, the end is held out.
 """
 
 import hashlib
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm import files
+from lm import progress as shown
 from lm.data import cache
-from lm.data.heldout import is_heldout
+from lm.data.heldout import cut_tail, is_heldout
 from lm.data.records import Counts, Kind, Source, content, split_content
 from lm.data.sources import open_source, parse_mixture
 from lm.data.store import Checksums, Spool, TokenStore, checksums_of, digest, write_store
@@ -27,8 +29,11 @@ from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
 
 # Part of the cache's key: raise it when the stores that come out change.
-RECIPE = 2
+RECIPE = 3
+FAR_FROM_SHARE = 5  # times more or less of the bytes than was asked for: whole texts are then too coarse to hold out
+LEAST_HELDOUT = 1000  # bytes that are worth measuring, or a tenth of what there is if that is less
 TOKENIZER_SAMPLE_BYTES = 16_000_000
+TAIL = 'tail_held_out'  # in the counts of a source: the end of a text is held out
 
 
 class Form(NamedTuple):
@@ -217,7 +222,7 @@ def _read(
     progress(f'reading {source.name}')
     split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
     decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
-    for record in source.read(split.counts):
+    for record in shown.over(source.read(split.counts), f'reading {source.name}'):
         data = content(record)
         content_digest = digest(data)
         if content_digest in seen:
@@ -227,32 +232,60 @@ def _read(
         (split.heldout if decide(record, heldout) else split.train).add(data, content_digest)
     for problem in split.counts.named:
         progress(f'left out: {problem}')
-    _require_documents(split)
+    total = split.train.documents + split.heldout.documents
+    if not total:
+        raise UsageError(_no_documents(split))
     _fill_empty_part(split)
+    if source.kind == 'text' and not source.split:
+        _check_share(split, heldout, spool / 'tail')
+    elif total == 1:
+        one = 'document' if source.kind == 'text' else 'record'
+        raise UsageError(
+            f'data source {split.name!r} has one {one}, and training and held-out data need one each: add more'
+        )
     return split
 
 
-def _require_documents(split: _Split) -> None:
-    total = split.train.documents + split.heldout.documents
-    if not total:
-        dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
-        raise UsageError(
-            f'data source {split.name!r} has no documents (read {split.counts.read}; dropped: {dropped or "none"}): '
-            'name other data'
-        )
-    if total == 1:
-        raise UsageError(
-            f'data source {split.name!r} has one document, and training and held-out data need one each: split it, '
-            'for example into a .jsonl file with an object {"text": ...} in each line'
-        )
+def _no_documents(split: _Split) -> str:
+    """A sentence on a source without documents, with the first record that was left out, if it is known."""
+    dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
+    why = f'read {split.counts.read}; dropped: {dropped or "none"}'
+    if split.counts.named:
+        return f'data source {split.name!r} has no documents ({why}): {split.counts.named[0]}'
+    return f'data source {split.name!r} has no documents ({why}): name other data'
 
 
 def _fill_empty_part(split: _Split) -> None:
     """Gives a part without documents the one nearest to it, the first that another share would have put there."""
     for empty, full, nearest in ((split.heldout, split.train, min), (split.train, split.heldout, max)):
-        if not empty.documents:
+        if not empty.documents and full.documents > 1:
             content_digest, content = full.pop(nearest)
             empty.add(content, content_digest)
+
+
+def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
+    """Where whole texts would be far more or less than a share of the bytes, holds out the end of the longest instead.
+
+    Raises UsageError for one text that is too short for it.
+    """
+    whole = split.train.bytes + split.heldout.bytes
+    wanted = max(share * whole, min(LEAST_HELDOUT, whole / 10))
+    near = wanted / FAR_FROM_SHARE <= split.heldout.bytes <= wanted * FAR_FROM_SHARE
+    if split.train.documents and split.heldout.documents and near:
+        return
+    for content_digest, data in split.heldout.read():
+        split.train.add(data, content_digest)
+    split.heldout = Spool(spool)
+    _, data = split.train.pop(lambda found: max(found, key=lambda document: len(document[1])))
+    parts = cut_tail(data, wanted)
+    if parts is None:
+        raise UsageError(
+            f'data source {split.name!r}: the longest text has {len(data)} bytes, too short to hold out its end: add '
+            'more'
+        )
+    for part_spool, part in zip((split.train, split.heldout), parts, strict=True):
+        part_spool.add(part, digest(part))
+    split.counts.change(TAIL)
 
 
 def _train(
@@ -263,7 +296,8 @@ def _train(
     # The largest sample in the mixture's proportions that no source runs out of, within the budget.
     total = min(TOKENIZER_SAMPLE_BYTES, *(s.train.bytes / share for s, share in zip(splits, shares, strict=True)))
     texts = (text for s, share in zip(splits, shares, strict=True) for text in _sample(s.train, share * total))
-    return train_tokenizer(texts, vocab_size=vocab_size)
+    with shown.task(f'training a tokenizer of {vocab_size}'):
+        return train_tokenizer(texts, vocab_size=vocab_size)
 
 
 def _sample(spool: Spool, size: float) -> Iterator[str]:
@@ -273,7 +307,7 @@ def _sample(spool: Spool, size: float) -> Iterator[str]:
         if taken >= size:
             return
         taken += len(data)
-        yield data.decode()
+        yield data[:TOKENIZER_SAMPLE_BYTES].decode(errors='ignore')  # a book may be more than the whole sample
 
 
 def _encode(
@@ -286,18 +320,21 @@ def _encode(
     hashed = hashlib.blake2b(digest_size=16)
     for name, spool in (('train', split.train), ('heldout', split.heldout)):
         before = sum(split.counts.dropped.values())
-        contents = _hashing(spool, hashed.update)
-        counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
+        with shown.task(f'encoding {split.name}', spool.documents) as task:
+            contents = _hashing(spool, hashed.update, task)
+            counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
         refused = sum(split.counts.dropped.values()) - before  # by the form
         counts[f'{name}_documents'] = spool.documents - refused
         counts[f'{name}_bytes'] = spool.bytes
         hashed.update(name.encode())
         checksums[name] = checksums_of(directory / name, form.files)
-    counts |= asdict(split.counts) | {'kept': counts['train_documents'] + counts['heldout_documents']}
+    kept = counts['train_documents'] + counts['heldout_documents'] - split.counts.changed.get(TAIL, 0)
+    counts |= asdict(split.counts) | {'kept': kept}
     return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 
-def _hashing(spool: Spool, update: Callable[[bytes], None]) -> Iterator[bytes]:
+def _hashing(spool: Spool, update: Callable[[bytes], None], task: shown.Task) -> Iterator[bytes]:
     for content_digest, data in spool.read():
         update(content_digest)
         yield data
+        task.advance()

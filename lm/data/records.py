@@ -1,11 +1,9 @@
 """What a source is, what it gives, and what it counts."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
-
-from lm.errors import UsageError
 
 Kind = Literal['text', 'chat', 'pairs']
 Role = Literal['system', 'user', 'assistant']
@@ -135,18 +133,3 @@ def record(name: str, key: str, text: Any, counts: Counts, *, column: str = 'tex
         counts.drop(f'no_{column}' if size is None else 'empty')
         return []
     return [Record(id=key, source=name, text=text, bytes=size, meta=meta or {})]
-
-
-def choose_column(place: str, wanted: str | None, texts: Sequence[str], columns: Sequence[str]) -> str:
-    """The column that holds the documents: `wanted`, or `text`, or the only one of `texts`, those that can be text.
-
-    Raises UsageError, naming the place and its columns, if there is no such column.
-    """
-    if wanted is None and 'text' not in texts and len(texts) == 1:
-        return texts[0]
-    column = wanted or 'text'
-    if column not in texts:
-        problem = 'that is text' if column in columns else ''
-        why = f'{place} has no column {column!r} {problem}'.rstrip()
-        raise UsageError(f'{why}: it has {", ".join(columns) or "none"}; name one as in SOURCE#COLUMN')
-    return column

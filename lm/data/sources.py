@@ -4,7 +4,7 @@ A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
 
     NAME                            a default source, or a line of the table in lm/data/mixtures.py
-    PATH[#COLUMN]                   files, patterns and folders of .jsonl, .parquet and .txt
+    PATH[#COLUMN]                   files, patterns and folders of .jsonl, .parquet, .txt, .md and what else is text
     tfds:NAME[@SPLIT][#COLUMN]      prepared in array_record
     hf:NAME[@SPLIT][#COLUMN]        see lm/data/hub.py
 
@@ -12,6 +12,7 @@ The same addresses hold text, conversations ('chat') and pairs of answers ('pair
 lm/data/conversations.py.
 """
 
+import dataclasses
 import difflib
 import glob
 import json
@@ -20,7 +21,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data import conversations, hub, mixtures, parquet, tfds
+from lm.data import conversations, folders, hub, mixtures, parquet, tfds
 from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
@@ -33,9 +34,11 @@ DEFAULTS: dict[Kind, tuple[str, ...]] = {
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
-TABLES = ('jsonl', 'parquet')
-KINDS = (*TABLES, 'txt')
+_TABLE_ENDS = ('.jsonl', '.parquet')
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
+_HUB_NAME = re.compile(
+    r'(?:https?://huggingface\.co/)?(?:datasets/)?(?P<name>[\w-][\w.-]*/[\w.-]*\w(?:/[\w.-]+)?(?:@[\w\[:%\]]+)?)/?'
+)
 # Beyond these, shares of a sum overflow or vanish.
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
 
@@ -81,6 +84,11 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     return name, weight
 
 
+def has_default(mixture: str) -> bool:
+    """Whether a default source is in a mixture."""
+    return any(name in names for name, _ in parse_mixture(mixture) for names in DEFAULTS.values())
+
+
 def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaired: bool = False) -> Source:
     """The source that a mixture calls `name`, of text, of conversations ('chat') or of pairs of answers ('pairs').
 
@@ -93,7 +101,7 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
         what = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs of answers'}
         raise UsageError(
             f'data source {name!r} holds {what[found]}, not {what[kind]}: name one of '
-            f'{", ".join(_known(kind))}, or your own files'
+            f'{", ".join(_known(kind))}, or your own files{conversations.belongs(found)}'
         )
     if name in CORPORA:
         return _corpus(name)
@@ -106,9 +114,9 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
     if name.startswith('hf:'):
         return hub.open_dataset(name, hub.parse(name), reading)
     path, column = _split_column(name)
-    if reading:
-        return _conversation_files(name, _find_files(name, path, kind), column, reading)
-    return _files(name, _find_files(name, path, kind), column)
+    found, left_out = _find_files(name, path, column, kind)
+    source = _conversation_files(name, found, column, reading) if reading else _files(name, found, column)
+    return _counting(source, left_out) if left_out else source
 
 
 def _kind_of(name: str) -> Kind | None:
@@ -143,13 +151,16 @@ def _split_column(name: str) -> tuple[str, str | None]:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _find_files(name: str, path: str, kind: Kind) -> tuple[str, ...]:
-    """The files of a path, a pattern or a directory (those that can be of this kind, at any depth), sorted."""
-    path = os.path.expanduser(path)
+def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the files of a path, a pattern or a folder, sorted; those of a folder that cannot be read as this kind)."""
+    path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
-        ends = KINDS if kind == 'text' else TABLES
-        found = [p for end in ends for p in glob.glob(f'{glob.escape(path)}/**/*.{end}', recursive=True)]
-        problem = f'holds no file that ends with .{" .".join(ends)}'
+        of_folder = list(folders.walk(path))
+        tables = [p for p in of_folder if p.endswith(_TABLE_ENDS)]
+        found = tables if kind != 'text' or column else of_folder
+        left_out = [p for p in of_folder if p not in set(found)]
+        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(_TABLE_ENDS)}'
+        problem = f'holds no file{ends}'
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):
@@ -159,13 +170,27 @@ def _find_files(name: str, path: str, kind: Kind) -> tuple[str, ...]:
     found = sorted(p for p in found if os.path.isfile(p))
     if not found:
         raise UsageError(f'data source {name!r} {problem or "is not a file"}')
-    return tuple(found)
+    return tuple(found), tuple(left_out)
+
+
+def _counting(source: Source, left_out: tuple[str, ...]) -> Source:
+    """The source, with the files of its folder that cannot be read counted among what it drops."""
+
+    def read(counts: Counts) -> Iterator[Any]:
+        for path in left_out:
+            counts.read += 1
+            counts.drop(folders.kind_of(path))
+        yield from source.read(counts)
+
+    return dataclasses.replace(source, read=read)
 
 
 def _unknown(name: str, kind: Kind) -> str:
     if '/' in name or '.' in name:
         files = '.jsonl, .parquet or text file' if kind == 'text' else '.jsonl or .parquet file'
-        return f'does not exist: give a {files}, a directory or a pattern'
+        of_hub = _HUB_NAME.fullmatch(name)
+        hint = f'; hf:{of_hub["name"]} names a dataset of the Hugging Face hub' if of_hub else ''
+        return f'does not exist: give a {files}, a directory or a pattern{hint}'
     known = _known(kind)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f'did you mean {nearest[0]!r}?' if nearest else 'give a path, tfds:NAME or hf:NAME;'
@@ -185,7 +210,7 @@ def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
 def _files(name: str, paths: tuple[str, ...], column: str | None) -> Source:
     state = _state_of(name, paths)
     tables = [p for p in paths if p.endswith('.parquet')]
-    if column and (plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]):
+    if column and (plain := [p for p in paths if not p.endswith(_TABLE_ENDS)]):
         raise UsageError(f'data source {name!r}: {plain[0]} is plain text and has no column {column!r}')
 
     def read(counts: Counts) -> Iterator[Record]:
@@ -217,6 +242,8 @@ def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[R
         if reason:
             counts.drop(reason)
             continue
+        if value.get(column) is None:
+            counts.name(f'{path}:{number}: {conversations.without_text(value, column)}')
         text = value.pop(column, None)
         key = value.pop('id', f'{os.path.basename(path)}:{number}')
         yield from record(name, str(key), text, counts, column=column, meta=value)
@@ -243,14 +270,19 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
 
 def _read_text(name: str, path: str, counts: Counts) -> Iterator[Record]:
     counts.read += 1
+    if folders.is_binary(path):
+        counts.drop(folders.kind_of(path))
+        return
     with open(path, 'rb') as file:
         content = file.read()
     yield from record(name, path, content, counts)
 
 
 def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
-    if plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]:
-        raise UsageError(f'data source {name!r}: {plain[0]} ends with neither .jsonl nor .parquet')
+    if plain := [p for p in paths if not p.endswith(_TABLE_ENDS)]:
+        raise UsageError(
+            f'data source {name!r}: {plain[0]} ends with neither .jsonl nor .parquet{conversations.belongs("text")}'
+        )
     if column and reading.kind == 'pairs':
         conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
 

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -21,6 +21,7 @@ _SALT = bytes(16)
 _BUCKETS = 64
 _BUFFER_BYTES = 64 << 20
 _CHUNK_CHARACTERS = 1 << 21
+_LONGEST_PART = 1 << 18  # characters: an encoder takes fifty times the memory, and longer for longer texts
 _VERIFIED_BYTES = 1 << 30
 # [size, CRC-32] or [size] of each file of a store.
 Checksums = dict[str, list[int]]
@@ -168,31 +169,59 @@ def write_store(
     directory.mkdir(parents=True)
     lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
     with (directory / 'tokens.bin').open('wb') as f:
+        begun = 0  # tokens of a document whose end is in a later chunk
         for chunk in _chunks(texts):
-            ids = encode_batch(chunk)
-            lengths.append(np.array([len(document) + 2 for document in ids], np.int64))
-            _write_documents(f, ids, token_dtype(vocab_size), bos_id, eos_id)
+            flat, ends = _with_edges(chunk, encode_batch([part.text for part in chunk]), bos_id, eos_id)
+            f.write(np.array(flat, token_dtype(vocab_size)).tobytes())
+            lengths.append(np.diff(np.array(ends, np.int64), prepend=-begun))
+            begun = len(flat) - ends[-1] if ends else begun + len(flat)
     offsets = np.cumsum(np.concatenate(lengths))
     with (directory / 'offsets.npy').open('wb') as f:
         np.save(f, offsets)
     return int(offsets[-1])
 
 
-def _write_documents(f: IO[bytes], ids: list[list[int]], dtype: type[np.unsignedinteger], bos: int, eos: int) -> None:
+class _Part(NamedTuple):
+    """A document, or a part of a long one, and whether its first and its last character are in it."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _with_edges(
+    chunk: Sequence[_Part], ids: Sequence[Sequence[int]], bos: int, eos: int
+) -> tuple[list[int], list[int]]:
+    """(ids of the parts one after the other, with <bos> and <eos> around documents; where documents end in them)."""
     flat: list[int] = []
-    for document in ids:
-        flat.append(bos)
-        flat.extend(document)
-        flat.append(eos)
-    f.write(np.array(flat, dtype).tobytes())
+    ends: list[int] = []
+    for part, found in zip(chunk, ids, strict=True):
+        flat.extend([bos] * part.first)
+        flat.extend(found)
+        if part.last:
+            flat.append(eos)
+            ends.append(len(flat))
+    return flat, ends
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+def _parts(text: str) -> Iterator[_Part]:
+    """A text in parts that an encoder has the memory for, each ended by a line's end or before a space if there is one:
+    no piece reaches over these."""
+    at = 0
+    while len(text) - at > _LONGEST_PART:
+        line, word = (text.rfind(mark, at + 1, at + _LONGEST_PART) for mark in '\n ')
+        end = line + 1 if line > at else word if word > at else at + _LONGEST_PART
+        yield _Part(text[at:end], at == 0, False)
+        at = end
+    yield _Part(text[at:], at == 0, True)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[_Part]]:
+    chunk: list[_Part] = []
     size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for part in (part for text in texts for part in _parts(text)):
+        chunk.append(part)
+        size += len(part.text)
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

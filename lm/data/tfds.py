@@ -11,7 +11,7 @@ from etils import epath
 
 from lm.data import cache, conversations
 from lm.data.conversations import Reading, Row
-from lm.data.records import Counts, Record, Source, choose_column, record
+from lm.data.records import Counts, Record, Source, record
 from lm.errors import UsageError
 
 # TensorFlow Datasets takes a while to import and a start that finds its data prepared needs none of it.
@@ -98,7 +98,9 @@ def read_text(
 
 def _text_feature(name: str, first: Mapping[str, Any], wanted: str | None) -> str:
     """The feature that holds a document."""
-    return choose_column(name, wanted, [key for key, value in first.items() if isinstance(value, bytes)], list(first))
+    return conversations.choose_column(
+        name, wanted, [key for key, value in first.items() if isinstance(value, bytes)], list(first)
+    )
 
 
 def _rows(name: str, directory: epath.Path, split: str, reading: Reading, column: str | None) -> Iterator[Row]:

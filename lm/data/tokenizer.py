@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -35,6 +36,7 @@ SPACE = '\u2581'
 _AROUND = re.compile(f'([{SPACE}\0]+)')
 # The trainer drops longer lines in silence, and its default is 4192 bytes.
 _LONGEST_SENTENCE = 1 << 24
+_CHARACTERS_PER_PIECE = 20
 _FEW = 16  # texts, the turns of a conversation: to start threads for them takes longer than to encode them
 
 
@@ -190,23 +192,52 @@ def gives_back(tokenizer: Tokenizer) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` ids, the same for the same texts in the same order.
+    """A tokenizer of `vocab_size` ids, or of fewer where the texts hold too little for so many; the same for the same
+    texts in the same order.
 
-    Raises UsageError if the vocabulary has no room for the bytes, or the texts hold too little for it.
+    Raises UsageError if the vocabulary has no room for the bytes, or there is no text.
     """
     if vocab_size < FIRST_PIECE + 1:
         raise UsageError(f'a vocabulary of {vocab_size} is too small: markers and bytes alone take {FIRST_PIECE}')
+    lines = [line for text in texts for line in _AROUND.sub(' ', text).splitlines(keepends=True)]
+    if not any(line.strip() for line in lines):
+        raise UsageError('there is no text to train a tokenizer on: name other data')
+    # The plain way first, so that a text with enough in it has the tokenizer that it always had.
+    attempts = (
+        lambda: _trained(lines, vocab_size),
+        lambda: _trained(lines, min(vocab_size, _enough(lines)), hard_vocab_limit=False),
+        lambda: _trained(_frequent(lines, (vocab_size - FIRST_PIECE) // 2), vocab_size, hard_vocab_limit=False),
+    )
+    for attempt in attempts:
+        try:
+            return from_model(attempt())
+        except RuntimeError as error:
+            failed = error
+    raise UsageError('no tokenizer can be trained on this text: set data.tokenizer to one, or give more') from failed
+
+
+def _trained(lines: Iterable[str], vocab_size: int, **more: Any) -> bytes:
+    """The bytes of a SentencePiece model. Raises RuntimeError if the trainer fails."""
     model = io.BytesIO()
-    lines = (line for text in texts for line in _AROUND.sub(' ', text).splitlines(keepends=True))
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **_TRAINING, num_threads=_cores()
-        )
-    except RuntimeError as e:
-        # The message is '… [what was checked] what to do'.
-        advice = str(e).rpartition(']')[2].strip() or 'give more text'
-        raise UsageError(f'the text is too little or too uniform for a vocabulary of {vocab_size}: {advice}') from e
-    return from_model(model.getvalue())
+    options = {'vocab_size': vocab_size, **_TRAINING, **more}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, num_threads=_cores(), **options
+    )
+    return model.getvalue()
+
+
+def _enough(lines: Sequence[str]) -> int:
+    """The vocabulary for a text that has too little in it for the one that was asked for: its characters, and as many
+    longer pieces as are seen often enough to be learned."""
+    return FIRST_PIECE + len(set().union(*lines)) + sum(map(len, lines)) // _CHARACTERS_PER_PIECE
+
+
+def _frequent(lines: Sequence[str], room: int) -> Iterator[str]:
+    """The lines with their `room` commonest characters alone, so that some pieces are longer; the others (of a Chinese
+    text, for example) are then spelled in bytes."""
+    counts = Counter(character for line in lines for character in line)
+    rare = str.maketrans(dict.fromkeys(sorted(counts, key=lambda c: (-counts[c], c))[room:], ' '))
+    return (line.translate(rare) for line in lines)
 
 
 _TRAINING: dict[str, Any] = dict(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import progress
 from lm.errors import UsageError
 from lm.interop import tokenizer_files
 from lm.interop.opened import Opened
@@ -109,7 +110,7 @@ def hidden(opened: Opened, ids: Sequence[int]) -> jax.Array:
     cfg = config_of(opened.model)
     rows_TD = _float(opened.leaves['embed_VD'].read(0)[np.asarray(ids)])
     x_BTD = transformer.embed({'embed_VD': rows_TD}, cfg, jnp.arange(len(ids))[None])
-    for i in range(cfg.layers):  # each is done with before the next is read
+    for i in progress.over(range(cfg.layers), f'layers of {opened.where}'):  # each is done before the next is read
         x_BTD = jax.block_until_ready(_layer(layer_of(opened, i), cfg, x_BTD, number=i % len(cfg.kinds)))
     return transformer.final_norm({'final_norm_D': _float(opened.leaves['final_norm_D'].read(0))}, cfg, x_BTD)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from lm import progress
 from lm.data.chats import Question
 from lm.data.decline import is_decline
 from lm.data.heldout import normalized
@@ -30,9 +31,11 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'sampling': sampling, 'seed': seed}
     found: dict[int, Generation] = {}
-    for start in range(0, len(order), BATCH):
-        some = order[start : start + BATCH]
-        found |= dict(zip(some, generate(params, cfg, [prompts[i] for i in some], **options), strict=True))
+    with progress.task('answers', len(order)) as task:
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            found |= dict(zip(some, generate(params, cfg, [prompts[i] for i in some], **options), strict=True))
+            task.advance(len(some))
     return [found[i] for i in range(len(prompts))]
 
 

@@ -21,9 +21,8 @@ import jax
 import lm_eval  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-from tqdm import tqdm
 
-from lm import sharding
+from lm import progress, sharding
 from lm.config import nearest
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
@@ -61,7 +60,7 @@ class Harness(LM):
             raise UsageError(f'{run} is a reward model and gives scores, not text')
         self.mesh = sharding.make_mesh({'fsdp': -1}) if subject is None else jax.sharding.get_mesh()
         with jax.set_mesh(self.mesh):
-            self.subject = subject or Subject(run, runs.load(run, warn=_say), _say)
+            self.subject = subject or Subject(run, runs.load(run, warn=progress.say), progress.say)
 
     # ---- what it is asked ----
 
@@ -107,9 +106,9 @@ class Harness(LM):
 
     @contextlib.contextmanager
     def _progress(self, name: str, total: int, quiet: bool) -> Iterator[Callable[[int], Any]]:
-        """On the run's own mesh, a bar."""
-        with jax.set_mesh(self.mesh), tqdm(total=total, desc=name, disable=quiet) as bar:
-            yield bar.update
+        """On the run's own mesh, shown unless it is to be `quiet`."""
+        with jax.set_mesh(self.mesh), contextlib.nullcontext() if quiet else progress.task(name, total) as task:
+            yield task.advance if task else lambda number: None
 
     # ---- text and ids ----
 
@@ -197,11 +196,7 @@ def generation_settings(settings: Mapping[str, Any]) -> tuple[list[str], int, Sa
     return stops, int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-_say_once = functools.cache(_say)
+_say_once = functools.cache(progress.say)
 
 
 # ---- for lm.evaluate ----

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import progress, sharding
 from lm.model import head, transformer
 from lm.model.transformer import ModelConfig, Params
 
@@ -26,7 +26,7 @@ def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -
 
 
 def sums(
-    params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray
+    params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray, name: str = ''
 ) -> dict[str, float]:
     """Sums over batches of packed rows: nll in nats over all targets, and over those that spell bytes; tokens; bytes.
 
@@ -34,14 +34,16 @@ def sums(
 
     Args:
       bytes_V: how many UTF-8 bytes each id stands for; 0 for control symbols.
+      name: of the source, to be shown.
     """
     found, tokens, written = [], 0, 0
-    for batch in batches:
+    for batch in progress.over(batches, f'held-out rows of {name}' if name else 'held-out rows'):
         bytes_BT = bytes_V[batch['targets_BT']] * (batch['weights_BT'] > 0)
         tokens += int(np.count_nonzero(batch['weights_BT']))
         written += int(bytes_BT.sum(dtype=np.int64))
         spelled_BT = (bytes_BT > 0).astype(np.float32)
         found.append(_sums(params, sharding.shard_batch({**batch, 'spelled_BT': spelled_BT}), cfg=cfg))
+        jax.block_until_ready(found[-2:-1])  # so that what is shown as done is done
     nll = {
         name: float(np.sum([f[name] for f in jax.device_get(found)], dtype=np.float64)) for name in ('nll', 'byte_nll')
     }
@@ -69,4 +71,4 @@ def bpb(t: Mapping[str, float]) -> float:
 
 def by_source(params: Params, cfg: ModelConfig, batches: Mapping[str, Any], bytes_V: np.ndarray) -> dict[str, float]:
     """`metrics` of {source: batches}."""
-    return metrics({name: sums(params, cfg, b, bytes_V) for name, b in batches.items()})
+    return metrics({name: sums(params, cfg, b, bytes_V, name) for name, b in batches.items()})

@@ -1,6 +1,7 @@
 """How a model, or a reward model, takes held-out pairs, beside what their lengths alone would tell."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from lm import sharding
+from lm import progress, sharding
 from lm.data import pairs
 from lm.data.pairs import PairStore
 from lm.model import sequences
@@ -32,7 +33,10 @@ def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batch
     Args:
       batches: from `in_order`.
     """
-    found = [(numbers, _measured(params, batch, cfg=cfg, measure=measure)) for numbers, batch in batches]
+    found: list[tuple[np.ndarray, Any]] = []
+    for numbers, batch in progress.over(batches, 'batches of pairs'):
+        found.append((numbers, _measured(params, batch, cfg=cfg, measure=measure)))
+        jax.block_until_ready([values for _, values in found[-2:-1]])  # so that what is shown as done is done
     sides = len(found[0][1][0])
     out = np.full((count, sides), np.nan, np.float32)
     for numbers, (values, weight_BP) in jax.device_get(found):
@@ -44,14 +48,26 @@ def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batch
 log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_probs, sequences.scores))
 
 
+@dataclass(frozen=True)
+class _InOrder:
+    """Batches with the numbers of their pairs."""
+
+    batches: pairs.PairBatches
+
+    def __len__(self) -> int:
+        return self.batches.steps
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Mapping[str, jax.Array]]]:
+        rows = rows_shared(self.batches.shape[0])
+        for i in range(self.batches.steps):
+            numbers = np.array([n for row in self.batches.rows(i) for _, n in row], np.int64)
+            yield numbers, sharding.shard_batch(self.batches.batch(i, rows=rows))
+
+
 def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> Batches:
     """(numbers of its pairs in the order of their slots, batch) of the first `most` usable pairs of a store, on the
     mesh, `batch_size` pairs at a time."""
-    found = pairs.in_order(store, seq_len=seq_len, batch_size=batch_size, most=most)
-    rows = rows_shared(found.shape[0])
-    for i in range(found.steps):
-        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
-        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+    return _InOrder(pairs.in_order(store, seq_len=seq_len, batch_size=batch_size, most=most))
 
 
 def rows_shared(needed: int, microbatches: int = 1) -> int:

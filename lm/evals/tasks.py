@@ -23,7 +23,7 @@ from lm.data import chats, pairs, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import TEXT, Form, Prepared, prepare
 from lm.data.records import Kind
-from lm.data.sources import DEFAULTS, open_source, parse_mixture
+from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
 from lm.training import checkpoint, runs
@@ -226,20 +226,15 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     if known.mixture is None:
         return None
     trained = [config['data']['mixture'] for config in saved.values() if KINDS.get(config['stage']) == kind]
-    own = [mixture for mixture in trained if known.own and not _is_default(mixture)]
+    own = [mixture for mixture in trained if known.own and not has_default(mixture)]
     if own and len(own) == len(trained):
         return own[0]
     read = [config['data'].get(key) for config in saved.values() for key in ('mixture', 'pretraining')]
-    if any(_is_default(mixture) for mixture in read if mixture):
+    if any(has_default(mixture) for mixture in read if mixture):
         return known.mixture
     raise UsageError(
         'no run read the default data (botocore, chitchat); --chats and --pairs name other questions, pairs'
     )
-
-
-def _is_default(mixture: str) -> bool:
-    """Whether a default source is in a mixture."""
-    return any(name in names for name in _sources(mixture) for names in DEFAULTS.values())
 
 
 def _sources(mixture: str) -> Iterable[str]:
@@ -285,7 +280,8 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
     options = {'vocab_size': subject.model.cfg.vocab_size, 'heldout': data['heldout'], 'progress': subject.say}
     if kind == 'text' and data['tokenizer'] is None and mixture == data['mixture']:
         # As the run prepared it, most likely still in the cache.
-        found = prepare(mixture=mixture, tokenizer=None, **options)
+        asked = runs.read_config(subject.run).get('asked_vocab_size', subject.model.cfg.vocab_size)
+        found = prepare(mixture=mixture, tokenizer=None, **(options | {'vocab_size': asked}))
         if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
             return found
     return prepare(

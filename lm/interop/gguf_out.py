@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import files
+from lm import files, progress
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
@@ -61,7 +61,7 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
     say(f'{path}: {len(plan)} tensors of architecture {name}, as {quantize}')
     with files.streamed(path) as write:
         write(_header(name, metadata, plan))
-        for tensor in plan:
+        for tensor in progress.over(plan, 'tensors'):
             for data in _encoded(opened, arch, model, tensor):
                 write(data.tobytes())
             write(bytes(-_nbytes(tensor) % ALIGNMENT))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm import files
+from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import UsageError
@@ -371,7 +371,7 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
         say(f'{name}: {len(shard)} tensors, {sum(t.nbytes for t in shard):,} bytes')
         with files.streamed(folder / name) as write:
             write(file.header({t.name: (t.kind, t.shape) for t in shard}))
-            for tensor in shard:
+            for tensor in progress.over(shard, 'tensors'):
                 for piece in _pieces(opened, tensor):
                     write(piece)
     if not one:

@@ -40,7 +40,8 @@ def stage(config: Config) -> wiring.Stage:
     return wiring.Stage(
         prepare=partial(pairs.prepare, sides=sides), epoch=pairs.epoch,
         batch=partial(pairs.batch, sides=sides, reference=cached), source=pairs.make_source, loss=make_loss,
-        evaluate=make_evaluate, describe=pairs.describe, complete=partial(reference.add, cached=cached, live=live),
+        evaluate=make_evaluate, describe=pairs.describe, prompts=pairs.heldout_questions,
+        complete=partial(reference.add, cached=cached, live=live),
         frozen=lambda config, cfg: runs.abstract_params(cfg) if live else None,
         load_frozen=reference.load if live else wiring.no_frozen, cost=partial(wiring.lm_cost, forwards=forwards),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lm.data import pairs, pipeline
 from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
 from lm.data.prepare import PreparedSource
+from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import preferences
 from lm.stages import pretrain, sft, wiring
@@ -114,6 +115,12 @@ def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
     return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
 
 
+def heldout_questions(config: Config, data: PairData) -> list[Prompt]:
+    """What is asked in held-out pairs."""
+    ask = partial(pairs.questions, longest=config.seq_len)
+    return of_questions([s.heldout for s in data.own.sources], ask, data.tokenizer)
+
+
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
     """`preferences.in_order` of the first pairs of a store, as many at once as are quick."""
     at_once = preferences.rows_shared(1) * max(1, PLACES // (store.sides * config.seq_len))
@@ -131,5 +138,5 @@ def describe_source(config: Config, s: PreparedSource) -> str:
     c, order = s.counts, pairs.PairOrder(s.train, config.seq_len, seed=0)
     return (
         f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-        f'{c["heldout_documents"]:,} held out; {sft.told_of_length(order)}; {pretrain.told_of_drops(s)}'
+        f'{pretrain.told_of_heldout(s)}; {sft.told_of_length(order)}; {pretrain.told_of_drops(s)}'
     )

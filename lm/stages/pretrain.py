@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from lm import progress
 from lm.config import Config
 from lm.data import pipeline
 from lm.data.chat_template import ChatTemplate
-from lm.data.prepare import Prepared, PreparedSource, prepare
-from lm.data.prompts import Prompt
+from lm.data.prepare import TAIL, Prepared, PreparedSource, prepare
+from lm.data.prompts import Prompt, of_text
 from lm.data.tokenizer import Tokenizer
 from lm.evals import heldout
 from lm.model import transformer
@@ -23,6 +24,7 @@ from lm.training import step as training
 from lm.training.recorder import Recorder
 
 TEMPERATURES = (0.0, 0.7)
+FEW_TOKENS = 500  # to be measured on
 
 
 def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def stage() -> wiring.Stage:
     return wiring.Stage(
         prepare=prepare_text, epoch=epoch, batch=wiring.packed_batch, source=make_source,
         loss=lambda config, cfg: make_loss(cfg, z_loss=config.z_loss), evaluate=make_evaluate, describe=describe,
+        prompts=lambda config, data: of_text([s.heldout for s in data.sources], data.tokenizer),
     )  # fmt: skip
 
 
@@ -61,8 +64,16 @@ def describe_source(s: PreparedSource) -> str:
     c = s.counts
     return (
         f'{s.name}: {s.weight:.0%} of the rows; {c["train_documents"]:,} documents of {len(s.train):,} tokens, '
-        f'{c["heldout_documents"]:,} held out; {told_of_drops(s)}'
+        f'{told_of_heldout(s)}; {told_of_drops(s)}'
     )
+
+
+def told_of_heldout(s: PreparedSource) -> str:
+    """How much is held out, and a warning where that is too little to tell much."""
+    documents, tail = s.counts['heldout_documents'], TAIL in s.counts['changed']
+    held_out = f'the last {s.counts["heldout_bytes"]:,} bytes held out' if tail else f'{documents:,} held out'
+    few = s.counts['heldout_tokens'] < FEW_TOKENS if tail else documents == 1
+    return held_out + (' (too few for its held-out figures to say much: more text, or a larger data.heldout)' * few)
 
 
 def told_of_drops(s: PreparedSource) -> str:
@@ -118,12 +129,13 @@ def tell(
     step: int, metrics: Mapping[str, float], template: ChatTemplate | None = None,
 ) -> None:  # fmt: skip
     """Answers the fixed prompts into samples.jsonl, and says how it stands: the metrics worth a line, and an answer."""
-    samples = continue_prompts(params, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed, template)
+    with progress.task('samples'):
+        samples = continue_prompts(params, cfg, tokenizer, prompts, config.eval.max_new_tokens, config.seed, template)
     recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
     shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if not k.endswith(('/loss', '/ppl'))}
     recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
-    one = next((s for s in samples if (s['kind'] == 'raw') == (template is None)), samples[0])
-    recorder.say(f'  {one["prompt"]}[…]{one["text"]}'.replace('\n', ' ')[:300], style='dim')
+    for one in [s for s in samples if (s['kind'] == 'raw') == (template is None)][:1] or samples[:1]:
+        recorder.say(f'  {one["prompt"][-150:]}[…]{one["text"]}'.replace('\n', ' ')[:300], style='dim')
 
 
 def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: Any) -> dict[str, float]:
@@ -140,11 +152,15 @@ def continue_prompts(
     """Each prompt answered, greedily and at T = 0.7; without a template, and if it is raw, continued as plain text."""
 
     def ids(prompt: Prompt) -> list[int]:
+        if prompt.ids:
+            return list(prompt.ids)
         if template is None or prompt.kind == 'raw':
             return [tokenizer.bos_id, *tokenizer.encode(prompt.text)]
         return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
 
     asked = [(p, t) for t in TEMPERATURES for p in prompts]
+    if not asked:
+        return []
     out = generate(
         params, cfg, [ids(p) for p, _ in asked], max_new_tokens=max_new_tokens,
         stop_ids=template.stop_ids(tokenizer) if template else [tokenizer.eos_id],

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from jax.sharding import Mesh
 from lm import files, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
+from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
+from lm.data.sources import has_default
+from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint, microbatch
@@ -20,6 +24,8 @@ from lm.training import optimizer as optim
 from lm.training import step as training
 from lm.training.ledger import Ledger
 from lm.training.recorder import Recorder
+
+CONTAINER_LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')  # cgroups 2 and 1
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -54,6 +60,29 @@ def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> N
     config.precision.compute = runtime.compute_dtype(config.precision.compute)
     if config.branch_from and not saved and (begins := checkpoint.locate(config.branch_from)) >= config.steps:
         raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
+
+
+def fixed_prompts(config: Config) -> list[Prompt]:
+    """The prompts of a file: the one that is named, else ours where the mixture has the default data; none of other
+    data. Raises UsageError for a file that cannot be read or has none in it."""
+    path = config.eval.prompts
+    if not path and DEFAULT_FILE.exists() and has_default(config.data.mixture):
+        path = DEFAULT_FILE
+    found = load_prompts(path) if path else []
+    if path and not found:
+        raise UsageError(f'eval.prompts={path} has no prompt in it')
+    return found
+
+
+def shrink_vocabulary(config: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, int]:
+    """Gives the model the vocabulary that its text had enough for. Returns what config.json is to keep: how many were
+    asked for, so that the same command goes on."""
+    asked, have = config.model.vocab_size, tokenizer.vocab_size
+    if config.data.tokenizer or have >= asked:
+        return {}
+    say(f'the text is too little for a vocabulary of {asked:,}: the tokenizer and the model have {have:,}')
+    config.model.vocab_size = have
+    return {'asked_vocab_size': asked}
 
 
 def recall(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:
@@ -164,53 +193,21 @@ def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in names.items()}
 
 
-def report_plan(
-    recorder: Recorder, config: Config, cfg: ModelConfig, state: Any, compiled: Any, *, flops: float, tokens: int
-) -> None:
-    """Prints what a dry run found: parameters, memory per device by part, FLOPs, mesh, tokens.
-
-    Raises RunError if it does not fit the device's memory.
-    """
-    mesh = jax.sharding.get_mesh()
-    parts = {'parameters': state.trainable, 'optimizer': state.opt}
-    parts |= {} if state.ema is None else {'average': state.ema}
-    parts |= {} if state.frozen is None else {'reference': state.frozen}
-    gib = lambda n: f'{n / 2**30:.3f} GiB'
-    count = sum(x.size for x in jax.tree.leaves(state.trainable))
-    recorder.say(f'parameters  {count:,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})')
-    recorder.say(f'mesh        {dict(mesh.shape)} over {mesh.size} × {mesh.devices.flat[0].device_kind}')
-    for name, tree in parts.items():
-        recorder.say(f'{name:<11} {gib(sum(map(_device_bytes, jax.tree.leaves(tree))))} per device')
-    total = microbatch.step_bytes(compiled)
-    recorder.say(f'temporaries {gib(compiled.memory_analysis().temp_size_in_bytes)} per device, compiled, not run')
-    recorder.say(f'in all      {gib(total)} per device')
-    recorder.say(
-        f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
-    )
-    planned = tokens * growth(config).first(config.steps) // config.batch_size
-    recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
-    limit = memory_limit(mesh.devices.flat[0])
-    if limit and total > limit:
-        raise RunError(
-            f'does not fit: {gib(total)} per device of {gib(limit)}; more fsdp, a smaller microbatch or remat=full'
-        )
-
-
-def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's shard."""
-    shard = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    n = x.dtype.itemsize
-    for d in shard:
-        n *= d
-    return n
-
-
 def memory_limit(device: Any) -> int | None:
     """Bytes that one device has: its share of main memory for CPU devices, None if the platform does not tell."""
     if device.platform == 'cpu':
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // max(1, jax.local_device_count())
+        whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        return min(whole, _container_limit() or whole) // max(1, jax.local_device_count())
     stats = device.memory_stats()
     return stats.get('bytes_limit') if stats else None
+
+
+def _container_limit() -> int | None:
+    """Bytes that this process's container may have, where it says so."""
+    for file in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # 'max' is no number
+            return int(Path(file).read_text())
+    return None
 
 
 def workdir_path(workdir: str) -> epath.Path:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: imitate the assistant's part of conversations, with some of pretraining's text beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -11,7 +12,7 @@ from lm.data.chat_template import ChatTemplate
 from lm.data.chats import WithReplay
 from lm.data.pairs import PairOrder
 from lm.data.prepare import Form, PreparedSource, prepare
-from lm.data.prompts import Prompt
+from lm.data.prompts import Prompt, of_questions
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import answers, heldout
@@ -37,7 +38,7 @@ def stage() -> wiring.Stage:
     return wiring.Stage(
         prepare=prepare_chats, epoch=epoch, batch=wiring.packed_batch, source=make_source,
         loss=lambda config, cfg: pretrain.make_loss(cfg, z_loss=config.z_loss, sparse=True), evaluate=make_evaluate,
-        describe=describe,
+        describe=describe, prompts=heldout_questions,
     )  # fmt: skip
 
 
@@ -76,6 +77,12 @@ def _mixture(config: Config, data: WithReplay) -> pipeline.Mixture:
     return chats.mix(data, seq_len=config.seq_len, seed=config.seed, replay=config.data.replay)
 
 
+def heldout_questions(config: Config, data: WithReplay) -> list[Prompt]:
+    """What is asked in held-out conversations."""
+    ask = partial(chats.questions, longest=config.seq_len)
+    return of_questions([s.heldout for s in data.own.sources], ask, data.tokenizer)
+
+
 def make_source(config: Config, data: WithReplay, start: int) -> wiring.Source:
     """source(state, i) -> batch i."""
     return wiring.batches_of(_mixture(config, data), config, start)
@@ -92,7 +99,7 @@ def describe_source(config: Config, s: PreparedSource) -> str:
     c, rows = s.counts, chats.chat_rows(s, 'train', seq_len=config.seq_len)
     return (
         f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
-        f'{c["train_tokens"]:,} tokens, {c["heldout_documents"]:,} held out; {told_of_length(rows)}; '
+        f'{c["train_tokens"]:,} tokens, {pretrain.told_of_heldout(s)}; {told_of_length(rows)}; '
         f'{pretrain.told_of_drops(s)}'
     )
 
@@ -123,7 +130,7 @@ def chat_metrics(config: Config, cfg: ModelConfig, data: WithReplay, params: Any
     for s in data.own.sources:
         rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
         batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
-        totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids)
+        totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
         questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
         found = answers.answered(
             params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens

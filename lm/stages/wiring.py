@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import processes, sharding, xla
+from lm import processes, progress, sharding, xla
 from lm.config import Config
 from lm.data import chat_template, pipeline
-from lm.data.prompts import Prompt, load_prompts
+from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
 from lm.runtime import StopRequest
-from lm.stages import setup
+from lm.stages import fitting, setup
 from lm.training import checkpoint, flops, runs
 from lm.training import step as training
 from lm.training.ledger import Ledger
@@ -29,7 +29,7 @@ from lm.training.recorder import Recorder
 
 Source = Callable[[Any, int], Mapping[str, jax.Array]]
 Evaluate = Callable[[training.TrainState, int], Mapping[str, float]]
-KEPT = ('reference',)  # of config.json, what a run that goes on is told by itself
+KEPT = ('reference', 'asked_vocab_size')  # of config.json, what a run that goes on is told by itself
 # Of packed rows of tokens.
 ROWS = {
     'tokens_BT': np.int32,
@@ -105,6 +105,8 @@ class Stage(NamedTuple):
     cost: Callable[[Config, ModelConfig, int], flops.Cost] = lm_cost
     # (config, cfg, frozen as shapes, say) -> the same as arrays
     load_frozen: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = no_frozen
+    # (config, data) -> held-out beginnings to be answered, where the data are not the default ones
+    prompts: Callable[[Config, Any], list[Prompt]] = lambda config, data: []
 
 
 def run(
@@ -128,15 +130,15 @@ def _train(
     stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest
 ) -> dict[str, Any]:
     # ---- data ----
+    fitting.check(config, cfg, _state_before_data(stage, config, cfg))
     ledger = Ledger()
     recorder = Recorder()
-    prompts = load_prompts(config.eval.prompts)
-    if not prompts:
-        raise UsageError(f'eval.prompts={config.eval.prompts} has no prompt in it')
+    prompts = setup.fixed_prompts(config)
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
-    if tokenizer and found and find_tokenizer(own):  # copied when the run began
-        tokenizer = str(own)
-    with ledger('prepare'), processes.in_turn():  # the others find it in a cache that they share, or make their own
+    if found and (tokenizer or 'asked_vocab_size' in found) and find_tokenizer(own):
+        tokenizer = str(own)  # copied when the run began, or smaller than what was asked for
+    # The other processes find it in a cache that they share, or make their own.
+    with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
         data = stage.prepare(config, tokenizer, recorder.say)
     processes.same('prepared data', data.fingerprint)
     if found and found['data'] != data.fingerprint:
@@ -146,10 +148,14 @@ def _train(
     for line in xla.lines():
         recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
-    setup.resolve(config, found, epoch=stage.epoch(config, data))
+    prompts = prompts or stage.prompts(config, data)
+    kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    kept |= setup.shrink_vocabulary(config, data.tokenizer, recorder.say)
+    cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
+    with progress.task('packing the data into rows'):
+        setup.resolve(config, found, epoch=stage.epoch(config, data))
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
-    kept = {key: found[key] for key in KEPT if key in found} if found else {}
     checkpoints = workdir / 'checkpoints'
     recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
@@ -163,8 +169,15 @@ def _train(
             and _is_done(stage, config, cfg, workdir, recorder)
         ):
             return recorder.last
-        _fit(stage, config, cfg, workdir, found, data, prompts, recorder, ledger, stop)
+        _fit(stage, config, cfg, workdir, found, data, kept, prompts, recorder, ledger, stop)
     return recorder.last
+
+
+def _state_before_data(stage: Stage, config: Config, cfg: ModelConfig) -> training.TrainState:
+    """The state as shapes and shardings, which the number of steps does not change: it may be that of an epoch."""
+    config = setup.with_microbatch(config, config.microbatch)
+    config.steps = config.steps or 1
+    return abstract_state(stage, config, cfg, setup.make_optimizer(config)[0])
 
 
 def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
@@ -190,29 +203,32 @@ def _is_done(stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path
 
 
 def _fit(
-    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any,
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any, kept: dict[str, Any],
     prompts: Sequence[Prompt], recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
     for line in stage.describe(config, data):
         recorder.say(line)
-    with ledger('prepare'):
-        data, kept = stage.complete(config, cfg, data, found, recorder.say)
+    with ledger('prepare'), progress.task('asking the model it starts from'):
+        data, more = stage.complete(config, cfg, data, found, recorder.say)
     recorder.status('compiling', 0)
 
     # ---- state and step ----
     optimizer, rate = setup.make_optimizer(config)
     abstract = abstract_state(stage, config, cfg, optimizer)
     build = partial(compile_step, stage, config, cfg, data, optimizer, rate, abstract)
-    with ledger('compile'):
+    with ledger('compile'), progress.task('compiling the step'):
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
+    kept |= more
+    fitting.check_compiled(config, cfg, abstract, step)
     runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.settings = config.to_dict()
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
         recorder.say(line)
     recorder.say(told)
-    state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
+    with progress.task('loading the weights'):
+        state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
 
     # ---- loop ----
     source = stage.source(config, data, int(state.step))
@@ -323,13 +339,15 @@ def _dry_run(stage: Stage, config: Config, cfg: ModelConfig) -> dict[str, Any]:
     optimizer, rate = setup.make_optimizer(config)
     abstract = abstract_state(stage, config, cfg, optimizer)
     build = partial(compile_step, stage, config, cfg, None, optimizer, rate, abstract)
-    compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder, choice = Recorder(), runs.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
+    fitting.report_state(recorder, config, cfg, abstract)
+    with progress.task('compiling the step'):
+        compiled, told = setup.settle_microbatch(config, cfg, abstract, build, None)
     recorder.say(told)
     tokens = _tokens(stage.batch(config, None))
     cost = stage.cost(config, cfg, _width(stage, config, None)).of(tokens, tokens)
-    setup.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    fitting.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
     planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
     return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from lm import config as configs
-from lm import files, sharding
+from lm import files, progress, sharding
 from lm.config import Config, split_run
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
@@ -216,7 +216,8 @@ class _Written(NamedTuple):
 def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
     expected = _expected(opened, cfg)
     (path / 'state').mkdir(parents=True)
-    written = [_write_leaf(path / 'state', name, shape, opened.leaves[name]) for name, shape in expected.items()]
+    leaves = progress.over(expected.items(), 'tensors')
+    written = [_write_leaf(path / 'state', name, shape, opened.leaves[name]) for name, shape in leaves]
     tree = {str((ITEM, *w.names)): _tree_entry(w) for w in written}
     told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
     files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))

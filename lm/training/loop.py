@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lm import progress
 from lm.errors import Preempted, RunError
 from lm.runtime import StopRequest
 from lm.training.checkpoint import Writer
@@ -76,25 +77,25 @@ def run_loop(
                     meter.read(*pending, steps=steps)
                 pending = None
             if evaluates:
-                with hooks.ledger('eval'):
+                with hooks.ledger('eval'), progress.task(f'evaluating at step {i}'):
                     hooks.recorder.metrics(i, hooks.evaluate(state, i))
                     hooks.ceiling.refresh()
             if (saves or stops) and not meter.skipping:  # what gives no finite loss does not push out what did
                 save(state, i, hooks)
             if stops:
-                with hooks.ledger('checkpoint'):
+                with hooks.ledger('checkpoint'), progress.task('saving'):
                     hooks.writer.wait()
                 kept = 'stopped among skipped steps' if meter.skipping else 'saved'
                 raise Preempted(f'{kept} at step {i} after {stop.signal}: run the same command again to go on')
     profile.stop()
-    with hooks.ledger('checkpoint'):
+    with hooks.ledger('checkpoint'), progress.task('saving'):
         hooks.writer.wait()
     return state
 
 
 def save(state: TrainState, step: int, hooks: Hooks) -> None:
     """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
-    with hooks.ledger('checkpoint'):
+    with hooks.ledger('checkpoint'), progress.task('saving'):
         hooks.recorder.flush()
         hooks.writer.save(step, saved(state), tokens=hooks.recorder.tokens)
 

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
 
-from lm import files, processes
+from lm import files, processes, progress
 
 # Their fields are declared at run time, where no type checker sees them.
 Event: Any = vars(event_pb2)['Event']
@@ -39,7 +37,6 @@ class Recorder:
         self.workdir: epath.Path | None = None
         self.last: dict[str, Any] = {}
         self._said: list[str] = []
-        self._console = Console(stderr=True, highlight=False, quiet=not processes.first())
         self.tokens: int | None = None  # that the run has learned from, padding left out
         self.settings: dict[str, Any] = {}  # for TensorBoard
         self._saved: int | None = None
@@ -47,7 +44,7 @@ class Recorder:
         self._events: files.Growing | None = None
         self._beat = ('', -math.inf)
         self._step = self._rewound = 0
-        self._bar: Progress | None = None
+        self._bar: progress.Task | None = None
         self._told = -math.inf
 
     def open(self, workdir: epath.Path) -> None:
@@ -69,7 +66,7 @@ class Recorder:
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line on the terminal and in log.txt."""
-        self._console.print(text, style=style, markup=False, soft_wrap=True)
+        progress.say(text, style)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -92,21 +89,16 @@ class Recorder:
 
     @contextlib.contextmanager
     def bar(self, *, start: int, steps: int) -> Iterator[None]:
-        """A progress bar inside, on a terminal."""
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn('{task.fields[text]}'), TimeRemainingColumn())
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar:
-            self._bar, task = bar, bar.add_task('train', total=steps, completed=start, text='')
-            self._task = task
-            try:
-                yield
-            finally:
-                self._bar = None
+        """A progress bar inside."""
+        with progress.task('training', steps) as self._bar:
+            self._bar.update(start)
+            yield
 
     def advance(self, step: int, steps: int, text: str) -> None:
-        """Moves the bar; where there is no terminal, a line every PATIENCE seconds instead."""
-        if self._bar is not None and self._console.is_terminal:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._told > PATIENCE:
+        """Moves the bar; where there is no terminal, a line every PATIENCE seconds, which log.txt has too."""
+        if self._bar is not None:
+            self._bar.update(step, text)
+        if not progress.on_terminal() and time.monotonic() - self._told > PATIENCE:
             self._told = time.monotonic()
             self.say(f'step {step}/{steps}: {text}')
 

@@ -155,6 +155,8 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     if not steps:
         _check_nothing_lost(workdir)
         return None
+    if config.model.vocab_size == saved.get('asked_vocab_size'):  # its text was too little for so many
+        config.model.vocab_size = saved['config']['model']['vocab_size']
     different = differences(saved['config'], config.to_dict())
     if different:
         keys = ', '.join(f'{k} ({old} there, {new} now)' for k, (old, new) in sorted(different.items())[:4])

@@ -1,0 +1,36 @@
+"""Files of a folder, at any depth: tables, text, and what is neither, which is counted by its kind."""
+
+import codecs
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_TEXT_ENDS = ('.txt', '.md')
+_LOOKED_AT = 1 << 13  # bytes of a file: as Git does, one with a NUL in them is taken for no text
+
+
+def walk(folder: str) -> Iterator[str]:
+    """The files below a folder, sorted; no hidden ones, and none in hidden folders (.git)."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        paths = (os.path.join(root, name) for name in sorted(names) if not name.startswith('.'))
+        yield from (path for path in paths if os.path.isfile(path))
+
+
+def is_binary(path: str) -> bool:
+    """Whether a file is no text: NULs in it without the mark of UTF-16, or bytes that are no UTF-8 in a file that is
+    not called text."""
+    with open(path, 'rb') as file:
+        begins = file.read(_LOOKED_AT)
+    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return False
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(begins)  # its last character may be cut
+    except UnicodeDecodeError:
+        return not path.endswith(_TEXT_ENDS)
+    return b'\0' in begins
+
+
+def kind_of(path: str) -> str:
+    """Of which kind a file is by its name, as it is counted where it is left out: '.png'."""
+    return Path(path).suffix.lower() or 'without suffix'

@@ -1,0 +1,170 @@
+"""What a run takes of each device's memory, said before it compiles where that can be known, and what would fit."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import presets
+from lm.config import Config, base
+from lm.errors import RunError, UsageError
+from lm.model.transformer import ModelConfig
+from lm.stages import setup
+from lm.training import microbatch, runs
+from lm.training.recorder import Recorder
+from lm.training.step import TrainState
+
+
+def check(config: Config, cfg: ModelConfig, state: TrainState) -> None:
+    """Raises UsageError where not even what is known without compiling fits a device.
+
+    Args:
+      state: as shapes and shardings.
+    """
+    needed, limit = at_least(config, cfg, state), setup.memory_limit(_device())
+    if limit and needed > limit:
+        raise UsageError(f'does not fit: {_told(needed, limit, at_least=True)}; {hints(config, cfg, state, limit)}')
+
+
+def check_compiled(config: Config, cfg: ModelConfig, state: TrainState, compiled: Any) -> None:
+    """Raises UsageError where a compiled step does not fit a device."""
+    needed, limit = microbatch.step_bytes(compiled), setup.memory_limit(_device())
+    if limit and needed > limit:
+        raise UsageError(f'does not fit: {_told(needed, limit)}; {hints(config, cfg, state, limit)}')
+
+
+def at_least(config: Config, cfg: ModelConfig, state: TrainState) -> int:
+    """Bytes of one device that the state, a gradient a parameter and what the backward pass keeps of the smallest
+    microbatch take; the step itself takes more."""
+    return _state_bytes(state) + _bytes(state.trainable) + _kept_bytes(config, cfg)
+
+
+def _state_bytes(state: TrainState) -> int:
+    return sum(map(_bytes, parts_of(state).values()))
+
+
+def parts_of(state: TrainState) -> dict[str, Any]:
+    """What is in memory during the whole run, by name."""
+    parts = {'parameters': state.trainable, 'optimizer': state.opt}
+    parts |= {} if state.ema is None else {'average': state.ema}
+    return parts | ({} if state.frozen is None else {'reference': state.frozen})
+
+
+def _kept_bytes(config: Config, cfg: ModelConfig) -> int:
+    """Of each token and layer the residual stream; without remat also queries, keys, values and both parts of the
+    feed-forward."""
+    mesh = jax.sharding.get_mesh().shape
+    rows = max(1, (config.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
+    width = cfg.dim
+    if config.remat == 'none':
+        width += cfg.heads * cfg.head_dim + 2 * cfg.kv_heads * cfg.head_dim + 2 * cfg.ffn_dim
+    places = rows * config.seq_len * cfg.layers * width // (mesh['seq'] * mesh['tensor'])
+    return places * np.dtype(cfg.dtype).itemsize
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+    return sum(map(_device_bytes, jax.tree.leaves(tree)))
+
+
+def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shard = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return math.prod(shard) * x.dtype.itemsize
+
+
+def _device() -> Any:
+    return jax.sharding.get_mesh().devices.flat[0]
+
+
+def _gib(n: float) -> str:
+    return f'{n / 2**30:.3g} GiB'
+
+
+def _told(needed: int, limit: int, *, at_least: bool = False) -> str:
+    return f'{"at least " if at_least else ""}{_gib(needed)} per device of {_gib(limit)}'
+
+
+# ---- what would fit ----
+
+
+def hints(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> str:
+    """Ways to make it fit, those that do by themselves with their sizes."""
+    return 'what would fit: ' + ', '.join(_ways(config, cfg, state, limit))
+
+
+def _ways(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> Iterator[str]:
+    weights = _state_bytes(state) + _bytes(state.trainable)
+    if weights > limit:
+        if (n := _with_adafactor(config, state)) <= limit:
+            yield f'optim.name=adafactor ({_gib(n)})'
+        yield from _smaller_models(config, state, limit / weights)
+    else:
+        yield from ('remat=full',) * (config.remat != 'full')
+        yield from ('a smaller microbatch',) * ((config.microbatch or 1) > 1)
+        yield 'a shorter seq_len'
+    devices = jax.sharding.get_mesh().size * at_least(config, cfg, state) / limit
+    yield f'{math.ceil(devices * 1.1):,} or more such devices (mesh.fsdp)'  # a tenth for what compiling adds
+
+
+def _with_adafactor(config: Config, state: TrainState) -> float:
+    """Bytes of one device with an optimizer that keeps next to nothing."""
+    if config.optim.name == 'adafactor':
+        return math.inf
+    return _state_bytes(state) - _bytes(state.opt) + _bytes(state.trainable)
+
+
+def _smaller_models(config: Config, state: TrainState, part: float) -> Iterator[str]:
+    """The largest of our own sizes with at most this part of the parameters."""
+    if config.init_from or config.branch_from:
+        return
+    most = part * _count(state.trainable)
+    sizes = ((name, _count(runs.shapes(_model_of(name)))) for name in presets.SIZES)
+    fitting = [name for name, count in sizes if count <= most]
+    yield f'configs/pretrain.py:{fitting[-1]} or smaller' if fitting else f'a model of {most:,.0f} parameters at most'
+
+
+def _model_of(name: str) -> ModelConfig:
+    config = base()
+    presets.apply(config, name)
+    return ModelConfig(**dict(config.model))
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+# ---- a dry run ----
+
+
+def report_state(recorder: Recorder, config: Config, cfg: ModelConfig, state: TrainState) -> None:
+    """Prints what is known before the step is compiled: parameters, mesh, memory per device by part."""
+    mesh = jax.sharding.get_mesh()
+    recorder.say(
+        f'parameters  {_count(state.trainable):,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})'
+    )
+    recorder.say(f'mesh        {dict(mesh.shape)} over {mesh.size} × {_device().device_kind}')
+    for name, tree in parts_of(state).items():
+        recorder.say(f'{name:<11} {_bytes(tree) / 2**30:.3f} GiB per device')
+    recorder.say(f'at least    {at_least(config, cfg, state) / 2**30:.3f} GiB per device, with gradients')
+
+
+def report_plan(
+    recorder: Recorder, config: Config, cfg: ModelConfig, state: TrainState, compiled: Any, *, flops: float, tokens: int
+) -> None:
+    """Prints what the compiled step takes: memory per device, FLOPs, tokens.
+
+    Raises RunError if it does not fit the device's memory.
+    """
+    total, gib = microbatch.step_bytes(compiled), lambda n: f'{n / 2**30:.3f} GiB'
+    recorder.say(f'temporaries {gib(compiled.memory_analysis().temp_size_in_bytes)} per device, compiled, not run')
+    recorder.say(f'in all      {gib(total)} per device')
+    recorder.say(
+        f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
+    )
+    planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
+    recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
+    limit = setup.memory_limit(_device())
+    if limit and total > limit:
+        raise RunError(f'does not fit: {_told(total, limit)}; {hints(config, cfg, state, limit)}')
