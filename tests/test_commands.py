@@ -1,5 +1,6 @@
 """The commands: what they print, with which status they leave, and that bad input costs one line."""
 
+import gc
 import io
 import json
 import os
@@ -236,8 +237,10 @@ def test_inspect_takes_the_parents_model(call, lab, trained, tmp_path):
 
 
 def test_a_dry_run_says_what_it_would_take(call, lab, tmp_path):
+    gc.collect()  # what other tests have left
     live = len(jax.live_arrays())
     status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
+    gc.collect()
     assert status == 0
     assert running.one_object(out) | {'flops_per_step': 0} == {
         'dry_run': True,
