@@ -66,9 +66,15 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
 
 
 def dropped(prepared: Prepared) -> list[str]:
-    """Why documents of each source were dropped, and how many."""
-    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items())) or 'none'
-    return [f'{s.name}: dropped {told(s.counts["dropped"])}' for s in prepared.sources]
+    """Why documents of each source were dropped, and how many; what was changed in others, and what is not used."""
+    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items()))
+    lines = []
+    for s in prepared.sources:
+        unused = {key: n for key, (n, _) in s.counts['unused'].items()}
+        more = (('changed', s.counts['changed']), ('not used', unused))
+        parts = [f'dropped {told(s.counts["dropped"]) or "none"}', *(f'{w} {told(x)}' for w, x in more if x)]
+        lines.append(f'{s.name}: {"; ".join(parts)}')
+    return lines
 
 
 class Token(NamedTuple):

@@ -34,6 +34,11 @@ class NoPlace(UsageError):
         self.key = key
 
 
+def refusal(error: UsageError) -> str:
+    """The reason under which a conversation that a template does not take is counted."""
+    return f'no_place_for_{error.key}' if isinstance(error, NoPlace) else 'template'
+
+
 class Layout(NamedTuple):
     """A conversation as a template writes it.
 

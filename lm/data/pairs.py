@@ -64,7 +64,15 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """How pairs are kept, in the words of a template."""
     key = [template.fingerprint, sides]
-    return Form('pairs', key, partial(_write, template, sides), partial(_open, sides), _FILES)
+    write, check = partial(_write, template, sides), partial(_check, template)
+    return Form('pairs', key, write, partial(_open, sides), _FILES, check)
+
+
+def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
+    prompt, tools = record['prompt'], record.get('tools')
+    sides = [side for side in (record['chosen'], record['rejected']) if side]
+    options = {'given': len(prompt), 'tools': tools}
+    return frozenset().union(*(template.check(tokenizer, prompt + side, **options) for side in sides))
 
 
 def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
@@ -76,36 +84,30 @@ def _write(
     template: ChatTemplate, sides: int, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer,
     counts: Counts,
 ) -> int:  # fmt: skip
+    del counts  # what cannot be written is never read
     table: list[tuple[float, float]] = []
-    encoded = _encoded(template, sides, contents, tokenizer, counts, table)
+    encoded = _encoded(template, sides, contents, tokenizer, table)
     written = chats.write_encoded(directory, encoded, tokenizer.vocab_size)
     np.save(directory / 'table.npy', np.array(table, np.float32).reshape(-1, 2))
     return written
 
 
 def _encoded(
-    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts,
-    table: list[tuple[float, float]],
+    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer, table: list[tuple[float, float]]
 ) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
-    """The sides of each pair that the template accepts, one after the other; a line of the table for each pair.
-
-    Raises UsageError if it accepts none.
-    """
-    refused = None
+    """The sides of each pair, one after the other (none of a side that there is not); a line of the table a pair."""
     other: list[Message] | None = None  # the response to another prompt
-    for prompt, chosen, rejected, label, margin in map(json.loads, contents):
-        try:
-            responses = [chosen, rejected, other or rejected][:sides]
-            found = [template.encode(tokenizer, prompt + r, given=len(prompt)) for r in responses]
-        except UsageError as error:
-            refused = refused or error
-            counts.drop('template')
-            continue
-        other = chosen
+    for prompt, chosen, rejected, label, margin, *tools in map(json.loads, contents):
+        options = {'given': len(prompt), 'tools': tools[0] if tools else None}
+        encode = lambda side, prompt=prompt, options=options: template.encode(tokenizer, prompt + side, **options)
+        yield from (encode(side) if side else ([], []) for side in (chosen, rejected))
+        if sides == len(SIDES):
+            try:
+                yield encode(other or rejected or chosen)
+            except UsageError:  # the template does not take it after this prompt
+                yield encode(rejected or chosen)
+        other = chosen or rejected
         table.append((label, margin))
-        yield from found
-    if refused and not table:
-        raise refused
 
 
 # ---- as batches ----
