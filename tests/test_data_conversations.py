@@ -325,10 +325,10 @@ def test_parquet_files_folders_and_patterns(tmp_path):
         "a.parquet:1: no message is the assistant's"
     )
     assert len(read(tmp_path / 'd' / '*.jsonl', 'chat')[0]) == 1
-    with pytest.raises(UsageError, match=r'c.txt ends with neither .jsonl nor .parquet'):
+    with pytest.raises(UsageError, match='c.txt is plain text, and no table'):
         open_source(str(tmp_path / 'd' / '*'), 'chat')
     (tmp_path / 'e').mkdir()
-    with pytest.raises(UsageError, match=r'holds no file that ends with .jsonl .parquet'):
+    with pytest.raises(UsageError, match=r'holds no file that ends with .parquet .json'):
         open_source(str(tmp_path / 'e'), 'pairs')
 
 
@@ -449,7 +449,7 @@ def test_a_named_dataset_is_read_from_a_local_copy(tmp_path, name):
         ('hh-rlhf', 'chat', 'holds pairs of answers, not conversations'),
         ('smaltalk', 'chat', "did you mean 'smalltalk'"),
         ('zzz', 'pairs', 'known: programmatic, ratings, decline, helpsteer3'),
-        ('no/such.jsonl', 'chat', 'does not exist: give a .jsonl or .parquet file'),
+        ('no/such.jsonl', 'chat', 'does not exist: give a .jsonl, .csv or .parquet file'),
     ],
 )
 def test_the_wrong_kind_is_one_line(name, kind, says):

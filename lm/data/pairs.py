@@ -93,7 +93,8 @@ def _write(
 
 
 def _encoded(
-    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer, table: list[tuple[float, float]]
+    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer,
+    table: list[tuple[float, float]],
 ) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
     """The sides of each pair, one after the other (none of a side that there is not); a line of the table a pair."""
     other: list[Message] | None = None  # the response to another prompt
