@@ -47,6 +47,15 @@ class PairStore:
     def pairs(self) -> int:
         return len(self.table)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """[pairs, sides] int64, tokens of each side with its prompt; 0 for the side that a single answer has not."""
+        return np.diff(self.sequences.tokens.offsets).reshape(-1, self.sides)
+
+    def answers(self, side: int) -> int:
+        """How many pairs have a response on this side."""
+        return int(np.count_nonzero(self.sizes[:, side]))
+
     def pair(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side of pair i."""
         return [self.sequences.conversation(i * self.sides + side) for side in range(self.sides)]
@@ -125,8 +134,9 @@ class PairOrder:
 
     @cached_property
     def kept(self) -> np.ndarray:
-        """The numbers of the pairs that have two different responses within seq_len."""
-        answered = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides).all(axis=1)
+        """The numbers of the pairs that have two different responses within seq_len, or their only one."""
+        learned = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides)
+        answered = (learned | (self.store.sizes == 0)).all(axis=1)
         return np.array([i for i in np.flatnonzero(answered).tolist() if not self._same(i)], np.int64)
 
     def _same(self, i: int) -> bool:
@@ -136,8 +146,7 @@ class PairOrder:
     @property
     def cut(self) -> int:
         """How many of the usable pairs have a side that is cut."""
-        sizes = np.diff(self.store.sequences.tokens.offsets).reshape(-1, self.store.sides)
-        return int(np.count_nonzero((sizes[self.kept] > self.seq_len).any(axis=1)))
+        return int(np.count_nonzero((self.store.sizes[self.kept] > self.seq_len).any(axis=1)))
 
     @property
     def left_out(self) -> int:
@@ -147,8 +156,7 @@ class PairOrder:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[pairs] int64, places that each pair takes, usable or not."""
-        sizes = np.minimum(np.diff(self.store.sequences.tokens.offsets), self.seq_len)
-        return sizes.reshape(-1, self.store.sides).sum(axis=1)
+        return np.minimum(self.store.sizes, self.seq_len).sum(axis=1)
 
     def __len__(self) -> int:
         """Pairs in an epoch."""
@@ -249,7 +257,8 @@ def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: 
     row = {f'{name.removesuffix("T")}BT': x for name, x in chats.segments_row(wide, T, pad_id).items()}
     row['sequence_BT'] = row['segments_BT'] - 1
     row['last_BT'] = np.zeros(T, np.float32)
-    row['last_BT'][np.cumsum([len(ids) for ids, _ in sequences], dtype=np.int64) - 1] = 1
+    sizes = np.array([len(ids) for ids, _ in sequences], np.int64)
+    row['last_BT'][np.cumsum(sizes)[sizes > 0] - 1] = 1
     return row
 
 
