@@ -41,6 +41,9 @@ _MISMATCH = (
 )
 
 
+_CHANGED = 'an earlier answer, which the template shows otherwise,'
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template, by its Jinja text; the default one is for our own tokenizers."""
@@ -94,8 +97,9 @@ class ChatTemplate:
     def check(
         self, tokenizer: Tokenizer, messages: Sequence[Message], *, given: int = 0, tools: Tools = None
     ) -> frozenset[str]:
-        """The keys of messages that `encode` makes nothing of; raises what it raises."""
-        return _fitting(self, tokenizer, messages, tools, given=given)[0].unused
+        """What `encode` makes nothing of: keys of messages, and earlier answers; raises what it raises."""
+        plan, _ = _fitting(self, tokenizer, messages, tools, given=given)
+        return plan.unused | {_CHANGED for i in plan.changed if i >= given}
 
     def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant is to speak.

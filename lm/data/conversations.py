@@ -17,13 +17,12 @@ the assistant may call; `kto_tag` is a label. Of what else a record has, numbers
 things are counted by their keys.
 """
 
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm.config import FLOAT32_END
-from lm.data.messages import Malformed, Unused, is_empty, read_messages, read_tools
+from lm.data.messages import Malformed, Unused, is_empty, number_of, read_messages, read_tools, side_of, text_of
 from lm.data.records import Chat, Counts, Kind, Message, Pair, Role
 from lm.errors import UsageError
 
@@ -57,12 +56,12 @@ _OPTIONAL = (
     *_TOOLS,
     *_QUESTIONS,
 )
-_FIELDS = {*_OPTIONAL, *(field for forms in _FORMS.values() for form in forms for field in form)}
+_FIELDS = {*_OPTIONAL, *(field_ for forms in _FORMS.values() for form in forms for field_ in form)}
 # They change what should be learned, and nothing here does as they say.
-_IGNORED = ('weight', 'sample_weight', 'loss_mask', 'train', 'chat_template_kwargs', 'enable_thinking')
+_IGNORED = ('loss_mask', 'train', 'chat_template_kwargs', 'enable_thinking')
+_WEIGHTS = ('weight', 'sample_weight')
 _MEDIA = ('images', 'image', 'videos', 'video', 'audios', 'audio')
 _SHOWN = 12  # of the fields of a record that has none of ours
-_DIALOGUE = re.compile(r'(?:^|\n)\n(Human|Assistant):')
 
 
 class Row(NamedTuple):
@@ -93,11 +92,12 @@ class _LeftOut(Exception):
     """A sound record that is not for this use; counted, and no mistake of anybody's."""
 
 
-class _Notes(NamedTuple):
+@dataclass
+class _Notes:
     """What was changed in a record, and the keys of what nothing is made of."""
 
-    changed: set[str]
-    unused: set[str]
+    changed: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
 
 
 _PROBLEMS = {'malformed': 'is no JSON object', 'not_utf8': 'is not UTF-8'}
@@ -115,7 +115,7 @@ def read_rows(
         try:
             if row.problem:
                 raise Malformed(row.problem, _PROBLEMS[row.problem])
-            notes = _Notes(set(), set())
+            notes = _Notes()
             chat = reading.kind == 'chat'
             yield _chat(name, row, notes, column) if chat else _pair(name, row, notes, reading.unpaired)
             for what in notes.changed:
@@ -155,7 +155,7 @@ def _fitting_form(kind: Kind, row: Mapping[str, Any]) -> tuple[dict[str, Any], t
         have.setdefault('label', have['kto_tag'])
     if form := _form(kind, have):
         return have, form
-    if nulls := [field for field in _form(kind, row) or () if field not in have]:
+    if nulls := [key for key in _form(kind, row) or () if key not in have]:
         raise Malformed('null', f'{" and ".join(nulls)} {"is" if len(nulls) == 1 else "are"} null')
     raise Malformed('no_fields', _no_form(kind, row))
 
@@ -164,7 +164,7 @@ def _no_form(kind: Kind, fields: Iterable[str]) -> str:
     wanted = '; or '.join(', '.join(form) for form in _FORMS[kind])
     what = 'a conversation' if kind == 'chat' else 'a pair'
     # JSON can write lone surrogates, which no terminal takes.
-    have = [field.encode(errors='replace').decode() for field in fields]
+    have = [name.encode(errors='replace').decode() for name in fields]
     more = f' and {len(have) - _SHOWN} more' if len(have) > _SHOWN else ''
     return f'has the fields {", ".join(have[:_SHOWN]) or "(none)"}{more}, but {what} has {wanted}'
 
@@ -195,15 +195,15 @@ def _conversation(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused
     if len(form) == 1:
         return read_messages(have[form[0]], form[0], unused)
     if form[0] == 'prompt':
-        said = _side(have, 'prompt', 'user', unused) + _side(have, 'completion', 'assistant', unused)
+        said = side_of(have, 'prompt', 'user', unused) + side_of(have, 'completion', 'assistant', unused)
     else:
-        said = [_instruction(have), Message(role='assistant', content=_text(have, form[1]))]
+        said = [_instruction(have), Message(role='assistant', content=text_of(have, form[1]))]
     return _history(have) + said
 
 
 def _instruction(have: Mapping[str, Any]) -> Message:
     """Alpaca's and Dolly's: what the instruction is about stands below it."""
-    parts = [_text(have, key) for key in ('instruction', 'input', 'context') if key in have]
+    parts = [text_of(have, key) for key in ('instruction', 'input', 'context') if key in have]
     return Message(role='user', content='\n\n'.join(part for part in parts if part.strip()))
 
 
@@ -254,6 +254,10 @@ def _with_beside(record: Any, have: Mapping[str, Any], notes: _Notes, column: st
     for key in _TOOLS:
         if not is_empty(have.get(key)):
             record['tools'] = read_tools(have[key], key)
+    for key in have.keys() & _WEIGHTS:
+        if have[key] in (False, 0):
+            raise _LeftOut('weight_0')
+        notes.unused |= set() if have[key] in (True, 1) else {key}
     for key in have.keys() - _FIELDS - {column}:
         if not is_empty(have[key]) and (key in _IGNORED or not isinstance(have[key], str | int | float | bool)):
             notes.unused.add(key)
@@ -317,25 +321,25 @@ def _pair(name: str, row: Row, notes: _Notes, unpaired: bool) -> Pair:
 def _paired(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """`chosen` and `rejected`: answers to a prompt, or whole conversations."""
     label, margin = _judgement(have)
-    chosen, rejected = (_side(have, key, 'assistant', unused, dialogue=True) for key in ('chosen', 'rejected'))
+    chosen, rejected = (side_of(have, key, 'assistant', unused, dialogue=True) for key in ('chosen', 'rejected'))
     if _is_whole(chosen) and _is_whole(rejected):
         length = _shared(chosen, rejected)
         return _Sides(chosen[:length], chosen[length:], rejected[length:], label, margin)
     place = next((key for key in _QUESTIONS if key in have), None)
     if place is None and 'instruction' not in have:
         raise Malformed('empty_prompt', 'chosen and rejected are answers alone, and there is no prompt, or it is null')
-    prompt = [_instruction(have)] if place is None else _side(have, place, 'user', unused, dialogue=True)
+    prompt = [_instruction(have)] if place is None else side_of(have, place, 'user', unused, dialogue=True)
     return _Sides(_history(have) + prompt, chosen, rejected, label, margin)
 
 
 def _compared(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """HelpSteer: `overall_preference` is below 0 where the first response is better; its size says by how much."""
-    preference = _number(have, 'overall_preference')
+    preference = number_of(have, 'overall_preference')
     if not preference:
         raise _LeftOut('tie')
-    first, second = (_side(have, key, 'assistant', unused) for key in ('response1', 'response2'))
+    first, second = (side_of(have, key, 'assistant', unused) for key in ('response1', 'response2'))
     sides = (first, second) if preference < 0 else (second, first)
-    return _Sides(_side(have, 'context', 'user', unused), *sides, margin=abs(preference))
+    return _Sides(side_of(have, 'context', 'user', unused), *sides, margin=abs(preference))
 
 
 def _single(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> _Sides:
@@ -344,8 +348,8 @@ def _single(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> _
     if not good and not _is_false(have['label']):
         raise Malformed('label', f'label is {have["label"]!r}, neither true nor false')
     if form[0] == 'prompt':
-        prompt = _history(have) + _side(have, 'prompt', 'user', unused, dialogue=True)
-        answer = _side(have, 'completion', 'assistant', unused)
+        prompt = _history(have) + side_of(have, 'prompt', 'user', unused, dialogue=True)
+        answer = side_of(have, 'completion', 'assistant', unused)
     else:
         said = _conversation(have, form[:-1], unused)
         begin = max((i + 1 for i, m in enumerate(said) if m['role'] == 'user'), default=0)
@@ -364,11 +368,11 @@ def _is_false(label: Any) -> bool:
 
 def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     """(label, margin) of a record with two sides."""
-    label = _number(have, 'label') if 'label' in have else 1.0
+    label = number_of(have, 'label') if 'label' in have else 1.0
     if not 0 <= label <= 1:
         raise Malformed('label', f'label is {label:g}, no probability')
     if 'score_chosen' in have and 'score_rejected' in have:
-        margin = _number(have, 'score_chosen') - _number(have, 'score_rejected')
+        margin = number_of(have, 'score_chosen') - number_of(have, 'score_rejected')
         if not margin:
             raise _LeftOut('tie')
         if margin < 0:
@@ -377,7 +381,7 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
         margin = 0.0
     if label == 0.5:
         raise _LeftOut('tie')
-    margin = _number(have, 'margin') if 'margin' in have else margin
+    margin = number_of(have, 'margin') if 'margin' in have else margin
     if margin < 0:
         raise Malformed('margin', f'margin is {margin:g}, below 0')
     return label, margin
@@ -415,44 +419,6 @@ def _as_pair(
 
 
 # ---- fields ----
-
-
-def _side(have: Mapping[str, Any], key: str, role: Role, unused: Unused, *, dialogue: bool = False) -> list[Message]:
-    """What a field says: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
-    value = have[key]
-    if isinstance(value, Mapping) and ('content' in value or 'value' in value):
-        value = [value]
-    if not isinstance(value, str):
-        return read_messages(value, key, unused)
-    return (_dialogue(value) if dialogue else []) or [Message(role=role, content=value)]
-
-
-def _dialogue(text: str) -> list[Message]:
-    """The messages of '\\n\\nHuman: …\\n\\nAssistant: …', none of another text. A last one without words is a cue."""
-    if not text.startswith('\n\nHuman:'):
-        return []
-    _, *parts = _DIALOGUE.split(text)
-    messages = [
-        Message(role='user' if who == 'Human' else 'assistant', content=said.strip())
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return messages if messages[-1]['content'] else messages[:-1]
-
-
-def _text(have: Mapping[str, Any], key: str) -> str:
-    if not isinstance(have[key], str):
-        raise Malformed('not_text', f'{key} is no text')
-    return have[key]
-
-
-def _number(have: Mapping[str, Any], key: str) -> float:
-    try:
-        number = float(have[key])
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Malformed('not_number', f'{key} is {have[key]!r}, no number')
-    return number
 
 
 def _size(messages: Sequence[Message]) -> int:

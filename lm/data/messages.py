@@ -6,6 +6,8 @@ have is counted by its key.
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ _CALLS = ('tool_calls', 'function_call')
 _READ = {'role', 'from', 'content', 'value', 'name', 'tool_call_id', *_THOUGHTS, *_LEARNED, *_CALLS}
 _TEXT_PARTS = ('text', 'input_text', 'output_text')
 _THOUGHT_PARTS = ('thinking', 'reasoning')
+_DIALOGUE = re.compile(r'(?:^|\n)\n(Human|Assistant):')
 Unused = Callable[[str], None]  # is told each key that nothing is made of
 
 
@@ -70,6 +73,9 @@ def without_nulls(value: Any) -> Any:
 def is_empty(value: Any) -> bool:
     """Whether a field says nothing: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | Mapping | Sequence) and not len(value))
+
+
+# ---- messages ----
 
 
 def _message(message: Mapping[str, Any], number: int, unused: Unused) -> Message:
@@ -185,3 +191,44 @@ def _parsed(text: str, reason: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise Malformed(reason, what) from None
+
+
+# ---- fields of a record ----
+
+
+def side_of(have: Mapping[str, Any], key: str, role: Role, unused: Unused, *, dialogue: bool = False) -> list[Message]:
+    """What a field says: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
+    value = have[key]
+    if isinstance(value, Mapping) and ('content' in value or 'value' in value):
+        value = [value]
+    if not isinstance(value, str):
+        return read_messages(value, key, unused)
+    return (_dialogue(value) if dialogue else []) or [Message(role=role, content=value)]
+
+
+def _dialogue(text: str) -> list[Message]:
+    """The messages of '\\n\\nHuman: …\\n\\nAssistant: …', none of another text. A last one without words is a cue."""
+    if not text.startswith('\n\nHuman:'):
+        return []
+    _, *parts = _DIALOGUE.split(text)
+    messages = [
+        Message(role='user' if who == 'Human' else 'assistant', content=said.strip())
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return messages if messages[-1]['content'] else messages[:-1]
+
+
+def text_of(have: Mapping[str, Any], key: str) -> str:
+    if not isinstance(have[key], str):
+        raise Malformed('not_text', f'{key} is no text')
+    return have[key]
+
+
+def number_of(have: Mapping[str, Any], key: str) -> float:
+    try:
+        number = float(have[key])
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Malformed('not_number', f'{key} is {have[key]!r}, no number')
+    return number

@@ -62,7 +62,8 @@ def describe(config: Config, data: PairData) -> list[str]:
     good, bad = (sum(s.train.answers(side) for s in data.own.sources) for side in (0, 1))
     told = f'kto: {good:,} good and {bad:,} bad answers'
     if good and bad and not 1 <= (ratio := taken['lambda_d'] * good / (taken['lambda_u'] * bad)) <= 4 / 3:
-        key, value = ('lambda_d', bad / good) if good < bad else ('lambda_u', good / bad)
+        up = ('lambda_d', taken['lambda_u'] * bad / good)
+        key, value = up if good < bad else ('lambda_u', taken['lambda_d'] * good / bad)
         told += f', which weigh {ratio:.2g} to 1; its authors advise 1 to 1.33, as with {key}={value:.3g}'
     return [*lines, told]
 
