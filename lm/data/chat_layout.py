@@ -103,7 +103,7 @@ class _Talk(NamedTuple):
 
     def rendered_with(self, i: int, change: Mapping[str, Any]) -> str:
         """What it makes of it if message i has something else in it."""
-        messages = [*self.messages[:i], self.messages[i] | change, *self.messages[i + 1 :]]
+        messages = [*self.messages[:i], {**self.messages[i], **change}, *self.messages[i + 1 :]]
         return self._replace(messages=messages).rendered()
 
 

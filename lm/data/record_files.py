@@ -103,7 +103,7 @@ def _begin(path: str) -> bytes:
         return file.read(_BEGIN)
 
 
-def opened(path: str) -> IO[bytes]:
+def opened(path: str) -> Any:
     """A file's bytes, unpacked; reading what is damaged raises UsageError."""
     file: IO[bytes] = open(path, 'rb')  # noqa: SIM115 (whoever reads it closes it)
     begin = file.read(6)
@@ -130,8 +130,10 @@ class _Zstd(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready and (self._packed or (more := self._file.read(_BEGIN))):
-            self._packed = self._packed or more
+        while not self._ready:
+            self._packed = self._packed or self._file.read(_BEGIN)
+            if not self._packed:
+                break
             self._frame = self._frame or self._unpacker.decompressobj()
             self._ready = self._frame.decompress(self._packed)
             ended = self._frame.eof
