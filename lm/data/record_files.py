@@ -289,7 +289,7 @@ def _csv_rows(path: str) -> Iterator[Line]:
                 return
             extra = row.pop('', None)
             bad = 'malformed' if extra else _not_utf8(row)
-            yield number, {} if bad else {k: v for k, v in row.items() if v}, bad
+            yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
 
 
 def _not_utf8(row: dict[str, Any]) -> str | None:
