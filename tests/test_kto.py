@@ -107,7 +107,8 @@ def test_single_answers_reach_kto_and_other_losses_say_what_they_want(command, c
 def test_a_run_of_single_answers_is_trained_and_measured(dialogues, tmp_path, capsys):
     rows = [{'prompt': f'Say {i}.', 'completion': 'yes' if i % 3 else 'no', 'label': bool(i % 3)} for i in range(40)]
     own = write(tmp_path / 'k.jsonl', rows)
-    options = {'loss': 'kto', 'data__mixture': str(own), 'data__heldout': 0.3, 'lambda_d': 1.5, 'steps': 4}
+    options = {'loss': 'kto', 'data__mixture': str(own), 'data__heldout': 0.3, 'lambda_d': 1.5, 'steps': 2}
+    options |= {'init_from': str(dialogues.run('pretrain')), 'eval__every': 2}
     found = dialogues.train('dpo', tmp_path / 'run', **options)
     assert 0 < found['train/preference'] < 1.5 and f'eval/{own}/accuracy' in found
     said = (tmp_path / 'run' / 'log.txt').read_text()
