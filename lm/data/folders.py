@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_TEXT_ENDS = ('.txt', '.md')
-_LOOKED_AT = 1 << 13  # bytes of a file: as Git does, one with a NUL in them is taken for no text
+from lm.data import record_files
 
 
 def walk(folder: str) -> Iterator[str]:
@@ -18,16 +17,15 @@ def walk(folder: str) -> Iterator[str]:
 
 
 def is_binary(path: str) -> bool:
-    """Whether a file is no text: NULs in it without the mark of UTF-16, or bytes that are no UTF-8 in a file that is
+    """Whether a file, unpacked, is no text: NULs that are not UTF-16's, or bytes that are no UTF-8 in a file that is
     not called text."""
-    with open(path, 'rb') as file:
-        begins = file.read(_LOOKED_AT)
-    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    begins = record_files.begin_of(path)
+    if record_files.encoding_of(begins).name != 'utf-8':
         return False
     try:
         codecs.getincrementaldecoder('utf-8')().decode(begins)  # its last character may be cut
     except UnicodeDecodeError:
-        return not path.endswith(_TEXT_ENDS)
+        return not record_files.is_named_text(path)
     return b'\0' in begins
 
 

@@ -47,6 +47,15 @@ class PairStore:
     def pairs(self) -> int:
         return len(self.table)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """[pairs, sides] int64, tokens of each side with its prompt; 0 for the side that a single answer has not."""
+        return np.diff(self.sequences.tokens.offsets).reshape(-1, self.sides)
+
+    def answers(self, side: int) -> int:
+        """How many pairs have a response on this side."""
+        return int(np.count_nonzero(self.sizes[:, side]))
+
     def pair(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side of pair i."""
         return [self.sequences.conversation(i * self.sides + side) for side in range(self.sides)]
@@ -64,7 +73,15 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """How pairs are kept, in the words of a template."""
     key = [template.fingerprint, sides]
-    return Form('pairs', key, partial(_write, template, sides), partial(_open, sides), _FILES)
+    write, check = partial(_write, template, sides), partial(_check, template)
+    return Form('pairs', key, write, partial(_open, sides), _FILES, check)
+
+
+def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
+    prompt, tools = record['prompt'], record.get('tools')
+    sides = [side for side in (record['chosen'], record['rejected']) if side]
+    options = {'given': len(prompt), 'tools': tools}
+    return frozenset().union(*(template.check(tokenizer, prompt + side, **options) for side in sides))
 
 
 def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
@@ -76,36 +93,31 @@ def _write(
     template: ChatTemplate, sides: int, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer,
     counts: Counts,
 ) -> int:  # fmt: skip
+    del counts  # what cannot be written is never read
     table: list[tuple[float, float]] = []
-    encoded = _encoded(template, sides, contents, tokenizer, counts, table)
+    encoded = _encoded(template, sides, contents, tokenizer, table)
     written = chats.write_encoded(directory, encoded, tokenizer.vocab_size)
     np.save(directory / 'table.npy', np.array(table, np.float32).reshape(-1, 2))
     return written
 
 
 def _encoded(
-    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts,
+    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer,
     table: list[tuple[float, float]],
 ) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
-    """The sides of each pair that the template accepts, one after the other; a line of the table for each pair.
-
-    Raises UsageError if it accepts none.
-    """
-    refused = None
+    """The sides of each pair, one after the other (none of a side that there is not); a line of the table a pair."""
     other: list[Message] | None = None  # the response to another prompt
-    for prompt, chosen, rejected, label, margin in map(json.loads, contents):
-        try:
-            responses = [chosen, rejected, other or rejected][:sides]
-            found = [template.encode(tokenizer, prompt + r, given=len(prompt)) for r in responses]
-        except UsageError as error:
-            refused = refused or error
-            counts.drop('template')
-            continue
-        other = chosen
+    for prompt, chosen, rejected, label, margin, *tools in map(json.loads, contents):
+        options = {'given': len(prompt), 'tools': tools[0] if tools else None}
+        encode = lambda side, prompt=prompt, options=options: template.encode(tokenizer, prompt + side, **options)
+        yield from (encode(side) if side else ([], []) for side in (chosen, rejected))
+        if sides == len(SIDES):
+            try:
+                yield encode(other or rejected or chosen)
+            except UsageError:  # the template does not take it after this prompt
+                yield encode(rejected or chosen)
+        other = chosen or rejected
         table.append((label, margin))
-        yield from found
-    if refused and not table:
-        raise refused
 
 
 # ---- as batches ----
@@ -122,8 +134,9 @@ class PairOrder:
 
     @cached_property
     def kept(self) -> np.ndarray:
-        """The numbers of the pairs that have two different responses within seq_len."""
-        answered = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides).all(axis=1)
+        """The numbers of the pairs that have two different responses within seq_len, or their only one."""
+        learned = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides)
+        answered = (learned | (self.store.sizes == 0)).all(axis=1)
         return np.array([i for i in np.flatnonzero(answered).tolist() if not self._same(i)], np.int64)
 
     def _same(self, i: int) -> bool:
@@ -133,8 +146,7 @@ class PairOrder:
     @property
     def cut(self) -> int:
         """How many of the usable pairs have a side that is cut."""
-        sizes = np.diff(self.store.sequences.tokens.offsets).reshape(-1, self.store.sides)
-        return int(np.count_nonzero((sizes[self.kept] > self.seq_len).any(axis=1)))
+        return int(np.count_nonzero((self.store.sizes[self.kept] > self.seq_len).any(axis=1)))
 
     @property
     def left_out(self) -> int:
@@ -144,8 +156,7 @@ class PairOrder:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[pairs] int64, places that each pair takes, usable or not."""
-        sizes = np.minimum(np.diff(self.store.sequences.tokens.offsets), self.seq_len)
-        return sizes.reshape(-1, self.store.sides).sum(axis=1)
+        return np.minimum(self.store.sizes, self.seq_len).sum(axis=1)
 
     def __len__(self) -> int:
         """Pairs in an epoch."""
@@ -246,7 +257,8 @@ def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: 
     row = {f'{name.removesuffix("T")}BT': x for name, x in chats.segments_row(wide, T, pad_id).items()}
     row['sequence_BT'] = row['segments_BT'] - 1
     row['last_BT'] = np.zeros(T, np.float32)
-    row['last_BT'][np.cumsum([len(ids) for ids, _ in sequences], dtype=np.int64) - 1] = 1
+    sizes = np.array([len(ids) for ids, _ in sequences], np.int64)
+    row['last_BT'][np.cumsum(sizes)[sizes > 0] - 1] = 1
     return row
 
 

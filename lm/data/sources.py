@@ -4,7 +4,7 @@ A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
 
     NAME                            a default source, or a line of the table in lm/data/mixtures.py
-    PATH[#COLUMN]                   files, patterns and folders of .jsonl, .parquet, .txt, .md and what else is text
+    PATH[#COLUMN]                   files, patterns and folders of text, JSON, .csv, .parquet: lm/data/record_files.py
     tfds:NAME[@SPLIT][#COLUMN]      prepared in array_record
     hf:NAME[@SPLIT][#COLUMN]        see lm/data/hub.py
 
@@ -15,13 +15,12 @@ lm/data/conversations.py.
 import dataclasses
 import difflib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data import conversations, folders, hub, mixtures, parquet, tfds
+from lm.data import conversations, folders, hub, mixtures, parquet, record_files, tfds
 from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
@@ -34,7 +33,7 @@ DEFAULTS: dict[Kind, tuple[str, ...]] = {
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
-_TABLE_ENDS = ('.jsonl', '.parquet')
+TABLES = ('.parquet', '.json', *record_files.LINES, *record_files.TABLES)
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
 _HUB_NAME = re.compile(
     r'(?:https?://huggingface\.co/)?(?:datasets/)?(?P<name>[\w-][\w.-]*/[\w.-]*\w(?:/[\w.-]+)?(?:@[\w\[:%\]]+)?)/?'
@@ -115,7 +114,11 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
         return hub.open_dataset(name, hub.parse(name), reading)
     path, column = _split_column(name)
     found, left_out = _find_files(name, path, column, kind)
-    source = _conversation_files(name, found, column, reading) if reading else _files(name, found, column)
+    source = (
+        _conversation_files(name, found, column, reading)
+        if reading
+        else _files(name, found, column, inside=os.path.isdir(os.path.expanduser(path)))
+    )
     return _counting(source, left_out) if left_out else source
 
 
@@ -156,10 +159,10 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
         of_folder = list(folders.walk(path))
-        tables = [p for p in of_folder if p.endswith(_TABLE_ENDS)]
+        tables = [p for p in of_folder if record_files.plain_name(p).endswith(TABLES)]
         found = tables if kind != 'text' or column else of_folder
         left_out = [p for p in of_folder if p not in set(found)]
-        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(_TABLE_ENDS)}'
+        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(TABLES)}'
         problem = f'holds no file{ends}'
     elif os.path.exists(path):
         found, problem = [path], ''
@@ -187,7 +190,7 @@ def _counting(source: Source, left_out: tuple[str, ...]) -> Source:
 
 def _unknown(name: str, kind: Kind) -> str:
     if '/' in name or '.' in name:
-        files = '.jsonl, .parquet or text file' if kind == 'text' else '.jsonl or .parquet file'
+        files = '.jsonl, .csv, .parquet or text file' if kind == 'text' else '.jsonl, .csv or .parquet file'
         of_hub = _HUB_NAME.fullmatch(name)
         hint = f'; hf:{of_hub["name"]} names a dataset of the Hugging Face hub' if of_hub else ''
         return f'does not exist: give a {files}, a directory or a pattern{hint}'
@@ -207,26 +210,50 @@ def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
     return [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
 
 
-def _files(name: str, paths: tuple[str, ...], column: str | None) -> Source:
+def _files(name: str, paths: tuple[str, ...], column: str | None, *, inside: bool) -> Source:
+    """Files of text or of records; `inside`: found in a folder, where what is neither is counted and left out."""
     state = _state_of(name, paths)
-    tables = [p for p in paths if p.endswith('.parquet')]
-    if column and (plain := [p for p in paths if not p.endswith(_TABLE_ENDS)]):
-        raise UsageError(f'data source {name!r}: {plain[0]} is plain text and has no column {column!r}')
+    refuse = lambda path: UsageError(f'data source {name!r}: {path} is plain text and has no column {column!r}')
+    if column and (plain := [p for p in paths if record_files.is_named_text(p)]):
+        raise refuse(plain[0])
 
     def read(counts: Counts) -> Iterator[Record]:
         for path in paths:
-            if path.endswith('.parquet'):
+            form = _format(path, inside)
+            if form is None:
+                counts.read += 1
+                counts.drop(folders.kind_of(path))
+            elif form == 'parquet':
                 yield from _read_parquet(name, path, counts, column)
-            elif path.endswith('.jsonl'):
-                yield from _read_jsonl(name, path, counts, column or 'text')
+            elif form == 'text':
+                counts.read += 1
+                yield from record(name, path, record_files.read_whole(path), counts)
             else:
-                yield from _read_text(name, path, counts)
+                yield from _read_rows(name, path, form, counts, column)
 
     def check() -> None:
-        for path in tables:
-            parquet.text_column(path, column)
+        for path in paths:
+            form = _format(path, inside)
+            if form == 'parquet':
+                parquet.text_column(path, column)
+            elif form == 'csv':
+                _csv_column(path, column)
+            elif form == 'text' and column:
+                raise refuse(path)
 
     return Source(name, state, read, check)
+
+
+def _format(path: str, inside: bool) -> record_files.Format | None:
+    """What a file holds, None for neither text nor records. Raises UsageError for a file of another kind that was
+    named, and not found in a folder."""
+    try:
+        form = record_files.format_of(path)
+    except UsageError:
+        if inside:
+            return None
+        raise
+    return None if form == 'text' and folders.is_binary(path) else form
 
 
 def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> Iterator[Record]:
@@ -236,8 +263,14 @@ def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> I
         yield from record(name, f'{os.path.basename(path)}:{number}', text, counts, column=column)
 
 
-def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[Record]:
-    for number, value, reason in _lines(path):
+def _csv_column(path: str, wanted: str | None) -> str:
+    columns = record_files.csv_columns(path)
+    return conversations.choose_column(path, wanted, columns, columns)
+
+
+def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None) -> Iterator[Record]:
+    column = _csv_column(path, wanted) if form == 'csv' else wanted or 'text'
+    for number, value, reason in record_files.read_rows(path, form):
         counts.read += 1
         if reason:
             counts.drop(reason)
@@ -249,59 +282,41 @@ def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[R
         yield from record(name, str(key), text, counts, column=column, meta=value)
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    """(number, the object, why there is none or None) of each line of a jsonl file that is not blank."""
-    with open(path, 'rb') as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, *_parse_line(line)
-
-
-def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
-    """(the object of a jsonl line, why it is dropped or None)."""
-    try:
-        value = json.loads(line.decode('utf-8'))
-    except UnicodeDecodeError:
-        return {}, 'not_utf8'
-    except (ValueError, RecursionError):
-        return {}, 'malformed'
-    return (value, None) if isinstance(value, dict) else ({}, 'malformed')
-
-
-def _read_text(name: str, path: str, counts: Counts) -> Iterator[Record]:
-    counts.read += 1
-    if folders.is_binary(path):
-        counts.drop(folders.kind_of(path))
-        return
-    with open(path, 'rb') as file:
-        content = file.read()
-    yield from record(name, path, content, counts)
-
-
 def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
-    if plain := [p for p in paths if not p.endswith(_TABLE_ENDS)]:
-        raise UsageError(
-            f'data source {name!r}: {plain[0]} ends with neither .jsonl nor .parquet{conversations.belongs("text")}'
-        )
+    state = _state_of(name, paths)
+    if plain := [p for p in paths if record_files.is_named_text(p)]:
+        raise _no_records(name, plain[0])
     if column and reading.kind == 'pairs':
         conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
 
     def rows() -> Iterator[Row]:
         for path in paths:
-            yield from _table_rows(path) if path.endswith('.parquet') else _jsonl_rows(path)
+            form = record_files.format_of(path)
+            yield from _table_rows(path) if form == 'parquet' else _rows(path, form)
 
     def check() -> None:
-        for path in (p for p in paths if p.endswith('.parquet')):
-            conversations.check_columns(path, reading.kind, parquet.columns_of(path), column)
+        columns = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
+        for path in paths:
+            form = record_files.format_of(path)
+            if form == 'text':
+                raise _no_records(name, path)
+            if form in columns:
+                conversations.check_columns(path, reading.kind, columns[form](path), column)
 
     def read(counts: Counts) -> Iterator[Any]:
         return conversations.read_rows(name, reading, rows(), counts, column=column)
 
-    return Source(name, [*_state_of(name, paths), reading.state], read, check, reading.kind)
+    return Source(name, [*state, reading.state], read, check, reading.kind)
 
 
-def _jsonl_rows(path: str) -> Iterator[Row]:
-    for number, value, problem in _lines(path):
+def _no_records(name: str, path: str) -> UsageError:
+    return UsageError(
+        f'data source {name!r}: {path} is plain text, and no table or JSON of records{conversations.belongs("text")}'
+    )
+
+
+def _rows(path: str, form: record_files.Format) -> Iterator[Row]:
+    for number, value, problem in record_files.read_rows(path, form):
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
 
 
