@@ -108,6 +108,7 @@ def prepare(
     """Prepares a mixture, or finds it in the cache.
 
     Args:
+      vocab_size: rows of the model's tables; a tokenizer may have fewer ids.
       tokenizer: a directory with one, or None to train one of `vocab_size` on a mixture of text.
       heldout: the share of records held out, where a source has no split of its own.
       progress: is told each step, and the first malformed records.
@@ -130,7 +131,7 @@ def prepare(
     }
     key |= {} if form.key is None else {'form': form.key}
     # Those who trained this very tokenizer on this mixture have encoded it too.
-    trained = cache.find('prepared', key | {'tokenizer': [vocab_size, weights]}) if existing else None
+    trained = cache.find('prepared', key | {'tokenizer': [existing.vocab_size, weights]}) if existing else None
     if trained and Tokenizer.load(trained / 'tokenizer').fingerprint == key['tokenizer']:
         directory = trained
     else:
@@ -150,10 +151,10 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
     if directory is None:
         return None
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # fewer are usual: the rows of many models are padded
         raise UsageError(
-            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size}: set '
-            f'--config.model.vocab_size={tokenizer.vocab_size}'
+            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size} rows for them: set '
+            f'--config.model.vocab_size={tokenizer.vocab_size}, or name a tokenizer that fits'
         )
     return tokenizer
 

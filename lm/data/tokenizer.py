@@ -87,6 +87,13 @@ class Tokenizer:
         """[V] int32, how many UTF-8 bytes each id stands for; 0 for control symbols."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
+    @cached_property
+    def is_token(self) -> np.ndarray:
+        """[ids] bool, whether an id stands for text or is a control symbol: the others are in no text, and a model is
+        not to draw them. A model may have more rows than there are ids, and those are like them."""
+        controls = set(self.controls.values())
+        return np.array([bool(piece) or i in controls for i, piece in enumerate(self.pieces)])
+
     def marker_id(self, marker: str) -> int:
         """The id of a control symbol, as '<|user|>'. This is the only way to one: `encode` never gives it.
 
@@ -119,14 +126,18 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, control symbols left out; bytes that are not UTF-8 become U+FFFD."""
-        return b''.join(self.pieces[i] for i in ids).decode('utf-8', errors='replace')
+        """The text of ids, without control symbols and ids beyond the vocabulary; bytes that are not UTF-8 become
+        U+FFFD."""
+        return b''.join(map(self._piece, ids)).decode('utf-8', errors='replace')
+
+    def _piece(self, i: int) -> bytes:
+        return self.pieces[i] if i < len(self.pieces) else b''
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as ids arrive, a character only when all its bytes have; together they are `decode(ids)`."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         for i in ids:
-            if text := decoder.decode(self.pieces[i]):
+            if text := decoder.decode(self._piece(i)):
                 yield text
         if text := decoder.decode(b'', final=True):
             yield text

@@ -70,7 +70,8 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     _check_surplus(left, where)
     words = _small_files(folder)
     if {JSON_FILE, MODEL_FILE} & set(words):
-        words = tokenizers.from_huggingface(words)
+        words, more = tokenizer_files.fitted(tokenizers.from_huggingface(words), told.model['vocab_size'])
+        notes += [f'{where}: {note}' for note in more]
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
     scale = _scale(config, where) if told.scored else None

@@ -112,7 +112,7 @@ def continuation(model: Model, ids: Sequence[int], stop_ids: Sequence[int], **op
 
     def drawn() -> Iterator[int]:
         shown = 0
-        for (row,) in stream(model.params, model.cfg, [ids], stop_ids=stop_ids, **options):
+        for (row,) in stream(model.params, model.cfg, [ids], stop_ids=stop_ids, allowed=model.tokenizer.is_token, **options):
             yield from row.ids[shown:]
             shown = len(row.ids)
 

@@ -145,7 +145,7 @@ def continue_prompts(
     out = generate(
         params, cfg, [ids(p) for p, _ in asked], max_new_tokens=max_new_tokens,
         stop_ids=template.stop_ids(tokenizer) if template else [tokenizer.eos_id],
-        sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
+        allowed=tokenizer.is_token, sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
     )  # fmt: skip
     return [
         {

@@ -178,7 +178,7 @@ def inherit_model(
 
     Raises:
       UsageError: one of them is a model.* that differs, a branch has other data, a stage that speaks is to start from
-        a reward model, or there is no such run or checkpoint.
+        a reward model, data.tokenizer gives other ids than that run's, or there is no such run or checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
@@ -205,6 +205,8 @@ def inherit_model(
         config.data.pretraining = saved['data'].get('mixture' if own else 'pretraining')
     if config.data.tokenizer is None:
         config.data.tokenizer = tokenizer_folder(parent)
+    elif not resumed:
+        _check_tokenizer(config.data.tokenizer, parent)
 
 
 def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
@@ -227,6 +229,14 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
     if other:
         told = ', '.join(f'{k} ({old[k]} there, {new[k]} now)' for k in other)
         raise UsageError(f'{config.branch_from} has other data: {told}; set them as there, or start with init_from')
+
+
+def _check_tokenizer(given: str, parent: str) -> None:
+    """Raises UsageError unless the ids that a parent has learned stand for the same by another tokenizer, which may
+    have more."""
+    own = Tokenizer.load(tokenizer_folder(parent)).pieces
+    if Tokenizer.load(given).pieces[: len(own)] != own:
+        raise UsageError(f'data.tokenizer={given} gives other ids than those that {parent} has learned: leave it out')
 
 
 def tokenizer_folder(run: str) -> str:
