@@ -24,7 +24,7 @@ from etils import epath
 
 from lm import files
 from lm.data.chat_shape import SIGN, Message, Shape, Source, number, said, shape, sign
-from lm.data.tokenizer import CHAT_MARKERS, JSON_FILE, Tokenizer
+from lm.data.tokenizer import CHAT_MARKERS, Tokenizer
 from lm.errors import UsageError
 
 TEMPLATE_FILE, CONFIG_FILE = 'chat_template.jinja', 'tokenizer_config.json'
@@ -85,8 +85,7 @@ class ChatTemplate:
         if plan.mismatch and given < len(messages):
             raise UsageError(plan.mismatch)
         texts, changed = said(plan.shape, messages)
-        ids: list[int] = []
-        trained: list[bool] = []
+        ids, trained = list(plan.bos), [False] * len(plan.bos)
         for part, found in zip(plan.parts, _encoded(plan, tokenizer, texts), strict=True):
             ids += found
             trained += [part.owner is not None and part.owner >= given and part.owner not in changed] * len(found)
@@ -98,10 +97,12 @@ class ChatTemplate:
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
         plan = _plan(self, tokenizer, _roles(messages), True)
-        return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
+        found = _encoded(plan, tokenizer, said(plan.shape, messages)[0])
+        return [*plan.bos, *(i for ids in found for i in ids)]
 
     def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
-        """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
+        """What `prompt` encodes, without a <bos> that is not the template's: the ids of control symbols, and texts that
+        are encoded each as one."""
         plan = _plan(self, tokenizer, _roles(messages), True)
         return _filled(plan, said(plan.shape, messages)[0])
 
@@ -172,16 +173,14 @@ class _Plan(NamedTuple):
     """How the ids of a shape are put together."""
 
     shape: Shape
+    bos: tuple[int, ...]  # <bos>, where the tokenizer puts it and the template does not
     parts: tuple[_Part, ...]
     mismatch: str | None  # why the last answer cannot be learned
 
 
-def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each part of the plan."""
-    pieces = _filled(plan, texts)
-    found = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
-    for piece in pieces:
-        yield next(found) if isinstance(piece, str) else [piece]
+    return tokenizer.encode_pieces(_filled(plan, texts))
 
 
 def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
@@ -203,11 +202,11 @@ def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], 
     else:
         spans = {(at, _end(tokenizer, whole.text, i)[0]): i for i, at in begun.items()}
     cuts = {at for span in spans for at in span} | set(begun.values())
-    parts = list(_parts(tokenizer, whole.text, cuts, spans))
-    if begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
-        parts.insert(0, _Part(tokenizer.bos_id, (), None))
+    parts = tuple(_parts(tokenizer, whole.text, cuts, spans))
+    has_bos = parts and parts[0].control == tokenizer.bos_id
+    bos = (tokenizer.bos_id,) if tokenizer.adds_bos and not has_bos else ()
     lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
-    return _Plan(whole, tuple(parts), _MISMATCH if lost else None)
+    return _Plan(whole, bos, parts, _MISMATCH if lost else None)
 
 
 def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
@@ -294,30 +293,10 @@ def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*(end for end in ends if end is not None), *tokenizer.stop_ids]))
 
 
-# ---- a tokenizer's convention for <bos> ----
-
-
 @lru_cache(maxsize=16)
 def _symbols(tokenizer: Tokenizer) -> tuple[str, str]:
     """The names of <bos> and <eos>; '' for a <bos> that the tokenizer has none of, and for which <eos> stands in."""
     names = {i: name for name, i in tokenizer.controls.items()}
     bos, eos = names.get(tokenizer.bos_id, ''), names.get(tokenizer.eos_id, '')
-    return ('' if bos == eos and not _config(tokenizer).get('bos_token') else bos), eos
-
-
-@lru_cache(maxsize=16)
-def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether a text begins with <bos>: ours do, and of a tokenizer.json it is told in its files."""
-    if JSON_FILE not in tokenizer.saved:
-        return True
-    told = _config(tokenizer).get('add_bos_token')
-    if isinstance(told, bool):
-        return told
-    processor = json.loads(tokenizer.saved[JSON_FILE]).get('post_processor') or {}
-    templates = [p.get('single') or [] for p in (processor, *processor.get('processors', ()))]
-    firsts = [single[0].get('SpecialToken', {}).get('id') for single in templates if single]
-    return any(tokenizer.controls.get(name) == tokenizer.bos_id for name in firsts)
-
-
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return json.loads(tokenizer.saved.get(CONFIG_FILE, b'{}'))
+    config = json.loads(tokenizer.saved.get(CONFIG_FILE, b'{}'))
+    return ('' if bos == eos and not config.get('bos_token') else bos), eos

@@ -50,7 +50,8 @@ class Form(NamedTuple):
 
 def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
     del counts
-    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id}
+    bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
+    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': bos_id, 'eos_id': tokenizer.eos_id}
     return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
 
 
@@ -153,7 +154,7 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > vocab_size:  # fewer are usual: the rows of many models are padded
         raise UsageError(
-            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size} rows for them: set '
+            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size} rows: set '
             f'--config.model.vocab_size={tokenizer.vocab_size}, or name a tokenizer that fits'
         )
     return tokenizer

@@ -1,16 +1,17 @@
 """Token stores: a stream of documents on disk, memory-mapped, and the spool that shuffles documents on the way there.
 
-A store is a directory: `tokens.bin` (uint16, or uint32 for a vocabulary over 65,536), each document `<bos> ids <eos>`,
-and `offsets.npy` (int64, [documents + 1]), where each begins. Opening and reading it takes no memory to speak of.
+A store is a directory: `tokens.bin` (uint16, or uint32 for a vocabulary over 65,536), each document `<bos> ids <eos>`
+(without <bos> where the tokenizer puts none), and `offsets.npy` (int64, [documents + 1]), where each begins. Opening
+and reading it takes no memory to speak of.
 """
 
 import hashlib
+import itertools
 import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO
 
 import numpy as np
 from etils import epath
@@ -46,7 +47,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, i: int) -> np.ndarray:
-        """The ids of document i, [tokens of i], with its <bos> and <eos>."""
+        """The ids of document i, [tokens of i], with its <eos> and <bos>, if there is one."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
     def __len__(self) -> int:
@@ -161,30 +162,24 @@ def write_store(
     encode_batch: Callable[[list[str]], list[list[int]]],
     *,
     vocab_size: int,
-    bos_id: int,
+    bos_id: int | None,
     eos_id: int,
 ) -> int:
     """Encodes texts, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
     lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+    first = [] if bos_id is None else [bos_id]
     with (directory / 'tokens.bin').open('wb') as f:
         for chunk in _chunks(texts):
             ids = encode_batch(chunk)
-            lengths.append(np.array([len(document) + 2 for document in ids], np.int64))
-            _write_documents(f, ids, token_dtype(vocab_size), bos_id, eos_id)
+            documents = [[*first, *document, eos_id] for document in ids]
+            lengths.append(np.array([len(document) for document in documents], np.int64))
+            flat = list(itertools.chain.from_iterable(documents))
+            f.write(np.array(flat, token_dtype(vocab_size)).tobytes())
     offsets = np.cumsum(np.concatenate(lengths))
     with (directory / 'offsets.npy').open('wb') as f:
         np.save(f, offsets)
     return int(offsets[-1])
-
-
-def _write_documents(f: IO[bytes], ids: list[list[int]], dtype: type[np.unsignedinteger], bos: int, eos: int) -> None:
-    flat: list[int] = []
-    for document in ids:
-        flat.append(bos)
-        flat.extend(document)
-        flat.append(eos)
-    f.write(np.array(flat, dtype).tobytes())
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -234,7 +234,7 @@ def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
     unknown = unknown.get('content') if isinstance(unknown, dict) else unknown
     if isinstance(unknown, str) and unknown in ours.controls:
         ids['unknown_token_id'] = ours.controls[unknown]
-    ids['add_bos_token'] = 'bos_token_id' in ids and chat_template.begins_with_bos(ours)
+    ids['add_bos_token'] = 'bos_token_id' in ids and ours.adds_bos
     ids['add_eos_token'] = False
     return ids | ({_TEMPLATE: template.text} if template else {})
 

@@ -127,7 +127,7 @@ def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: A
     """Loss, perplexity and bits per byte of each source's held-out text."""
     shape = {'batch_size': config.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
     batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
-    return heldout.by_source(params, cfg, batches, prepared.tokenizer.bytes_of_ids)
+    return heldout.by_source(params, cfg, batches, prepared.tokenizer)
 
 
 def continue_prompts(
@@ -136,9 +136,11 @@ def continue_prompts(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Each prompt answered, greedily and at T = 0.7; without a template, and if it is raw, continued as plain text."""
 
+    raw = lambda prompt: template is None or prompt.kind == 'raw'
+
     def ids(prompt: Prompt) -> list[int]:
-        if template is None or prompt.kind == 'raw':
-            return [tokenizer.bos_id, *tokenizer.encode(prompt.text)]
+        if raw(prompt):
+            return tokenizer.encode_prompt(prompt.text)
         return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
 
     asked = [(p, t) for t in TEMPERATURES for p in prompts]
@@ -153,7 +155,7 @@ def continue_prompts(
             'kind': p.kind,
             'prompt': p.text,
             'temperature': t,
-            'text': tokenizer.decode(g.ids),
+            'text': tokenizer.decode(g.ids, continued=raw(p)),
             'ended': g.ended,
         }
         for (p, t), g in zip(asked, out, strict=True)
