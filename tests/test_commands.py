@@ -434,6 +434,8 @@ def test_tokens_are_drawn_by_the_flags_then_by_the_models_own_settings():
     of = lambda **settings: {'generation_config.json': json.dumps(settings).encode()}
     assert drawn({}) == Sampling(temperature=0.7)
     assert drawn(of(temperature=0.2, top_p=0.9, top_k=20), '--top_p=0.5') == Sampling(0.2, 20, 0.5)
+    assert drawn(of(do_sample=True, top_p=0.9)) == Sampling(1.0, 50, 0.9)
+    assert drawn(of(do_sample=False, temperature=0.9, top_p=0.6)) == Sampling(0.0, 0, 0.6)
     assert drawn(of(do_sample=False)) == Sampling() == drawn(of(temperature=0.2), '--temperature=0')
     assert drawn(of(do_sample=False, top_p=0.9), '--temperature=1') == Sampling(1.0, 0, 0.9)
     odd = of(temperature=-1, top_p='x', top_k=None, min_p=True, eos_token_id=[2])

@@ -4,6 +4,7 @@ Neither torch nor `transformers` is needed, and nothing that a folder brings alo
 when they are asked for, and written in pieces, so that memory holds one of them.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from lm import files
-from lm.data.tokenizer import JSON_FILE, MODEL_FILE
+from lm.data.chat_template import TEMPLATE_FILE, ChatTemplate
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import UsageError
 from lm.interop import families, family_config, tokenizer_files
@@ -158,6 +160,10 @@ def _leaves(names: Mapping[str, Info], told: Described, where: str, fetch: Fetch
     for leaf, places in _places(told.family, told.model, scored=told.scored).items():
         leaves[leaf] = _leaf(names, told.model, where, leaf, places, fetch)
         left.difference_update(places)
+    for name in left.intersection(_zeros(told.family, told.model)):
+        if np.any(fetch(name, names[name])):
+            raise UsageError(f'{where}: the tensor {name!r} is not zero, and a bias of the output is not in our graph')
+        left.remove(name)
     return leaves, left
 
 
@@ -261,7 +267,7 @@ def _check_surplus(left: set[str], where: str) -> None:
 
 
 class Tensor(NamedTuple):
-    """One tensor to write: layer `layer` of a parameter."""
+    """One tensor to write: layer `layer` of a parameter, or zeros where `leaf` is ''."""
 
     name: str
     kind: str
@@ -283,7 +289,7 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     folder = epath.Path(path).expanduser()
     if folder.exists():
         raise UsageError(f'{path} exists: name a new folder')
-    family, config = family_config.choose(opened.model, scored=opened.scored)
+    family, config = _family_for(opened)
     plan = _plan(opened, family)
     words, ids = _words_of(opened, say)
     if opened.scored and _pads_with_an_end(ids):
@@ -297,6 +303,24 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
             files.write_bytes(made / name, content)
         files.write_json(made / CONFIG, config)
         _write_weights(opened, made, plan, say)
+
+
+def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
+    """The first architecture that is this graph, and beside which transformers reads its tokenizer as it is; and its
+    config.json."""
+    from lm.interop import tokenizers
+
+    family, config = family_config.choose(opened.model, scored=opened.scored)
+    kind = family.model_type
+    if not opened.tokenizer or not tokenizers.replaced_in(kind, opened.tokenizer):
+        return family, config
+    try:
+        return family_config.choose(opened.model, scored=opened.scored, without=kind)
+    except UsageError as error:
+        raise UsageError(
+            f'{opened.where}: transformers splits the texts of {kind} in a way of its own, so that this tokenizer would '
+            f'have other ids there; and else {error}: write a GGUF file'
+        ) from None
 
 
 def _pads_with_an_end(ids: Mapping[str, Any]) -> bool:
@@ -313,7 +337,13 @@ def _plan(opened: Opened, family: Family) -> list[Tensor]:
             raise UsageError(f'{opened.where}: has no parameter {leaf}')
         kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), _shapes(leaf, model)
         plan += [Tensor(name, kind, stored, leaf, layer) for layer, name in enumerate(places)]
-    return plan
+    zeros = _zeros(family, opened.model)
+    return plan + [Tensor(name, 'F32', (opened.model['dim'],), '', 0) for name in zeros]
+
+
+def _zeros(family: Family, model: Mapping[str, Any]) -> list[str]:
+    """The names of tensors that a family has beside our parameters, all of them zero."""
+    return [families.LAYER_PREFIX.format(i) + families.ZERO for i in range(model['layers'] if family.biased else 0)]
 
 
 def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -323,13 +353,24 @@ def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, byt
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer, and so the folder has none')
         return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
-    words = dict(tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context')))
+    words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
     found, inside = tokenizer_files.loaded(words), range(opened.model['vocab_size'])
-    ends = [i for i in found.stop_ids if i in inside]
+    ends = [i for i in _ends(found, words) if i in inside]
     pad = found.pad_id if found.pad_id in inside else None
     ids: dict[str, Any] = dict(zip(IDS, (found.bos_id, ends[0] if len(ends) == 1 else ends, pad), strict=True))
-    words.setdefault(GENERATION_FILE, tokenizer_files.dump(ids))
+    own = json.loads(words.get(GENERATION_FILE, b'{}'))  # of the model that training began with
+    words[GENERATION_FILE] = tokenizer_files.dump(ids | own | {'eos_token_id': ids['eos_token_id']})
     return words, ids
+
+
+def _ends(tokenizer: Tokenizer, words: Mapping[str, bytes]) -> list[int]:
+    """The ids that end a text or an answer: transformers stops at those that generation_config.json names, and at no
+    others."""
+    ends = list(tokenizer.stop_ids)
+    if TEMPLATE_FILE in words:
+        with contextlib.suppress(UsageError):  # a template that does not fit: it is the run's all the same
+            ends += ChatTemplate(words[TEMPLATE_FILE].decode(errors='replace')).stop_ids(tokenizer)
+    return list(dict.fromkeys(ends))
 
 
 def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:
@@ -383,6 +424,9 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
 
 def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few rows at a time."""
+    if not tensor.leaf:
+        yield bytes(tensor.nbytes)
+        return
     stored = to_theirs(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
     row = max(1, tensor.nbytes // tensor.shape[0])
     step = max(1, PIECE_BYTES // row)
