@@ -201,7 +201,7 @@ def test_agreement_is_the_difference_of_the_models(dialogues):
     ('words', 'wanted'),
     [
         (('nowhere', 'x'), 'nowhere: there is no such run, folder or file'),
-        (('empty', 'x'), 'empty: is no run, no Hugging Face folder'),
+        (('empty', 'x'), 'empty is empty: name another'),
         (('RUN', 'there'), 'there exists: name another'),
         (('RUN', 'x', '--quantize=Q8_0'), '--quantize=Q8_0 is for GGUF files'),
         (('RUN', 'x.gguf', '--quantize=Q4_K'), '--quantize=Q4_K (did you mean Q4_K_S?) is not one of'),

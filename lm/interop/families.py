@@ -34,7 +34,7 @@ ACTIVATIONS = {
 # Keys that make the graph another one: whatever is neither absent, null nor this value is refused.
 NEUTRAL = {
     'mlp_bias': False, 'attention_bias': False, 'partial_rotary_factor': 1.0, 'use_bidirectional_attention': False,
-    'is_causal': True, 'quantization_config': None, 'num_experts': 0, 'num_local_experts': 0, 'n_routed_experts': 0,
+    'is_causal': True, 'num_experts': 0, 'num_local_experts': 0, 'n_routed_experts': 0,
     'add_cross_attention': False, 'is_encoder_decoder': False, 'clip_qkv': None,
 }  # fmt: skip
 

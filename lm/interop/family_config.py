@@ -17,6 +17,7 @@ from lm.model.layers import RopeScaling
 SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
 MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
 BIASED = 'attention_bias'
+QUANTIZED = ('quantization_config', 'quantization')  # of transformers, of MLX
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 _LLAMA3 = {  # llama3's own names, and ours
     'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
@@ -50,6 +51,12 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
     inner = config.get('text_config') if vision else config
     if not isinstance(inner, Mapping):
         raise UsageError(f'{where}: text_config is no object: get the folder again')
+    for key in QUANTIZED:
+        if told := inner.get(key) or config.get(key):
+            kind = told.get('quant_method', told) if isinstance(told, Mapping) else told
+            raise UsageError(
+                f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not, or a GGUF'
+            )
     for key, value in NEUTRAL.items():
         if family.biased and key == BIASED:
             continue

@@ -40,6 +40,10 @@ def open_gguf(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
 
 def architecture(metadata: Mapping[str, Any], where: str) -> tuple[str, Arch]:
     """The name of a file's architecture, and its table."""
+    kind = metadata.get('general.type', 'model')
+    if kind != 'model':
+        first = ': merge it into its model first' if kind == 'adapter' else ': name the file of the model'
+        raise UsageError(f'{where}: is of the type {str(kind)[:40]!r}, and no model{first}')
     name = metadata.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHS:
         raise UsageError(f'{where}: the architecture {name!r} is not one of {", ".join(ARCHS)}')

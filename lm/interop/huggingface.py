@@ -30,6 +30,7 @@ CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.
 SHARD = 5_000_000_000  # of a file of weights
 PIECE_BYTES = 2**24  # that are put in order for writing at once
 IGNORED = ('rotary_emb.inv_freq', 'masked_bias')  # old files' copies of what follows from config.json
+PEFT = 'base_model.'  # before the names of a model that has an adapter
 BIAS, MEAN, STD = 'reward_bias', 'reward_mean', 'reward_std'  # keys of ours in config.json: theirs have none
 SMALL_FILE = 64 << 20  # bytes: no tokenizer's file is larger
 _WORDS = (
@@ -60,6 +61,7 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     told = family_config.describe(config, f'{where}/{CONFIG}')
     tensors = _tensors(folder)
     names, prefixed = _names(tensors, told, where)
+    _check_names(names, where)
     fetch = fetch or (lambda _, info: file.read(info))
     leaves, left = _leaves(names, told, where, lambda name, info: fetch(prefixed[name], info))
     notes = _settle_head(told, names, left, leaves, fetch, prefixed)
@@ -152,6 +154,22 @@ def _names(tensors: Mapping[str, Info], told: Described, where: str) -> tuple[di
     if not own:
         raise UsageError(f'{where}: has no text model ({" or ".join(families.VISION_PREFIXES)}…)')
     return {name: tensors[theirs] for name, theirs in own.items()}, own
+
+
+def _check_names(names: Mapping[str, Info], where: str) -> None:
+    """Raises UsageError for tensors that are called otherwise than the same model's own: what they say, and what to do
+    about it."""
+    first = families.TOP['embed_VD']
+    if first in names:
+        return
+    if adapted := next((name for name in names if '.lora_' in name or name.startswith(PEFT)), None):
+        raise UsageError(f'{where}: holds a model with an adapter in it ({adapted}): merge it first (merge_and_unload)')
+    wrapped = next((name for name in names if name.endswith(f'.{first}')), None)
+    if wrapped:
+        prefix = wrapped.removesuffix(first)
+        raise UsageError(f'{where}: its tensors begin with {prefix!r}: save the model that is wrapped in it')
+    if first.removeprefix('model.') in names:
+        raise UsageError(f"{where}: its tensors lack the beginning 'model.': save the ForCausalLM that it belongs to")
 
 
 def _leaves(names: Mapping[str, Info], told: Described, where: str, fetch: Fetch) -> tuple[dict[str, Leaf], set[str]]:
@@ -318,7 +336,7 @@ def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
         return family_config.choose(opened.model, scored=opened.scored, without=kind)
     except UsageError as error:
         raise UsageError(
-            f'{opened.where}: transformers splits the texts of {kind} in a way of its own, so that this tokenizer would '
+            f'{opened.where}: transformers splits the texts of {kind} in a way of its own, so this tokenizer would '
             f'have other ids there; and else {error}: write a GGUF file'
         ) from None
 

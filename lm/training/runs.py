@@ -18,6 +18,7 @@ from lm import files, processes, runtime, sharding
 from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
+from lm.interop import folders
 from lm.model import attention_kernels, sequences, transformer
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
@@ -69,14 +70,18 @@ def read_config(run: str) -> dict[str, Any]:
     """The saved config.json of 'DIR' or 'DIR@STEP'. Raises UsageError if it is not a run."""
     folder = epath.Path(split_run(run)[0])
     file = folder / 'config.json'
+    if folder.suffix.lower() == '.gguf' and folder.is_file():
+        raise UsageError(f'{folder} is not a run: it is a GGUF file, {folders.converted(folder)}')
     if not file.exists():
-        raise UsageError(f'{folder} is not a run: it has no config.json')
+        raise UsageError(f'{folder} is not a run: it {folders.reason(folder)}')
     try:
         saved = json.loads(file.read_text())
     except ValueError as error:
         raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
     if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
-        raise UsageError(f'{folder} is not a run: its config.json is of something else')
+        other = isinstance(saved, dict) and ('architectures' in saved or 'model_type' in saved)
+        what = f'it is a Hugging Face folder, {folders.converted(folder)}' if other else 'its config.json is of another'
+        raise UsageError(f'{folder} is not a run: {what}')
     if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
         raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
     return saved
