@@ -200,7 +200,7 @@ def test_agreement_is_the_difference_of_the_models(dialogues):
 @pytest.mark.parametrize(
     ('words', 'wanted'),
     [
-        (('nowhere', 'x'), 'nowhere: there is no such run, folder or file'),
+        (('nowhere', 'x'), 'nowhere does not exist: name'),
         (('empty', 'x'), 'empty is empty: name another'),
         (('RUN', 'there'), 'there exists: name another'),
         (('RUN', 'x', '--quantize=Q8_0'), '--quantize=Q8_0 is for GGUF files'),
@@ -208,12 +208,12 @@ def test_agreement_is_the_difference_of_the_models(dialogues):
         (('RUN', 'x', '--format=gguf'), 'the name of a GGUF file ends with .gguf'),
         (('RUN', 'x.gguf', '--format=run'), 'the name of a GGUF file ends with .gguf'),
         (('RUN', 'x', '--tokens=1'), '--tokens=1 must be from 2 to'),
-        (('file.txt', 'x'), 'file.txt: is neither a folder nor a .gguf file'),
+        (('file.txt', 'x'), 'file.txt is neither a folder nor a .gguf file'),
         (('REWARD', 'x.gguf'), 'a reward model has no GGUF form'),
         (('RUN', ''), "'' is no path"),
         (('RUN', 'a\udcff'), 'is no path'),
         (('RUN', 'x.GGUF/', '--format=run'), 'the name of a GGUF file ends with .gguf'),
-        (('~/none', 'x'), 'HOME/none: there is no such run'),
+        (('~/none', 'x'), 'HOME/none does not exist: name'),
         (('RUN', '~/there'), 'HOME/there exists'),
         (('smollm2', 'x'), 'there is a folder smollm2: name ./smollm2'),
     ],
