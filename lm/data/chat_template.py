@@ -85,7 +85,8 @@ class ChatTemplate:
         if plan.mismatch and given < len(messages):
             raise UsageError(plan.mismatch)
         texts, changed = said(plan.shape, messages)
-        ids, trained = list(plan.bos), [False] * len(plan.bos)
+        ids: list[int] = []
+        trained: list[bool] = []
         for part, found in zip(plan.parts, _encoded(plan, tokenizer, texts), strict=True):
             ids += found
             trained += [part.owner is not None and part.owner >= given and part.owner not in changed] * len(found)
@@ -97,12 +98,10 @@ class ChatTemplate:
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
         plan = _plan(self, tokenizer, _roles(messages), True)
-        found = _encoded(plan, tokenizer, said(plan.shape, messages)[0])
-        return [*plan.bos, *(i for ids in found for i in ids)]
+        return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
 
     def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
-        """What `prompt` encodes, without a <bos> that is not the template's: the ids of control symbols, and texts that
-        are encoded each as one."""
+        """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
         plan = _plan(self, tokenizer, _roles(messages), True)
         return _filled(plan, said(plan.shape, messages)[0])
 
@@ -173,7 +172,6 @@ class _Plan(NamedTuple):
     """How the ids of a shape are put together."""
 
     shape: Shape
-    bos: tuple[int, ...]  # <bos>, where the tokenizer puts it and the template does not
     parts: tuple[_Part, ...]
     mismatch: str | None  # why the last answer cannot be learned
 
@@ -202,11 +200,11 @@ def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], 
     else:
         spans = {(at, _end(tokenizer, whole.text, i)[0]): i for i, at in begun.items()}
     cuts = {at for span in spans for at in span} | set(begun.values())
-    parts = tuple(_parts(tokenizer, whole.text, cuts, spans))
-    has_bos = parts and parts[0].control == tokenizer.bos_id
-    bos = (tokenizer.bos_id,) if tokenizer.adds_bos and not has_bos else ()
+    parts = list(_parts(tokenizer, whole.text, cuts, spans))
+    if tokenizer.adds_bos and (not parts or parts[0].control != tokenizer.bos_id):
+        parts.insert(0, _Part(tokenizer.bos_id, (), None))
     lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
-    return _Plan(whole, bos, parts, _MISMATCH if lost else None)
+    return _Plan(whole, tuple(parts), _MISMATCH if lost else None)
 
 
 def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
