@@ -115,9 +115,14 @@ class Tokenizer:
         """The ids of a text from its beginning, without <bos> and <eos>."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text from its beginning, on all cores."""
-        return self._encode([self._with_space(text) for text in texts])
+    def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[list[int]]:
+        """The ids of each text from its beginning, on all cores.
+
+        Args:
+          continued: whether there is text before each, so that it is no beginning; None: before none of them.
+        """
+        begun = continued or [False] * len(texts)
+        return self._encode([t if after else self._with_space(t) for t, after in zip(texts, begun, strict=True)])
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text that a model is to continue, at least one: after <bos> where the tokenizer puts it; of an

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -54,9 +54,8 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     no description of a tokenizer.
     """
     spec = parse(saved[JSON_FILE])
-    names, scheme = _names(spec, saved), prepend_scheme(spec)
-    added_tokens = spec.get('added_tokens') or ()
-    strips = [{token['content'] for token in added_tokens if token.get(side)} for side in ('lstrip', 'rstrip')]
+    names = _names(spec, saved)
+    edges = _edges(spec, saved, names)
     _make_plain(spec)
     _check_lossless(spec)
     library = _build(spec)
@@ -72,10 +71,9 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
         found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)
     ]
-    adds_bos = _adds_bos(spec, saved, names)
-    left, right = (sorted(i for name, i in controls.items() if name in found) for found in strips)
-    edges = [] if adds_bos and scheme == 'never' and not left + right else [adds_bos, scheme, left, right]
-    identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad, *edges]).encode(), digest_size=8)
+    told = [] if edges == _PLAIN_EDGES else [repr(edges)]
+    identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad, *told]).encode(), digest_size=8)
+    strips = [frozenset(controls[name] for name in found if name in controls) for found in (edges.left, edges.right)]
     tokenizer = Tokenizer(
         pieces=pieces,
         controls=controls,
@@ -88,10 +86,10 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
         encode_plain=encode,
         around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
         byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
-        adds_bos=adds_bos,
-        prepend_scheme=scheme,
-        strips_left=frozenset(left),
-        strips_right=frozenset(right),
+        adds_bos=edges.adds_bos,
+        prepend_scheme=edges.scheme,
+        strips_left=strips[0],
+        strips_right=strips[1],
     )
     if not gives_back(tokenizer):
         raise UsageError('changes text, and losses per byte would be of another text')
@@ -118,6 +116,24 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     if not found['eos']:
         raise UsageError(f'names no token that ends a text (eos_token in {CONFIG_FILE} beside it)')
     return {key: name or found['eos'] for key, name in found.items()}
+
+
+class _Edges(NamedTuple):
+    """How a text begins and is stripped, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
+
+    adds_bos: bool
+    scheme: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+_PLAIN_EDGES = _Edges(True, 'never', (), ())
+
+
+def _edges(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str, str]) -> _Edges:
+    added = spec.get('added_tokens') or ()
+    strips = (tuple(token['content'] for token in added if token.get(side)) for side in ('lstrip', 'rstrip'))
+    return _Edges(_adds_bos(spec, saved, names), prepend_scheme(spec), *strips)
 
 
 def _adds_bos(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str, str]) -> bool:
