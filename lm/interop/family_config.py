@@ -54,9 +54,7 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
     for key in QUANTIZED:
         if told := inner.get(key) or config.get(key):
             kind = told.get('quant_method', told) if isinstance(told, Mapping) else told
-            raise UsageError(
-                f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not, or a GGUF'
-            )
+            raise UsageError(f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not')
     for key, value in NEUTRAL.items():
         if family.biased and key == BIASED:
             continue
