@@ -251,6 +251,18 @@ def prepend_scheme(spec: Mapping[str, Any]) -> str:
     return 'never'
 
 
+def differences(spec: Mapping[str, Any]) -> list[str]:
+    """Notes on the texts that get other ids than the makers', since they would not come back from those."""
+    found = []
+    if any(node['type'] == 'NFC' for node in _nodes(spec.get('normalizer'))):
+        found.append('text that is not in NFC is kept as it is')
+    if prepend_scheme(spec) != 'never' and not any(map(_prepends, _nodes(spec.get('normalizer')))):
+        found.append('a text that begins with a space keeps it, beside the one that is put before it')
+    if any(not t['special'] and (t['lstrip'] or t['rstrip']) for t in spec.get('added_tokens') or ()):
+        found.append('white space beside added tokens is kept')
+    return found
+
+
 def _without(node: Any, drop: Callable[[Mapping[str, Any]], bool]) -> Any:
     """A normalizer without some of its parts."""
     if not node or drop(node):

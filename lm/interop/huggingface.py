@@ -4,7 +4,6 @@ Neither torch nor `transformers` is needed, and nothing that a folder brings alo
 when they are asked for, and written in pieces, so that memory holds one of them.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,13 @@ import numpy as np
 from etils import epath
 
 from lm import files
-from lm.data.chat_template import TEMPLATE_FILE, ChatTemplate
-from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
-from lm.data.tokenizer_json import GENERATION_FILE
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, tokenizer_files
+from lm.interop import families, family_config, generation_config, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
+from lm.interop.generation_config import IDS
 from lm.interop.graph import shapes
 from lm.interop.opened import Leaf, Opened
 from lm.interop.safetensors_file import Info
@@ -37,8 +35,6 @@ _WORDS = (
     'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
     'chat_template.jinja', 'chat_template.json', 'generation_config.json', CONFIG,
 )  # fmt: skip
-
-IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 Fetch = Callable[[str, Info], np.ndarray]  # a tensor by its name
 
@@ -75,7 +71,7 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     words = _small_files(folder)
     if {JSON_FILE, MODEL_FILE} & set(words):
         words, more = tokenizer_files.fitted(tokenizers.from_huggingface(words), told.model['vocab_size'])
-        notes += [f'{where}: {note}' for note in more]
+        notes += [f'{where}: {note}' for note in (*more, *generation_config.unfollowed(words))]
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
     scale = _scale(config, where) if told.scored else None
@@ -372,23 +368,7 @@ def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, byt
         say(f'{opened.where} has no tokenizer, and so the folder has none')
         return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
     words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
-    found, inside = tokenizer_files.loaded(words), range(opened.model['vocab_size'])
-    ends = [i for i in _ends(found, words) if i in inside]
-    pad = found.pad_id if found.pad_id in inside else None
-    ids: dict[str, Any] = dict(zip(IDS, (found.bos_id, ends[0] if len(ends) == 1 else ends, pad), strict=True))
-    own = json.loads(words.get(GENERATION_FILE, b'{}'))  # of the model that training began with
-    words[GENERATION_FILE] = tokenizer_files.dump(ids | own | {'eos_token_id': ids['eos_token_id']})
-    return words, ids
-
-
-def _ends(tokenizer: Tokenizer, words: Mapping[str, bytes]) -> list[int]:
-    """The ids that end a text or an answer: transformers stops at those that generation_config.json names, and at no
-    others."""
-    ends = list(tokenizer.stop_ids)
-    if TEMPLATE_FILE in words:
-        with contextlib.suppress(UsageError):  # a template that does not fit: it is the run's all the same
-            ends += ChatTemplate(words[TEMPLATE_FILE].decode(errors='replace')).stop_ids(tokenizer)
-    return list(dict.fromkeys(ends))
+    return generation_config.exported(words, rows=opened.model['vocab_size'])
 
 
 def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:

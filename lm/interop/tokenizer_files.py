@@ -20,8 +20,8 @@ def checked(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def fitted(files: Mapping[str, bytes], rows: int) -> tuple[dict[str, bytes], Sequence[str]]:
-    """(the files without added tokens for which the model has no row, notes on them). A token for images is one in a
-    model of text that was cut out of another.
+    """(the files without added tokens for which the model has no row, notes on these and on texts whose ids are not the
+    makers'). A token for images is one in a model of text that was cut out of another.
 
     Raises UsageError if other tokens have no row, or lm cannot use what is left.
     """
@@ -32,12 +32,13 @@ def fitted(files: Mapping[str, bytes], rows: int) -> tuple[dict[str, bytes], Seq
     size = 1 + max(vocab.values()) if isinstance(vocab, dict) else len(vocab)
     if size > rows:
         raise UsageError(f'the tokenizer has {size} ids, and the model {rows} rows for them: get the tokenizer again')
+    notes = [f'its tokenizer: {note}' for note in tokenizer_json.differences(spec)]
     if not beyond:
-        return dict(files), []
+        return dict(files), notes
     spec['added_tokens'] = [token for token in added if token['id'] < rows]
     spec['model']['vocab'] = vocab
     note = f'the model has no row for {", ".join(beyond)[:200]}: left out of the tokenizer'
-    return checked({**files, JSON_FILE: dump(spec)}), [note]
+    return checked({**files, JSON_FILE: dump(spec)}), [note, *notes]
 
 
 def loaded(files: Mapping[str, bytes]) -> Tokenizer:
