@@ -326,9 +326,9 @@ BAD_SETTINGS = [
     ({'data.mixture': 'botocoree'}, 'botocoree'),
     ({'data.tokenizer': '/no/tokenizer'}, 'no tokenizer at /no/tokenizer'),
     ({'eval.prompts': '/no/prompts.jsonl'}, 'no prompts at /no/prompts.jsonl'),
-    ({'init_from': '/no/run'}, '/no/run has no checkpoint'),
+    ({'init_from': '/no/run'}, '/no/run is not a run: it does not exist'),
     ({'steps': 3e9}, 'steps=3000000000 must be from 1 to 2147483647'),
-    ({'branch_from': '/no/run@3'}, '/no/run has no checkpoint'),
+    ({'branch_from': '/no/run@3'}, '/no/run is not a run: it does not exist'),
 ]
 
 
@@ -414,7 +414,9 @@ def test_a_workdir_that_cannot_be_written(call, lab, tmp_path, monkeypatch):
     for workdir in ('/proc/lm-run', tmp_path / 'file' / 'run', tmp_path / 'new' / ('x' * 300)):
         refused(call('main', *lab.argv(workdir)), f'{workdir} cannot be written')
     assert [p.name for p in tmp_path.iterdir()] == ['file']
-    refused(call('main', *lab.argv(tmp_path / 'a' / 'b', init_from='/no/run')), '/no/run has no checkpoint')
+    refused(
+        call('main', *lab.argv(tmp_path / 'a' / 'b', init_from='/no/run')), '/no/run is not a run: it does not exist'
+    )
     assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 

@@ -125,5 +125,7 @@ def test_a_graph_that_is_no_llama_is_refused_with_its_reason(tmp_path):
     window = {'use_sliding_window': True, 'sliding_window': 16, 'max_window_layers': 1}
     folders.make(tmp_path / 'hf', 'qwen2', **window)
     convert.convert(convert.parse([str(tmp_path / 'hf'), str(tmp_path / 'run'), '--tokens=16']))
-    with pytest.raises(UsageError, match='transformers splits the texts of qwen2 in a way of its own.*model.window=16'):
+    with pytest.raises(
+        UsageError, match='transformers splits the texts of qwen2 in a way of its own.*model.pattern=global,local'
+    ):
         convert.convert(convert.parse([str(tmp_path / 'run'), str(tmp_path / 'out'), '--tokens=16']))

@@ -189,9 +189,9 @@ def inherit_model(
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
+    saved = read_config(str(workdir) if resumed else parent)['config']
     if weights and not resumed:
         checkpoint.locate(parent)
-    saved = read_config(str(workdir) if resumed else parent)['config']
     if is_scored(saved) and config.stage != saved['stage']:
         raise UsageError(
             f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
