@@ -100,11 +100,8 @@ def qwen():
 def test_a_graph_of_qwen2_is_a_llama_where_its_tokenizer_would_be_replaced(tmp_path, spec, kept):
     end = '<|im_end|>' if '<|im_end|>' in json.dumps(spec) else '</s>'
     made, out = there_and_back(tmp_path, kind='qwen2', rows=300, spec=spec, settings={'eos_token': end}, template=None)
-    config, before, after = (
-        read(out, 'config.json'),
-        load_file(made / 'model.safetensors'),
-        load_file(out / 'model.safetensors'),
-    )
+    config = read(out, 'config.json')
+    before, after = (load_file(folder / 'model.safetensors') for folder in (made, out))
     assert config['model_type'] == ('qwen2' if kept else 'llama')
     assert config.get('attention_bias') is (None if kept else True)
     zeros = [name for name in after if name.endswith('o_proj.bias')]
@@ -125,7 +122,6 @@ def test_a_graph_that_is_no_llama_is_refused_with_its_reason(tmp_path):
     window = {'use_sliding_window': True, 'sliding_window': 16, 'max_window_layers': 1}
     folders.make(tmp_path / 'hf', 'qwen2', **window)
     convert.convert(convert.parse([str(tmp_path / 'hf'), str(tmp_path / 'run'), '--tokens=16']))
-    with pytest.raises(
-        UsageError, match='transformers splits the texts of qwen2 in a way of its own.*model.pattern=global,local'
-    ):
+    says = 'transformers splits the texts of qwen2 in a way of its own.*model.pattern=global,local'
+    with pytest.raises(UsageError, match=says):
         convert.convert(convert.parse([str(tmp_path / 'run'), str(tmp_path / 'out'), '--tokens=16']))

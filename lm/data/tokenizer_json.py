@@ -258,7 +258,7 @@ def differences(spec: Mapping[str, Any]) -> list[str]:
         found.append('text that is not in NFC is kept as it is')
     if prepend_scheme(spec) != 'never' and not any(map(_prepends, _nodes(spec.get('normalizer')))):
         found.append('a text that begins with a space keeps it, beside the one that is put before it')
-    if any(not t['special'] and (t['lstrip'] or t['rstrip']) for t in spec.get('added_tokens') or ()):
+    if any(not t.get('special') and (t.get('lstrip') or t.get('rstrip')) for t in spec.get('added_tokens') or ()):
         found.append('white space beside added tokens is kept')
     return found
 
