@@ -22,6 +22,7 @@ from lm.sampling.generate import Sampling
 RESET = '/reset'
 COLDEST = 1e-4  # logits divided by much less are not finite
 DEFAULT = Sampling(temperature=0.7)
+UNNAMED = Sampling(temperature=1.0, top_k=50)  # where a model says do_sample: transformers' for what it does not name
 # What each may be, and how that is said.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     'temperature': (lambda x: x == 0 or COLDEST <= x < FLOAT32_END, f'0, or from {COLDEST} on and finite'),
@@ -83,7 +84,11 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
 def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> Sampling:
     """How to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
     own = json.loads(saved.get(GENERATION_FILE, b'{}'))
-    found = DEFAULT._replace(temperature=0.0) if own.get('do_sample') is False else DEFAULT
+    found, drawn = DEFAULT, own.get('do_sample')
+    if drawn is True:
+        found = UNNAMED
+    elif drawn is False:  # whatever else it says
+        own['temperature'] = 0.0
     own = {name: own.get(name) for name in LIMITS if type(own.get(name)) in (int, float)}
     found = found._replace(**{name: value for name, value in own.items() if LIMITS[name][0](value)})
     return found._replace(**{name: vars(flags)[name] for name in LIMITS if vars(flags)[name] is not None})

@@ -26,6 +26,7 @@ from lm import files, runtime, sharding
 from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
+from lm.interop import folders
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
@@ -86,18 +87,14 @@ def form_of(src: str) -> str:
     if src in PACKAGED or is_gguf(src):
         return 'gguf'
     folder = epath.Path(split_run(src)[0])
-    if not folder.exists():
-        raise UsageError(f'{src}: there is no such run, folder or file')
-    if folder.is_file():
-        raise UsageError(f'{src}: is neither a folder nor a .gguf file')
     config = _json(folder / 'config.json')
     if 'config' in config:
         return 'run'
     if 'architectures' in config or 'model_type' in config:
         return 'huggingface'
-    if len(list(folder.glob('*.gguf'))) == 1:
+    if folder.is_dir() and len(list(folder.glob('*.gguf'))) == 1:
         return 'gguf'
-    raise UsageError(f'{src}: is no run, no Hugging Face folder (no config.json), and holds not one .gguf file')
+    raise UsageError(f'{src} {folders.reason(folder)}')
 
 
 def _json(file: epath.Path) -> Mapping[str, Any]:

@@ -98,7 +98,7 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversatio
     kind = lambda token: (token.segment, token.marked, names.get(token.id))
     for (segment, marked, name), run in groupby(_learned(row) if conversations else _text(row), kind):
         ids = [token.id for token in run]
-        words = tokenizer.decode(ids) if name is None else name * len(ids)
+        words = tokenizer.decode(ids, continued=True) if name is None else name * len(ids)
         colour = COLOURS[(segment - 1) % len(COLOURS)]
         if not segment:
             words, style = '·' * len(ids), 'bright_black'

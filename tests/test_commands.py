@@ -216,7 +216,12 @@ def test_inspect_shows_names_and_numbers_whole(call, lab, tmp_path, monkeypatch)
     status, out, err = call('inspect', *lab.argv(None, data__mixture=mine), '--rows=0')
     assert status == 0 and f'{mine}: dropped ' in out and f'reading {mine}' in err
     counts = {'read': 4_067_512, 'kept': 4_067_512, 'heldout_documents': 81_350, 'train_tokens': 1_234_567_890}
-    counts |= {'train_bytes': 4_234_567_890, 'dropped': {'duplicate': 1_234_567, 'too short': 7}}
+    counts |= {
+        'train_bytes': 4_234_567_890,
+        'dropped': {'duplicate': 1_234_567, 'too short': 7},
+        'changed': 0,
+        'unused': {},
+    }
     prepared = SimpleNamespace(sources=[SimpleNamespace(name='n/[a-c]*.jsonl', weight=0.7, counts=counts)])
     with (console := inspect.Screen(width=80)).capture() as captured:
         console.print(inspect.counts(prepared))
@@ -307,9 +312,9 @@ BAD_SETTINGS = [
     ({'data.mixture': 'botocoree'}, 'botocoree'),
     ({'data.tokenizer': '/no/tokenizer'}, 'no tokenizer at /no/tokenizer'),
     ({'eval.prompts': '/no/prompts.jsonl'}, 'no prompts at /no/prompts.jsonl'),
-    ({'init_from': '/no/run'}, '/no/run has no checkpoint'),
+    ({'init_from': '/no/run'}, '/no/run is not a run: it does not exist'),
     ({'steps': 3e9}, 'steps=3000000000 must be from 1 to 2147483647'),
-    ({'branch_from': '/no/run@3'}, '/no/run has no checkpoint'),
+    ({'branch_from': '/no/run@3'}, '/no/run is not a run: it does not exist'),
 ]
 
 
@@ -336,8 +341,8 @@ def test_data_that_cannot_be_trained_on(call, lab, tmp_path):
 
 @pytest.mark.usefixtures('nothing_allocated')
 def test_a_tokenizer_that_does_not_fit(call, lab, trained, tmp_path):
-    words = lab.argv(tmp_path / 'run', data__tokenizer=trained / 'tokenizer', model__vocab_size=310)
-    refused(call('main', *words), 'has 300 ids and the model 310')
+    words = lab.argv(tmp_path / 'run', data__tokenizer=trained / 'tokenizer', model__vocab_size=290)
+    refused(call('main', *words), 'has 300 ids and the model 290')
     assert not (tmp_path / 'run').exists()
 
 
@@ -366,9 +371,9 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
     (tmp_path / 'file').write_text('')
     refused(call('main', *lab.argv(tmp_path / 'file')), f'{tmp_path / "file"} is a file')
     for text, wanted in (
-        ('{"architectures": []}', 'config.json is of something else'),
+        ('{"architectures": []}', 'it is a Hugging Face folder'),
         ('{', 'is damaged'),
-        ('[]', 'something else'),
+        ('[]', 'is of another'),
     ):
         (tmp_path / 'a' / 'config.json').write_text(text)
         refused(call('main', *lab.argv(tmp_path / 'a')), wanted)
@@ -384,7 +389,9 @@ def test_a_workdir_that_cannot_be_written(call, lab, tmp_path, monkeypatch):
     for workdir in ('/proc/lm-run', tmp_path / 'file' / 'run', tmp_path / 'new' / ('x' * 300)):
         refused(call('main', *lab.argv(workdir)), f'{workdir} cannot be written')
     assert [p.name for p in tmp_path.iterdir()] == ['file']
-    refused(call('main', *lab.argv(tmp_path / 'a' / 'b', init_from='/no/run')), '/no/run has no checkpoint')
+    refused(
+        call('main', *lab.argv(tmp_path / 'a' / 'b', init_from='/no/run')), '/no/run is not a run: it does not exist'
+    )
     assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
@@ -404,6 +411,8 @@ def test_tokens_are_drawn_by_the_flags_then_by_the_models_own_settings():
     of = lambda **settings: {'generation_config.json': json.dumps(settings).encode()}
     assert drawn({}) == Sampling(temperature=0.7)
     assert drawn(of(temperature=0.2, top_p=0.9, top_k=20), '--top_p=0.5') == Sampling(0.2, 20, 0.5)
+    assert drawn(of(do_sample=True, top_p=0.9)) == Sampling(1.0, 50, 0.9)
+    assert drawn(of(do_sample=False, temperature=0.9, top_p=0.6)) == Sampling(0.0, 0, 0.6)
     assert drawn(of(do_sample=False)) == Sampling() == drawn(of(temperature=0.2), '--temperature=0')
     assert drawn(of(do_sample=False, top_p=0.9), '--temperature=1') == Sampling(1.0, 0, 0.9)
     odd = of(temperature=-1, top_p='x', top_k=None, min_p=True, eos_token_id=[2])

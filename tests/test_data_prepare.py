@@ -137,8 +137,8 @@ def test_a_given_tokenizer_is_used(tmp_path):
     other = _jsonl(tmp_path / 'b.jsonl', [_text(i) for i in range(500, 600)])
     given = _prepare(other, tokenizer=str(tmp_path / 'run' / 'tokenizer'))
     assert given.tokenizer.fingerprint == trained.fingerprint
-    with pytest.raises(UsageError, match='has 400 ids and the model 500'):
-        _prepare(other, tokenizer=str(tmp_path / 'run' / 'tokenizer'), vocab_size=500)
+    with pytest.raises(UsageError, match='has 400 ids and the model 399 rows'):
+        _prepare(other, tokenizer=str(tmp_path / 'run' / 'tokenizer'), vocab_size=399)
     with pytest.raises(UsageError, match='no tokenizer at'):
         _prepare(other, tokenizer=str(tmp_path))
 

@@ -13,7 +13,7 @@ import pytest
 
 from lm import files
 from lm.errors import RunError, UsageError
-from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, independent, tokenizers
+from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, independent, tokenizer_files, tokenizers
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.layers import RopeScaling
@@ -57,6 +57,8 @@ def by_hand(monkeypatch):
     """A tokenizer that needs no files; `test_tokenizers` has the real ones."""
     monkeypatch.setattr(tokenizers, 'to_gguf', lambda found, vocab_size: vocabulary(vocab_size))
     monkeypatch.setattr(tokenizers, 'from_gguf', lambda metadata: {})
+    monkeypatch.setattr(tokenizers, 'unlike_llama_cpp', lambda files: [])
+    monkeypatch.setattr(tokenizer_files, 'fitted', lambda files, rows: (files, ()))
 
 
 def arrays(model, dtype, seed=0):

@@ -415,7 +415,7 @@ def test_inspect_shows_what_a_stage_learns_from(dialogues, shown, tmp_path):
 
 
 def test_inspect_refuses_in_one_line(dialogues, shown):
-    refused(shown('sft', init_from='/no/run'), '/no/run is not a run: it has no config.json')
+    refused(shown('sft', init_from='/no/run'), '/no/run is not a run: it does not exist')
     refused(shown('dpo', init_from='none'), 'stage=dpo trains a model further: set --config.init_from=DIR')
 
 

@@ -25,7 +25,7 @@ from etils import epath
 from lm import files
 from lm.data.chat_layout import Layout, lay_out, unveiled
 from lm.data.chat_shape import SIGN, Message, Shape, Source, Tools, number, said, shape, sign
-from lm.data.tokenizer import CHAT_MARKERS, JSON_FILE, Tokenizer
+from lm.data.tokenizer import CHAT_MARKERS, Tokenizer
 from lm.errors import UsageError
 
 TEMPLATE_FILE, CONFIG_FILE = 'chat_template.jinja', 'tokenizer_config.json'
@@ -241,12 +241,9 @@ def _laid_plan(tokenizer: Tokenizer, laid: Layout, ends: Mapping[int, int], *, l
     return _Plan(parts, None, _MISMATCH if lost else None, laid.changed, laid.unused)
 
 
-def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each part of the plan."""
-    pieces = _filled(plan, texts)
-    found = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
-    for piece in pieces:
-        yield next(found) if isinstance(piece, str) else [piece]
+    return tokenizer.encode_pieces(_filled(plan, texts))
 
 
 def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
@@ -311,7 +308,7 @@ def _all_parts(
     """`_parts`, cut where answers and spans begin and end, with the tokenizer's own <bos> first."""
     cuts = {at for span in spans for at in span} | set(starts)
     parts = tuple(_parts(tokenizer, text, cuts, spans, tokens))
-    if begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
+    if tokenizer.adds_bos and (not parts or parts[0].control != tokenizer.bos_id):
         return (_Part(tokenizer.bos_id, (), None), *parts)
     return parts
 
@@ -382,30 +379,10 @@ def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*(end for end in ends if end is not None), *tokenizer.stop_ids]))
 
 
-# ---- a tokenizer's convention for <bos> ----
-
-
 @lru_cache(maxsize=16)
 def _symbols(tokenizer: Tokenizer) -> tuple[str, str]:
     """The names of <bos> and <eos>; '' for a <bos> that the tokenizer has none of, and for which <eos> stands in."""
     names = {i: name for name, i in tokenizer.controls.items()}
     bos, eos = names.get(tokenizer.bos_id, ''), names.get(tokenizer.eos_id, '')
-    return ('' if bos == eos and not _config(tokenizer).get('bos_token') else bos), eos
-
-
-@lru_cache(maxsize=16)
-def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether a text begins with <bos>: ours do, and of a tokenizer.json it is told in its files."""
-    if JSON_FILE not in tokenizer.saved:
-        return True
-    told = _config(tokenizer).get('add_bos_token')
-    if isinstance(told, bool):
-        return told
-    processor = json.loads(tokenizer.saved[JSON_FILE]).get('post_processor') or {}
-    templates = [p.get('single') or [] for p in (processor, *processor.get('processors', ()))]
-    firsts = [single[0].get('SpecialToken', {}).get('id') for single in templates if single]
-    return any(tokenizer.controls.get(name) == tokenizer.bos_id for name in firsts)
-
-
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return json.loads(tokenizer.saved.get(CONFIG_FILE, b'{}'))
+    config = json.loads(tokenizer.saved.get(CONFIG_FILE, b'{}'))
+    return ('' if bos == eos and not config.get('bos_token') else bos), eos

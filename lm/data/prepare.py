@@ -60,7 +60,8 @@ class Form(NamedTuple):
 
 def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
     del counts
-    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id}
+    bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
+    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': bos_id, 'eos_id': tokenizer.eos_id}
     return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
 
 
@@ -119,6 +120,7 @@ def prepare(
     """Prepares a mixture, or finds it in the cache.
 
     Args:
+      vocab_size: rows of the model's tables; a tokenizer may have fewer ids.
       tokenizer: a directory with one, or None to train one of `vocab_size` on a mixture of text.
       heldout: the share of records held out, where a source has no split of its own.
       progress: is told each step, and the first malformed records.
@@ -142,7 +144,7 @@ def prepare(
     }
     key |= {} if form.key is None else {'form': form.key}
     # Those who trained this very tokenizer on this mixture have encoded it too.
-    trained = cache.find('prepared', key | {'tokenizer': [vocab_size, weights]}) if existing else None
+    trained = cache.find('prepared', key | {'tokenizer': [existing.vocab_size, weights]}) if existing else None
     if trained and Tokenizer.load(trained / 'tokenizer').fingerprint == key['tokenizer']:
         directory = trained
     else:
@@ -162,10 +164,10 @@ def _load_tokenizer(directory: str | None, vocab_size: int) -> Tokenizer | None:
     if directory is None:
         return None
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # fewer are usual: the rows of many models are padded
         raise UsageError(
-            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size}: set '
-            f'--config.model.vocab_size={tokenizer.vocab_size}'
+            f'the tokenizer in {directory} has {tokenizer.vocab_size} ids and the model {vocab_size} rows: set '
+            f'--config.model.vocab_size={tokenizer.vocab_size}, or name a tokenizer that fits'
         )
     return tokenizer
 

@@ -1,7 +1,8 @@
 """Token stores: a stream of documents on disk, memory-mapped, and the spool that shuffles documents on the way there.
 
-A store is a directory: `tokens.bin` (uint16, or uint32 for a vocabulary over 65,536), each document `<bos> ids <eos>`,
-and `offsets.npy` (int64, [documents + 1]), where each begins. Opening and reading it takes no memory to speak of.
+A store is a directory: `tokens.bin` (uint16, or uint32 for a vocabulary over 65,536), each document `<bos> ids <eos>`
+(without <bos> where the tokenizer puts none), and `offsets.npy` (int64, [documents + 1]), where each begins. Opening
+and reading it takes no memory to speak of.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, i: int) -> np.ndarray:
-        """The ids of document i, [tokens of i], with its <bos> and <eos>."""
+        """The ids of document i, [tokens of i], with its <eos> and <bos>, if there is one."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
     def __len__(self) -> int:
@@ -159,19 +160,21 @@ def _records(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 def write_store(
     directory: epath.Path,
     texts: Iterable[str],
-    encode_batch: Callable[[list[str]], list[list[int]]],
+    encode_batch: Callable[..., list[list[int]]],
     *,
     vocab_size: int,
-    bos_id: int,
+    bos_id: int | None,
     eos_id: int,
 ) -> int:
     """Encodes texts, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
     lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+    first = [] if bos_id is None else [bos_id]
     with (directory / 'tokens.bin').open('wb') as f:
         begun = 0  # tokens of a document whose end is in a later chunk
         for chunk in _chunks(texts):
-            flat, ends = _with_edges(chunk, encode_batch([part.text for part in chunk]), bos_id, eos_id)
+            ids = encode_batch([part.text for part in chunk], continued=[not part.first for part in chunk])
+            flat, ends = _with_edges(chunk, ids, first, eos_id)
             f.write(np.array(flat, token_dtype(vocab_size)).tobytes())
             lengths.append(np.diff(np.array(ends, np.int64), prepend=-begun))
             begun = len(flat) - ends[-1] if ends else begun + len(flat)
@@ -190,13 +193,13 @@ class _Part(NamedTuple):
 
 
 def _with_edges(
-    chunk: Sequence[_Part], ids: Sequence[Sequence[int]], bos: int, eos: int
+    chunk: Sequence[_Part], ids: Sequence[Sequence[int]], first: Sequence[int], eos: int
 ) -> tuple[list[int], list[int]]:
-    """(ids of the parts one after the other, with <bos> and <eos> around documents; where documents end in them)."""
+    """(ids of the parts one after the other, with `first` and <eos> around documents; where documents end in them)."""
     flat: list[int] = []
     ends: list[int] = []
     for part, found in zip(chunk, ids, strict=True):
-        flat.extend([bos] * part.first)
+        flat.extend(first if part.first else ())
         flat.extend(found)
         if part.last:
             flat.append(eos)

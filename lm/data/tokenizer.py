@@ -50,6 +50,10 @@ class Tokenizer:
       stop_ids: the ids that end an answer: the end of a document, and of a chat turn.
       saved: the files that `save` writes, by name.
       encode_plain: the ids of texts without a match of `around`, whose matches are encoded as `byte_ids`.
+      adds_bos: whether <bos> is put before a text.
+      prepend_scheme: where a space is put before a text, so that a word has the same piece there as elsewhere:
+        'never'; 'first', at the beginning; 'always', at the beginning and after each control symbol.
+      strips_right, strips_left: the control symbols at which a text loses its white space, after or before them.
     """
 
     pieces: tuple[bytes, ...] = field(repr=False)
@@ -63,6 +67,10 @@ class Tokenizer:
     encode_plain: Callable[[list[str]], list[list[int]]] = field(repr=False)
     around: re.Pattern[str] | None = field(repr=False)
     byte_ids: Sequence[int] = field(repr=False)
+    adds_bos: bool = True
+    prepend_scheme: str = 'never'
+    strips_right: frozenset[int] = frozenset()
+    strips_left: frozenset[int] = frozenset()
 
     @staticmethod
     def load(directory: epath.PathLike) -> 'Tokenizer':
@@ -93,6 +101,13 @@ class Tokenizer:
         """[V] int32, how many UTF-8 bytes each id stands for; 0 for control symbols."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
+    @cached_property
+    def is_token(self) -> np.ndarray:
+        """[ids] bool, whether an id stands for text or is a control symbol: the others are in no text, and a model is
+        not to draw them. A model may have more rows than there are ids, and those are like them."""
+        controls = set(self.controls.values())
+        return np.array([bool(piece) or i in controls for i, piece in enumerate(self.pieces)])
+
     def marker_id(self, marker: str) -> int:
         """The id of a control symbol, as '<|user|>'. This is the only way to one: `encode` never gives it.
 
@@ -103,11 +118,46 @@ class Tokenizer:
         return self.controls[marker]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without <bos> and <eos>."""
+        """The ids of a text from its beginning, without <bos> and <eos>."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[list[int]]:
+        """The ids of each text from its beginning, on all cores.
+
+        Args:
+          continued: whether there is text before each, so that it is no beginning; None: before none of them.
+        """
+        begun = continued or [False] * len(texts)
+        return self._encode([t if after else self._with_space(t) for t, after in zip(texts, begun, strict=True)])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model is to continue, at least one: after <bos> where the tokenizer puts it; of an
+        empty text, that or what stands in for it."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.adds_bos or not ids else ids
+
+    def encode_pieces(self, pieces: Sequence[int | str], *, continued: bool = False) -> list[list[int]]:
+        """The ids of each piece of a text: control symbols by their ids, and texts, each encoded as one.
+
+        Args:
+          continued: there is text before them.
+        """
+        texts, at_start, strip = [], not continued, False
+        for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+            if not isinstance(piece, str):
+                at_start, strip = self.prepend_scheme == 'always', piece in self.strips_right
+                continue
+            piece = piece.lstrip() if strip else piece
+            piece = piece.rstrip() if after in self.strips_left else piece
+            texts.append(self._with_space(piece) if at_start else piece)
+            at_start, strip = at_start and not piece, strip and not piece
+        found = iter(self._encode(texts))
+        return [next(found) if isinstance(piece, str) else [piece] for piece in pieces]
+
+    def _with_space(self, text: str) -> str:
+        return f' {text}' if text and self.prepend_scheme != 'never' else text
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self.around is None:
             return self.encode_plain(list(texts))
         search = self.around.search
@@ -124,15 +174,27 @@ class Tokenizer:
                 ids.extend(self.encode_plain([part])[0])
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, control symbols left out; bytes that are not UTF-8 become U+FFFD."""
-        return b''.join(self.pieces[i] for i in ids).decode('utf-8', errors='replace')
+    def decode(self, ids: Iterable[int], *, continued: bool = False) -> str:
+        """The text of ids, without control symbols and ids beyond the vocabulary; bytes that are not UTF-8 become
+        U+FFFD.
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        Args:
+          continued: there is text before it. Else the space that the tokenizer puts before a text is left out.
+        """
+        return ''.join(self.decode_stream(ids, continued=continued))
+
+    def _piece(self, i: int) -> bytes:
+        return self.pieces[i] if i < len(self.pieces) else b''
+
+    def decode_stream(self, ids: Iterable[int], *, continued: bool = False) -> Iterator[str]:
         """Pieces of text as ids arrive, a character only when all its bytes have; together they are `decode(ids)`."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        strip = not continued and self.prepend_scheme != 'never'
         for i in ids:
-            if text := decoder.decode(self.pieces[i]):
+            piece = self._piece(i)
+            if strip and piece:
+                piece, strip = piece.removeprefix(b' '), False
+            if text := decoder.decode(piece):
                 yield text
         if text := decoder.decode(b'', final=True):
             yield text

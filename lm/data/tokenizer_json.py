@@ -1,17 +1,18 @@
 """tokenizer.json files: byte-level BPE (GPT-2, Llama 3, Qwen) and pieces with byte fallback (Llama 2, Gemma).
 
 They are read by Hugging Face's library `tokenizers` (of the extra [hub]) and changed where text would not come back or
-a control symbol could be typed: nothing is put in front of a text or around it, NFC and dropout are off, nothing is cut
-off or filled up. What changes text in another way is refused, but for control characters as U+0004 and unassigned ones
-that a vocabulary may lack: the library leaves those out. The ids of a text that is in NFC, as nearly all is, are those
-that the library gives, except that a Llama 2 text begins without the space that SentencePiece puts before it.
+a control symbol could be typed: NFC and dropout are off, nothing is cut off or filled up. What changes text in another
+way is refused, but for control characters as U+0004 and unassigned ones that a vocabulary may lack: the library leaves
+those out. The ids of a text that is in NFC, as nearly all is, are those that the library gives, with <bos> and a space
+before it where the file says so; a text that begins with a space gets another one, as SentencePiece and llama.cpp have
+it, for else that space would not come back.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -51,10 +52,9 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     """From the contents of the files. Raises UsageError with what is wrong with them, KeyError and the like if they are
     no description of a tokenizer.
     """
-    spec = _parse(saved[JSON_FILE], JSON_FILE)
-    if not isinstance(spec.get('model'), dict):
-        raise UsageError('is damaged (it has no model)')
+    spec = parse(saved[JSON_FILE])
     names = _names(spec, saved)
+    edges = _edges(spec, saved, names)
     _make_plain(spec)
     _check_lossless(spec)
     library = _build(spec)
@@ -70,7 +70,9 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     encode: Callable[[list[str]], list[list[int]]] = lambda texts: [
         found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)
     ]
-    identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad]).encode(), digest_size=8)
+    told = [] if edges == _PLAIN_EDGES else [repr(edges)]
+    identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad, *told]).encode(), digest_size=8)
+    strips = [frozenset(controls[name] for name in found if name in controls) for found in (edges.left, edges.right)]
     tokenizer = Tokenizer(
         pieces=pieces,
         controls=controls,
@@ -83,6 +85,10 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
         encode_plain=encode,
         around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
         byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
+        adds_bos=edges.adds_bos,
+        prepend_scheme=edges.scheme,
+        strips_left=strips[0],
+        strips_right=strips[1],
     )
     if not gives_back(tokenizer):
         raise UsageError('changes text, and losses per byte would be of another text')
@@ -109,6 +115,42 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     if not found['eos']:
         raise UsageError(f'names no token that ends a text (eos_token in {CONFIG_FILE} beside it)')
     return {key: name or found['eos'] for key, name in found.items()}
+
+
+class _Edges(NamedTuple):
+    """How a text begins and is stripped, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
+
+    adds_bos: bool
+    scheme: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+_PLAIN_EDGES = _Edges(True, 'never', (), ())
+
+
+def _edges(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str, str]) -> _Edges:
+    added = spec.get('added_tokens') or ()
+    strips = (tuple(token['content'] for token in added if token.get(side)) for side in ('lstrip', 'rstrip'))
+    return _Edges(_adds_bos(spec, saved, names), prepend_scheme(spec), *strips)
+
+
+def _adds_bos(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str, str]) -> bool:
+    """Whether a text begins with <bos>: as the configuration says, else as the part of a tokenizer.json that puts
+    symbols around a text does. Never with what only stands in for a <bos> that there is none of."""
+    config = _parse(saved.get(CONFIG_FILE, b'{}'), CONFIG_FILE)
+    puts = names['bos'] in first_symbols(spec)
+    if names['bos'] == names['eos'] and not config.get('bos_token') and not puts:
+        return False
+    told = config.get('add_bos_token')
+    return told if isinstance(told, bool) else puts
+
+
+def first_symbols(spec: Mapping[str, Any]) -> list[str]:
+    """The names of the symbols that a tokenizer.json puts before a text."""
+    processor = spec.get('post_processor') or {}
+    templates = [part.get('single') or [] for part in (processor, *processor.get('processors', ()))]
+    return [single[0]['SpecialToken']['id'] for single in templates if single and 'SpecialToken' in single[0]]
 
 
 def _stop_ids(eos: int, controls: Mapping[str, int], saved: Mapping[str, bytes], size: int) -> tuple[int, ...]:
@@ -140,6 +182,18 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:
     return value
 
 
+def parse(content: bytes) -> dict[str, Any]:
+    """A tokenizer.json, its model with the type that older ones leave out. Raises UsageError if it is damaged."""
+    spec = _parse(content, JSON_FILE)
+    model = spec.get('model')
+    if not isinstance(model, dict):
+        raise UsageError('is damaged (it has no model)')
+    plain = 'WordPiece' if 'max_input_chars_per_word' in model else 'WordLevel'
+    kind = 'BPE' if 'merges' in model else 'Unigram' if isinstance(model.get('vocab'), list) else plain
+    model.setdefault('type', kind)
+    return spec
+
+
 def _build(spec: dict[str, Any]) -> Any:
     """The library's tokenizer, for which the characters of a special token are characters."""
     try:
@@ -155,9 +209,9 @@ def _build(spec: dict[str, Any]) -> Any:
 
 
 def _make_plain(spec: dict[str, Any]) -> None:
-    """Turns off, in place, what puts something before, around or after a text, or changes it for no gain."""
+    """Turns off, in place, what puts something around a text, which is for us to do, or changes it for no gain."""
     spec.update(truncation=None, padding=None, post_processor=None)
-    spec['normalizer'] = _without(spec.get('normalizer'), ('NFC', 'Prepend'))
+    spec['normalizer'] = _without(spec.get('normalizer'), lambda node: node['type'] == 'NFC' or _prepends(node))
     if 'dropout' in spec['model']:
         spec['model']['dropout'] = None
     for node in _nodes(spec.get('pre_tokenizer')):
@@ -172,13 +226,49 @@ def _make_plain(spec: dict[str, Any]) -> None:
         token.update(lstrip=False, rstrip=False)
 
 
-def _without(node: Any, kinds: Sequence[str]) -> Any:
-    """A normalizer without the parts of these kinds."""
-    if not node or node['type'] in kinds:
+def _prepends(node: Mapping[str, Any]) -> bool:
+    """Whether a part of a normalizer puts a space before a text."""
+    return node['type'] == 'Prepend' and node['prepend'] in (' ', SPACE)
+
+
+def prepend_scheme(spec: Mapping[str, Any]) -> str:
+    """Where a tokenizer.json puts a space before a text: 'never', 'first' or 'always', as its library names it.
+
+    Raises UsageError if it puts one before each word.
+    """
+    if any(map(_prepends, _nodes(spec.get('normalizer')))):
+        return 'always'
+    nodes = list(_nodes(spec.get('pre_tokenizer')))
+    for at, node in enumerate(nodes):
+        puts = node.get('add_prefix_space', node['type'] == 'Metaspace')
+        if node['type'] == 'Metaspace' and (scheme := node.get('prepend_scheme', 'always' if puts else 'never')):
+            return scheme
+        if node['type'] == 'ByteLevel' and puts:
+            if any(before['type'] != 'Sequence' for before in nodes[:at]):
+                raise UsageError('puts a space before each part of a text, so text does not come back')
+            return 'always'
+    return 'never'
+
+
+def differences(spec: Mapping[str, Any]) -> list[str]:
+    """Notes on the texts that get other ids than the makers', since they would not come back from those."""
+    found = []
+    if any(node['type'] == 'NFC' for node in _nodes(spec.get('normalizer'))):
+        found.append('text that is not in NFC is kept as it is')
+    if prepend_scheme(spec) != 'never' and not any(map(_prepends, _nodes(spec.get('normalizer')))):
+        found.append('a text that begins with a space keeps it, beside the one that is put before it')
+    if any(not t.get('special') and (t.get('lstrip') or t.get('rstrip')) for t in spec.get('added_tokens') or ()):
+        found.append('white space beside added tokens is kept')
+    return found
+
+
+def _without(node: Any, drop: Callable[[Mapping[str, Any]], bool]) -> Any:
+    """A normalizer without some of its parts."""
+    if not node or drop(node):
         return None
     if node['type'] != 'Sequence':
         return node
-    parts = [part for part in (_without(part, kinds) for part in node['normalizers']) if part]
+    parts = [part for part in (_without(part, drop) for part in node['normalizers']) if part]
     return {**node, 'normalizers': parts} if parts else None
 
 
@@ -198,7 +288,9 @@ def is_byte_level(spec: dict[str, Any]) -> bool:
 def _check_lossless(spec: dict[str, Any]) -> None:
     """Raises UsageError for parts that change or lose text, which a probe alone might not show."""
     model = spec['model']
-    if model.get('type') not in ('BPE', 'Unigram') or not (is_byte_level(spec) or model.get('byte_fallback')):
+    if model['type'] not in ('BPE', 'Unigram'):
+        raise UsageError(f'is a {model["type"]}, which loses text: lm reads BPE and Unigram')
+    if not (is_byte_level(spec) or model.get('byte_fallback')):
         raise UsageError('is neither a byte-level one nor one with byte fallback, so text is lost')
     if model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
         raise UsageError('marks the parts of words with a prefix or suffix, so text does not come back')

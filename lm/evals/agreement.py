@@ -72,7 +72,7 @@ def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
 def ids_of(opened: Opened, tokens: int) -> list[int]:
     """The text's first ids by a model's tokenizer. Raises UsageError if it has none that fits."""
     words, rows = tokenizer_files.loaded(opened.tokenizer), opened.model['vocab_size']
-    ids = [words.bos_id, *words.encode(TEXT)][:tokens]
+    ids = words.encode_prompt(TEXT)[:tokens]
     if max(ids) >= rows:
         raise UsageError(
             f'{opened.where}: its tokenizer gives the id {max(ids)}, and the model has {rows} rows for them'

@@ -24,12 +24,13 @@ def f1(answer: str, truth: str) -> float:
 
 
 def answers(
-    params: Any, cfg: ModelConfig, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int], max_new_tokens: int,
-    sampling: Sampling = GREEDY, seed: int = 0,
+    params: Any, cfg: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int],
+    max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0,
 ) -> list[Generation]:  # fmt: skip
     """An answer to each prompt, BATCH at a time, those of like length together."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'sampling': sampling, 'seed': seed}
+    options['allowed'] = tokenizer.is_token
     found: dict[int, Generation] = {}
     with progress.task('answers', len(order)) as task:
         for start in range(0, len(order), BATCH):
@@ -52,7 +53,8 @@ def answered(
     max_new_tokens: int,
 ) -> list[Answered]:  # fmt: skip
     """What a model answers to each question, greedily."""
-    given = answers(params, cfg, [q.prompt for q in questions], stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens}
+    given = answers(params, cfg, tokenizer, [q.prompt for q in questions], **options)
     text = tokenizer.decode
     return [Answered(text(g.ids), text(q.answer), g.ended) for g, q in zip(given, questions, strict=True)]
 

@@ -45,7 +45,8 @@ _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p')
 class Harness(LM):
     """A run, or one of its checkpoints ('DIR@STEP'), as the harness asks a model.
 
-    A context begins with <bos>, once, and is cut on the left to the tokens that the run was trained on.
+    A context begins with <bos>, once, if the run's texts do, and is cut on the left to the tokens that the run was
+    trained on. As in the harness's own models an empty one is <bos>, or <eos> where there is none.
 
     Args:
       subject: the run, if it is loaded already.
@@ -117,10 +118,9 @@ class Harness(LM):
         return self.subject.model.tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a context, with <bos> before it unless it has one."""
-        ids = encode_marked(self.tokenizer, text)
-        bos = self.tokenizer.bos_id
-        return ids if ids[:1] == [bos] else [bos, *ids]
+        """The ids of a context, at least one: with <bos> before it where the tokenizer puts it, unless it has one."""
+        ids, bos = encode_marked(self.tokenizer, text), self.tokenizer.bos_id
+        return [bos, *ids] if not ids or (self.tokenizer.adds_bos and ids[0] != bos) else ids
 
     def request(self, context: str, continuation: str) -> Request:
         """The two as ids. Spaces at the end of a context belong to the continuation, since a piece begins with its
@@ -129,8 +129,9 @@ class Harness(LM):
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         head, whole = self.encode(context), self.encode(context + continuation)
-        rest = whole[len(head) :] if whole[: len(head)] == head else encode_marked(self.tokenizer, continuation)
-        return Request(head, rest)
+        if context and whole[: len(head)] == head:
+            return Request(head, whole[len(head) :])
+        return Request(head, encode_marked(self.tokenizer, continuation, continued=bool(context)))
 
     # ---- what it says of itself ----
 
@@ -169,16 +170,15 @@ def marked(tokenizer: Tokenizer, pieces: Sequence[int | str]) -> str:
     return ''.join(f'{piece}{MARK}{MARK}' if isinstance(piece, str) else MARK + names[piece] + MARK for piece in pieces)
 
 
-def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text with marks in it. Raises UsageError for marks that are not ours."""
+def encode_marked(tokenizer: Tokenizer, text: str, *, continued: bool = False) -> list[int]:
+    """The ids of a text with marks in it (`continued`: there is text before it). Raises UsageError for marks that are
+    not ours."""
     parts = text.split(MARK)
     if len(parts) % 2 == 0 or any(name and name not in tokenizer.controls for name in parts[1::2]):
         raise UsageError(f'a text has the character U+{ord(MARK):X} in it, which stands for control symbols')
-    found = iter(tokenizer.encode_batch(parts[::2]))
-    ids: list[int] = []
-    for i, part in enumerate(parts):
-        ids += next(found) if i % 2 == 0 else [tokenizer.controls[part]] if part else []
-    return ids
+    named = lambda i, part: [part] if i % 2 == 0 else [tokenizer.controls[part]] if part else []
+    pieces = [piece for i, part in enumerate(parts) for piece in named(i, part)]
+    return [i for ids in tokenizer.encode_pieces(pieces, continued=continued) for i in ids]
 
 
 def generation_settings(settings: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:

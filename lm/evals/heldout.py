@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import progress, sharding
+from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
 from lm.model.transformer import ModelConfig, Params
 
@@ -26,7 +27,12 @@ def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -
 
 
 def sums(
-    params: Params, cfg: ModelConfig, batches: Iterable[Mapping[str, np.ndarray]], bytes_V: np.ndarray, name: str = ''
+    params: Params,
+    cfg: ModelConfig,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    bytes_V: np.ndarray,
+    name: str = '',
+    space_after: int | None = None,
 ) -> dict[str, float]:
     """Sums over batches of packed rows: nll in nats over all targets, and over those that spell bytes; tokens; bytes.
 
@@ -35,10 +41,12 @@ def sums(
     Args:
       bytes_V: how many UTF-8 bytes each id stands for; 0 for control symbols.
       name: of the source, to be shown.
+      space_after: the id after which the tokenizer has put a space that is not the text's, a byte not to be counted.
     """
     found, tokens, written = [], 0, 0
     for batch in progress.over(batches, f'held-out rows of {name}' if name else 'held-out rows'):
         bytes_BT = bytes_V[batch['targets_BT']] * (batch['weights_BT'] > 0)
+        bytes_BT -= (bytes_BT > 0) & (batch['tokens_BT'] == space_after)
         tokens += int(np.count_nonzero(batch['weights_BT']))
         written += int(bytes_BT.sum(dtype=np.int64))
         spelled_BT = (bytes_BT > 0).astype(np.float32)
@@ -69,6 +77,8 @@ def bpb(t: Mapping[str, float]) -> float:
     return t['byte_nll'] / (math.log(2) * max(t['bytes'], 1))
 
 
-def by_source(params: Params, cfg: ModelConfig, batches: Mapping[str, Any], bytes_V: np.ndarray) -> dict[str, float]:
+def by_source(params: Params, cfg: ModelConfig, batches: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, float]:
     """`metrics` of {source: batches}."""
-    return metrics({name: sums(params, cfg, b, bytes_V, name) for name, b in batches.items()})
+    bytes_V = tokenizer.bytes_of_ids
+    space_after = None if tokenizer.prepend_scheme == 'never' else tokenizer.bos_id
+    return metrics({name: sums(params, cfg, b, bytes_V, name, space_after) for name, b in batches.items()})

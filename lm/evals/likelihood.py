@@ -126,6 +126,7 @@ def completions(
     like length at a time, each batch until all of it has ended."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'sampling': sampling, 'every': EVERY}
+    options['allowed'] = tokenizer.is_token
     found: dict[int, str] = {}
     for start in range(0, len(order), BATCH):
         some, texts = order[start : start + BATCH], []

@@ -151,7 +151,7 @@ def _heldout(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, 
     model = subject.model
     shape = {'batch_size': subject.rows_at_once, 'seq_len': subject.seq_len, 'max_rows': limits.rows}
     batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
-    return heldout.by_source(model.params, model.cfg, batches, model.tokenizer.bytes_of_ids)
+    return heldout.by_source(model.params, model.cfg, batches, model.tokenizer)
 
 
 def _named(source: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ _BIASES = {
 _QK_NORMS = {'q_norm_H': 'self_attn.q_norm.weight', 'k_norm_H': 'self_attn.k_norm.weight'}
 _JOINT_NORMS = {'q_norm_NH': 'self_attn.q_norm.weight', 'k_norm_KH': 'self_attn.k_norm.weight'}
 LAYER = _MATRICES | _PRE
+ZERO = 'self_attn.o_proj.bias'  # of each layer of a family that is `biased`, [dim]
 
 # Activations by the names that `transformers` has for them; the first of ours is what is written.
 ACTIVATIONS = {
@@ -33,7 +34,7 @@ ACTIVATIONS = {
 # Keys that make the graph another one: whatever is neither absent, null nor this value is refused.
 NEUTRAL = {
     'mlp_bias': False, 'attention_bias': False, 'partial_rotary_factor': 1.0, 'use_bidirectional_attention': False,
-    'is_causal': True, 'quantization_config': None, 'num_experts': 0, 'num_local_experts': 0, 'n_routed_experts': 0,
+    'is_causal': True, 'num_experts': 0, 'num_local_experts': 0, 'n_routed_experts': 0,
     'add_cross_attention': False, 'is_encoder_decoder': False, 'clip_qkv': None,
 }  # fmt: skip
 
@@ -80,6 +81,7 @@ class Family(NamedTuple):
       square: hidden_size must be a multiple of the heads.
       scaled: what embeddings are multiplied by, of hidden_size; None: nothing.
       local_theta: theta of local layers where the file does not say; None: they share the others'.
+      biased: attention_bias is true: the output of attention has a bias as well (`ZERO`), which is zero in our graph.
     """
 
     model_type: str
@@ -96,6 +98,7 @@ class Family(NamedTuple):
     square: bool = False
     scaled: Callable[[int], float] | None = None
     local_theta: float | None = None
+    biased: bool = False
 
 
 # Settings that all have: model.* -> key, and what is taken where it is absent (None: it must be there, or follows).
@@ -119,6 +122,8 @@ FAMILIES = (
     _family('llama', 'Llama', {}, LAYER, square=True),
     _family('mistral', 'Mistral', {}, LAYER, window='always', defaults={'window': 4096, 'kv_heads': 8}),
     _family('qwen2', 'Qwen2', {'qkv_bias': True}, LAYER | _BIASES, window='switched', defaults={'window': 4096}),
+    # The same graph again. transformers has a way of its own to split texts for qwen2, and none for llama.
+    _family('llama', 'Llama', {'qkv_bias': True}, LAYER | _BIASES, square=True, biased=True),
     _family('qwen3', 'Qwen3', {'qk_norm': True}, LAYER | _QK_NORMS, window='switched', defaults={
         'window': 4096, 'head_dim': 128,
     }),

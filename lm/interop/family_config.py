@@ -16,6 +16,8 @@ from lm.model.layers import RopeScaling
 
 SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
 MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
+BIASED = 'attention_bias'
+QUANTIZED = ('quantization_config', 'quantization')  # of transformers, of MLX
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 _LLAMA3 = {  # llama3's own names, and ours
     'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
@@ -49,7 +51,13 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
     inner = config.get('text_config') if vision else config
     if not isinstance(inner, Mapping):
         raise UsageError(f'{where}: text_config is no object: get the folder again')
+    for key in QUANTIZED:
+        if told := inner.get(key) or config.get(key):
+            kind = told.get('quant_method', told) if isinstance(told, Mapping) else told
+            raise UsageError(f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not')
     for key, value in NEUTRAL.items():
+        if family.biased and key == BIASED:
+            continue
         if inner.get(key) not in (None, value) or config.get(key) not in (None, value):
             raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
     if scored and (labels := _labels(config)) != 1:
@@ -61,9 +69,10 @@ def _family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool, boo
     """(the family, whether its class gives scores, whether it stands under text_config)."""
     names = config.get('architectures')
     name = names[0] if isinstance(names, list) and names else None
-    for family in FAMILIES:
-        if name is not None and name in (family.causal, family.scored):
-            return family, name == family.scored, False
+    found = [family for family in FAMILIES if name is not None and name in (family.causal, family.scored)]
+    if found:
+        family = next((family for family in found if family.biased == (config.get(BIASED) is True)), found[0])
+        return family, name == family.scored, False
     if name == VISION:
         return FAMILIES[-1], False, True
     known = ', '.join(family.causal.removesuffix('ForCausalLM') for family in FAMILIES)
@@ -275,21 +284,25 @@ class _Keys:
 # ---- writing ----
 
 
-def choose(model: Mapping[str, Any], *, scored: bool) -> tuple[Family, dict[str, Any]]:
+def choose(model: Mapping[str, Any], *, scored: bool, without: str | None = None) -> tuple[Family, dict[str, Any]]:
     """(the first family that is this graph exactly, its config.json without ids and dtype).
+
+    Args:
+      without: the model_type of families that are not to be chosen.
 
     Raises UsageError with the settings that the nearest lacks.
     """
-    given, misses = _all_local(PLAIN | dict(model)), {}
+    given, misses = _all_local(PLAIN | dict(model)), []
     for family in FAMILIES:
-        if scored and family.scored is None:
+        if (scored and family.scored is None) or family.model_type == without:
             continue
         config = compose(given, family, scored=scored)
-        misses[family.causal] = _differences(given, config, family, scored=scored)
-        if not misses[family.causal]:
+        missed = _differences(given, config, family, scored=scored)
+        if not missed:
             return family, config
-    name = min(misses, key=lambda n: len(misses[n]))
-    raise UsageError(f'no architecture of Hugging Face is this graph; {name} is but for {", ".join(misses[name])}')
+        misses.append((family.causal, missed))
+    name, missed = min(misses, key=lambda miss: len(miss[1]))
+    raise UsageError(f'no architecture of Hugging Face is this graph; {name} is but for {", ".join(missed)}')
 
 
 def _all_local(model: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +323,7 @@ def compose(model: Mapping[str, Any], family: Family, *, scored: bool) -> dict[s
         if value is None:
             value = {'query_scale': model['head_dim'] ** -0.5}.get(ours, 1.0 if ours.endswith('scale') else None)
         config[key.name] = None if value is None else key.write(value)
+    config |= {BIASED: True} if family.biased else {}
     names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == model['activation']]
     if model['context'] is None:
         del config[COMMON['context'].name]  # which has no null

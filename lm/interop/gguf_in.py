@@ -10,6 +10,7 @@ from lm.config import INT32_MAX
 from lm.errors import UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
+from lm.interop import tokenizer_files
 from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.graph import PLAIN, shapes
 from lm.interop.opened import Leaf, Opened
@@ -33,11 +34,16 @@ def open_gguf(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
     model = graph(header, name, arch, where=str(path))
     fetch = fetch or (lambda _, info: file.read(path, info))
     leaves = _leaves(path, header, arch, model, fetch)
-    return Opened(str(path), model, leaves, tokenizers.from_gguf(header.metadata))
+    words, notes = tokenizer_files.fitted(tokenizers.from_gguf(header.metadata), model['vocab_size'])
+    return Opened(str(path), model, leaves, words, notes=tuple(notes))
 
 
 def architecture(metadata: Mapping[str, Any], where: str) -> tuple[str, Arch]:
     """The name of a file's architecture, and its table."""
+    kind = metadata.get('general.type', 'model')
+    if kind != 'model':
+        first = ': merge it into its model first' if kind == 'adapter' else ': name the file of the model'
+        raise UsageError(f'{where}: is of the type {str(kind)[:40]!r}, and no model{first}')
     name = metadata.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHS:
         raise UsageError(f'{where}: the architecture {name!r} is not one of {", ".join(ARCHS)}')

@@ -58,6 +58,8 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
     plan = _plan(arch, model, quantize)
     metadata = _general(opened, name, quantize) | _described(name, arch, model)
     metadata |= tokenizers.to_gguf(opened.tokenizer, vocab_size=model['vocab_size'])
+    for note in tokenizers.unlike_llama_cpp(opened.tokenizer):
+        say(note)
     say(f'{path}: {len(plan)} tensors of architecture {name}, as {quantize}')
     with files.streamed(path) as write:
         write(_header(name, metadata, plan))

@@ -14,12 +14,12 @@ from etils import epath
 
 from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
-from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, tokenizer_files
+from lm.interop import families, family_config, generation_config, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
+from lm.interop.generation_config import IDS
 from lm.interop.graph import shapes
 from lm.interop.opened import Leaf, Opened
 from lm.interop.safetensors_file import Info
@@ -28,14 +28,13 @@ CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.
 SHARD = 5_000_000_000  # of a file of weights
 PIECE_BYTES = 2**24  # that are put in order for writing at once
 IGNORED = ('rotary_emb.inv_freq', 'masked_bias')  # old files' copies of what follows from config.json
+PEFT = 'base_model.'  # before the names of a model that has an adapter
 BIAS, MEAN, STD = 'reward_bias', 'reward_mean', 'reward_std'  # keys of ours in config.json: theirs have none
 SMALL_FILE = 64 << 20  # bytes: no tokenizer's file is larger
 _WORDS = (
     'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
     'chat_template.jinja', 'chat_template.json', 'generation_config.json', CONFIG,
 )  # fmt: skip
-
-IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 Fetch = Callable[[str, Info], np.ndarray]  # a tensor by its name
 
@@ -58,6 +57,7 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     told = family_config.describe(config, f'{where}/{CONFIG}')
     tensors = _tensors(folder)
     names, prefixed = _names(tensors, told, where)
+    _check_names(names, where)
     fetch = fetch or (lambda _, info: file.read(info))
     leaves, left = _leaves(names, told, where, lambda name, info: fetch(prefixed[name], info))
     notes = _settle_head(told, names, left, leaves, fetch, prefixed)
@@ -70,7 +70,8 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
     _check_surplus(left, where)
     words = _small_files(folder)
     if {JSON_FILE, MODEL_FILE} & set(words):
-        words = tokenizers.from_huggingface(words)
+        words, more = tokenizer_files.fitted(tokenizers.from_huggingface(words), told.model['vocab_size'])
+        notes += [f'{where}: {note}' for note in (*more, *generation_config.unfollowed(words))]
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
     scale = _scale(config, where) if told.scored else None
@@ -151,12 +152,32 @@ def _names(tensors: Mapping[str, Info], told: Described, where: str) -> tuple[di
     return {name: tensors[theirs] for name, theirs in own.items()}, own
 
 
+def _check_names(names: Mapping[str, Info], where: str) -> None:
+    """Raises UsageError for tensors that are called otherwise than the same model's own: what they say, and what to do
+    about it."""
+    first = families.TOP['embed_VD']
+    if first in names:
+        return
+    if adapted := next((name for name in names if '.lora_' in name or name.startswith(PEFT)), None):
+        raise UsageError(f'{where}: holds a model with an adapter in it ({adapted}): merge it first (merge_and_unload)')
+    wrapped = next((name for name in names if name.endswith(f'.{first}')), None)
+    if wrapped:
+        prefix = wrapped.removesuffix(first)
+        raise UsageError(f'{where}: its tensors begin with {prefix!r}: save the model that is wrapped in it')
+    if first.removeprefix('model.') in names:
+        raise UsageError(f"{where}: its tensors lack the beginning 'model.': save the ForCausalLM that it belongs to")
+
+
 def _leaves(names: Mapping[str, Info], told: Described, where: str, fetch: Fetch) -> tuple[dict[str, Leaf], set[str]]:
     """(the parameters, the names of tensors that are none)."""
     left, leaves = set(names), {}
     for leaf, places in _places(told.family, told.model, scored=told.scored).items():
         leaves[leaf] = _leaf(names, told.model, where, leaf, places, fetch)
         left.difference_update(places)
+    for name in left.intersection(_zeros(told.family, told.model)):
+        if np.any(fetch(name, names[name])):
+            raise UsageError(f'{where}: the tensor {name!r} is not zero, and a bias of the output is not in our graph')
+        left.remove(name)
     return leaves, left
 
 
@@ -260,7 +281,7 @@ def _check_surplus(left: set[str], where: str) -> None:
 
 
 class Tensor(NamedTuple):
-    """One tensor to write: layer `layer` of a parameter."""
+    """One tensor to write: layer `layer` of a parameter, or zeros where `leaf` is ''."""
 
     name: str
     kind: str
@@ -282,7 +303,7 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     folder = epath.Path(path).expanduser()
     if folder.exists():
         raise UsageError(f'{path} exists: name a new folder')
-    family, config = family_config.choose(opened.model, scored=opened.scored)
+    family, config = _family_for(opened)
     plan = _plan(opened, family)
     words, ids = _words_of(opened, say)
     if opened.scored and _pads_with_an_end(ids):
@@ -296,6 +317,24 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
             files.write_bytes(made / name, content)
         files.write_json(made / CONFIG, config)
         _write_weights(opened, made, plan, say)
+
+
+def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
+    """The first architecture that is this graph, and beside which transformers reads its tokenizer as it is; and its
+    config.json."""
+    from lm.interop import tokenizers
+
+    family, config = family_config.choose(opened.model, scored=opened.scored)
+    kind = family.model_type
+    if not opened.tokenizer or not tokenizers.replaced_in(kind, opened.tokenizer):
+        return family, config
+    try:
+        return family_config.choose(opened.model, scored=opened.scored, without=kind)
+    except UsageError as error:
+        raise UsageError(
+            f'{opened.where}: transformers splits the texts of {kind} in a way of its own, so this tokenizer would '
+            f'have other ids there; and else {error}: write a GGUF file'
+        ) from None
 
 
 def _pads_with_an_end(ids: Mapping[str, Any]) -> bool:
@@ -312,7 +351,13 @@ def _plan(opened: Opened, family: Family) -> list[Tensor]:
             raise UsageError(f'{opened.where}: has no parameter {leaf}')
         kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), _shapes(leaf, model)
         plan += [Tensor(name, kind, stored, leaf, layer) for layer, name in enumerate(places)]
-    return plan
+    zeros = _zeros(family, opened.model)
+    return plan + [Tensor(name, 'F32', (opened.model['dim'],), '', 0) for name in zeros]
+
+
+def _zeros(family: Family, model: Mapping[str, Any]) -> list[str]:
+    """The names of tensors that a family has beside our parameters, all of them zero."""
+    return [families.LAYER_PREFIX.format(i) + families.ZERO for i in range(model['layers'] if family.biased else 0)]
 
 
 def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -322,13 +367,8 @@ def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, byt
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer, and so the folder has none')
         return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
-    words = dict(tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context')))
-    found, inside = tokenizer_files.loaded(words), range(opened.model['vocab_size'])
-    ends = [i for i in found.stop_ids if i in inside]
-    pad = found.pad_id if found.pad_id in inside else None
-    ids: dict[str, Any] = dict(zip(IDS, (found.bos_id, ends[0] if len(ends) == 1 else ends, pad), strict=True))
-    words.setdefault(GENERATION_FILE, tokenizer_files.dump(ids))
-    return words, ids
+    words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
+    return generation_config.exported(words, rows=opened.model['vocab_size'])
 
 
 def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:
@@ -382,6 +422,9 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
 
 def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few rows at a time."""
+    if not tensor.leaf:
+        yield bytes(tensor.nbytes)
+        return
     stored = to_theirs(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
     row = max(1, tensor.nbytes // tensor.shape[0])
     step = max(1, PIECE_BYTES // row)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lm.data import tokenizer_json
 from lm.data.tokenizer import SPACE
 from lm.errors import UsageError
 
@@ -229,7 +230,7 @@ def from_json(spec: Mapping[str, Any]) -> Pieces:
             f'the tokenizer does not merge {"".join(missing[0])!r} though it has that piece ({len(missing)} in all), '
             'and a GGUF file cannot say so'
         )
-    return Pieces(tuple(pieces), space_first=_puts_space_first(spec))
+    return Pieces(tuple(pieces), space_first=tokenizer_json.prepend_scheme(spec) != 'never')
 
 
 def _scored(
@@ -254,13 +255,6 @@ def _check_plain(spec: Mapping[str, Any]) -> None:
         on_space = node['type'] == 'Split' and node['pattern'] in ({'String': ' '}, {'String': SPACE})
         if node['type'] not in ('Sequence', 'Metaspace') and not on_space:
             raise UsageError(f'a GGUF file cannot say how the tokenizer splits texts ({node["type"]})')
-
-
-def _puts_space_first(spec: Mapping[str, Any]) -> bool:
-    prepends = any(node['type'] == 'Prepend' for node in _nodes(spec.get('normalizer'), 'normalizers'))
-    spaces = [node for node in _nodes(spec.get('pre_tokenizer'), 'pretokenizers') if node['type'] == 'Metaspace']
-    schemes = [node.get('prepend_scheme', 'always' if node.get('add_prefix_space') else 'never') for node in spaces]
-    return prepends or any(scheme != 'never' for scheme in schemes)
 
 
 def _nodes(node: Any, parts: str) -> Iterator[dict[str, Any]]:

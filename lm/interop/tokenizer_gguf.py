@@ -205,6 +205,17 @@ def to_gguf(files: Mapping[str, bytes], *, vocab_size: int) -> dict[str, Any]:
     return {key if key == _TEMPLATE else _KEY + key: value for key, value in _filled(found, vocab_size).items()}
 
 
+def unlike_llama_cpp(files: Mapping[str, bytes]) -> list[str]:
+    """Notes on what a GGUF file cannot say of a tokenizer, so that llama.cpp gives other ids."""
+    ours = loaded(files)
+    notes = []
+    if ours.prepend_scheme == 'first':
+        notes.append('puts a space before the text after each control symbol, and this tokenizer only at the beginning')
+    if ours.strips_left or ours.strips_right:
+        notes.append('keeps white space beside control symbols that this tokenizer leaves out')
+    return [f'llama.cpp {note}: prompts with them have other ids there' for note in notes]
+
+
 def _filled(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """With a token for each row of the model's tables."""
     size = len(found['tokens'])
@@ -234,7 +245,7 @@ def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
     unknown = unknown.get('content') if isinstance(unknown, dict) else unknown
     if isinstance(unknown, str) and unknown in ours.controls:
         ids['unknown_token_id'] = ours.controls[unknown]
-    ids['add_bos_token'] = 'bos_token_id' in ids and chat_template.begins_with_bos(ours)
+    ids['add_bos_token'] = 'bos_token_id' in ids and ours.adds_bos
     ids['add_eos_token'] = False
     return ids | ({_TEMPLATE: template.text} if template else {})
 
@@ -263,10 +274,12 @@ def _keys_of_pieces(vocabulary: Pieces) -> dict[str, Any]:
 
 
 def _from_json(files: Mapping[str, bytes]) -> dict[str, Any]:
-    spec = _read(files, JSON_FILE)
-    if spec['model'].get('type') != 'BPE':
-        raise UsageError(f'a GGUF file holds no tokenizer of the kind {spec["model"].get("type")} that lm could write')
+    spec = tokenizer_json.parse(files[JSON_FILE])
+    if spec['model']['type'] != 'BPE':
+        raise UsageError(f'a GGUF file holds no tokenizer of the kind {spec["model"]["type"]} that lm could write')
     if tokenizer_json.is_byte_level(spec):
+        if tokenizer_json.prepend_scheme(spec) != 'never':
+            raise UsageError('a GGUF file cannot say that a byte-level tokenizer puts a space before a text')
         return _keys_of_bytes(spec)
     return _keys_of_pieces(sentencepiece_json.from_json(spec))
 

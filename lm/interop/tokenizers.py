@@ -9,16 +9,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lm.data import tokenizer
+from lm.data import tokenizer, tokenizer_json
 from lm.data.chat_template import TEMPLATE_FILE, chosen
-from lm.data.tokenizer import JSON_FILE, MODEL_FILE
+from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
 from lm.errors import UsageError
-from lm.interop import sentencepiece_json
+from lm.interop import pre_tokenizers, sentencepiece_json
 from lm.interop.tokenizer_files import checked, dump, loaded
-from lm.interop.tokenizer_gguf import from_gguf, to_gguf
+from lm.interop.tokenizer_gguf import from_gguf, to_gguf, unlike_llama_cpp
 
-__all__ = ['from_gguf', 'from_huggingface', 'to_gguf', 'to_huggingface']
+__all__ = ['from_gguf', 'from_huggingface', 'replaced_in', 'to_gguf', 'to_huggingface', 'unlike_llama_cpp']
 
 _TEMPLATE_JSON = 'chat_template.json'
 _ADDED_FILE = 'added_tokens.json'
@@ -31,9 +31,9 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
 
     Raises UsageError if there is no tokenizer, or it is damaged.
     """
-    if JSON_FILE in files:
-        return dict(files)
     ours = loaded(files)
+    if JSON_FILE in files:
+        return _as_read(files, ours)
     spec = sentencepiece_json.to_json(sentencepiece_json.read_model(files[MODEL_FILE]), bos='<bos>')
     symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
     template = files[TEMPLATE_FILE].decode(errors='replace') if TEMPLATE_FILE in files else None
@@ -45,6 +45,40 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
         GENERATION_FILE: dump(ends),
         **({} if template is None else {TEMPLATE_FILE: template.encode()}),  # what only continues text has none
     }
+
+
+def _as_read(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, bytes]:
+    """A run's files such that `transformers` gives the run's ids: it reads a tokenizer.json as it is only where no
+    class of its own is named, puts a <bos> before a text only if that file says so, and takes a template from the
+    configuration, too.
+    """
+    spec, config = tokenizer_json.parse(files[JSON_FILE]), _parse(files, CONFIG_FILE)
+    bos = next((name for name, i in ours.controls.items() if i == ours.bos_id), None)
+    if ours.adds_bos != (bos in tokenizer_json.first_symbols(spec)):
+        spec['post_processor'] = sentencepiece_json.put_before(bos, ours.bos_id) if ours.adds_bos and bos else None
+    else:
+        spec = None
+    dropped = {'auto_map', 'chat_template'}  # there is no code in the folder
+    wanted = {key: value for key, value in config.items() if key not in dropped}
+    wanted |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': ours.adds_bos}
+    if TEMPLATE_FILE in files:
+        wanted['chat_template'] = files[TEMPLATE_FILE].decode(errors='replace')
+    changed = {JSON_FILE: spec, CONFIG_FILE: None if wanted == config else wanted}
+    return {**files, **{name: dump(value) for name, value in changed.items() if value is not None}}
+
+
+def replaced_in(model_type: str, files: Mapping[str, bytes]) -> bool:
+    """Whether `transformers` (5.24) reads these files with other ids than they give, since it has its own way to split
+    a text for an architecture, whatever a folder says."""
+    if model_type != 'qwen2':
+        return False
+    if JSON_FILE not in files:
+        return True
+    spec = tokenizer_json.parse(files[JSON_FILE])
+    try:
+        return tokenizer_json.prepend_scheme(spec) != 'never' or pre_tokenizers.name_of(spec) != 'qwen2'
+    except UsageError:
+        return True
 
 
 def _config(symbols: dict[str, str], spec: dict[str, Any], template: str | None, context: int | None) -> dict[str, Any]:

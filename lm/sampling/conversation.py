@@ -68,7 +68,7 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
     """
     model, tokenizer = talker.model, talker.model.tokenizer
     if talker.template is None:
-        yield from continuation(model, [tokenizer.bos_id, *tokenizer.encode(text)], tokenizer.stop_ids, **options)
+        yield from continuation(model, tokenizer.encode_prompt(text), tokenizer.stop_ids, continued=True, **options)
         return
     talker.turns.append({'role': 'user', 'content': text})
     trained_on = model.cfg.context or model.config['seq_len']
@@ -107,13 +107,20 @@ def fitting(
     raise ValueError('a conversation in which nobody asks')
 
 
-def continuation(model: Model, ids: Sequence[int], stop_ids: Sequence[int], **options: Any) -> Iterator[str]:
-    """Pieces of text as they are drawn, whole characters only."""
+def continuation(
+    model: Model, ids: Sequence[int], stop_ids: Sequence[int], *, continued: bool = False, **options: Any
+) -> Iterator[str]:
+    """Pieces of text as they are drawn, whole characters only.
+
+    Args:
+      continued: the text goes on with that of `ids`, and does not answer it.
+    """
 
     def drawn() -> Iterator[int]:
         shown = 0
-        for (row,) in stream(model.params, model.cfg, [ids], stop_ids=stop_ids, **options):
+        given = {'stop_ids': stop_ids, 'allowed': model.tokenizer.is_token, **options}
+        for (row,) in stream(model.params, model.cfg, [ids], **given):
             yield from row.ids[shown:]
             shown = len(row.ids)
 
-    yield from model.tokenizer.decode_stream(drawn())
+    yield from model.tokenizer.decode_stream(drawn(), continued=continued)

@@ -96,7 +96,7 @@ def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
 
 
 @partial(jax.jit, static_argnames=('cfg', 'slots', 'room', 'how'))
-def _prefill(params, prompt_BT, length_B, seed, sampling, stop_ids, *, cfg, slots, room, how) -> State:
+def _prefill(params, prompt_BT, length_B, seed, sampling, stop_ids, allowed_V, *, cfg, slots, room, how) -> State:
     """Reads the prompts and draws the first token of each row."""
     B, T = prompt_BT.shape
     chunk = math.gcd(T, PREFILL_CHUNK)
@@ -116,13 +116,15 @@ def _prefill(params, prompt_BT, length_B, seed, sampling, stop_ids, *, cfg, slot
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
     out_BT = jnp.zeros((B, room), jnp.int32)
     state = State(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), key_B, jnp.zeros((), jnp.int32), out_BT)
-    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, how)
+    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, allowed_V, how)
 
 
-def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, how: str) -> State:
+def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: str) -> State:
     """Draws each row's next token from its last hidden state. The key of the i-th token of a row is fold_in(row, i), so
     what is drawn does not depend on who shares the batch."""
     logits_BV = transformer.logits(params, cfg, h_BTD)[:, 0]
+    if allowed_V is not None:
+        logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     if how == 'greedy':  # random bits for a whole vocabulary cost as much as a layer
         next_B = _replicated(likeliest(logits_BV))
     else:
@@ -135,12 +137,12 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, how: str) -> Sta
 
 
 @partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
-def _decode(params, state: State, until, sampling, stop_ids, *, cfg, how) -> State:
+def _decode(params, state: State, until, sampling, stop_ids, allowed_V, *, cfg, how) -> State:
     """Draws tokens until `until` are drawn or every row is done."""
 
     def body(state: State) -> State:
         h_BTD, cache = transformer.forward_cached(params, cfg, state.next_B[:, None], state.cache)
-        return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, how)
+        return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, allowed_V, how)
 
     return jax.lax.while_loop(lambda s: (s.drawn < until) & ~jnp.all(s.done_B), body, state)
 
@@ -162,6 +164,7 @@ def stream(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
+    allowed: np.ndarray | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     every: int = 8,
@@ -170,6 +173,7 @@ def stream(
 
     Args:
       prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
+      allowed: [ids] bool, which may be drawn, those beyond it not; None: all that the model has rows for.
 
     Raises:
       ValueError: an empty prompt, no stop id or no token to generate.
@@ -183,13 +187,13 @@ def stream(
         row[: len(prompt)] = prompt
     length_B = np.array([len(p) for p in prompts], np.int32)
     knobs = tuple(np.asarray(x) for x in sampling)
-    stops = np.asarray(stop_ids, np.int32)
+    stops, allowed_V = np.asarray(stop_ids, np.int32), _mask(allowed, cfg.vocab_size)
     if isinstance(params['layers'], Mapping):
         params = prepare(params, cfg, batch=B)
     static = {'cfg': cfg, 'how': _how(knobs)}
     sizes = {'slots': width + min(room, ROUND), 'room': room}  # empty slots are read too: the cache begins small
-    state = _prefill(params, prompt_BT, length_B, np.uint32(seed), knobs, stops, **sizes, **static)
-    decode = lambda state, until: _decode(params, state, np.int32(until), knobs, stops, **static)
+    state = _prefill(params, prompt_BT, length_B, np.uint32(seed), knobs, stops, allowed_V, **sizes, **static)
+    decode = lambda state, until: _decode(params, state, np.int32(until), knobs, stops, allowed_V, **static)
     drawn = 0
     while True:
         until = min(drawn + every, max_new_tokens)
@@ -198,6 +202,15 @@ def stream(
         yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
         if drawn >= max_new_tokens or np.all(state.done_B):
             return
+
+
+def _mask(allowed: np.ndarray | None, vocab_size: int) -> np.ndarray | None:
+    """[V] bool, the ids that may be drawn; None where all may, so that nothing is compiled for it."""
+    if allowed is None:
+        return None
+    allowed_V = np.zeros(vocab_size, bool)
+    allowed_V[: len(allowed)] = allowed[:vocab_size]
+    return None if allowed_V.all() else allowed_V
 
 
 def _advance(state: State, until: int, decode: Callable[[State, int], State], *, width: int, most: int) -> State:

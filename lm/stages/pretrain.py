@@ -144,7 +144,7 @@ def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: A
     """Loss, perplexity and bits per byte of each source's held-out text."""
     shape = {'batch_size': config.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
     batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
-    return heldout.by_source(params, cfg, batches, prepared.tokenizer.bytes_of_ids)
+    return heldout.by_source(params, cfg, batches, prepared.tokenizer)
 
 
 def continue_prompts(
@@ -153,11 +153,13 @@ def continue_prompts(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Each prompt answered, greedily and at T = 0.7; without a template, and if it is raw, continued as plain text."""
 
+    raw = lambda prompt: template is None or prompt.kind == 'raw'
+
     def ids(prompt: Prompt) -> list[int]:
         if prompt.ids:
             return list(prompt.ids)
-        if template is None or prompt.kind == 'raw':
-            return [tokenizer.bos_id, *tokenizer.encode(prompt.text)]
+        if raw(prompt):
+            return tokenizer.encode_prompt(prompt.text)
         return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
 
     asked = [(p, t) for t in TEMPERATURES for p in prompts]
@@ -166,7 +168,7 @@ def continue_prompts(
     out = generate(
         params, cfg, [ids(p) for p, _ in asked], max_new_tokens=max_new_tokens,
         stop_ids=template.stop_ids(tokenizer) if template else [tokenizer.eos_id],
-        sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
+        allowed=tokenizer.is_token, sampling=Sampling(temperature=[t for _, t in asked]), seed=seed,
     )  # fmt: skip
     return [
         {
@@ -174,7 +176,7 @@ def continue_prompts(
             'kind': p.kind,
             'prompt': p.text,
             'temperature': t,
-            'text': tokenizer.decode(g.ids),
+            'text': tokenizer.decode(g.ids, continued=raw(p)),
             'ended': g.ended,
         }
         for (p, t), g in zip(asked, out, strict=True)

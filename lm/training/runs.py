@@ -18,6 +18,7 @@ from lm import files, processes, runtime, sharding
 from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
+from lm.interop import folders
 from lm.model import attention_kernels, sequences, transformer
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
@@ -69,14 +70,18 @@ def read_config(run: str) -> dict[str, Any]:
     """The saved config.json of 'DIR' or 'DIR@STEP'. Raises UsageError if it is not a run."""
     folder = epath.Path(split_run(run)[0])
     file = folder / 'config.json'
+    if folder.suffix.lower() == '.gguf' and folder.is_file():
+        raise UsageError(f'{folder} is not a run: it is a GGUF file, {folders.converted(folder)}')
     if not file.exists():
-        raise UsageError(f'{folder} is not a run: it has no config.json')
+        raise UsageError(f'{folder} is not a run: it {folders.reason(folder)}')
     try:
         saved = json.loads(file.read_text())
     except ValueError as error:
         raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
     if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
-        raise UsageError(f'{folder} is not a run: its config.json is of something else')
+        other = isinstance(saved, dict) and ('architectures' in saved or 'model_type' in saved)
+        what = f'it is a Hugging Face folder, {folders.converted(folder)}' if other else 'its config.json is of another'
+        raise UsageError(f'{folder} is not a run: {what}')
     if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
         raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
     return saved
@@ -204,15 +209,15 @@ def inherit_model(
 
     Raises:
       UsageError: one of them is a model.* that differs, a branch has other data, a stage that speaks is to start from
-        a reward model, or there is no such run or checkpoint.
+        a reward model, data.tokenizer gives other ids than that run's, or there is no such run or checkpoint.
     """
     parent = config.init_from or config.branch_from
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
+    saved = read_config(str(workdir) if resumed else parent)['config']
     if weights and not resumed:
         checkpoint.locate(parent)
-    saved = read_config(str(workdir) if resumed else parent)['config']
     if is_scored(saved) and config.stage != saved['stage']:
         raise UsageError(
             f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
@@ -231,6 +236,8 @@ def inherit_model(
         config.data.pretraining = saved['data'].get('mixture' if own else 'pretraining')
     if config.data.tokenizer is None:
         config.data.tokenizer = tokenizer_folder(parent)
+    elif not resumed:
+        _check_tokenizer(config.data.tokenizer, parent)
 
 
 def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
@@ -253,6 +260,14 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
     if other:
         told = ', '.join(f'{k} ({old[k]} there, {new[k]} now)' for k in other)
         raise UsageError(f'{config.branch_from} has other data: {told}; set them as there, or start with init_from')
+
+
+def _check_tokenizer(given: str, parent: str) -> None:
+    """Raises UsageError unless the ids that a parent has learned stand for the same by another tokenizer, which may
+    have more."""
+    own = Tokenizer.load(tokenizer_folder(parent)).pieces
+    if Tokenizer.load(given).pieces[: len(own)] != own:
+        raise UsageError(f'data.tokenizer={given} gives other ids than those that {parent} has learned: leave it out')
 
 
 def tokenizer_folder(run: str) -> str:
