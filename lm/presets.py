@@ -128,6 +128,7 @@ _GENTLY = {
     'optim.warmup': 4,
     'optim.weight_decay': 0.0,
     'eval.rows': 16,
+    'remat': 'names',  # thirty layers' activations of a batch are most of 14 GB
 }
 CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
     'smollm2': {
