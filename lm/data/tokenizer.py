@@ -270,6 +270,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         lambda: _trained(lines, min(vocab_size, _enough(lines)), hard_vocab_limit=False),
         lambda: _trained(_frequent(lines, (vocab_size - FIRST_PIECE) // 2), vocab_size, hard_vocab_limit=False),
     )
+    failed: RuntimeError | None = None
     for attempt in attempts:
         try:
             return from_model(attempt())
