@@ -229,9 +229,15 @@ def test_store_is_written_and_opened(tmp_path, vocab_size):
 def test_of_a_large_file_only_the_size_is_compared(tmp_path, monkeypatch):
     for name in ('tokens.bin', 'offsets.npy'):
         (tmp_path / name).write_bytes(b'some')
-    assert all(len(found) == 2 for found in checksums_of(tmp_path).values())
+    checksums = checksums_of(tmp_path)
+    (tmp_path / 'tokens.bin').write_bytes(b'same')
+    with pytest.raises(ValueError, match='tokens.bin has changed'):
+        store_module.verify(tmp_path, checksums)
     monkeypatch.setattr(store_module, '_VERIFIED_BYTES', 4)
-    assert checksums_of(tmp_path) == {'tokens.bin': [4], 'offsets.npy': [4]}
+    store_module.verify(tmp_path, checksums)
+    (tmp_path / 'tokens.bin').write_bytes(b'longer')
+    with pytest.raises(ValueError, match='tokens.bin has changed'):
+        store_module.verify(tmp_path, checksums)
 
 
 def test_a_row_reads_a_window_of_a_long_stream_and_no_more(tmp_path):

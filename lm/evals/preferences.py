@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.data import pairs
+from lm.data import pairs, pipeline
 from lm.data.pairs import PairStore
 from lm.model import sequences
 from lm.model.transformer import ModelConfig, Params
@@ -46,12 +46,14 @@ log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_pr
 
 def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> Batches:
     """(numbers of its pairs in the order of their slots, batch) of the first `most` usable pairs of a store, on the
-    mesh, `batch_size` pairs at a time."""
-    found = pairs.in_order(store, seq_len=seq_len, batch_size=batch_size, most=most)
-    rows = rows_shared(found.shape[0])
-    for i in range(found.steps):
-        numbers = np.array([n for row in found.rows(i) for _, n in row], np.int64)
-        yield numbers, sharding.shard_batch(found.batch(i, rows=rows))
+    mesh, `batch_size` rows at a time."""
+    found = pairs.in_order(store, seq_len=seq_len, most=most)
+    shape = rows_shared(min(batch_size, len(found)))
+    for start in range(0, len(found), shape):
+        here = range(start, min(start + shape, len(found)))
+        rows = [found.row(i) for i in here]
+        rows += [found.empty] * (shape - len(rows))
+        yield np.concatenate([found.numbers(i) for i in here]), sharding.shard_batch(pipeline.stack(rows))
 
 
 def rows_shared(needed: int, microbatches: int = 1) -> int:
@@ -61,9 +63,14 @@ def rows_shared(needed: int, microbatches: int = 1) -> int:
     return -(-needed // parts) * parts
 
 
-def lengths(store: PairStore, *, seq_len: int) -> np.ndarray:
-    """[pairs, 2] tokens of the two responses, as far as they are within seq_len."""
-    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in range(store.pairs)], np.int64)
+def lengths(store: PairStore, measured: np.ndarray, *, seq_len: int) -> np.ndarray:
+    """[measured, 2] tokens of the two responses of some pairs, as far as they are within seq_len.
+
+    Args:
+      measured: [pairs] bool, which pairs.
+    """
+    here = np.flatnonzero(measured).tolist()
+    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in here], np.int64)
 
 
 def wins(margins: np.ndarray, labels: np.ndarray) -> float:
@@ -74,7 +81,7 @@ def wins(margins: np.ndarray, labels: np.ndarray) -> float:
 def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[str, float]:
     """{'longer_wins', 'shorter_wins'}: the accuracy of preferring by length alone, on the pairs that are measured."""
     here = ~np.isnan(measured[:, 0])
-    size = lengths(store, seq_len=seq_len)[here]
+    size = lengths(store, here, seq_len=seq_len)
     longer = wins(size[:, 0] - size[:, 1], store.table[here, 0])
     return {'longer_wins': longer, 'shorter_wins': 1 - longer}
 
@@ -90,7 +97,7 @@ def policy_metrics(
     reference_…           the last three of the reference
     """
     here = ~np.isnan(policy[:, 0])
-    label, size = store.table[here, 0], lengths(store, seq_len=seq_len)[here]
+    label, size = store.table[here, 0], lengths(store, here, seq_len=seq_len)
 
     def of(logp: np.ndarray) -> dict[str, float]:
         per_token = logp[:, :2] / size
@@ -110,7 +117,7 @@ def reward_metrics(store: PairStore, score: np.ndarray, *, seq_len: int) -> dict
     """Of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error (Guo et
     al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
     here = ~np.isnan(score[:, 0])
-    label, size, score = store.table[here, 0], lengths(store, seq_len=seq_len)[here], score[here].astype(np.float64)
+    label, size, score = store.table[here, 0], lengths(store, here, seq_len=seq_len), score[here].astype(np.float64)
     margin = score[:, 0] - score[:, 1]
     loss = label * np.logaddexp(0, -margin) + (1 - label) * np.logaddexp(0, margin)
     return {
