@@ -113,7 +113,7 @@ def test_a_template_goes_with_the_run_that_learned_it(dialogues, tmp_path):
 def test_a_reward_model_keeps_the_scale_of_its_scores(dialogues):
     workdir = dialogues.run('reward')
     found = measured(workdir)
-    assert found[6, 'train/bradley_terry'] < found[1, 'train/bradley_terry'] - 0.1
+    assert found[6, 'train/bradley_terry'] < found[1, 'train/bradley_terry'] - 0.05
     names = 'accuracy margin log_loss calibration_error length_correlation longer_wins shorter_wins'
     assert all((6, f'eval/pairs.jsonl/{name}') in found for name in names.split())
     kept = json.loads((workdir / 'normalisation.json').read_text())
