@@ -157,7 +157,7 @@ def sizes(store: PairStore, seq_len: int) -> Sizes:
         by_pair = lambda x: x.reshape(-1, store.sides)
         sides = slice(start * store.sides, stop * store.sides)
         whole = by_pair(store.sequences.lengths(sides.start, sides.stop))
-        answered = by_pair(read(store.sequences.first, sides.start, sides.stop)).max(axis=1) < seq_len
+        answered = (by_pair(read(store.sequences.first, sides.start, sides.stop)) < seq_len).all(axis=1)
         usable = answered & (read(store.differs, start, stop) < seq_len)
         return np.where(usable, np.minimum(whole, seq_len).sum(axis=1), 0), (whole > seq_len).any(axis=1)
 
