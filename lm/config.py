@@ -53,6 +53,8 @@ def base() -> Config:
     c.beta = placeholder(float)  # how strongly it holds to the reference; None, here and below: the loss's own
     c.margin = placeholder(float)  # by how much simpo has the chosen response lead
     c.label_smoothing = placeholder(float)  # cdpo and robust: the part of labels that are wrong
+    c.lambda_d = placeholder(float)  # kto: what a good answer weighs
+    c.lambda_u = placeholder(float)  # kto: what a bad answer weighs
     c.nll = placeholder(float)  # coefficient of the chosen responses' own loss beside it
     c.reference = 'cached'  # cached: its log-probs are computed once; live: at each step, beside the model
     c.centring = 1e-2  # stage reward's: coefficient of (chosen + rejected)²
@@ -292,7 +294,7 @@ def check(config: Config) -> None:
         'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta model.rope_theta_local'),
         'at least 0 and finite': (
             lambda x: 0 <= x < FLOAT32_END,
-            'z_loss optim.weight_decay margin nll centring margins',
+            'z_loss optim.weight_decay margin nll centring margins lambda_d lambda_u',
         ),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
         'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum data.replay'),

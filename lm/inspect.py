@@ -22,8 +22,8 @@ from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
+from lm.stages import dpo, pretrain, run_of, sft
 from lm.stages import pairs as pair_stage
-from lm.stages import pretrain, run_of, sft
 from lm.training import runs
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
@@ -66,9 +66,15 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
 
 
 def dropped(prepared: Prepared) -> list[str]:
-    """Why documents of each source were dropped, and how many."""
-    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items())) or 'none'
-    return [f'{s.name}: dropped {told(s.counts["dropped"])}' for s in prepared.sources]
+    """Why documents of each source were dropped, and how many; what was changed in others, and what is not used."""
+    told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items()))
+    lines = []
+    for s in prepared.sources:
+        unused = {key: n for key, (n, _) in s.counts['unused'].items()}
+        more = (('changed', s.counts['changed']), ('not used', unused))
+        parts = [f'dropped {told(s.counts["dropped"]) or "none"}', *(f'{w} {told(x)}' for w, x in more if x)]
+        lines.append(f'{s.name}: {"; ".join(parts)}')
+    return lines
 
 
 class Token(NamedTuple):
@@ -131,9 +137,9 @@ def pair_texts(sides: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Tokeni
         whole = [(np.append(ids, tokenizer.pad_id), np.append(trained, 0))]
         return row_text(chats.segments_row(whole, len(ids), tokenizer.pad_id), tokenizer, conversations=True)
 
-    begins = [int(np.flatnonzero(trained)[0]) for _, trained in sides]
+    begins = [int(np.argmax(trained)) if len(trained) else 0 for _, trained in sides]
     prompts = [text(ids[:n], trained[:n]) for n, (ids, trained) in zip(begins, sides, strict=True)]
-    return [prompts[0], *(text(*side)[len(p) :] for side, p in zip(sides, prompts, strict=True))]
+    return [max(prompts, key=len), *(text(*side)[len(p) :] for side, p in zip(sides, prompts, strict=True))]
 
 
 def show_rows(console: Console, mixture: pipeline.Mixture, count: int, tokenizer: Tokenizer, *, dialogues: int) -> None:
@@ -175,14 +181,15 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     run_of(config.stage)
     runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
     console, errors = Screen(highlight=False), Screen(stderr=True, highlight=False)
-    prepare = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats}.get(config.stage, pair_stage.prepare)
+    known = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats, 'dpo': dpo.prepare}
+    prepare = known.get(config.stage, pair_stage.prepare)
     data: Any = prepare(config, config.data.tokenizer, partial(errors.print, markup=False, soft_wrap=True))
     options = {'seq_len': config.seq_len, 'seed': config.seed}
     if config.stage == 'pretrain':
         tell(console, data)
         show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
         return
-    own, replay, of_pairs = data.own.sources, config.data.replay, prepare is pair_stage.prepare
+    own, replay, of_pairs = data.own.sources, config.data.replay, config.stage != 'sft'
     if of_pairs:
         mixture, sizes = pairs.mix(data, replay=0, **options), [pairs.sizes(s.train, config.seq_len) for s in own]
     else:

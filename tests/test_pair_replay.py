@@ -17,7 +17,7 @@ from lm.model import transformer
 from lm.stages import dpo, pretrain
 
 SEQ_LEN = 16
-SETTINGS = {'loss': 'dpo', 'beta': None, 'margin': None, 'label_smoothing': None, 'nll': 0.2}
+SETTINGS = {'loss': 'dpo', 'nll': 0.2} | dict.fromkeys(('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u'))
 
 
 @pytest.fixture(autouse=True)

@@ -267,9 +267,8 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
     store = pair_store(tmp_path / 'p', said, [(0.8, 0.0)] * 16)
     known = [draw.normal(-20, 1, (16, sides)).astype(np.float32)]
     found = batches([store], batch_size=16, reference=known)
-    settings = ConfigDict(
-        {'data': {'replay': 0.0}, 'loss': loss, 'beta': None, 'margin': None, 'label_smoothing': None, 'nll': 0.2}
-    )
+    nothing = dict.fromkeys(('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u'))
+    settings = ConfigDict({'data': {'replay': 0.0}, 'loss': loss, 'nll': 0.2, **nothing})
     tiny = dataclasses.replace(tiny, layers=1)
     optimizer = optax.sgd(1.0)
     params = transformer.init(jax.random.key(0), tiny)
@@ -283,7 +282,7 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
     (ours, told), (theirs, also_told) = updated(1), updated(3)
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(ours))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * largest, rtol=0), theirs, ours)
-    assert told.keys() == also_told.keys() and {'preference', 'nll', 'margin', 'accuracy'} <= told.keys()
+    assert told.keys() == also_told.keys() and {'preference', 'nll', 'reward_chosen', 'accuracy'} <= told.keys()
     assert {k: float(v) for k, v in also_told.items()} == pytest.approx(
         {k: float(v) for k, v in told.items()}, rel=1e-4, abs=1e-5
     )

@@ -1,10 +1,10 @@
 """What a chat template makes of the roles of a conversation, whatever is said: the shape of the text.
 
 It is what the template renders with a private character in place of each content. Shapes are few (by the roles), so
-that of each conversation it is only checked that the template makes of it its shape with its contents in it.
+that of each conversation it is only checked that the template makes of it its shape with its contents in it. Where it
+does not, or messages have more than a role and a content, lm/data/chat_layout.py looks at the one conversation.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lm.errors import UsageError
 
-Message: TypeAlias = Mapping[str, Any]  # role: system, user or assistant; content: str
+Message: TypeAlias = Mapping[str, Any]  # as lm.data.records.Message
 
+Tools: TypeAlias = Sequence[Mapping[str, Any]] | None  # functions that the assistant may call, as their JSON schemas
 # Characters for private use, which stand for contents and for the ends of {% generation %} blocks.
 _FIRST, _LAST = 0xF0000, 0xFFFFD
 SIGN = re.compile(f'[{chr(_FIRST)}-{chr(_LAST)}]')
@@ -61,27 +62,35 @@ def shape(source: Source, roles: tuple[str, ...]) -> Shape:
     """Raises UsageError if the template refuses these roles, or leaves a content out or repeats it."""
     if len(roles) > _LAST - _FIRST - 2 or SIGN.search(source.text):
         raise UsageError(f'a chat template has no place for {len(roles):,} messages')
-    marks = chr(_LAST - 1) + chr(_LAST)
     messages = [{'role': role, 'content': sign(i)} for i, role in enumerate(roles)]
-    text, generated = _without_marks(_rendered(source, messages, marks), marks)
+    text, generated = rendered_with_spans(source, messages)
     found = SIGN.findall(text)
     for i, role in enumerate(roles):
         if (times := found.count(sign(i))) != 1:
             does = 'leaves out' if not times else f'shows {times} times'
             raise UsageError(f'the chat template {does} what the {role} says in message {i + 1}')
     padded = [m | {'content': _LEFT + m['content'] + _RIGHT} for m in messages]
-    strips = _strips(text, _rendered(source, padded))
+    strips = _strips(text, rendered(source, padded))
     return Shape(source, text, tuple(strips[sign(i)] for i in range(len(roles))), generated)
 
 
-def _rendered(source: Source, messages: Sequence[Message], marks: str = '') -> str:
+def rendered(source: Source, messages: Sequence[Message], *, tools: Tools = None, marks: str = '') -> str:
+    """What the template makes of messages. Raises UsageError if it refuses them."""
     from lm.data import jinja_sandbox  # not every command needs Jinja
 
     variables = {
         'messages': messages, 'bos_token': source.bos, 'eos_token': source.eos, 'add_generation_prompt': source.speak,
-        'tools': None, 'documents': None, 'generation_begin': marks[:1], 'generation_end': marks[1:],
+        'tools': tools, 'documents': None, 'generation_begin': marks[:1], 'generation_end': marks[1:],
     }  # fmt: skip
     return jinja_sandbox.render(source.text, variables)
+
+
+def rendered_with_spans(
+    source: Source, messages: Sequence[Message], *, tools: Tools = None
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """(what the template makes of messages, where its {% generation %} blocks begin and end in that)."""
+    marks = chr(_LAST - 1) + chr(_LAST)
+    return _without_marks(rendered(source, messages, tools=tools, marks=marks), marks)
 
 
 def _without_marks(text: str, marks: str) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -113,52 +122,9 @@ def _strips(text: str, padded: str) -> dict[str, tuple[str | None, str | None]]:
 # ---- what is said in it ----
 
 
-def said(shape: Shape, messages: Sequence[Message]) -> tuple[list[str], set[int]]:
-    """(what of each message the template shows, which earlier answers it shows otherwise than they are).
-
-    Raises UsageError unless the template makes of the messages its shape with that in it.
-    """
+def said(shape: Shape, messages: Sequence[Message]) -> list[str] | None:
+    """What the template shows of each message; None where it does not make of them its shape with that in it."""
     plain = [{'role': m['role'], 'content': m['content']} for m in messages]
     texts = [m['content'].lstrip(left).rstrip(right) for m, (left, right) in zip(plain, shape.strips, strict=True)]
-    rendered = _rendered(shape.source, plain)
-    changed = set()
-    if rendered != _filled(shape, texts):
-        for i, role in enumerate(m['role'] for m in plain[: None if shape.source.speak else -1]):
-            shown = _shown(shape, plain, i) if role == 'assistant' else None
-            if shown is not None and shown != texts[i]:
-                texts[i] = shown
-                changed.add(i)
-        _check_unchanged(shape, texts, plain, rendered)
-    return texts, changed
-
-
-def _filled(shape: Shape, texts: Sequence[str]) -> str:
-    return SIGN.sub(lambda found: texts[number(found[0])], shape.text)
-
-
-def _shown(shape: Shape, messages: Sequence[Message], i: int) -> str | None:
-    """What the template shows of one message; None if what stands around it changes too."""
-    others = [m if j == i else {**m, 'content': sign(j)} for j, m in enumerate(messages)]
-    rendered = _rendered(shape.source, others)
-    before, after = shape.text.split(sign(i))
-    fits = rendered.startswith(before) and rendered.endswith(after) and len(rendered) >= len(before) + len(after)
-    return rendered[len(before) : len(rendered) - len(after)] if fits else None
-
-
-def _check_unchanged(shape: Shape, texts: Sequence[str], messages: Sequence[Message], rendered: str) -> None:
-    """Raises UsageError, with the place, unless the rendering is the shape with this in it."""
-    wanted = _filled(shape, texts)
-    if rendered == wanted:
-        return
-    at, length, i = len(os.path.commonprefix([wanted, rendered])), 0, 0
-    for piece in re.split(f'({SIGN.pattern})', shape.text):
-        if SIGN.fullmatch(piece):
-            i = number(piece)
-            piece = texts[i]
-        length += len(piece)
-        if length > at:
-            break
-    raise UsageError(
-        f'the chat template changes what the {messages[i]["role"]} says in message {i + 1}, at '
-        f'{wanted[max(0, at - 20) : at + 20]!r}: leave such conversations out, or bring another template'
-    )
+    filled = SIGN.sub(lambda found: texts[number(found[0])], shape.text)
+    return texts if rendered(shape.source, plain) == filled else None

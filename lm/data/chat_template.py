@@ -2,9 +2,9 @@
 
 A template is a Jinja text, as Hugging Face's are, run in a sandbox (lm/data/jinja_sandbox.py). Which ids an assistant
 wrote is known by *spans*, never by looking for a string: the template is rendered once for the roles of a conversation,
-with a private character in place of each content (lm/data/chat_shape.py). What stands between those is the template's
-own text, in which control symbols become their ids; contents are encoded by `Tokenizer.encode`, which never gives a
-control symbol, so that what a person types stays text.
+with a private character in place of each content (lm/data/chat_shape.py), or several times where what is in the
+messages changes more than that (lm/data/chat_layout.py). Control symbols in the template's own text become their ids;
+what was said is encoded by `Tokenizer.encode`, which never gives one, so that what a person types stays text.
 
 What the assistant writes begins where the template's prompt for it ends (`add_generation_prompt`), and ends with the
 first control symbol after its content, the end of the turn; {% generation %} blocks, where a template has them, say it
@@ -15,7 +15,7 @@ one, as Hugging Face's libraries do, so that the ids are theirs.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm import files
-from lm.data.chat_shape import SIGN, Message, Shape, Source, number, said, shape, sign
+from lm.data.chat_layout import Layout, lay_out, unveiled
+from lm.data.chat_shape import SIGN, Message, Shape, Source, Tools, number, said, shape, sign
 from lm.data.tokenizer import CHAT_MARKERS, JSON_FILE, Tokenizer
 from lm.errors import UsageError
 
 TEMPLATE_FILE, CONFIG_FILE = 'chat_template.jinja', 'tokenizer_config.json'
-ROLES = ('system', 'user', 'assistant')
+ROLES = ('system', 'user', 'assistant', 'tool')
 DEFAULT = (
     '{{ bos_token }}{% for message in messages %}'
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -38,6 +39,9 @@ _MISMATCH = (
     'the chat template asks for an answer otherwise than it shows one, so that a model would learn what it is never '
     'asked for: bring another template'
 )
+
+
+_CHANGED = 'an earlier answer, which the template shows otherwise,'
 
 
 @dataclass(frozen=True)
@@ -69,41 +73,45 @@ class ChatTemplate:
         return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, given: int = 0
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, given: int = 0, tools: Tools = None
     ) -> tuple[list[int], list[bool]]:
-        """(the ids of a conversation, whether each is to be learned: what the assistant writes in messages[given:]).
+        """(the ids of a conversation, whether each is to be learned: what the assistant writes in messages[given:],
+        but for messages with `train` False).
 
         Where the assistant has the last word, the ids begin with `prompt(messages[:-1])`. An earlier answer that the
         template shows otherwise than when it was the last (some leave out what was thought) is not learned.
 
         Raises:
-          UsageError: the template refuses the conversation or changes what is said in it, its last answer does not
-            begin where its prompt ends, or an answer ends with no control symbol.
+          NoPlace: the template has no place for tools, calls of them or thoughts that the messages have.
+          UsageError: it refuses the conversation or changes what is said in it, its last answer does not begin where
+            its prompt ends, or an answer ends with no control symbol.
         """
-        self.stop_ids(tokenizer)
-        plan = _plan(self, tokenizer, _roles(messages), False)
-        if plan.mismatch and given < len(messages):
-            raise UsageError(plan.mismatch)
-        texts, changed = said(plan.shape, messages)
+        plan, texts = _fitting(self, tokenizer, messages, tools, given=given)
         ids: list[int] = []
         trained: list[bool] = []
         for part, found in zip(plan.parts, _encoded(plan, tokenizer, texts), strict=True):
             ids += found
-            trained += [part.owner is not None and part.owner >= given and part.owner not in changed] * len(found)
+            trained += [_is_learned(plan, messages, part.owner, given)] * len(found)
         return ids, trained
+
+    def check(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, given: int = 0, tools: Tools = None
+    ) -> frozenset[str]:
+        """What `encode` makes nothing of: keys of messages, and earlier answers; raises what it raises."""
+        plan, _ = _fitting(self, tokenizer, messages, tools, given=given)
+        return plan.unused | {_CHANGED for i in plan.changed if i >= given}
 
     def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant is to speak.
 
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
-        plan = _plan(self, tokenizer, _roles(messages), True)
-        return [i for found in _encoded(plan, tokenizer, said(plan.shape, messages)[0]) for i in found]
+        plan, texts = _planned(self, tokenizer, messages, None, speak=True)
+        return [i for found in _encoded(plan, tokenizer, texts) for i in found]
 
     def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
         """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
-        plan = _plan(self, tokenizer, _roles(messages), True)
-        return _filled(plan, said(plan.shape, messages)[0])
+        return _filled(*_planned(self, tokenizer, messages, None, speak=True))
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
@@ -169,11 +177,68 @@ class _Part(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How the ids of a shape are put together."""
+    """How the ids of a conversation are put together."""
 
-    shape: Shape
     parts: tuple[_Part, ...]
-    mismatch: str | None  # why the last answer cannot be learned
+    shape: Shape | None = None  # None: of one conversation, whose text is in the parts
+    mismatch: str | None = None  # why the last answer cannot be learned
+    changed: frozenset[int] = frozenset()  # answers that are not shown as they are
+    unused: frozenset[str] = frozenset()  # keys of messages of which nothing is shown
+
+
+def _fitting(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, *, given: int
+) -> tuple[_Plan, Sequence[str]]:
+    """`_planned` for training. Raises UsageError if the last answer is to be learned and cannot be."""
+    template.stop_ids(tokenizer)
+    last = len(messages) - 1
+    learns = last >= given and messages[last]['role'] == 'assistant' and messages[last].get('train', True)
+    plan, texts = _planned(template, tokenizer, messages, tools, speak=False, whole=last if learns else None)
+    if plan.mismatch and learns:
+        raise UsageError(plan.mismatch)
+    return plan, texts
+
+
+def _is_learned(plan: _Plan, messages: Sequence[Message], owner: int | None, given: int) -> bool:
+    return owner is not None and owner >= given and owner not in plan.changed and messages[owner].get('train', True)
+
+
+def _planned(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, *, speak: bool,
+    whole: int | None = None,
+) -> tuple[_Plan, Sequence[str]]:  # fmt: skip
+    """(how a conversation becomes ids, the contents in it).
+
+    Args:
+      whole: the answer that must be shown as it is.
+    """
+    roles = _roles(messages)
+    if not tools and 'tool' not in roles and all(m.keys() <= {'role', 'content', 'train'} for m in messages):
+        plan = _plan(template, tokenizer, roles, speak)
+        if plan.shape is not None and (texts := said(plan.shape, messages)) is not None:
+            return plan, texts
+    source = Source(template.text, *_symbols(tokenizer), speak)
+    laid = lay_out(source, messages, tools, tokenizer.controls, whole=whole)
+    stops = template.stop_ids(tokenizer)
+    # Within tool calls there may be symbols that end no answer.
+    calls = {i for i, m in enumerate(messages) if m.get('tool_calls')}
+    ends = {i: _end(tokenizer, laid.text, laid.ends[i], stops if i in calls else ())[0] for i in laid.starts}
+    return _laid_plan(tokenizer, laid, ends, last_is_answer=not speak and roles[-1:] == ('assistant',)), ()
+
+
+def _laid_plan(tokenizer: Tokenizer, laid: Layout, ends: Mapping[int, int], *, last_is_answer: bool) -> _Plan:
+    """The plan of one conversation."""
+    begun = {i: at for i, at in laid.starts.items() if at is not None}
+    if laid.generated:
+        before = lambda end: max((i for i in laid.starts if laid.ends[i] <= end), default=None)
+        spans = {span: before(span[1]) for span in laid.generated}
+    else:
+        spans = {(at, ends[i]): i for i, at in begun.items()}
+    parts = _all_parts(tokenizer, laid.text, begun.values(), spans, _controls(tokenizer))
+    if laid.veiled:
+        parts = tuple(part._replace(text=tuple(unveiled(str(piece)) for piece in part.text)) for part in parts)
+    lost = last_is_answer and len(laid.ends) - 1 not in begun
+    return _Plan(parts, None, _MISMATCH if lost else None, laid.changed, laid.unused)
 
 
 def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -195,19 +260,18 @@ def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
 
 @lru_cache(maxsize=8192)
 def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], speak: bool) -> _Plan:
+    """The plan of all conversations of a shape."""
     whole = shape(Source(template.text, *_symbols(tokenizer), speak), roles)
     starts = {i: _start(whole, roles[:i]) for i, role in enumerate(roles) if role == 'assistant'}
     begun = {i: at for i, at in starts.items() if at is not None}
     if whole.generated:
         spans = {span: _last_answer(whole.text[: span[1]], starts) for span in whole.generated}
     else:
-        spans = {(at, _end(tokenizer, whole.text, i)[0]): i for i, at in begun.items()}
-    cuts = {at for span in spans for at in span} | set(begun.values())
-    parts = list(_parts(tokenizer, whole.text, cuts, spans))
-    if begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
-        parts.insert(0, _Part(tokenizer.bos_id, (), None))
+        ends = {i: whole.text.index(sign(i)) + 1 for i in begun}
+        spans = {(at, _end(tokenizer, whole.text, ends[i])[0]): i for i, at in begun.items()}
+    parts = _all_parts(tokenizer, whole.text, begun.values(), spans, _tokens(tokenizer))
     lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
-    return _Plan(whole, tuple(parts), _MISMATCH if lost else None)
+    return _Plan(parts, whole, _MISMATCH if lost else None)
 
 
 def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
@@ -227,23 +291,41 @@ def _last_answer(text: str, answers: Mapping[int, Any]) -> int | None:
     return next((i for i in reversed(found) if i in answers), None)
 
 
-def _end(tokenizer: Tokenizer, text: str, answer: int) -> tuple[int, int | None]:
-    """(where in a shape's text an answer ends, the id that ends it): after the first control symbol that follows its
-    content, or after that if none does."""
-    at = text.index(sign(answer)) + 1
-    found = _tokens(tokenizer).search(text, at)
-    symbol = found and tokenizer.controls.get(found[0])
-    return (found.end(), symbol) if found and symbol is not None else (at, None)
+def _end(tokenizer: Tokenizer, text: str, at: int, among: Container[int] = ()) -> tuple[int, int | None]:
+    """(where in a text an answer ends whose content ends at `at`, the id that ends it): after the first control symbol
+    that follows, one of `among` if there is such; or at `at` if none follows."""
+    first: tuple[int, int | None] = at, None
+    for found in _tokens(tokenizer).finditer(text, at):
+        if (symbol := tokenizer.controls.get(found[0])) is None:
+            break
+        first = (found.end(), symbol) if first[1] is None else first
+        if not among or symbol in among:
+            return found.end(), symbol
+    return first
+
+
+def _all_parts(
+    tokenizer: Tokenizer, text: str, starts: Iterable[int], spans: Mapping[tuple[int, int], int | None],
+    tokens: re.Pattern[str],
+) -> tuple[_Part, ...]:  # fmt: skip
+    """`_parts`, cut where answers and spans begin and end, with the tokenizer's own <bos> first."""
+    cuts = {at for span in spans for at in span} | set(starts)
+    parts = tuple(_parts(tokenizer, text, cuts, spans, tokens))
+    if begins_with_bos(tokenizer) and (not parts or parts[0].control != tokenizer.bos_id):
+        return (_Part(tokenizer.bos_id, (), None), *parts)
+    return parts
 
 
 def _parts(
-    tokenizer: Tokenizer, text: str, cuts: set[int], spans: Mapping[tuple[int, int], int | None]
-) -> Iterator[_Part]:
-    """The shape's text as control symbols and texts, which are cut at `cuts`."""
+    tokenizer: Tokenizer, text: str, cuts: set[int], spans: Mapping[tuple[int, int], int | None],
+    tokens: re.Pattern[str],
+) -> Iterator[_Part]:  # fmt: skip
+    """A text as control symbols and texts, which are cut at `cuts`; private characters that `tokens` finds are
+    contents."""
     owner = lambda at: next((i for (start, end), i in spans.items() if start <= at < end), None)
     waiting: list[str | int] = []
     begun = 0
-    for at, piece in _pieces(tokenizer, text, cuts):
+    for at, piece in _pieces(tokenizer, text, cuts, tokens):
         control = tokenizer.controls.get(piece)
         if waiting and (at in cuts or control is not None):
             yield _Part(None, tuple(waiting), owner(begun))
@@ -252,15 +334,16 @@ def _parts(
             yield _Part(control, (), owner(at))
             continue
         begun = begun if waiting else at
-        waiting.append(number(piece) if SIGN.fullmatch(piece) else piece)
+        is_content = SIGN.fullmatch(piece) and tokens.fullmatch(piece)
+        waiting.append(number(piece) if is_content else piece)
     if waiting:
         yield _Part(None, tuple(waiting), owner(begun))
 
 
-def _pieces(tokenizer: Tokenizer, text: str, cuts: set[int]) -> Iterator[tuple[int, str]]:
-    """(place, piece): control symbols, private characters, and what is between them and the cuts."""
+def _pieces(tokenizer: Tokenizer, text: str, cuts: set[int], tokens: re.Pattern[str]) -> Iterator[tuple[int, str]]:
+    """(place, piece): what `tokens` finds, and what is between that and the cuts."""
     at = 0
-    for piece in re.split(f'({_tokens(tokenizer).pattern})', text):
+    for piece in re.split(f'({tokens.pattern})', text):
         if piece in tokenizer.controls:
             yield at, piece
         else:
@@ -272,8 +355,13 @@ def _pieces(tokenizer: Tokenizer, text: str, cuts: set[int]) -> Iterator[tuple[i
 @lru_cache(maxsize=16)
 def _tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Finds the control symbols, longest first, and the private characters."""
-    names = sorted(filter(None, tokenizer.controls), key=len, reverse=True)
-    return re.compile('|'.join([*map(re.escape, names), SIGN.pattern]))
+    return re.compile(f'{_controls(tokenizer).pattern}|{SIGN.pattern}')
+
+
+@lru_cache(maxsize=16)
+def _controls(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds the control symbols, longest first."""
+    return re.compile('|'.join(map(re.escape, sorted(filter(None, tokenizer.controls), key=len, reverse=True))))
 
 
 @lru_cache(maxsize=64)
@@ -285,7 +373,7 @@ def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     except UsageError:  # for one question only
         roles = ('user', 'assistant')
         text = shape(source, roles).text
-    ends = [_end(tokenizer, text, i)[1] for i in range(1, len(roles), 2)]
+    ends = [_end(tokenizer, text, text.index(sign(i)) + 1)[1] for i in range(1, len(roles), 2)]
     if not any(end is not None for end in ends):
         raise UsageError(
             'the chat template ends an answer with no control symbol of the tokenizer, so that a model would never '

@@ -11,13 +11,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from lm.data import bestfit, pipeline
 from lm.data.cache import fingerprint
+from lm.data.chat_layout import refusal
+from lm.data.chat_shape import Tools
 from lm.data.chat_template import ChatTemplate
 from lm.data.packing import Row, permute
 from lm.data.pipeline import Mixture, source_seed
@@ -102,7 +104,12 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 
 def form(template: ChatTemplate) -> Form:
     """How conversations are kept, in the words of a template."""
-    return Form('chat', [LAYOUT, template.fingerprint], partial(_write, template), open_store, _FILES)
+    key = [LAYOUT, template.fingerprint]
+    return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
+
+
+def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
+    return template.check(tokenizer, record['messages'], tools=record.get('tools'))
 
 
 def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
@@ -114,29 +121,24 @@ def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums
 def _write(
     template: ChatTemplate, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts
 ) -> int:
-    encoded = encode_each(template, tokenizer, (json.loads(c)[0] for c in contents), counts)
+    found, same = itertools.tee(map(json.loads, contents))
+    tools = (c[1] if len(c) > 1 else None for c in same)
+    encoded = encode_each(template, tokenizer, (c[0] for c in found), counts, tools=tools)
     return write_encoded(directory, encoded, tokenizer.vocab_size)
 
 
 def encode_each(
-    template: ChatTemplate, tokenizer: Tokenizer, conversations: Iterable, counts: Counts, *, given: int = 0
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each conversation that the template accepts; the others are counted.
-
-    Raises UsageError if it accepts none.
-    """
-    accepted, refused = 0, None
-    for messages in conversations:
+    template: ChatTemplate, tokenizer: Tokenizer, conversations: Iterable, counts: Counts, *,
+    tools: Iterable[Tools] = itertools.repeat(None),
+) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
+    """(ids, trained) of each conversation that the template accepts, with its tools; the others are counted and named
+    by their number."""
+    for number, (messages, theirs) in enumerate(zip(conversations, tools, strict=False), 1):
         try:
-            encoded = template.encode(tokenizer, messages, given=given)
+            yield template.encode(tokenizer, messages, tools=theirs)
         except UsageError as error:
-            refused = refused or error
-            counts.drop('template')
-            continue
-        accepted += 1
-        yield encoded
-    if refused and not accepted:
-        raise refused
+            counts.drop(refusal(error))
+            counts.name(f'conversation {number}: {error}')
 
 
 def write_encoded(directory: epath.Path, encoded: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> int:

@@ -3,28 +3,31 @@
     chat    messages | conversations                   [{role, content}] or [{from, value}], or JSON text of such a list
             prompt, completion                         a text, or such a list
             instruction, output [, input]              and Dolly's instruction, response [, context]
-    pairs   chosen, rejected [, prompt]                answers to the prompt, or whole conversations that share one:
-                                                       lists, or '\\n\\nHuman: … \\n\\nAssistant: …'
+    pairs   chosen, rejected [, prompt]                answers to the prompt (or question, or instruction [, input]), or
+                                                       whole conversations that share one: lists, or
+                                                       '\\n\\nHuman: … \\n\\nAssistant: …'
             context, response1, response2, overall_preference
             prompt, completion, label                  one answer, good or bad
+            messages, label                            the same, the answer being the last message
 
 A pair may have `margin`, or `score_chosen` and `score_rejected`, whose difference is the margin, and `label`, the
-probability that the chosen one is the better one. A text `system` is the first message where there is no other. What
-else a record has goes into its meta, where it is a number or a text.
+probability that the chosen one is the better one. A text `system` (or `system_prompt`) is the first message where there
+is no other; `history`, [[question, answer], …], stands before a prompt or an instruction; `tools` are functions that
+the assistant may call; `kto_tag` is a label. Of what else a record has, numbers and texts go into its meta, and other
+things are counted by their keys.
 """
 
-import json
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm.config import FLOAT32_END
+from lm.data.messages import Malformed, Unused, is_empty, number_of, read_messages, read_tools, side_of, text_of
 from lm.data.records import Chat, Counts, Kind, Message, Pair, Role
 from lm.errors import UsageError
 
 # Part of what a source is: raise it when other records come out of the same rows.
-RECIPE = 2
+RECIPE = 3
 _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     'chat': (
         ('messages',), ('conversations',), ('prompt', 'completion'), ('instruction', 'output'),
@@ -32,16 +35,33 @@ _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     'pairs': (
         ('chosen', 'rejected'), ('context', 'response1', 'response2', 'overall_preference'),
-        ('prompt', 'completion', 'label'),
+        ('prompt', 'completion', 'label'), ('messages', 'label'), ('conversations', 'label'),
+        ('instruction', 'output', 'label'),
     ),
 }  # fmt: skip
-_OPTIONAL = ('id', 'system', 'input', 'margin', 'score_chosen', 'score_rejected')
-_FIELDS = {*_OPTIONAL, *(field for forms in _FORMS.values() for form in forms for field in form)}
-_ROLES: dict[str, Role] = {
-    'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
-}  # fmt: skip
+_SYSTEM, _TOOLS, _QUESTIONS = (
+    ('system', 'system_prompt'),
+    ('tools', 'functions'),
+    ('prompt', 'conversations', 'question'),
+)
+_OPTIONAL = (
+    'id',
+    'input',
+    'margin',
+    'score_chosen',
+    'score_rejected',
+    'history',
+    'kto_tag',
+    *_SYSTEM,
+    *_TOOLS,
+    *_QUESTIONS,
+)
+_FIELDS = {*_OPTIONAL, *(field_ for forms in _FORMS.values() for form in forms for field_ in form)}
+# They change what should be learned, and nothing here does as they say.
+_IGNORED = ('loss_mask', 'train', 'chat_template_kwargs', 'enable_thinking')
+_WEIGHTS = ('weight', 'sample_weight')
+_MEDIA = ('images', 'image', 'videos', 'video', 'audios', 'audio')
 _SHOWN = 12  # of the fields of a record that has none of ours
-_DIALOGUE = re.compile(r'(?:^|\n)\n(Human|Assistant):')
 
 
 class Row(NamedTuple):
@@ -68,16 +88,16 @@ class Reading(NamedTuple):
         return [RECIPE, self.kind, self.unpaired]
 
 
-class _Malformed(Exception):
-    """A record that cannot be used: the reason it is counted under, and a sentence about it."""
-
-    def __init__(self, reason: str, what: str):
-        super().__init__(what)
-        self.reason = reason
-
-
 class _LeftOut(Exception):
     """A sound record that is not for this use; counted, and no mistake of anybody's."""
+
+
+@dataclass
+class _Notes:
+    """What was changed in a record, and the keys of what nothing is made of."""
+
+    changed: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
 
 
 _PROBLEMS = {'malformed': 'is no JSON object', 'not_utf8': 'is not UTF-8'}
@@ -94,15 +114,17 @@ def read_rows(
         counts.read += 1
         try:
             if row.problem:
-                raise _Malformed(row.problem, _PROBLEMS[row.problem])
-            changed: set[str] = set()
+                raise Malformed(row.problem, _PROBLEMS[row.problem])
+            notes = _Notes()
             chat = reading.kind == 'chat'
-            yield _chat(name, row, changed, column) if chat else _pair(name, row, changed, reading.unpaired)
-            for what in changed:
+            yield _chat(name, row, notes, column) if chat else _pair(name, row, notes, reading.unpaired)
+            for what in notes.changed:
                 counts.change(what)
+            for key in sorted(notes.unused):
+                counts.leave_unused(key, row.place)
         except _LeftOut as left:
             counts.drop(str(left))
-        except _Malformed as wrong:
+        except Malformed as wrong:
             problem = f'{row.place}: {wrong}'
             if reading.strict:
                 raise UsageError(f'{problem}: repair it, or set data.strict=false to leave it out') from None
@@ -126,11 +148,23 @@ def _form(kind: Kind, fields: Iterable[str]) -> tuple[str, ...] | None:
     return next((form for form in _FORMS[kind] if have.issuperset(form)), None)
 
 
+def _fitting_form(kind: Kind, row: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(the fields that are not null, the format that they have). Raises Malformed if they have none."""
+    have = {key: value for key, value in row.items() if value is not None}
+    if 'kto_tag' in have:
+        have.setdefault('label', have['kto_tag'])
+    if form := _form(kind, have):
+        return have, form
+    if nulls := [key for key in _form(kind, row) or () if key not in have]:
+        raise Malformed('null', f'{" and ".join(nulls)} {"is" if len(nulls) == 1 else "are"} null')
+    raise Malformed('no_fields', _no_form(kind, row))
+
+
 def _no_form(kind: Kind, fields: Iterable[str]) -> str:
     wanted = '; or '.join(', '.join(form) for form in _FORMS[kind])
     what = 'a conversation' if kind == 'chat' else 'a pair'
     # JSON can write lone surrogates, which no terminal takes.
-    have = [field.encode(errors='replace').decode() for field in fields]
+    have = [name.encode(errors='replace').decode() for name in fields]
     more = f' and {len(have) - _SHOWN} more' if len(have) > _SHOWN else ''
     return f'has the fields {", ".join(have[:_SHOWN]) or "(none)"}{more}, but {what} has {wanted}'
 
@@ -138,65 +172,116 @@ def _no_form(kind: Kind, fields: Iterable[str]) -> str:
 # ---- conversations ----
 
 
-def _chat(name: str, row: Row, changed: set[str], column: str | None) -> Chat:
+def _chat(name: str, row: Row, notes: _Notes, column: str | None) -> Chat:
     if column:
-        row = row._replace(value={**row.value, 'messages': row.value.get(column)})
-    have = {key: value for key, value in row.value.items() if value is not None}
-    form = _form('chat', have)
-    if form is None:
-        raise _Malformed('no_fields', _no_form('chat', row.value))
-    messages = _without_last_user(_with_system(_conversation(have, form), have, changed), changed)
+        if row.value.get(column) is None:
+            raise Malformed('null', f'{column} is null or missing')
+        row = row._replace(value={**row.value, 'messages': row.value[column]})
+    have, form = _fitting_form('chat', row.value)
+    if have.get('label') is False or (form[0] == 'prompt' and _is_false(have.get('label'))):
+        raise _LeftOut('bad_answer')
+    messages = _until_learned(_with_system(_conversation(have, form, notes.unused.add), have, notes), notes)
     _check_turns(messages)
     if not any(m['role'] == 'assistant' for m in messages):
-        raise _Malformed('no_response', "no message is the assistant's")
+        raise Malformed('no_response', "no message is the assistant's")
     key = str(have.get('id', row.key))
-    return Chat(id=key, source=name, messages=messages, bytes=_size(messages), meta=_meta(have, column))
+    made = Chat(
+        id=key, source=name, messages=messages, bytes=_size(messages), meta=_meta(have, column), place=row.place
+    )
+    return _with_beside(made, have, notes, column)
 
 
-def _conversation(have: Mapping[str, Any], form: tuple[str, ...]) -> list[Message]:
+def _conversation(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> list[Message]:
     if len(form) == 1:
-        return _messages(have[form[0]], form[0])
+        return read_messages(have[form[0]], form[0], unused)
     if form[0] == 'prompt':
-        if have.get('label', True) in (False, 0):
-            raise _LeftOut('bad_answer')
-        return _side(have, 'prompt', 'user') + _side(have, 'completion', 'assistant')
-    # Alpaca and Dolly: what the instruction is about stands below it.
-    parts = [_text(have, key) for key in ('instruction', 'input', 'context') if key in have]
-    asked = '\n\n'.join(part for part in parts if part.strip())
-    return [Message(role='user', content=asked), Message(role='assistant', content=_text(have, form[1]))]
+        said = side_of(have, 'prompt', 'user', unused) + side_of(have, 'completion', 'assistant', unused)
+    else:
+        said = [_instruction(have), Message(role='assistant', content=text_of(have, form[1]))]
+    return _history(have) + said
 
 
-def _with_system(messages: list[Message], have: Mapping[str, Any], changed: set[str]) -> list[Message]:
+def _instruction(have: Mapping[str, Any]) -> Message:
+    """Alpaca's and Dolly's: what the instruction is about stands below it."""
+    parts = [text_of(have, key) for key in ('instruction', 'input', 'context') if key in have]
+    return Message(role='user', content='\n\n'.join(part for part in parts if part.strip()))
+
+
+def _history(have: Mapping[str, Any]) -> list[Message]:
+    """LLaMA-Factory's: what was said before, as [question, answer]."""
+    turns = have.get('history') or []
+    if not isinstance(turns, Sequence) or not all(_is_turn(turn) for turn in turns):
+        raise Malformed('history', 'history is no list of [question, answer]')
+    roles: tuple[Role, Role] = ('user', 'assistant')
+    return [Message(role=role, content=text) for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _with_system(messages: list[Message], have: Mapping[str, Any], notes: _Notes) -> list[Message]:
     """With the record's own system message first, and without an empty one."""
-    system = have.get('system')
-    if isinstance(system, str) and system.strip() and not any(m['role'] == 'system' for m in messages):
+    system = next((have[key] for key in _SYSTEM if isinstance(have.get(key), str) and have[key].strip()), None)
+    if system is not None and not any(m['role'] == 'system' for m in messages):
         messages = [Message(role='system', content=system), *messages]
     if messages and messages[0]['role'] == 'system' and not messages[0]['content'].strip():
-        changed.add('empty_system')
+        notes.changed.add('empty_system')
         messages = messages[1:]
     return messages
 
 
-def _without_last_user(messages: list[Message], changed: set[str]) -> list[Message]:
-    """Up to the assistant's last word: what the user says after it has no answer to learn."""
+def _until_learned(messages: list[Message], notes: _Notes) -> list[Message]:
+    """Up to the last answer that is to be learned: nothing is learned after it.
+
+    Raises _LeftOut if there are answers and none of them is.
+    """
     end = len(messages)
-    while end and messages[end - 1]['role'] == 'user':
+    while end and (messages[end - 1]['role'] in ('user', 'tool') or not messages[end - 1].get('train', True)):
         end -= 1
-        changed.add('trailing_user')
+        notes.changed.add(
+            {'user': 'trailing_user', 'tool': 'trailing_tool'}.get(messages[end]['role'], 'trailing_answer')
+        )
+    if not any(m['role'] == 'assistant' for m in messages[:end]) and any(m['role'] == 'assistant' for m in messages):
+        raise _LeftOut('no_learned_answer')
     return messages[:end]
 
 
+def _with_beside(record: Any, have: Mapping[str, Any], notes: _Notes, column: str | None = None) -> Any:
+    """The record with its tools; notes what else it has and nothing is made of."""
+    if media := next((key for key in _MEDIA if not is_empty(have.get(key))), None):
+        raise Malformed(media, f'it has {media}, which are not read')
+    for key in _TOOLS:
+        if not is_empty(have.get(key)):
+            record['tools'] = read_tools(have[key], key)
+    for key in have.keys() & _WEIGHTS:
+        if have[key] in (False, 0):
+            raise _LeftOut('weight_0')
+        notes.unused |= set() if have[key] in (True, 1) else {key}
+    for key in have.keys() - _FIELDS - {column}:
+        if not is_empty(have[key]) and (key in _IGNORED or not isinstance(have[key], str | int | float | bool)):
+            notes.unused.add(key)
+    return record
+
+
+_BEFORE: dict[str, tuple[str, ...]] = {
+    'system': ('nothing',), 'user': ('nothing', 'system', 'assistant'), 'assistant': ('user', 'tool'),
+    'tool': ('assistant', 'tool'),
+}  # fmt: skip
+
+
 def _check_turns(messages: Sequence[Message]) -> None:
-    """Raises _Malformed unless user and assistant alternate, user first, after at most one system message."""
-    start = 1 if messages and messages[0]['role'] == 'system' else 0
+    """Raises Malformed unless user and assistant alternate, user first, after at most one system message; a tool has
+    its turns between two of an assistant's."""
+    before = 'nothing'
     for i, message in enumerate(messages):
         role = message['role']
-        if role != ('system' if i < start else 'user' if (i - start) % 2 == 0 else 'assistant'):
-            before = messages[i - 1]['role'] if i else 'nothing'
-            raise _Malformed('role_order', f'message {i + 1} is of role {role} after {before}')
-        if not message['content'].strip():
+        if before not in _BEFORE[role] or (role == 'user' and i and messages[i - 1].get('tool_calls')):
+            raise Malformed('role_order', f'message {i + 1} is of role {role} after {before}')
+        if not message['content'].strip() and role != 'tool' and not message.get('tool_calls'):
             reason = 'empty_response' if role == 'assistant' else 'empty_prompt'
-            raise _Malformed(reason, f'message {i + 1}, of role {role}, is empty')
+            raise Malformed(reason, f'message {i + 1}, of role {role}, is empty')
+        before = role
 
 
 # ---- pairs ----
@@ -210,81 +295,95 @@ class _Sides(NamedTuple):
     margin: float = 0.0
 
 
-def _pair(name: str, row: Row, changed: set[str], unpaired: bool) -> Pair:
-    have = {key: value for key, value in row.value.items() if value is not None}
-    form = _form('pairs', have)
-    if form is None:
-        raise _Malformed('no_fields', _no_form('pairs', row.value))
-    if form[0] == 'prompt':
-        if not unpaired:
-            raise _LeftOut('unpaired')
-        sides = _single(have)
-    else:
-        sides = _paired(have) if form[0] == 'chosen' else _compared(have)
+def _pair(name: str, row: Row, notes: _Notes, unpaired: bool) -> Pair:
+    have, form = _fitting_form('pairs', row.value)
+    single = form[-1] == 'label'
+    if single and not unpaired:
+        raise _LeftOut('unpaired')
+    read = _single(have, form, notes.unused.add) if single else None
+    sides = read or (_paired if form[0] == 'chosen' else _compared)(have, notes.unused.add)
     if sides.margin >= FLOAT32_END:
-        raise _Malformed('margin', f'margin is {sides.margin:g}, which float32 has no room for')
-    prompt = _with_system(sides.prompt, have, changed)
+        raise Malformed('margin', f'margin is {sides.margin:g}, which float32 has no room for')
+    prompt = _with_system(sides.prompt, have, notes)
     if not any(m['role'] == 'user' for m in prompt):
-        raise _Malformed('empty_prompt', 'there is no prompt')
-    chosen, rejected = (_without_last_user(side, changed) for side in (sides.chosen, sides.rejected))
+        raise Malformed('empty_prompt', 'there is no prompt')
+    chosen, rejected = (_until_learned(side, notes) for side in (sides.chosen, sides.rejected))
     for side in filter(None, (chosen, rejected)):
         _check_turns([*prompt, *side])
-    if not (chosen or rejected) or (form[0] != 'prompt' and not (chosen and rejected)):
-        raise _Malformed('empty_response', f'{"rejected" if chosen else "chosen"} has no messages')
+    if not (chosen or rejected) or (not single and not (chosen and rejected)):
+        raise Malformed('empty_response', f'{"rejected" if chosen else "chosen"} has no messages')
     if chosen == rejected:
-        raise _Malformed('equal_sides', 'chosen and rejected are equal')
-    return _as_pair(name, str(have.get('id', row.key)), prompt, chosen, rejected, sides, _meta(have), changed)
+        raise Malformed('equal_sides', 'chosen and rejected are equal')
+    pair = _as_pair(name, row, prompt, chosen, rejected, sides, have, notes)
+    return _with_beside(pair, have, notes)
 
 
-def _paired(have: Mapping[str, Any]) -> _Sides:
+def _paired(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """`chosen` and `rejected`: answers to a prompt, or whole conversations."""
     label, margin = _judgement(have)
-    chosen, rejected = (_side(have, key, 'assistant', dialogue=True) for key in ('chosen', 'rejected'))
+    chosen, rejected = (side_of(have, key, 'assistant', unused, dialogue=True) for key in ('chosen', 'rejected'))
     if _is_whole(chosen) and _is_whole(rejected):
         length = _shared(chosen, rejected)
         return _Sides(chosen[:length], chosen[length:], rejected[length:], label, margin)
-    place = next((key for key in ('prompt', 'conversations') if key in have), None)
-    if place is None:
-        raise _Malformed('empty_prompt', 'chosen and rejected are answers alone, and there is no prompt')
-    return _Sides(_side(have, place, 'user', dialogue=True), chosen, rejected, label, margin)
+    place = next((key for key in _QUESTIONS if key in have), None)
+    if place is None and 'instruction' not in have:
+        raise Malformed('empty_prompt', 'chosen and rejected are answers alone, and there is no prompt, or it is null')
+    prompt = [_instruction(have)] if place is None else side_of(have, place, 'user', unused, dialogue=True)
+    return _Sides(_history(have) + prompt, chosen, rejected, label, margin)
 
 
-def _compared(have: Mapping[str, Any]) -> _Sides:
+def _compared(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """HelpSteer: `overall_preference` is below 0 where the first response is better; its size says by how much."""
-    preference = _number(have, 'overall_preference')
+    preference = number_of(have, 'overall_preference')
     if not preference:
         raise _LeftOut('tie')
-    first, second = (_side(have, key, 'assistant') for key in ('response1', 'response2'))
+    first, second = (side_of(have, key, 'assistant', unused) for key in ('response1', 'response2'))
     sides = (first, second) if preference < 0 else (second, first)
-    return _Sides(_side(have, 'context', 'user'), *sides, margin=abs(preference))
+    return _Sides(side_of(have, 'context', 'user', unused), *sides, margin=abs(preference))
 
 
-def _single(have: Mapping[str, Any]) -> _Sides:
+def _single(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> _Sides:
     """KTO: one answer, good or bad."""
-    if have['label'] not in (True, False):
-        raise _Malformed('label', f'label is {have["label"]!r}, neither true nor false')
-    prompt, answer = _side(have, 'prompt', 'user', dialogue=True), _side(have, 'completion', 'assistant')
-    return _Sides(prompt, answer, []) if have['label'] else _Sides(prompt, [], answer)
+    good = _is_true(have['label'])
+    if not good and not _is_false(have['label']):
+        raise Malformed('label', f'label is {have["label"]!r}, neither true nor false')
+    if form[0] == 'prompt':
+        prompt = _history(have) + side_of(have, 'prompt', 'user', unused, dialogue=True)
+        answer = side_of(have, 'completion', 'assistant', unused)
+    else:
+        said = _conversation(have, form[:-1], unused)
+        begin = max((i + 1 for i, m in enumerate(said) if m['role'] == 'user'), default=0)
+        prompt, answer = said[:begin], said[begin:]
+    return _Sides(prompt, answer, []) if good else _Sides(prompt, [], answer)
+
+
+def _is_true(label: Any) -> bool:
+    """Of a label, which is a text in a table of texts."""
+    return label in (True, 1) or (isinstance(label, str) and label.lower() in ('true', '1', '1.0'))
+
+
+def _is_false(label: Any) -> bool:
+    return label in (False, 0) or (isinstance(label, str) and label.lower() in ('false', '0', '0.0'))
 
 
 def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     """(label, margin) of a record with two sides."""
-    label = _number(have, 'label') if 'label' in have else 1.0
+    label = number_of(have, 'label') if 'label' in have else 1.0
     if not 0 <= label <= 1:
-        raise _Malformed('label', f'label is {label:g}, no probability')
+        raise Malformed('label', f'label is {label:g}, no probability')
     if 'score_chosen' in have and 'score_rejected' in have:
-        margin = _number(have, 'score_chosen') - _number(have, 'score_rejected')
+        margin = number_of(have, 'score_chosen') - number_of(have, 'score_rejected')
         if not margin:
             raise _LeftOut('tie')
         if margin < 0:
-            raise _Malformed('scores', 'score_chosen is below score_rejected')
+            raise Malformed('scores', 'score_chosen is below score_rejected')
     else:
         margin = 0.0
     if label == 0.5:
         raise _LeftOut('tie')
-    margin = _number(have, 'margin') if 'margin' in have else margin
+    margin = number_of(have, 'margin') if 'margin' in have else margin
     if margin < 0:
-        raise _Malformed('margin', f'margin is {margin:g}, below 0')
+        raise Malformed('margin', f'margin is {margin:g}, below 0')
     return label, margin
 
 
@@ -294,103 +393,40 @@ def _is_whole(side: Sequence[Message]) -> bool:
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations share, up to the last one of a user; raises _Malformed if none."""
+    """How many first messages two conversations share, up to the last one of a user; raises Malformed if none."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     while length and a[length - 1]['role'] != 'user':
         length -= 1
     if not length:
-        raise _Malformed('no_shared_prompt', 'chosen and rejected do not begin with the same message')
+        raise Malformed('no_shared_prompt', 'chosen and rejected do not begin with the same message')
     return length
 
 
 def _as_pair(
-    name: str, key: str, prompt: list[Message], chosen: list[Message], rejected: list[Message], sides: _Sides,
-    meta: dict[str, Any], changed: set[str],
+    name: str, row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message], sides: _Sides,
+    have: Mapping[str, Any], notes: _Notes,
 ) -> Pair:  # fmt: skip
     """The better side is `chosen`: where the label says that the other one is, they change places."""
     label = sides.label
     if label < 0.5:
         chosen, rejected, label = rejected, chosen, 1 - label
-        changed.add('sides_swapped')
+        notes.changed.add('sides_swapped')
     return Pair(
-        id=key, source=name, prompt=prompt, chosen=chosen, rejected=rejected, margin=sides.margin, label=label,
-        bytes=_size([*prompt, *chosen, *rejected]), meta=meta,
+        id=str(have.get('id', row.key)), source=name, prompt=prompt, chosen=chosen, rejected=rejected,
+        margin=sides.margin, label=label, bytes=_size([*prompt, *chosen, *rejected]), meta=_meta(have),
+        place=row.place,
     )  # fmt: skip
 
 
 # ---- fields ----
 
 
-def _side(have: Mapping[str, Any], key: str, role: Role, *, dialogue: bool = False) -> list[Message]:
-    """What a field says: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
-    value = have[key]
-    if isinstance(value, Mapping) and ('content' in value or 'value' in value):
-        value = [value]
-    if not isinstance(value, str):
-        return _messages(value, key)
-    return (_dialogue(value) if dialogue else []) or [Message(role=role, content=value)]
-
-
-def _dialogue(text: str) -> list[Message]:
-    """The messages of '\\n\\nHuman: …\\n\\nAssistant: …', none of another text. A last one without words is a cue."""
-    if not text.startswith('\n\nHuman:'):
-        return []
-    _, *parts = _DIALOGUE.split(text)
-    messages = [
-        Message(role='user' if who == 'Human' else 'assistant', content=said.strip())
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return messages if messages[-1]['content'] else messages[:-1]
-
-
-def _messages(value: Any, key: str) -> list[Message]:
-    """The messages of a list, or of its JSON text, or of the columns that TFDS makes of it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise _Malformed('not_messages', f'{key} is a text, and no list of messages') from None
-    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
-    if not isinstance(value, Sequence) or not all(isinstance(m, Mapping) for m in value):
-        raise _Malformed('not_messages', f'{key} is no list of messages')
-    return [_message(m, i) for i, m in enumerate(value, 1)]
-
-
-def _message(message: Mapping[str, Any], number: int) -> Message:
-    role, content = (
-        message.get(ours) if message.get(ours) is not None else message.get(theirs)
-        for ours, theirs in (('role', 'from'), ('content', 'value'))
-    )
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise _Malformed('unknown_role', f'message {number} has the role {role!r}, not system, user or assistant')
-    if not isinstance(content, str):
-        raise _Malformed('not_text', f'message {number} has a content that is no text')
-    return Message(role=_ROLES[role.lower()], content=content)
-
-
-def _text(have: Mapping[str, Any], key: str) -> str:
-    if not isinstance(have[key], str):
-        raise _Malformed('not_text', f'{key} is no text')
-    return have[key]
-
-
-def _number(have: Mapping[str, Any], key: str) -> float:
-    try:
-        number = float(have[key])
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise _Malformed('not_number', f'{key} is {have[key]!r}, no number')
-    return number
-
-
 def _size(messages: Sequence[Message]) -> int:
-    """Bytes of the contents in UTF-8. JSON can write lone surrogates, which UTF-8 cannot."""
+    """Bytes of what is said in UTF-8. JSON can write lone surrogates, which UTF-8 cannot."""
     try:
-        return sum(len(m['content'].encode()) for m in messages)
+        return sum(len(text.encode()) for m in messages for text in (m['content'], m.get('reasoning_content', '')))
     except UnicodeEncodeError:
-        raise _Malformed('not_utf8', 'a content is not UTF-8') from None
+        raise Malformed('not_utf8', 'a content is not UTF-8') from None
 
 
 def _meta(have: Mapping[str, Any], column: str | None = None) -> dict[str, Any]:

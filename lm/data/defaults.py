@@ -70,11 +70,12 @@ def open_default(name: str) -> Source:
 
 
 def _record(name: str, key: str, fields: dict[str, Any]) -> Chat | Pair:
+    place = f'{name}:{key}'
     if 'messages' in fields:
-        return Chat(id=key, source=name, bytes=_size(fields['messages']), **fields)
+        return Chat(id=key, source=name, bytes=_size(fields['messages']), place=place, **fields)
     size = _size(fields['prompt'] + fields['chosen'] + fields['rejected'])
     margin = fields.pop('margin', 0.0)
-    return Pair(id=key, source=name, bytes=size, margin=margin, label=1.0, **fields)
+    return Pair(id=key, source=name, bytes=size, margin=margin, label=1.0, place=place, **fields)
 
 
 def _size(messages: list[dict[str, str]]) -> int:

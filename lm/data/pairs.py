@@ -71,6 +71,16 @@ class PairStore:
     def pairs(self) -> int:
         return len(self.table)
 
+    def answers(self, side: int) -> int:
+        """How many pairs have a response on this side."""
+        there = lambda start: self.tokens_of(start, min(start + bestfit.WINDOW, self.pairs))[:, side]
+        return sum(int(np.count_nonzero(there(start))) for start in range(0, self.pairs, bestfit.WINDOW))
+
+    def tokens_of(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start, sides] int64, tokens of each side with its prompt; 0 for the side that a single answer has
+        not."""
+        return self.sequences.lengths(start * self.sides, stop * self.sides).reshape(-1, self.sides)
+
     def pair(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side of pair i."""
         return [self.sequences.conversation(i * self.sides + side) for side in range(self.sides)]
@@ -88,7 +98,15 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """How pairs are kept, in the words of a template."""
     key = [chats.LAYOUT, template.fingerprint, sides]
-    return Form('pairs', key, partial(_write, template, sides), partial(_open, sides), _FILES)
+    write, check = partial(_write, template, sides), partial(_check, template)
+    return Form('pairs', key, write, partial(_open, sides), _FILES, check)
+
+
+def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
+    prompt, tools = record['prompt'], record.get('tools')
+    sides = [side for side in (record['chosen'], record['rejected']) if side]
+    options = {'given': len(prompt), 'tools': tools}
+    return frozenset().union(*(template.check(tokenizer, prompt + side, **options) for side in sides))
 
 
 def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
@@ -100,8 +118,9 @@ def _write(
     template: ChatTemplate, sides: int, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer,
     counts: Counts,
 ) -> int:  # fmt: skip
+    del counts  # what cannot be written is never read
     table, differs = array('f'), array('I')
-    encoded = _encoded(template, sides, contents, tokenizer, counts, table, differs)
+    encoded = _encoded(template, sides, contents, tokenizer, table, differs)
     written = chats.write_encoded(directory, encoded, tokenizer.vocab_size)
     write_tables(directory, table, differs)
     return written
@@ -122,42 +141,37 @@ def first_difference(chosen: Sequence[int], rejected: Sequence[int]) -> int:
 
 
 def _encoded(
-    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts,
+    template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer,
     table: array, differs: array,
 ) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
-    """The sides of each pair that the template accepts, one after the other; a line of the tables for each pair.
-
-    Raises UsageError if it accepts none.
-    """
-    refused = None
+    """The sides of each pair, one after the other (none of a side that there is not); a line of the tables a pair."""
     other: list[Message] | None = None  # the response to another prompt
-    for prompt, chosen, rejected, label, margin in map(json.loads, contents):
-        try:
-            responses = [chosen, rejected, other or rejected][:sides]
-            found = [template.encode(tokenizer, prompt + r, given=len(prompt)) for r in responses]
-        except UsageError as error:
-            refused = refused or error
-            counts.drop('template')
-            continue
-        other = chosen
-        table.extend((label, margin))
-        differs.append(first_difference(found[0][0], found[1][0]))
+    for prompt, chosen, rejected, label, margin, *tools in map(json.loads, contents):
+        options = {'given': len(prompt), 'tools': tools[0] if tools else None}
+        encode = lambda side, prompt=prompt, options=options: template.encode(tokenizer, prompt + side, **options)
+        found = [encode(side) if side else ([], []) for side in (chosen, rejected)]
         yield from found
-    if refused and not table:
-        raise refused
+        if sides == len(SIDES):
+            try:
+                yield encode(other or rejected or chosen)
+            except UsageError:  # the template does not take it after this prompt
+                yield encode(rejected or chosen)
+        other = chosen or rejected
+        table.extend((label, margin))
+        differs.append(first_difference(*(ids for ids, _ in found)))
 
 
 # ---- as rows ----
 
 
 def sizes(store: PairStore, seq_len: int) -> Sizes:
-    """Of the pairs, all sides together; those without two different responses within seq_len are left out."""
+    """Of the pairs, all sides together; those without two different responses within seq_len, or their only one, are
+    left out."""
 
     def measure(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        by_pair = lambda x: x.reshape(-1, store.sides)
-        sides = slice(start * store.sides, stop * store.sides)
-        whole = by_pair(store.sequences.lengths(sides.start, sides.stop))
-        answered = (by_pair(read(store.sequences.first, sides.start, sides.stop)) < seq_len).all(axis=1)
+        whole = store.tokens_of(start, stop)
+        first = read(store.sequences.first, start * store.sides, stop * store.sides).reshape(whole.shape)
+        answered = ((first < seq_len) | (whole == 0)).all(axis=1)
         usable = answered & (read(store.differs, start, stop) < seq_len)
         return np.where(usable, np.minimum(whole, seq_len).sum(axis=1), 0), (whole > seq_len).any(axis=1)
 
@@ -346,7 +360,8 @@ def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: 
     row = chats.segments_row(wide, T, pad_id)
     row['sequence_T'] = row['segments_T'] - 1
     row['last_T'] = np.zeros(T, np.float32)
-    row['last_T'][np.cumsum([len(ids) for ids, _ in sequences], dtype=np.int64) - 1] = 1
+    sizes = np.array([len(ids) for ids, _ in sequences], np.int64)
+    row['last_T'][np.cumsum(sizes)[sizes > 0] - 1] = 1
     return row
 
 

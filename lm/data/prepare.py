@@ -11,7 +11,7 @@ on its text alone, so it never moves when others come or go, except where so few
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from etils import epath
 
 from lm import files
 from lm.data import cache
+from lm.data.chat_layout import refusal
 from lm.data.heldout import is_heldout
 from lm.data.records import Counts, Kind, Source, content, split_content
 from lm.data.sources import open_source, parse_mixture
@@ -27,7 +28,8 @@ from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
 
 # Part of the cache's key: raise it when the stores that come out change.
-RECIPE = 2
+RECIPE = 3
+_UNPAIRED = 'single answers with a label are learned by stage=dpo with loss=kto; other losses want pairs'
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 
 
@@ -39,6 +41,8 @@ class Form(NamedTuple):
       write: (directory, contents of records as `records.content` has them, tokenizer, counts) -> tokens written.
       open: (directory, tokenizer, checksums) -> the store; raises OSError or ValueError if it is damaged.
       files: the names of a store's files.
+      check: (record, tokenizer) -> the keys of messages that nothing is made of; raises UsageError if the record cannot
+        be written.
     """
 
     kind: Kind
@@ -46,6 +50,7 @@ class Form(NamedTuple):
     write: Callable[[epath.Path, Iterator[bytes], Tokenizer, Counts], int]
     open: Callable[[epath.Path, Tokenizer, Checksums], Any]
     files: tuple[str, ...]
+    check: Callable[[Any, Tokenizer], Iterable[str]] = lambda record, tokenizer: ()
 
 
 def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
@@ -104,6 +109,7 @@ def prepare(
     progress: Callable[[str], None],
     form: Form = TEXT,
     strict: bool = False,
+    unpaired: bool = False,
 ) -> Prepared:
     """Prepares a mixture, or finds it in the cache.
 
@@ -112,13 +118,14 @@ def prepare(
       heldout: the share of records held out, where a source has no split of its own.
       progress: is told each step, and the first malformed records.
       strict: a malformed record is an error and not only counted.
+      unpaired: of pairs, single answers are let through.
 
     Raises UsageError for missing, empty or too little data.
     """
     parts = parse_mixture(mixture)
     if not 0 < heldout < 1:
         raise UsageError(f'data.heldout={heldout} is no share of the documents: give a number between 0 and 1')
-    sources = [open_source(name, form.kind, strict=strict) for name, _ in parts]
+    sources = [open_source(name, form.kind, strict=strict, unpaired=unpaired) for name, _ in parts]
     weights = [weight for _, weight in parts]
     existing = _load_tokenizer(tokenizer, vocab_size)
     key = {
@@ -134,7 +141,7 @@ def prepare(
     if trained and Tokenizer.load(trained / 'tokenizer').fingerprint == key['tokenizer']:
         directory = trained
     else:
-        write = lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress, form)
+        write = lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress, form, strict)
         directory = cache.build('prepared', key, write)
     try:
         prepared = _open(directory, weights, form)
@@ -195,12 +202,14 @@ def _write(
     heldout: float,
     progress: Callable[[str], None],
     form: Form,
+    strict: bool,
 ) -> None:
     for source in sources:
         source.check()
     seen: set[bytes] = set()
     spool = directory / 'spool'
-    splits = [_read(spool / f'{n}', source, seen, heldout, progress) for n, source in enumerate(sources)]
+    accepts = lambda record, counts: existing is None or _accepts(form, record, existing, counts, strict)
+    splits = [_read(spool / f'{n}', source, seen, heldout, progress, accepts) for n, source in enumerate(sources)]
     tokenizer = existing or _train(splits, weights, vocab_size, progress)
     tokenizer.save(directory / 'tokenizer')
     described = [_encode(directory / f'{n}', split, tokenizer, progress, form) for n, split in enumerate(splits)]
@@ -211,9 +220,11 @@ def _write(
 
 
 def _read(
-    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, progress: Callable[[str], None]
-) -> _Split:
-    """Reads a source into two spools, without what `seen` holds. Raises UsageError for fewer than two documents."""
+    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, progress: Callable[[str], None],
+    accepts: Callable[[Any, Counts], bool],
+) -> _Split:  # fmt: skip
+    """Reads a source into two spools, without what `seen` holds or what is not accepted. Raises UsageError for fewer
+    than two documents."""
     progress(f'reading {source.name}')
     split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
     decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
@@ -224,21 +235,45 @@ def _read(
             split.counts.drop('duplicate')
             continue
         seen.add(content_digest)
-        (split.heldout if decide(record, heldout) else split.train).add(data, content_digest)
+        if accepts(record, split.counts):
+            (split.heldout if decide(record, heldout) else split.train).add(data, content_digest)
     for problem in split.counts.named:
         progress(f'left out: {problem}')
+    for key, (number, first) in sorted(split.counts.unused.items()):
+        progress(f'not used: {key} of {number:,} records, the first of them {first}')
     _require_documents(split)
     _fill_empty_part(split)
     return split
+
+
+def _accepts(form: Form, record: Any, tokenizer: Tokenizer, counts: Counts, strict: bool) -> bool:
+    """Whether a record can be written; counts it, and names it, if it cannot.
+
+    Raises UsageError for one that cannot if `strict`.
+    """
+    try:
+        unused = form.check(record, tokenizer)
+    except UsageError as error:
+        problem = f'{record["place"]}: {error}'
+        if strict:
+            raise UsageError(f'{problem}: leave it out, or set data.strict=false') from None
+        counts.drop(refusal(error))
+        counts.name(problem)
+        return False
+    for key in unused:
+        counts.leave_unused(key, record['place'])
+    return True
 
 
 def _require_documents(split: _Split) -> None:
     total = split.train.documents + split.heldout.documents
     if not total:
         dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
+        first = f'; {split.counts.named[0]}' if split.counts.named else ''
+        todo = _UNPAIRED if set(split.counts.dropped) == {'unpaired'} else 'name other data'
         raise UsageError(
-            f'data source {split.name!r} has no documents (read {split.counts.read}; dropped: {dropped or "none"}): '
-            'name other data'
+            f'data source {split.name!r} has no documents (read {split.counts.read}; dropped: {dropped or "none"}'
+            f'{first}): {todo}'
         )
     if total == 1:
         raise UsageError(

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from lm.errors import UsageError
 
 Kind = Literal['text', 'chat', 'pairs']
-Role = Literal['system', 'user', 'assistant']
+Role = Literal['system', 'user', 'assistant', 'tool']
 # So many of the records that are dropped are named, by file and line.
 _NAMED = 3
 
@@ -23,17 +23,36 @@ class Record(TypedDict):
     meta: dict[str, Any]
 
 
+class ToolCall(TypedDict):
+    """A function that an assistant calls: {'name', 'arguments'}, the arguments an object."""
+
+    id: NotRequired[str]
+    type: Literal['function']
+    function: dict[str, Any]
+
+
 class Message(TypedDict):
-    """What one side says. `content` is text as it was typed: a marker in it is no marker."""
+    """What one side says. `content` is text as it was typed: a marker in it is no marker.
+
+    An assistant's may have thoughts and tool calls, and `train` False: it is read and not learned. A tool's answers the
+    call `tool_call_id`.
+    """
 
     role: Role
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    train: NotRequired[Literal[False]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 class Chat(TypedDict):
     """One conversation: at most a system message, then user and assistant in turn; the last word is the assistant's.
+    After an assistant's message there may be a tool's, and after these the assistant's again.
 
-    `bytes` is the length of all contents in UTF-8.
+    `bytes` is the length of all contents in UTF-8, `place` where it was read ('FILE:LINE'), and `tools` the functions
+    that the assistant may call.
     """
 
     id: str
@@ -41,6 +60,8 @@ class Chat(TypedDict):
     messages: list[Message]
     bytes: int
     meta: dict[str, Any]
+    place: str
+    tools: NotRequired[list[dict[str, Any]]]
 
 
 class Pair(TypedDict):
@@ -60,6 +81,8 @@ class Pair(TypedDict):
     label: float
     bytes: int
     meta: dict[str, Any]
+    place: str
+    tools: NotRequired[list[dict[str, Any]]]
 
 
 @dataclass
@@ -67,19 +90,25 @@ class Counts:
     """Records read, and dropped by reason.
 
     `changed` counts, by what was changed, records that are kept; `named` says of the first malformed ones where they
-    are and what is wrong with them.
+    are and what is wrong with them. `unused` has, by their keys, the fields that nothing is made of: [in how many
+    records, where the first of these is].
     """
 
     read: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     named: list[str] = field(default_factory=list)
+    unused: dict[str, list[Any]] = field(default_factory=dict)
 
     def drop(self, reason: str, number: int = 1) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + number
 
     def change(self, what: str, number: int = 1) -> None:
         self.changed[what] = self.changed.get(what, 0) + number
+
+    def leave_unused(self, key: str, place: str) -> None:
+        """Counts a record of which a field is not used."""
+        self.unused.setdefault(key, [0, place])[0] += 1
 
     def name(self, problem: str) -> None:
         """Keeps a sentence 'FILE:LINE: what is wrong', the first few alone."""
@@ -107,16 +136,23 @@ class Source:
 
 
 def content(record: Any) -> bytes:
-    """All that is learned from a record, as bytes: two records with the same are duplicates."""
+    """All that is learned from a record, as bytes: two records with the same are duplicates. Of conversations a JSON
+    list: [messages] or [prompt, chosen, rejected, label, margin], and the tools where there are some."""
     if 'text' in record:
         return record['text'].encode()
     keys = ('messages',) if 'messages' in record else ('prompt', 'chosen', 'rejected', 'label', 'margin')
-    return json.dumps([record[key] for key in keys], sort_keys=True).encode()
+    tools = [record['tools']] if 'tools' in record else []
+    return json.dumps([*(_ordered(record[key]) for key in keys), *tools]).encode()
+
+
+def _ordered(value: Any) -> Any:
+    """Messages with their keys in one order; the arguments of a tool call stay in their own, which is shown."""
+    return [dict(sorted(part.items())) for part in value] if isinstance(value, list) else value
 
 
 def split_content(record: Any) -> bytes:
     """What of a record decides whether it is held out: of a pair its prompt, so that a held-out prompt is unseen."""
-    return json.dumps(record['prompt'], sort_keys=True).encode() if 'prompt' in record else content(record)
+    return json.dumps(_ordered(record['prompt'])).encode() if 'prompt' in record else content(record)
 
 
 def record(name: str, key: str, text: Any, counts: Counts, *, column: str = 'text', meta: Any = None) -> list[Record]:

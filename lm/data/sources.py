@@ -4,7 +4,7 @@ A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
 
     NAME                            a default source, or a line of the table in lm/data/mixtures.py
-    PATH[#COLUMN]                   files, patterns and folders of .jsonl, .parquet and .txt
+    PATH[#COLUMN]                   files, patterns and folders of text, JSON, .csv, .parquet: lm/data/record_files.py
     tfds:NAME[@SPLIT][#COLUMN]      prepared in array_record
     hf:NAME[@SPLIT][#COLUMN]        see lm/data/hub.py
 
@@ -14,15 +14,14 @@ lm/data/conversations.py.
 
 import difflib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data import conversations, hub, mixtures, parquet, tfds
+from lm.data import conversations, hub, mixtures, parquet, record_files, tfds
 from lm.data.conversations import Reading, Row
-from lm.data.records import Counts, Kind, Record, Source, record
+from lm.data.records import Counts, Kind, Record, Source, choose_column, record
 from lm.errors import UsageError
 
 # Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
@@ -33,8 +32,8 @@ DEFAULTS: dict[Kind, tuple[str, ...]] = {
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
-TABLES = ('jsonl', 'parquet')
-KINDS = (*TABLES, 'txt')
+TABLES = ('.parquet', '.json', *record_files.LINES, *record_files.TABLES)
+KINDS = (*TABLES, '.txt')
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
 # Beyond these, shares of a sum overflow or vanish.
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
@@ -148,8 +147,9 @@ def _find_files(name: str, path: str, kind: Kind) -> tuple[str, ...]:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         ends = KINDS if kind == 'text' else TABLES
-        found = [p for end in ends for p in glob.glob(f'{glob.escape(path)}/**/*.{end}', recursive=True)]
-        problem = f'holds no file that ends with .{" .".join(ends)}'
+        inside = glob.iglob(f'{glob.escape(path)}/**/*', recursive=True)
+        found = [p for p in inside if record_files.plain_name(p).endswith(ends)]
+        problem = f'holds no file that ends with {" ".join(ends)}'
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):
@@ -164,7 +164,7 @@ def _find_files(name: str, path: str, kind: Kind) -> tuple[str, ...]:
 
 def _unknown(name: str, kind: Kind) -> str:
     if '/' in name or '.' in name:
-        files = '.jsonl, .parquet or text file' if kind == 'text' else '.jsonl or .parquet file'
+        files = '.jsonl, .csv, .parquet or text file' if kind == 'text' else '.jsonl, .csv or .parquet file'
         return f'does not exist: give a {files}, a directory or a pattern'
     known = _known(kind)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -184,22 +184,29 @@ def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
 
 def _files(name: str, paths: tuple[str, ...], column: str | None) -> Source:
     state = _state_of(name, paths)
-    tables = [p for p in paths if p.endswith('.parquet')]
-    if column and (plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]):
-        raise UsageError(f'data source {name!r}: {plain[0]} is plain text and has no column {column!r}')
+    refuse = lambda path: UsageError(f'data source {name!r}: {path} is plain text and has no column {column!r}')
+    if column and (plain := [p for p in paths if record_files.is_named_text(p)]):
+        raise refuse(plain[0])
 
     def read(counts: Counts) -> Iterator[Record]:
         for path in paths:
-            if path.endswith('.parquet'):
+            form = record_files.format_of(path)
+            if form == 'parquet':
                 yield from _read_parquet(name, path, counts, column)
-            elif path.endswith('.jsonl'):
-                yield from _read_jsonl(name, path, counts, column or 'text')
-            else:
+            elif form == 'text':
                 yield from _read_text(name, path, counts)
+            else:
+                yield from _read_rows(name, path, form, counts, column)
 
     def check() -> None:
-        for path in tables:
-            parquet.text_column(path, column)
+        for path in paths:
+            form = record_files.format_of(path)
+            if form == 'parquet':
+                parquet.text_column(path, column)
+            elif form == 'csv':
+                _csv_column(path, column)
+            elif form == 'text' and column:
+                raise refuse(path)
 
     return Source(name, state, read, check)
 
@@ -211,8 +218,14 @@ def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> I
         yield from record(name, f'{os.path.basename(path)}:{number}', text, counts, column=column)
 
 
-def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[Record]:
-    for number, value, reason in _lines(path):
+def _csv_column(path: str, wanted: str | None) -> str:
+    columns = record_files.csv_columns(path)
+    return choose_column(path, wanted, columns, columns)
+
+
+def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None) -> Iterator[Record]:
+    column = _csv_column(path, wanted) if form == 'csv' else wanted or 'text'
+    for number, value, reason in record_files.read_rows(path, form):
         counts.read += 1
         if reason:
             counts.drop(reason)
@@ -222,54 +235,44 @@ def _read_jsonl(name: str, path: str, counts: Counts, column: str) -> Iterator[R
         yield from record(name, str(key), text, counts, column=column, meta=value)
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    """(number, the object, why there is none or None) of each line of a jsonl file that is not blank."""
-    with open(path, 'rb') as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, *_parse_line(line)
-
-
-def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
-    """(the object of a jsonl line, why it is dropped or None)."""
-    try:
-        value = json.loads(line.decode('utf-8'))
-    except UnicodeDecodeError:
-        return {}, 'not_utf8'
-    except (ValueError, RecursionError):
-        return {}, 'malformed'
-    return (value, None) if isinstance(value, dict) else ({}, 'malformed')
-
-
 def _read_text(name: str, path: str, counts: Counts) -> Iterator[Record]:
     counts.read += 1
-    with open(path, 'rb') as file:
-        content = file.read()
-    yield from record(name, path, content, counts)
+    yield from record(name, path, record_files.read_whole(path), counts)
 
 
 def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
-    if plain := [p for p in paths if not p.endswith(('.jsonl', '.parquet'))]:
-        raise UsageError(f'data source {name!r}: {plain[0]} ends with neither .jsonl nor .parquet')
+    state = _state_of(name, paths)
+    if plain := [p for p in paths if record_files.is_named_text(p)]:
+        raise _no_records(name, plain[0])
     if column and reading.kind == 'pairs':
         conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
 
     def rows() -> Iterator[Row]:
         for path in paths:
-            yield from _table_rows(path) if path.endswith('.parquet') else _jsonl_rows(path)
+            form = record_files.format_of(path)
+            yield from _table_rows(path) if form == 'parquet' else _rows(path, form)
 
     def check() -> None:
-        for path in (p for p in paths if p.endswith('.parquet')):
-            conversations.check_columns(path, reading.kind, parquet.columns_of(path), column)
+        columns = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
+        for path in paths:
+            form = record_files.format_of(path)
+            if form == 'text':
+                raise _no_records(name, path)
+            if form in columns:
+                conversations.check_columns(path, reading.kind, columns[form](path), column)
 
     def read(counts: Counts) -> Iterator[Any]:
         return conversations.read_rows(name, reading, rows(), counts, column=column)
 
-    return Source(name, [*_state_of(name, paths), reading.state], read, check, reading.kind)
+    return Source(name, [*state, reading.state], read, check, reading.kind)
 
 
-def _jsonl_rows(path: str) -> Iterator[Row]:
-    for number, value, problem in _lines(path):
+def _no_records(name: str, path: str) -> UsageError:
+    return UsageError(f'data source {name!r}: {path} is plain text, and no table or JSON of records')
+
+
+def _rows(path: str, form: record_files.Format) -> Iterator[Row]:
+    for number, value, problem in record_files.read_rows(path, form):
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
 
 

@@ -73,6 +73,22 @@ def lengths(store: PairStore, measured: np.ndarray, *, seq_len: int) -> np.ndarr
     return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in here], np.int64)
 
 
+def ranked(value: np.ndarray, size: np.ndarray, labels: np.ndarray) -> float | None:
+    """`wins` of values [pairs, 2]; of single answers, the part of all pairs of a good one and a bad one in which the
+    good one has the higher value. None without one of either.
+
+    Args:
+      size: [pairs, 2] tokens of the responses, 0 where there is none.
+    """
+    if size.all():
+        return wins(value[:, 0] - value[:, 1], labels)
+    good, bad = (value[size[:, side] > 0, side] for side in (0, 1))
+    if not len(good) or not len(bad):
+        return None
+    below, within = (np.searchsorted(np.sort(bad), good, where).sum() for where in ('left', 'right'))
+    return float(below + within) / (2 * len(good) * len(bad))
+
+
 def wins(margins: np.ndarray, labels: np.ndarray) -> float:
     """The part of pairs whose margin has the label's sign; what is undecided counts half."""
     return float(np.mean((1 + np.sign(margins) * np.sign(labels - 0.5)) / 2))
@@ -82,14 +98,15 @@ def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[s
     """{'longer_wins', 'shorter_wins'}: the accuracy of preferring by length alone, on the pairs that are measured."""
     here = ~np.isnan(measured[:, 0])
     size = lengths(store, here, seq_len=seq_len)
-    longer = wins(size[:, 0] - size[:, 1], store.table[here, 0])
-    return {'longer_wins': longer, 'shorter_wins': 1 - longer}
+    longer = ranked(size, size, store.table[here, 0])
+    return {} if longer is None else {'longer_wins': longer, 'shorter_wins': 1 - longer}
 
 
 def policy_metrics(
     store: PairStore, policy: np.ndarray, reference: np.ndarray | None, *, seq_len: int
 ) -> dict[str, float]:
-    """Of log-probs [pairs, ≥ 2]:
+    """Of log-probs [pairs, ≥ 2]; accuracies of single answers are those of `ranked`, and what there is nothing to say
+    of is left out:
 
     accuracy              the chosen response has gained more on the reference (the implicit reward is higher)
     accuracy_per_token    the chosen response is likelier per token
@@ -100,16 +117,17 @@ def policy_metrics(
     label, size = store.table[here, 0], lengths(store, here, seq_len=seq_len)
 
     def of(logp: np.ndarray) -> dict[str, float]:
-        per_token = logp[:, :2] / size
-        loss = [-float(logp[:, side].sum() / size[:, side].sum()) for side in range(2)]
-        accuracy = wins(per_token[:, 0] - per_token[:, 1], label)
-        return {'accuracy_per_token': accuracy, 'chosen_loss': loss[0], 'rejected_loss': loss[1]}
+        found = {'accuracy_per_token': ranked(logp[:, :2] / np.maximum(size, 1), size, label)}
+        for side, name in enumerate(('chosen_loss', 'rejected_loss')):
+            found[name] = -float(logp[:, side].sum() / size[:, side].sum()) if size[:, side].any() else None
+        return {name: value for name, value in found.items() if value is not None}
 
     found = of(policy[here]) | baselines(store, policy, seq_len=seq_len)
     if reference is None:
         return found
-    gained = policy[here] - reference[here]
-    found |= {'accuracy': wins(gained[:, 0] - gained[:, 1], label)}
+    gained = (policy[here] - reference[here])[:, :2]
+    accuracy = ranked(gained, size, label)
+    found |= {} if accuracy is None else {'accuracy': accuracy}
     return found | {f'reference_{name}': value for name, value in of(reference[here]).items()}
 
 

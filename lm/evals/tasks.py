@@ -288,8 +288,11 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
         found = prepare(mixture=mixture, tokenizer=None, **options)
         if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
             return found
+    # A run that learned from single answers is asked about such.
+    unpaired = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
     return prepare(
-        mixture=mixture, tokenizer=runs.tokenizer_folder(subject.run), form=_form(subject, kind), **options
+        mixture=mixture, tokenizer=runs.tokenizer_folder(subject.run), form=_form(subject, kind), unpaired=unpaired,
+        **options,
     )  # fmt: skip
 
 

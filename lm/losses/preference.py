@@ -127,11 +127,17 @@ def orpo(pairs: Pairs, *, beta: float) -> jax.Array:
 
 
 def kto(pairs: Pairs, *, z0: jax.Array, beta: float, lambda_d: float = 1.0, lambda_u: float = 1.0) -> jax.Array:
-    """Kahneman–Tversky optimisation on the two examples that a pair is: the mean of their losses, see `kto_example`."""
+    """Kahneman–Tversky optimisation on the two examples that a pair is, or the one: half the sum of their losses, see
+    `kto_example`. A side without tokens is no example."""
     options = {'z0': z0, 'beta': beta, 'lambda_d': lambda_d, 'lambda_u': lambda_u}
     chosen = kto_example(pairs.chosen, pairs.label, **options)
     rejected = kto_example(pairs.rejected, 1 - pairs.label, **options)
-    return (chosen + rejected) / 2
+    return (is_there(pairs.chosen) * chosen + is_there(pairs.rejected) * rejected) / 2
+
+
+def is_there(response: Response) -> jax.Array:
+    """1 for a response, 0 for the other side of a single answer."""
+    return (jnp.asarray(response.length) > 0).astype(jnp.float32)
 
 
 def kto_example(
@@ -209,6 +215,9 @@ LOSSES: Mapping[str, Preference] = {
 }
 
 
+SETTINGS = tuple(dict.fromkeys(key for taken in LOSSES.values() for key in taken.settings))
+
+
 def settle(name: str, given: Mapping[str, float | None]) -> dict[str, float]:
     """The settings of a loss: its own, where `given` has None.
 
@@ -249,19 +258,29 @@ def sums(
     given = {} if z0 is None else {'z0': z0}
     loss = LOSSES[name].loss(pairs, **settings, **given)
     terms = {'preference': loss, 'nll': -pairs.chosen.logp}
-    measured = metrics(name, pairs, settings['beta']) | given
+    measured = metrics(name, pairs, settings['beta'], z0) | given
     total = lambda x: jnp.sum(weight * x)
     return jax.tree.map(total, terms), jax.tree.map(total, jax.lax.stop_gradient(measured))
 
 
-def metrics(name: str, pairs: Pairs, beta: float) -> dict[str, jax.Array]:
+def metrics(name: str, pairs: Pairs, beta: float, z0: jax.Array | None = None) -> dict[str, jax.Array]:
     """Of each pair: rewards, margin and accuracy of what the loss compares; whether the better response has the
-    higher log-prob per token; and the log-probs themselves, which both can fall while the margin grows."""
+    higher log-prob per token; and the log-probs themselves, which both can fall while the margin grows.
+
+    With a baseline z0 single answers are what is compared, each with it: the accuracy is that of the sign of its gain.
+    """
     chosen, rejected = (LOSSES[name].reward(r, beta) for r in (pairs.chosen, pairs.rejected))
+    rewards = {'reward_chosen': chosen, 'reward_rejected': rejected}
+    if z0 is not None:
+        right = is_there(pairs.chosen) * agreement(chosen - beta * z0, pairs.label)
+        right += is_there(pairs.rejected) * agreement(beta * z0 - rejected, pairs.label)
+        return rewards | {
+            'accuracy': right / 2,
+            'logp_chosen': pairs.chosen.logp,
+            'logp_rejected': pairs.rejected.logp,
+        }
     per_token = [r.logp / tokens(r) for r in (pairs.chosen, pairs.rejected)]
-    return {
-        'reward_chosen': chosen,
-        'reward_rejected': rejected,
+    return rewards | {
         'margin': chosen - rejected,
         'accuracy': agreement(chosen - rejected, pairs.label),
         'accuracy_per_token': agreement(per_token[0] - per_token[1], pairs.label),
@@ -276,9 +295,11 @@ def agreement(margin: jax.Array, label: jax.Array | float) -> jax.Array:
 
 
 def weights(name: str, weight: jax.Array, chosen_length: jax.Array, rejected_length: jax.Array) -> dict[str, jax.Array]:
-    """{term or metric: W} of the whole batch for `sums`: pairs, and tokens for what is per token."""
-    pairs = ['preference', 'reward_chosen', 'reward_rejected', 'margin', 'accuracy', 'accuracy_per_token']
-    pairs += ['z0'] if LOSSES[name].baseline else []
+    """{term or metric: W} of the whole batch for `sums`: pairs, of which a single answer is half a one; and tokens for
+    what is per token."""
+    good, bad = (jnp.sum(weight * (length > 0)) for length in (chosen_length, rejected_length))
+    own = ['z0'] if LOSSES[name].baseline else ['margin', 'accuracy_per_token']
+    halves = dict.fromkeys(['preference', 'accuracy'], (good + bad) / 2)
     chosen, rejected = jnp.sum(weight * chosen_length), jnp.sum(weight * rejected_length)
     per_token = {'nll': chosen, 'logp_chosen': chosen, 'logp_rejected': rejected}
-    return dict.fromkeys(pairs, jnp.sum(weight)) | per_token
+    return dict.fromkeys(own, jnp.sum(weight)) | halves | {'reward_chosen': good, 'reward_rejected': bad} | per_token

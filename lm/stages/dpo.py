@@ -1,6 +1,6 @@
 """Preference optimisation without a reward model: DPO and its relatives, on pairs of responses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,12 +39,35 @@ def stage(config: Config) -> wiring.Stage:
     cached = taken.reference and config.reference == 'cached'
     live = taken.reference and config.reference == 'live'
     return wiring.Stage(
-        prepare=partial(pairs.prepare, sides=sides), epoch=pairs.epoch,
+        prepare=prepare, epoch=pairs.epoch,
         batch=partial(pairs.batch, sides=sides, reference=cached), source=pairs.make_source, loss=make_loss,
-        evaluate=make_evaluate, describe=pairs.describe, complete=partial(reference.add, cached=cached, live=live),
+        evaluate=make_evaluate, describe=describe, complete=partial(reference.add, cached=cached, live=live),
         frozen=lambda config, cfg: runs.abstract_params(cfg) if live else None,
         load_frozen=reference.load if live else wiring.no_frozen,
     )  # fmt: skip
+
+
+def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> PairData:
+    """Pairs, and for a loss that compares single answers with a baseline also these, each with an answer to another
+    prompt."""
+    baseline = LOSSES[config.loss].baseline
+    return pairs.prepare(config, tokenizer, say, sides=3 if baseline else 2, unpaired=baseline)
+
+
+def describe(config: Config, data: PairData) -> list[str]:
+    """What is about to be trained on, a line a source; and for KTO whether good and bad answers weigh what its authors
+    advise (Ethayarajh et al., 2024, section 4.2: λ_D·n_D / λ_U·n_U from 1 to 4/3)."""
+    lines = pairs.describe(config, data)
+    if not LOSSES[config.loss].baseline:
+        return lines
+    taken = preference.settle(config.loss, {key: config[key] for key in preference.SETTINGS})
+    good, bad = (sum(s.train.answers(side) for s in data.own.sources) for side in (0, 1))
+    told = f'kto: {good:,} good and {bad:,} bad answers'
+    if good and bad and not 1 <= (ratio := taken['lambda_d'] * good / (taken['lambda_u'] * bad)) <= 4 / 3:
+        up = ('lambda_d', taken['lambda_u'] * bad / good)
+        key, value = up if good < bad else ('lambda_u', taken['lambda_d'] * good / bad)
+        told += f', which weigh {ratio:.2g} to 1; its authors advise 1 to 1.33, as with {key}={value:.3g}'
+    return [*lines, told]
 
 
 def check(config: Config) -> None:
@@ -52,7 +75,7 @@ def check(config: Config) -> None:
     for key, known in (('loss', tuple(LOSSES)), ('reference', ('cached', 'live'))):
         if config[key] not in known:
             raise UsageError(f'{key}={config[key]}{nearest(config[key], known)} is not one of {", ".join(known)}')
-    asked = {name: config[name] for name in ('beta', 'margin', 'label_smoothing')}
+    asked = {name: config[name] for name in preference.SETTINGS}
     try:
         preference.settle(config.loss, asked)
     except ValueError as error:
@@ -67,7 +90,7 @@ def check(config: Config) -> None:
 def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
     """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
     name, taken, replay = config.loss, LOSSES[config.loss], bool(config.data.replay)
-    settings = preference.settle(name, {key: config[key] for key in ('beta', 'margin', 'label_smoothing')})
+    settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
 
     def responses(logp_BT: jax.Array, frozen: Any, batch: training.Batch) -> list[Response]:
         live = sequences.log_probs(frozen, cfg, batch) if frozen is not None else None

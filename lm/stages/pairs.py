@@ -32,14 +32,17 @@ class PairData(WithReplay):
     before: Sequence[Any] = field(default=(), repr=False)
 
 
-def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2) -> PairData:
-    """Pairs in the words of the tokenizer's chat template.
+def prepare(
+    config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2, unpaired: bool = False
+) -> PairData:
+    """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too.
 
     Raises UsageError without a run to start from, and for settings that pairs have no use for.
     """
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
-    data = sft.prepare_dialogue(config, tokenizer, say, lambda template: pairs.form(template, sides=sides))
+    form = lambda template: pairs.form(template, sides=sides)
+    data = sft.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
     for s in data.own.sources:
         pairs.check(s, seq_len=config.seq_len)
     return PairData(data.own, data.text, data.template)

@@ -66,9 +66,11 @@ def describe_source(s: PreparedSource) -> str:
 
 
 def told_of_drops(s: PreparedSource) -> str:
-    """How many records were read, and why some of them are left out."""
-    dropped = ', '.join(f'{reason} {n:,}' for reason, n in s.counts['dropped'].items()) or 'nothing'
-    return f'read {s.counts["read"]:,}, dropped {dropped}'
+    """How many records were read, why some of them are left out, what was changed and what is not used."""
+    listed = lambda found: ', '.join(f'{reason} {n:,}' for reason, n in sorted(found.items()))
+    changed, unused = listed(s.counts['changed']), listed({key: n for key, (n, _) in s.counts['unused'].items()})
+    more = f'{f", changed {changed}" if changed else ""}{f", not used {unused}" if unused else ""}'
+    return f'read {s.counts["read"]:,}, dropped {listed(s.counts["dropped"]) or "nothing"}{more}'
 
 
 def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> training.Loss:

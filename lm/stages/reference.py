@@ -50,6 +50,8 @@ def measure(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> li
 
 def _answered(config: Config, cfg: ModelConfig, data: PairData, params: Any, s: PreparedSource) -> dict[str, float]:
     questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
+    if not questions:  # all of them are single answers, and bad ones
+        return {}
     told = answers.answered(
         params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
     )

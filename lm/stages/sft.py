@@ -50,8 +50,9 @@ def prepare_chats(config: Config, tokenizer: str | None, say: Callable[[str], No
 
 
 def prepare_dialogue(
-    config: Config, tokenizer: str | None, say: Callable[[str], None], form: Callable[[ChatTemplate], Form]
-) -> WithReplay:
+    config: Config, tokenizer: str | None, say: Callable[[str], None], form: Callable[[ChatTemplate], Form], *,
+    unpaired: bool = False,
+) -> WithReplay:  # fmt: skip
     """The mixture in the form that fits a template, and the text of pretraining, where it is known.
 
     Raises UsageError without a tokenizer: it comes with the run to start from.
@@ -62,7 +63,8 @@ def prepare_dialogue(
         say('no text of pretraining is known: none is replayed or measured; data.pretraining=MIXTURE names it')
     template = ChatTemplate.load(tokenizer, Tokenizer.load(tokenizer))
     options = {'tokenizer': tokenizer, 'vocab_size': config.model.vocab_size, 'heldout': config.data.heldout}
-    own = prepare(mixture=config.data.mixture, form=form(template), strict=config.data.strict, progress=say, **options)
+    reading = {'form': form(template), 'strict': config.data.strict, 'unpaired': unpaired}
+    own = prepare(mixture=config.data.mixture, progress=say, **reading, **options)
     text = prepare(mixture=config.data.pretraining, progress=say, **options) if config.data.pretraining else None
     return WithReplay(own, text, template)
 

@@ -1,0 +1,314 @@
+"""Files of records and of text: what is in them is told by how they begin, and by their names where that says nothing.
+
+    JSON Lines, whatever the file is called; a JSON list, or objects one after the other, as .json files have them;
+    .csv and .tsv with a header; parquet; else plain text. Each but parquet may be compressed (gzip, zstd, bzip2, xz),
+    and in UTF-8, UTF-16 or UTF-32, with a byte order mark or, for UTF-16, without.
+
+Lines that are not UTF-8 are found one by one, so that each spoils itself alone.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+from collections.abc import Iterator
+from typing import IO, Any, Literal, NamedTuple
+
+from lm.errors import UsageError
+
+Format = Literal['parquet', 'lines', 'json', 'csv', 'text']
+_BEGIN = 1 << 16  # bytes by which a file is judged
+_MAGIC = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'BZh': 'bzip2', b'\xfd7zXZ\x00': 'xz'}
+_FOREIGN = {
+    b'PK\x03\x04': 'a zip archive: unpack it', b'ARROW1': 'an Arrow file: name its folder as hf:FOLDER',
+    b'%PDF-': 'a PDF: extract its text', b'\x89PNG': 'an image', b'\xff\xd8\xff': 'an image', b'GIF8': 'an image',
+    b'7z\xbc\xaf': 'a 7z archive: unpack it', b'SQLite format 3\x00': 'a database', b'\x89HDF': 'an HDF5 file',
+}  # fmt: skip
+_PACKED = ('.gz', '.gzip', '.zst', '.zstd', '.bz2', '.xz')
+LINES, TABLES = ('.jsonl', '.ndjson', '.jsonlines'), ('.csv', '.tsv')
+# The longest first: UTF-32 begins as UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be', codecs.BOM_UTF8: 'utf-8',
+    codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be',
+}  # fmt: skip
+_ZEROS = 0.3  # of a text in UTF-16 so many bytes are 0, all on one side
+Line = tuple[int, dict[str, Any], str | None]  # its number, the object, why there is none
+
+
+class Encoding(NamedTuple):
+    """How a file's characters are written, and how many bytes of a mark come first."""
+
+    name: str
+    skip: int = 0
+
+
+def plain_name(path: str) -> str:
+    """A file's name in small letters, without what says how it is compressed."""
+    name = path.lower()
+    return next((name.removesuffix(end) for end in _PACKED if name.endswith(end)), name)
+
+
+def is_named_text(path: str) -> bool:
+    """Whether a file is text by its name, whatever it looks like."""
+    return plain_name(path).endswith(('.txt', '.md'))
+
+
+def format_of(path: str) -> Format:
+    """What a file holds. Raises UsageError if it is none of these, or cannot be unpacked."""
+    name, begin = plain_name(path), _begin(path)
+    if begin.startswith(b'PAR1') or name.endswith('.parquet'):
+        return 'parquet'
+    if foreign := next((what for magic, what in _FOREIGN.items() if begin.startswith(magic)), None):
+        raise UsageError(f'{path} is {foreign}')
+    if name.endswith(TABLES):
+        return 'csv'
+    if is_named_text(path):
+        return 'text'
+    return _json_format(name, _decoded(begin))
+
+
+def _json_format(name: str, begin: str) -> Format:
+    """Of a file by its first line that is not blank: a whole object makes it lines of objects."""
+    text = begin.lstrip()
+    line, newline, _ = text.partition('\n')
+    value = _value(line)
+    if isinstance(value, dict):
+        return 'lines'
+    if name.endswith('.json'):
+        return 'json'
+    if not name.endswith(LINES):
+        return 'text'
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    cut = not newline and len(begin) > 1 and text.startswith('[')  # a list on one long line
+    return 'json' if is_list or cut or line.strip() in ('{', '[') else 'lines'
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+# ---- bytes and characters ----
+
+
+def _begin(path: str) -> bytes:
+    with opened(path) as file:
+        return file.read(_BEGIN)
+
+
+def opened(path: str) -> Any:
+    """A file's bytes, unpacked; reading what is damaged raises UsageError."""
+    file: IO[bytes] = open(path, 'rb')  # noqa: SIM115 (whoever reads it closes it)
+    begin = file.read(6)
+    file.seek(0)
+    kind = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), None)
+    if kind is None:
+        return file
+    if kind == 'zstd':
+        return _Unpacked(path, io.BufferedReader(_Zstd(file), _BEGIN))
+    unpack = {'gzip': gzip.open, 'bzip2': bz2.open, 'xz': lzma.open}[kind]
+    return _Unpacked(path, unpack(file, 'rb'))
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file of any number of frames. The package's own reader takes a file that is cut off for a whole one."""
+
+    def __init__(self, file: IO[bytes]):
+        import zstandard  # few files are packed so
+
+        self._file, self._unpacker = file, zstandard.ZstdDecompressor()
+        self._frame, self._packed, self._ready = None, b'', b''
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(_BEGIN)
+            if not self._packed:
+                break
+            self._frame = self._frame or self._unpacker.decompressobj()
+            self._ready = self._frame.decompress(self._packed)
+            ended = self._frame.eof
+            self._packed = self._frame.unused_data if ended else b''
+            self._frame = None if ended else self._frame
+        if not self._ready and self._frame is not None:
+            raise EOFError('the file ended before its last frame did')
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+class _Unpacked(io.BufferedIOBase):
+    """A packed file, of which damage is one line with its name."""
+
+    def __init__(self, path: str, file: Any):
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._told(self._file.read, -1 if size is None else size)
+
+    def read1(self, size: int = -1) -> bytes:
+        return self.read(size if size >= 0 else _BEGIN)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._told(self._file.readline, -1 if size is None else size)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _told(self, read: Any, size: int) -> bytes:
+        try:
+            return read(size)
+        except Exception as e:  # each library has errors of its own
+            reason = ' '.join(str(e).split())[:200] or type(e).__name__
+            raise UsageError(f'{self._path} is damaged ({reason}): restore it or leave it out') from e
+
+
+def encoding_of(begin: bytes) -> Encoding:
+    """By the byte order mark that a file begins with, or by the zeros of UTF-16 in it; else UTF-8."""
+    for mark, name in _MARKS.items():
+        if begin.startswith(mark):
+            return Encoding(name, len(mark))
+    even, odd = (begin[side::2].count(0) / max(1, len(begin) // 2) for side in (0, 1))
+    if odd > _ZEROS > 10 * even:
+        return Encoding('utf-16-le')
+    return Encoding('utf-16-be') if even > _ZEROS > 10 * odd else Encoding('utf-8')
+
+
+def _decoded(begin: bytes) -> str:
+    encoding = encoding_of(begin)
+    return begin[encoding.skip :].decode(encoding.name, errors='ignore')
+
+
+def read_whole(path: str) -> bytes:
+    """A text file in UTF-8 without a mark; bytes that are not what they should be as they are."""
+    with opened(path) as file:
+        data = file.read()
+    encoding = encoding_of(data[:_BEGIN])
+    if encoding.name == 'utf-8':
+        return data[encoding.skip :]
+    try:
+        return data[encoding.skip :].decode(encoding.name).encode()
+    except UnicodeError:
+        return data
+
+
+def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line in UTF-8) of each line of a file that is not blank; the mark is not part of the first."""
+    encoding = encoding_of(_begin(path))
+    with opened(path) as file:
+        file.read(encoding.skip)
+        lines: Any = file
+        if encoding.name != 'utf-8':
+            text = io.TextIOWrapper(file, encoding.name, errors='replace', newline='\n')
+            lines = (line.encode(errors='replace') for line in text)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+# ---- rows ----
+
+
+def read_rows(path: str, form: Format) -> Iterator[Line]:
+    """(number, the object, why there is none or None) of each row of a file of lines, JSON or a table of texts: a
+    line's number in the file, else the row's."""
+    return {'lines': _line_rows, 'json': _json_rows, 'csv': _csv_rows}[form](path)
+
+
+def _line_rows(path: str) -> Iterator[Line]:
+    for number, line in lines_of(path):
+        yield number, *_parsed_line(line)
+
+
+def _parsed_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+    try:
+        value = json.loads(line.decode('utf-8'))
+    except UnicodeDecodeError:
+        return {}, 'not_utf8'
+    except (ValueError, RecursionError):
+        return {}, 'malformed'
+    return (value, None) if isinstance(value, dict) else ({}, 'malformed')
+
+
+def _json_rows(path: str) -> Iterator[Line]:
+    """The items of lists, or objects one after the other. What follows damage is lost with it: one row counts for all
+    of that."""
+    try:
+        text = read_whole(path).decode()
+    except UnicodeDecodeError:
+        yield 1, {}, 'not_utf8'
+        return
+    decoder, at, number = json.JSONDecoder(), 0, 0
+    between = re.compile(r'[\s,\[\]]*')  # of a list that is closed before the end, too
+    while (at := _match_end(between, text, at)) < len(text):
+        number += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            yield number, {}, 'malformed'
+            return
+        yield (number, value, None) if isinstance(value, dict) else (number, {}, 'malformed')
+
+
+def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    found = pattern.match(text, at)
+    return found.end() if found else at
+
+
+def _csv_rows(path: str) -> Iterator[Line]:
+    """The rows of a table under its header; an empty cell has nothing in it."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 128 KiB, less than a document
+    encoding = encoding_of(_begin(path))
+    with opened(path) as file:
+        file.read(encoding.skip)
+        errors = 'surrogateescape' if encoding.name == 'utf-8' else 'replace'
+        text = io.TextIOWrapper(file, encoding.name, errors=errors, newline='')
+        rows = csv.DictReader(text, delimiter=_delimiter(path), restkey='', strict=True)
+        number = 1
+        while True:
+            number += 1
+            try:
+                row = next(rows, None)
+            except csv.Error:
+                yield number, {}, 'malformed'
+                return
+            if row is None:
+                return
+            extra = row.pop('', None)
+            bad = 'malformed' if extra else _not_utf8(row)
+            yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
+
+
+def _not_utf8(row: dict[str, Any]) -> str | None:
+    try:
+        ''.join(value for value in row.values() if value).encode()
+    except UnicodeEncodeError:
+        return 'not_utf8'
+    return None
+
+
+def _delimiter(path: str) -> str:
+    """What stands between the names of the header most often."""
+    if plain_name(path).endswith('.tsv'):
+        return '\t'
+    header = _decoded(_begin(path)).partition('\n')[0]
+    return max(',;\t', key=header.count)
+
+
+def csv_columns(path: str) -> list[str]:
+    """The names in the header of a table."""
+    header = _decoded(_begin(path)).lstrip('\ufeff')
+    return next(csv.reader(io.StringIO(header, newline=''), delimiter=_delimiter(path)), [])
