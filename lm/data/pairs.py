@@ -173,7 +173,7 @@ def sizes(store: PairStore, seq_len: int) -> Sizes:
         first = read(store.sequences.first, start * store.sides, stop * store.sides).reshape(whole.shape)
         answered = ((first < seq_len) | (whole == 0)).all(axis=1)
         usable = answered & (read(store.differs, start, stop) < seq_len)
-        return np.where(usable, np.minimum(whole, seq_len).sum(axis=1), 0), (whole > seq_len).any(axis=1)
+        return np.where(usable, np.minimum(whole, seq_len).sum(axis=1), 0), whole.max(axis=1) > seq_len
 
     return Sizes(store.pairs, [store.fingerprint, seq_len], measure)
 
