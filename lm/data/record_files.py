@@ -112,9 +112,9 @@ def opened(path: str) -> Any:
     if kind is None:
         return file
     if kind == 'zstd':
-        return _Unpacked(path, io.BufferedReader(_Zstd(file), _BEGIN))
+        return _Unpacked(path, io.BufferedReader(_Zstd(file), _BEGIN), file)
     unpack = {'gzip': gzip.open, 'bzip2': bz2.open, 'xz': lzma.open}[kind]
-    return _Unpacked(path, unpack(file, 'rb'))
+    return _Unpacked(path, unpack(file, 'rb'), file)
 
 
 class _Zstd(io.RawIOBase):
@@ -149,8 +149,8 @@ class _Zstd(io.RawIOBase):
 class _Unpacked(io.BufferedIOBase):
     """A packed file, of which damage is one line with its name."""
 
-    def __init__(self, path: str, file: Any):
-        self._path, self._file = path, file
+    def __init__(self, path: str, file: Any, packed: IO[bytes]):
+        self._path, self._file, self._packed = path, file, packed
 
     def readable(self) -> bool:
         return True
@@ -166,6 +166,7 @@ class _Unpacked(io.BufferedIOBase):
 
     def close(self) -> None:
         self._file.close()
+        self._packed.close()
         super().close()
 
     def _told(self, read: Any, size: int) -> bytes:
