@@ -22,6 +22,7 @@ def get_config(arg: str = '') -> config.Config:
     c.batch_size = 64
     c.optim.name, c.optim.lr = 'muon', 2e-3 if source == 'decline' else 1e-3
     c.nll = 3.0 if source == 'decline' else 1.0
+    c.data.replay = 0.25 if source == 'decline' else 0.0
     c.eval.rows = 512
     c.data.mixture = source or 'programmatic'
     c.eval.max_new_tokens = 96

@@ -8,7 +8,7 @@ both responses, as far as they are within seq_len. Before them what was read and
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,15 +153,16 @@ def show_rows(console: Console, mixture: pipeline.Mixture, count: int, tokenizer
 
 
 def show_pairs(
-    console: Console, orders: pipeline.Mixture, count: int, tokenizer: Tokenizer, names: Sequence[str]
+    console: Console, rows: pipeline.Mixture, count: int, tokenizer: Tokenizer, names: Sequence[str]
 ) -> None:
     """The first pairs: the prompt, then each response on a line of its own."""
-    for i in range(count):
-        source, place = orders.locate(i)
-        number = (order := orders.rows[source]).number(place)
-        label, margin = order.store.table[number]
+    located = map(rows.locate, range(count))  # a row has a pair or more
+    numbered = ((s, n) for s, i in located if s < len(names) for n in rows.rows[s].numbers(i).tolist())
+    for i, (source, number) in enumerate(islice(numbered, count)):
+        of = rows.rows[source]
+        label, margin = of.store.table[number]
         console.rule(Text(f'pair {i}: {names[source]}, label {label:g}, margin {margin:g}'))
-        for name, text in zip(('prompt', *pairs.SIDES), pair_texts(order.pair(number), tokenizer), strict=False):
+        for name, text in zip(('prompt', *pairs.SIDES), pair_texts(of.pair(number), tokenizer), strict=False):
             console.print(Text(f'{name}: ', style='italic').append_text(text), soft_wrap=True)
 
 
@@ -190,8 +191,12 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
         return
     own, replay, of_pairs = data.own.sources, config.data.replay, config.stage != 'sft'
-    mixture = pairs.mix(own, **options) if of_pairs else chats.mix(data, replay=replay, **options)
-    tell(console, data.own, [(of.cut, of.left_out) for of in mixture.rows[: len(own)]])
+    if of_pairs:
+        mixture, sizes = pairs.mix(data, replay=0, **options), [pairs.sizes(s.train, config.seq_len) for s in own]
+    else:
+        mixture = chats.mix(data, replay=replay, **options)
+        sizes = [rows.sizes for rows in mixture.rows[: len(own)]]
+    tell(console, data.own, [(of.cut, of.left_out) for of in sizes])
     if data.text:
         console.rule(f'text of pretraining, {replay:.0%} of all rows')
         tell(console, data.text)

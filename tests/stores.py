@@ -1,11 +1,9 @@
 """Small stores of conversations and of pairs, made by hand: every token says which conversation it is of."""
 
-import numpy as np
-
-from lm.data import chats
+from lm.data import chats, pairs
 from lm.data.chats import ChatStore
 from lm.data.pairs import PairStore
-from lm.data.store import TokenStore, checksums_of
+from lm.data.store import checksums_of
 
 PAD = 0
 
@@ -17,15 +15,17 @@ def encoded(number, mask, *, step=40):
 
 def chat_store(folder, found, *, vocab_size=60_000):
     chats.write_encoded(folder, found, vocab_size)
-    tokens = TokenStore.open(folder, vocab_size=vocab_size, pad_id=PAD, checksums=checksums_of(folder))
-    return ChatStore(tokens, np.memmap(folder / 'trained.bin', np.uint8, 'r'))
+    return ChatStore.open(folder, vocab_size=vocab_size, pad_id=PAD, checksums=checksums_of(folder, chats._FILES))
 
 
-def pair_store(folder, sides, table=None, **options):
+def pair_store(folder, sides, table=None, *, vocab_size=60_000):
     """Of [(ids, trained) of each side] a pair."""
     table = [(1.0, 0.0)] * len(sides) if table is None else table
-    sequences = chat_store(folder, [s for pair in sides for s in pair], **options)
-    return PairStore(sequences, np.array(table, np.float32), len(sides[0]))
+    chats.write_encoded(folder, [s for pair in sides for s in pair], vocab_size)
+    differs = [pairs.first_difference(pair[0][0], pair[1][0]) for pair in sides]
+    pairs.write_tables(folder, [x for line in table for x in line], differs)
+    options = {'vocab_size': vocab_size, 'pad_id': PAD, 'checksums': checksums_of(folder, pairs._FILES)}
+    return PairStore.open(folder, sides=len(sides[0]), **options)
 
 
 def masks(count, draw, *, longest=12):

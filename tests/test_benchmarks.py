@@ -1,5 +1,6 @@
 """The benchmarks' scripts run, here at a tiny shape: on the machine they are for, an hour costs money."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -8,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import pair_store
 
-from lm.data import chats, pairs
-from lm.data.chats import ChatStore
-from lm.data.pairs import PairBatches, PairStore
-from lm.data.store import TokenStore
+from lm.data import chats, pairs, pipeline
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks'
 
@@ -75,13 +74,10 @@ def sequence(rng, length):
     return rng.integers(1, 100, length, dtype=np.uint16), (np.arange(length) >= length // 2).astype(np.uint8)
 
 
-def pair_store(lengths):
+def store_of(folder, lengths):
     """Pairs of these lengths."""
     rng = np.random.default_rng(0)
-    ids, trained = zip(*(sequence(rng, n) for pair in lengths for n in pair), strict=True)
-    offsets = np.cumsum([0, *map(len, ids)])
-    store = ChatStore(TokenStore(np.concatenate(ids), offsets), np.concatenate(trained))
-    return PairStore(store, np.ones((len(lengths), 2), np.float32), 2)
+    return pair_store(folder, [[tuple(x.tolist() for x in sequence(rng, n)) for n in pair] for pair in lengths])
 
 
 def plain(example):
@@ -97,15 +93,16 @@ def test_the_peer_gets_the_conversations_that_our_rows_hold(monkeypatch):
     assert [plain(c) for c in sft.conversations(batch)] == [plain([c]) for c in whole]
 
 
-def test_the_peer_gets_the_pairs_that_our_rows_hold(monkeypatch):
+def test_the_peer_gets_the_pairs_that_our_rows_hold(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
     dpo = importlib.import_module('dpo')
     rng = np.random.default_rng(1)
-    store = pair_store(rng.integers(4, 40, (12, 2)).tolist())
-    batches = pairs.in_order(store, seq_len=64, batch_size=12)
+    store = store_of(tmp_path / 'pairs', rng.integers(4, 40, (12, 2)).tolist())
     known = rng.standard_normal((12, 2)).astype(np.float32)
-    batch = batches.batch(0, rows=batches.shape[0] + 1, reference=[known])  # and a row that is empty
-    order = [n for row in batches.rows(0) for _, n in row]
+    rows = dataclasses.replace(pairs.in_order(store, seq_len=64), reference=known)
+    batch = pipeline.stack([*(rows.row(i) for i in range(len(rows))), rows.empty])
+    order = rows.plan.order.tolist()
     assert [plain(pair) for pair in dpo.responses(batch)] == [plain(store.pair(n)) for n in order]
     np.testing.assert_array_equal(dpo.reference([batch]), known[order])
 
@@ -113,8 +110,8 @@ def test_the_peer_gets_the_pairs_that_our_rows_hold(monkeypatch):
 @pytest.mark.parametrize(
     ('longest', 'seq_len', 'width'), [(20, 512, 128), (70, 512, 256), (70, 32, 64), (600, 512, 1024)]
 )
-def test_rows_of_pairs_are_as_wide_as_the_longest_pair_needs(longest, seq_len, width):
+def test_rows_of_pairs_are_as_wide_as_the_longest_pair_needs(tmp_path, monkeypatch, longest, seq_len, width):
     """Of the pairs that are used, cut to seq_len; never wider than two of seq_len."""
-    batches: PairBatches = pairs.in_order(pair_store([(10, 12), (longest, longest)]), seq_len=seq_len, batch_size=2)
-    assert batches.width == width
-    assert batches.batch(0, rows=batches.shape[0])['tokens_BT'].shape[1] == width
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
+    rows = pairs.in_order(store_of(tmp_path / 'pairs', [(10, 12), (longest, longest)]), seq_len=seq_len)
+    assert rows.width == len(rows.row(0)['tokens_T']) == width

@@ -76,8 +76,8 @@ def test_what_is_cut_and_left_out_is_counted(tmp_path):
     cut, fits, late, none = '.' * 10 + 'x' * 40, '.' * 10 + 'x' * 23, '.' * 33 + 'x' * 5, '.....'
     masks_ = [cut, fits, late, none, '.' * 32 + 'x' * 9, '...xx']
     rows = ChatRows(chat_store(tmp_path / 'chats', [encoded(i, m, step=60) for i, m in enumerate(masks_)]), T, seed=0)
-    assert rows.lengths.tolist() == [32, 32, 0, 0, 32, 4]
-    assert (rows.cut, rows.left_out) == (2, 2) and len(rows) == 4
+    assert rows.sizes[:].tolist() == [32, 32, 0, 0, 32, 4]
+    assert (rows.sizes.cut, rows.sizes.left_out) == (2, 2) and len(rows) == 4
     weights = sorted(int(rows.row(i)['weights_T'].sum()) for i in range(4))
     assert weights == [1, 2, 23, 23], 'of the one whose 33rd token is the first of its answer, that is the one target'
 

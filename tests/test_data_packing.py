@@ -214,7 +214,7 @@ def test_bad_sizes_are_refused():
 def test_store_is_written_and_opened(tmp_path, vocab_size):
     ids = {'a': [10, 11], 'b': [], 'c': [vocab_size - 1]}
     written = write_store(
-        tmp_path / 's', ids, lambda texts: [ids[t] for t in texts], vocab_size=vocab_size, bos_id=BOS, eos_id=EOS
+        tmp_path / 's', ids, lambda texts, continued: [ids[t] for t in texts], vocab_size=vocab_size, bos_id=BOS, eos_id=EOS
     )
     checksums = checksums_of(tmp_path / 's')
     store = TokenStore.open(tmp_path / 's', vocab_size=vocab_size, pad_id=PAD, checksums=checksums)
@@ -229,9 +229,15 @@ def test_store_is_written_and_opened(tmp_path, vocab_size):
 def test_of_a_large_file_only_the_size_is_compared(tmp_path, monkeypatch):
     for name in ('tokens.bin', 'offsets.npy'):
         (tmp_path / name).write_bytes(b'some')
-    assert all(len(found) == 2 for found in checksums_of(tmp_path).values())
+    checksums = checksums_of(tmp_path)
+    (tmp_path / 'tokens.bin').write_bytes(b'same')
+    with pytest.raises(ValueError, match='tokens.bin has changed'):
+        store_module.verify(tmp_path, checksums)
     monkeypatch.setattr(store_module, '_VERIFIED_BYTES', 4)
-    assert checksums_of(tmp_path) == {'tokens.bin': [4], 'offsets.npy': [4]}
+    store_module.verify(tmp_path, checksums)
+    (tmp_path / 'tokens.bin').write_bytes(b'longer')
+    with pytest.raises(ValueError, match='tokens.bin has changed'):
+        store_module.verify(tmp_path, checksums)
 
 
 def test_a_row_reads_a_window_of_a_long_stream_and_no_more(tmp_path):

@@ -32,22 +32,22 @@ SFT = {
     (6, 'eval/one.jsonl/bpb'): 5.28699,
 }
 REWARD = {
-    (1, 'train/loss'): 0.94499,
-    (1, 'train/grad_norm'): 4.71699,
-    (1, 'train/centring'): 4.91932,
-    (3, 'train/loss'): 0.75853,
-    (6, 'train/loss'): 0.38627,
-    (6, 'eval/reward_std'): 1.39538,
-    (6, 'eval/pairs.jsonl/log_loss'): 0.43324,
+    (1, 'train/loss'): 0.56957,
+    (1, 'train/grad_norm'): 3.31820,
+    (1, 'train/centring'): 4.15716,
+    (3, 'train/loss'): 0.71215,
+    (6, 'train/loss'): 0.44844,
+    (6, 'eval/reward_std'): 0.73356,
+    (6, 'eval/pairs.jsonl/log_loss'): 0.68518,
 }
 DPO = {
-    (1, 'train/loss'): 1.13144,
-    (1, 'train/grad_norm'): 2.06801,
-    (3, 'train/loss'): 1.02555,
-    (6, 'train/loss'): 0.79127,
-    (6, 'train/chosen_nll'): 4.34612,
-    (6, 'eval/pairs.jsonl/chosen_loss'): 4.58771,
-    (6, 'eval/one.jsonl/bpb'): 5.45201,
+    (1, 'train/loss'): 1.11837,
+    (1, 'train/grad_norm'): 2.04587,
+    (3, 'train/loss'): 1.01194,
+    (6, 'train/loss'): 0.86594,
+    (6, 'train/chosen_nll'): 4.31458,
+    (6, 'eval/pairs.jsonl/chosen_loss'): 4.60996,
+    (6, 'eval/one.jsonl/bpb'): 5.35249,
 }
 TOLERANCE = 1e-4  # relative; JAX 0.10 and 0.12 differ by 2e-6
 

@@ -10,7 +10,7 @@ from running import ROOT
 from stores import PAD, pair_store
 
 from lm import inspect
-from lm.data import pairs
+from lm.data import pairs, pipeline
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
 from lm.evals import preferences
@@ -29,23 +29,19 @@ def side(*answer):
 SIDES = [[side(*GOOD), NONE, side(*OTHER)], [NONE, side(*BAD), side(*GOOD)], [side(*GOOD), side(*BAD), side(*OTHER)]]
 
 
-@pytest.fixture
-def order(tmp_path):
-    return pairs.PairOrder(pair_store(tmp_path / 'store', SIDES), seq_len=16, seed=0, shuffle=False)
-
-
-def test_a_single_answer_is_a_pair_with_one_side(order):
-    assert order.kept.tolist() == [0, 1, 2] and order.left_out == 0
-    assert [order.store.answers(s) for s in range(3)] == [2, 2, 3]
-    found = pairs.in_order(order.store, seq_len=16, batch_size=3)
-    batch = found.batch(0, rows=found.shape[0])
+def test_a_single_answer_is_a_pair_with_one_side(tmp_path, monkeypatch):
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
+    store = pair_store(tmp_path / 'store', SIDES)
+    sizes = pairs.sizes(store, 16)
+    assert sizes[:].tolist() == [8, 9, 12] and sizes.left_out == 0
+    assert [store.answers(s) for s in range(3)] == [2, 2, 3]
+    rows = pairs.in_order(store, seq_len=16)
+    batch = pipeline.stack([rows.row(i) for i in range(len(rows))])
     of = lambda name: sorted(batch[f'length_{name}_BP'][batch['weight_BP'] > 0].tolist())
     assert (of('chosen'), of('rejected'), of('mismatched')) == ([0, 3, 3], [0, 2, 2], [1, 1, 3])
     tokens, sequence, last = (batch[f'{name}_BT'].ravel() for name in ('tokens', 'sequence', 'last'))
     kept = [tuple(tokens[sequence == s].tolist()) for s in range(9)]
-    told = [tuple(ids) for pair in SIDES for ids, _ in pair]
-    if found.shape == (1, 3):
-        assert sorted(kept) == sorted(told)
+    assert len(rows) == 1 and sorted(kept) == sorted(tuple(ids) for pair in SIDES for ids, _ in pair)
     assert last.sum() == 7 and all(tokens[last > 0] != PAD), 'no place is the last of a side that there is not'
 
 

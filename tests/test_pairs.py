@@ -12,9 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 from stores import PAD, encoded, pair_store
 
-from lm.data import pairs
+from lm.data import pairs, pipeline
 from lm.data.chat_template import ChatTemplate
-from lm.data.pairs import SIDES, PairBatches, PairOrder
+from lm.data.chats import WithReplay
+from lm.data.pairs import SIDES, PairBatches
 from lm.data.prepare import Prepared, PreparedSource, prepare
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
@@ -40,13 +41,19 @@ def source(store, name='a', weight=1.0):
     return PreparedSource(name, weight, store, store, {})
 
 
-def batches(stores, *, weights=(1.0,), batch_size=8, steps=5, seed=0):
-    named = [source(s, name, w) for s, name, w in zip(stores, 'ab', weights, strict=False)]
-    return PairBatches(pairs.mix(named, seq_len=SEQ_LEN, seed=seed), batch_size, steps)
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('LM_CACHE', str(tmp_path / 'cache'))
+
+
+def batches(stores, *, weights=(1.0,), batch_size=8, seed=0, reference=None):
+    named = tuple(source(s, name, w) for s, name, w in zip(stores, 'ab', weights, strict=False))
+    data = WithReplay(Prepared(None, named, 'x'), None, None)
+    return PairBatches(pairs.mix(data, seq_len=SEQ_LEN, seed=seed, replay=0, reference=reference), batch_size)
 
 
 def whole(found, i):
-    return found.batch(i, rows=found.shape[0])
+    return found.batch(i, range(found.rows))
 
 
 def numbers_of(batch, sides=2):
@@ -103,8 +110,7 @@ def test_both_sides_of_a_pair_are_in_one_row_whole(tmp_path, sides):
 def test_the_references_log_probs_come_with_their_pair(tmp_path):
     stores = [pair_store(tmp_path / name, drawn(20, first=20 * k)) for k, name in enumerate('ab')]
     known = [np.arange(40, dtype=np.float32).reshape(20, 2) + 100 * k for k in range(2)]
-    found = batches(stores, weights=(0.5, 0.5))
-    batch = found.batch(1, rows=found.shape[0], reference=known)
+    batch = whole(batches(stores, weights=(0.5, 0.5), reference=known), 1)
     for row, slot, number in numbers_of(batch):
         expected = known[number // 20][number % 20]
         assert [batch[f'reference_{s}_BP'][row, slot] for s in SIDES[:2]] == expected.tolist()
@@ -140,10 +146,9 @@ def test_the_third_side_is_the_response_to_the_prompt_before(tmp_path, monkeypat
 
 
 def test_every_pair_of_an_epoch_comes_once(tmp_path):
-    found = batches([pair_store(tmp_path / 'p', drawn(40))], steps=10)
-    seen = [[n for _, _, n in numbers_of(whole(found, i))] for i in range(10)]
-    assert all(len(batch) == 8 for batch in seen)
-    epochs = [sum(seen[:5], []), sum(seen[5:], [])]
+    (rows,) = batches([pair_store(tmp_path / 'p', drawn(40))]).mixture.rows
+    seen = [[n for _, _, n in numbers_of(pipeline.stack([rows.row(i)]))] for i in range(2 * len(rows))]
+    epochs = [sum(seen[: len(rows)], []), sum(seen[len(rows) :], [])]
     assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(range(40)) and epochs[0] != epochs[1]
 
 
@@ -157,10 +162,15 @@ def test_a_batch_is_a_pure_function_of_its_number(tmp_path):
 
 
 def test_sources_are_mixed_by_weight(tmp_path):
-    stores = [pair_store(tmp_path / name, drawn(30, first=30 * k)) for k, name in enumerate('ab')]
-    found = batches(stores, weights=(0.75, 0.25), steps=4)
-    seen = Counter(n // 30 for i in range(4) for _, _, n in numbers_of(whole(found, i)))
-    assert seen == {0: 24, 1: 8}
+    """A weight is a share of the pairs, though those of one source are longer and fewer share a row."""
+    stores = [
+        pair_store(tmp_path / name, drawn(90, first=90 * k, longest=4 + 4 * k), vocab_size=70_000)
+        for k, name in enumerate('ab')
+    ]
+    found = batches(stores, weights=(0.75, 0.25), batch_size=64)
+    seen = Counter(n // 90 for i in range(20) for _, _, n in numbers_of(whole(found, i)))
+    assert seen[0] / seen.total() == pytest.approx(0.75, abs=0.03)
+    assert seen.total() / 20 == pytest.approx(64, abs=4), 'a batch has so many pairs on average'
 
 
 def test_what_cannot_be_compared_within_a_row_is_left_out(tmp_path):
@@ -176,35 +186,39 @@ def test_what_cannot_be_compared_within_a_row_is_left_out(tmp_path):
         [(same[:6], [False] * 3 + [True] * 3), (same[:6], [False] * 3 + [True] * 3)],  # equal
     ]
     store = pair_store(tmp_path / 'p', said)
-    order = PairOrder(store, SEQ_LEN, seed=0)
-    assert order.kept.tolist() == [0, 4, 5] and len(order) == 3 and (order.cut, order.left_out) == (1, 4)
-    assert order.lengths[[0, 4, 5]].tolist() == [7, 32, 11]
-    assert sorted(order.number(i) for i in range(3)) == [0, 4, 5]
+    sizes = pairs.sizes(store, SEQ_LEN)
+    assert sizes[:].tolist() == [7, 0, 0, 0, 32, 11, 0] and (sizes.cut, sizes.left_out) == (1, 4)
+    rows = pairs.in_order(store, seq_len=SEQ_LEN)
+    assert sorted(n for i in range(len(rows)) for n in rows.numbers(i).tolist()) == [0, 4, 5]
     pairs.check(source(store), seq_len=SEQ_LEN)
     with pytest.raises(UsageError, match='no training pair of a has two different responses within seq_len=2: set'):
         pairs.check(source(store), seq_len=2)
 
 
-def test_pairs_in_order_are_the_first_ones_and_then_no_more(tmp_path):
-    store = pair_store(tmp_path / 'p', drawn(30))
-    found = pairs.in_order(store, seq_len=SEQ_LEN, batch_size=8, most=19)
-    batches_ = [whole(found, i) for i in range(found.steps)]
-    assert [sorted(n for _, _, n in numbers_of(b)) for b in batches_] == [[*range(8)], [*range(8, 16)], [16, 17, 18]]
+@pytest.mark.parametrize(('most', 'first'), [(19, 19), (30, 30), (99, 30), (None, 30)])
+def test_pairs_in_order_are_the_first_ones_and_then_no_more(tmp_path, most, first):
+    rows = pairs.in_order(pair_store(tmp_path / 'p', drawn(30)), seq_len=SEQ_LEN, most=most)
+    batch = pipeline.stack([*(rows.row(i) for i in range(len(rows))), rows.empty])
+    assert sorted(n for _, _, n in numbers_of(batch)) == [*range(first)]
+    assert [n for _, _, n in numbers_of(batch)] == rows.plan.order.tolist()
 
 
-# ---- how many rows ----
+# ---- the shape of a batch ----
 
 
-def test_every_batch_of_a_run_fits_its_shape_and_one_needs_it(tmp_path):
-    found = batches([pair_store(tmp_path / 'p', drawn(60, longest=5))], steps=20)
-    rows = [found.rows(i) for i in range(20)]
-    assert found.shape == (max(map(len, rows)), max(len(row) for batch in rows for row in batch))
-    assert all(len(whole(found, i)['tokens_BT']) == found.shape[0] for i in (0, 19))
-    assert found.shape[0] < 8, 'pairs share rows'
+def test_the_shape_of_a_batch_is_a_property_of_the_data(tmp_path):
+    """As many rows as its pairs take on average, so that hardly a place is left over; places for the fullest row."""
+    found = batches([pair_store(tmp_path / 'p', drawn(60, longest=5))])
+    made = [whole(found, i) for i in range(20)]
+    assert {batch['tokens_BT'].shape for batch in made} == {(found.rows, found.width)}
+    assert max(batch['weight_BP'].sum(1).max() for batch in made) == found.slots
+    assert np.mean([batch['weight_BP'].sum() for batch in made]) == pytest.approx(8, abs=2)
+    assert np.mean([(batch['segments_BT'] > 0).mean() for batch in made]) > 0.9
 
 
 def config(**more):
-    return SimpleNamespace(seq_len=SEQ_LEN, batch_size=16, seed=0, steps=4, microbatch=None, **more)
+    own = SimpleNamespace(replay=0.0)
+    return SimpleNamespace(seq_len=SEQ_LEN, batch_size=16, seed=0, steps=4, microbatch=None, data=own, **more)
 
 
 def data_of(store):
@@ -219,7 +233,7 @@ def test_rows_are_shared_by_microbatches_and_devices(tmp_path, microbatch, mesh,
     data, settings = data_of(pair_store(tmp_path / 'p', drawn(64))), config()
     settings.microbatch = microbatch
     with use_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.values())))]):
-        needed = stage.batches(settings, data).shape[0]
+        needed = stage.batches(settings, data).rows
         shapes = stage.batch(settings, data)
         rows = shapes['tokens_BT'].shape[0]
         assert rows % parts == 0 and needed <= rows < needed + parts
@@ -227,17 +241,16 @@ def test_rows_are_shared_by_microbatches_and_devices(tmp_path, microbatch, mesh,
         assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
             n: (x.shape, x.dtype) for n, x in shapes.items()
         }
-        expected = stage.batches(settings, data).batch(2, rows=rows)
+        expected = stage.batches(settings, data).batch(2, range(rows))
         assert all(np.array_equal(x, expected[name]) for name, x in jax.device_get(made).items())
 
 
 def test_a_process_takes_its_rows_of_the_same_batch(tmp_path):
     found = batches([pair_store(tmp_path / 'p', drawn(40))])
-    rows = found.shape[0] + 1
-    expected = found.batch(3, rows=rows)
+    rows = found.rows + 1
+    expected = found.batch(3, range(rows))
     for here in ([0, 2], [rows - 1], range(rows)):
-        local = SimpleNamespace(rows=here)
-        made = stage._Source(found, rows, None, 1, local)[2]
+        made = stage._Source(found, here, 1)[2]
         assert all(np.array_equal(x, expected[name][list(here)]) for name, x in made.items())
 
 
@@ -251,17 +264,17 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
         [(draw.integers(1, 250, n).tolist(), [False] * 2 + [True] * (n - 2)) for n in draw.integers(3, 9, sides)]
         for _ in range(16)
     ]
-    found = batches([pair_store(tmp_path / 'p', said, [(0.8, 0.0)] * 16)], batch_size=16, steps=1)
+    store = pair_store(tmp_path / 'p', said, [(0.8, 0.0)] * 16)
     known = [draw.normal(-20, 1, (16, sides)).astype(np.float32)]
-    lambdas = {'lambda_d': None, 'lambda_u': None}
-    settings = ConfigDict({'loss': loss, 'beta': None, 'margin': None, 'label_smoothing': None, 'nll': 0.2, **lambdas})
+    found = batches([store], batch_size=16, reference=known)
+    nothing = dict.fromkeys(('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u'))
+    settings = ConfigDict({'data': {'replay': 0.0}, 'loss': loss, 'nll': 0.2, **nothing})
     tiny = dataclasses.replace(tiny, layers=1)
     optimizer = optax.sgd(1.0)
     params = transformer.init(jax.random.key(0), tiny)
 
     def updated(microbatches):
-        rows = -(-found.shape[0] // microbatches) * microbatches
-        batch = found.batch(0, rows=rows, reference=known)
+        batch = found.batch(0, range(-(-found.rows // microbatches) * microbatches))
         step = training.make_step(dpo.make_loss(settings, tiny), optimizer, clip=None, microbatches=microbatches)
         state, metrics = jax.jit(step)(training.create(params, None, optimizer, 0), batch)
         return jax.tree.map(lambda new, old: new - old, state.trainable, params), metrics

@@ -10,7 +10,7 @@ from conftest import MESHES
 from stores import pair_store
 
 from lm import sharding
-from lm.data import pairs
+from lm.data import pairs, pipeline
 from lm.model import sequences, transformer
 from lm.model.transformer import ModelConfig
 
@@ -36,9 +36,13 @@ def drawn(count=9, sides=2):
 def packed(tmp_path_factory):
     """(the pairs, a packed batch of them with empty slots and an empty row, the numbers of the pairs by slot)."""
     said = drawn()
-    found = pairs.in_order(pair_store(tmp_path_factory.mktemp('p') / 'p', said), seq_len=SEQ_LEN, batch_size=9)
-    assert found.shape[1] > 1 and found.shape[0] < 8
-    return said, found.batch(0, rows=8), [[n for _, n in row] for row in found.rows(0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('LM_CACHE', str(tmp_path_factory.mktemp('cache')))
+        found = pairs.in_order(pair_store(tmp_path_factory.mktemp('p') / 'p', said), seq_len=SEQ_LEN)
+        assert found.slots > 1 and len(found) < 8
+        rows = [found.row(i) for i in range(len(found))]
+        batch = pipeline.stack(rows + [found.empty] * (8 - len(found)))
+    return said, batch, [found.numbers(i).tolist() for i in range(len(found))]
 
 
 @pytest.fixture(scope='module')

@@ -106,7 +106,7 @@ def test_a_template_goes_with_the_run_that_learned_it(dialogues, tmp_path):
 def test_a_reward_model_keeps_the_scale_of_its_scores(dialogues):
     workdir = dialogues.run('reward')
     found = measured(workdir)
-    assert found[6, 'train/bradley_terry'] < found[1, 'train/bradley_terry'] - 0.1
+    assert found[6, 'train/bradley_terry'] < found[1, 'train/bradley_terry'] - 0.05
     names = 'accuracy margin log_loss calibration_error length_correlation longer_wins shorter_wins'
     assert all((6, f'eval/pairs.jsonl/{name}') in found for name in names.split())
     kept = json.loads((workdir / 'normalisation.json').read_text())
@@ -339,7 +339,7 @@ BAD = [
     ('sft', {'init_from': 'none'}, 'stage=sft trains a model further: set --config.init_from=DIR'),
     ('reward', {'init_from': 'none'}, 'stage=reward begins with a model that answers: set --config.init_from=DIR'),
     ('dpo', {'init_from': 'none'}, 'stage=dpo compares with the run it starts from: set --config.init_from=DIR'),
-    ('sft', {'init_from': '/no/run'}, '/no/run has no checkpoint'),
+    ('sft', {'init_from': '/no/run'}, '/no/run is not a run: it does not exist'),
     ('sft', {'data__mixture': 'programmatic'}, "'programmatic' holds pairs of answers, not conversations"),
     ('dpo', {'data__mixture': 'operations'}, "'operations' holds conversations, not pairs of answers"),
     ('reward', {'data__mixture': 'botocore'}, "'botocore' holds text, not pairs of answers"),
@@ -359,7 +359,7 @@ BAD = [
     ('dpo', {'beta': 'nan'}, 'beta=nan must be positive and finite'),
     ('dpo', {'nll': -1}, 'nll=-1.0 must be at least 0 and finite'),
     ('reward', {'centring': -1}, 'centring=-1.0 must be at least 0 and finite'),
-    ('dpo', {'data__replay': 0.5}, 'data.replay=0.5: stage=dpo has no replay, set it to 0'),
+    ('reward', {'data__replay': 0.5}, 'data.replay=0.5: a reward model writes no text to forget, set it to 0'),
     ('reward', {'optim__batch_warmup': 2, 'batch_size': 16, 'microbatch': 8}, 'a batch of pairs does not grow'),
     ('sft', {'data__replay': 1.0}, 'data.replay=1.0 must be from 0 to below 1'),
 ]

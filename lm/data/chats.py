@@ -1,8 +1,9 @@
 """Conversations as rows to train on: their ids, which of them the assistant wrote, and several to a row.
 
-A store of conversations is a token store (lm/data/store.py) with a file more, `trained.bin`, a byte a token: 1 where
-the assistant wrote it and it is to be learned. A conversation that is longer than a row is cut at the row's end; one
-that has nothing left to learn then is left out.
+A store of conversations is a token store (lm/data/store.py) with two files more: `trained.bin`, a byte a token, 1 where
+the assistant wrote it and it is to be learned; and `first.npy` (uint32), the place in each conversation of the first
+such token, its very first aside, which is no target. A conversation that is longer than a row is cut at the row's end;
+one that has nothing left to learn then is left out.
 """
 
 import itertools
@@ -16,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from lm.data import bestfit, pipeline
+from lm.data.cache import fingerprint
 from lm.data.chat_layout import refusal
 from lm.data.chat_shape import Tools
 from lm.data.chat_template import ChatTemplate
@@ -23,20 +25,36 @@ from lm.data.packing import Row, permute
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
-from lm.data.store import Checksums, TokenStore, token_dtype, verify
+from lm.data.sizes import Sizes
+from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
-_FILES = ('tokens.bin', 'offsets.npy', 'trained.bin')
+_FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy')
+LAYOUT = 2  # of a store of conversations or pairs; part of its key in the cache and of a run's fingerprint
+NEVER = 2**32 - 1  # the place of what is nowhere
 _AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class ChatStore:
-    """`tokens` as a token store has them, and `trained` [tokens] uint8, memory-mapped."""
+    """`tokens` as a token store has them, `trained` [tokens] uint8 and `first` [conversations] uint32, memory-mapped;
+    `fingerprint` stands for their sizes."""
 
     tokens: TokenStore = field(repr=False)
     trained: np.ndarray = field(repr=False)
+    first: np.ndarray = field(repr=False)
+    fingerprint: str
+
+    @staticmethod
+    def open(directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
+        """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
+        plain = {name: checksums[name] for name in ('tokens.bin', 'offsets.npy')}
+        verify(directory, {name: checksums[name] for name in ('trained.bin', 'first.npy')})
+        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=plain)
+        trained, first = np.memmap(directory / 'trained.bin', np.uint8, 'r'), directory / 'first.npy'
+        sizes = fingerprint([checksums[name] for name in ('offsets.npy', 'first.npy')])
+        return ChatStore(tokens, trained, np.load(first, mmap_mode='r'), sizes)
 
     @property
     def pad_id(self) -> int:
@@ -54,12 +72,9 @@ class ChatStore:
         start, end = self.tokens.offsets[i : i + 2]
         return self.tokens.tokens[start:end], self.trained[start:end]
 
-    def learned_within(self, longest: int) -> np.ndarray:
-        """[conversations] bool, whether one of the first `longest` tokens, the very first aside, is to be learned."""
-        starts, ends = (np.asarray(x, np.int64) for x in (self.tokens.offsets[:-1], self.tokens.offsets[1:]))
-        ends = np.minimum(ends, starts + longest)
-        before = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        return before[ends] > before[np.minimum(starts + 1, ends)]
+    def lengths(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] int64, the tokens of these conversations."""
+        return np.diff(read(self.tokens.offsets, start, stop + 1))
 
 
 class Question(NamedTuple):
@@ -89,7 +104,8 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 
 def form(template: ChatTemplate) -> Form:
     """How conversations are kept, in the words of a template."""
-    return Form('chat', template.fingerprint, partial(_write, template), open_store, _FILES, partial(_check, template))
+    key = [LAYOUT, template.fingerprint]
+    return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
@@ -97,11 +113,9 @@ def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozens
 
 
 def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
-    verify(directory, {'trained.bin': checksums['trained.bin']})
-    plain = {name: checksums[name] for name in _FILES[:2]}
-    options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id}
-    tokens = TokenStore.open(directory, checksums=plain, **options)
-    return ChatStore(tokens, np.memmap(directory / 'trained.bin', np.uint8, 'r'))
+    return ChatStore.open(
+        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
+    )  # fmt: skip
 
 
 def _write(
@@ -130,16 +144,23 @@ def encode_each(
 def write_encoded(directory: epath.Path, encoded: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> int:
     """Writes conversations, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
-    lengths, found = [np.zeros(1, np.int64)], iter(encoded)
+    lengths, first, found = [np.zeros(1, np.int64)], [np.zeros(0, np.uint32)], iter(encoded)
     with (directory / 'tokens.bin').open('wb') as tokens, (directory / 'trained.bin').open('wb') as trained:
         while chunk := list(itertools.islice(found, _AT_ONCE)):
             tokens.write(np.array([i for ids, _ in chunk for i in ids], token_dtype(vocab_size)).tobytes())
             trained.write(np.array([t for _, mask in chunk for t in mask], np.uint8).tobytes())
             lengths.append(np.array([len(ids) for ids, _ in chunk], np.int64))
+            first.append(np.array([_first(mask) for _, mask in chunk], np.uint32))
     offsets = np.cumsum(np.concatenate(lengths))
-    with (directory / 'offsets.npy').open('wb') as f:
-        np.save(f, offsets)
+    for name, values in (('offsets', offsets), ('first', np.concatenate(first))):
+        with (directory / f'{name}.npy').open('wb') as f:
+            np.save(f, values)
     return int(offsets[-1])
+
+
+def _first(trained: list[bool]) -> int:
+    """The place of the first token to be learned, the very first aside."""
+    return trained.index(True, 1) if True in trained[1:] else NEVER
 
 
 # ---- as rows ----
@@ -158,29 +179,18 @@ class ChatRows:
     shuffle: bool = True
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """[conversations] int64, places that each takes in a row; 0 for what is left out."""
-        lengths = np.minimum(np.diff(self.store.tokens.offsets) - 1, self.seq_len)
-        return np.where(self._has_answer, lengths, 0)
+    def sizes(self) -> Sizes:
+        """Of the conversations in rows of seq_len; those without an answer there are left out."""
+        return Sizes(self.store.conversations, [self.store.fingerprint, self.seq_len], self._measure)
 
-    @property
-    def cut(self) -> int:
-        """How many conversations are cut."""
-        return int(np.count_nonzero((np.diff(self.store.tokens.offsets) - 1 > self.seq_len) & self._has_answer))
-
-    @property
-    def left_out(self) -> int:
-        """How many have no answer within a row."""
-        return int(np.count_nonzero(~self._has_answer))
-
-    @cached_property
-    def _has_answer(self) -> np.ndarray:
-        """[conversations] bool, whether a target within the first seq_len is to be learned."""
-        return self.store.learned_within(self.seq_len + 1)
+    def _measure(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        targets = self.store.lengths(start, stop) - 1
+        answered = read(self.store.first, start, stop) <= self.seq_len
+        return np.where(answered, np.minimum(targets, self.seq_len), 0), targets > self.seq_len
 
     @cached_property
     def plan(self) -> bestfit.Plan:
-        return bestfit.plan(self.lengths, self.seq_len)
+        return bestfit.plan(self.sizes, self.seq_len, key=self.sizes.key)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -224,7 +234,7 @@ def chat_rows(source: PreparedSource, part: str, *, seq_len: int, seed: int = 0,
 def check(source: PreparedSource, *, seq_len: int) -> None:
     """Raises UsageError if a part of a source has nothing to learn in rows of seq_len."""
     for part, name in (('train', 'training'), ('heldout', 'held-out')):
-        if not chat_rows(source, part, seq_len=seq_len).lengths.any():
+        if not chat_rows(source, part, seq_len=seq_len).sizes.survey.used:
             raise UsageError(
                 f'no {name} conversation of {source.name} has an answer within seq_len={seq_len}: set a longer '
                 '--config.seq_len'
@@ -257,8 +267,13 @@ def mix(data: WithReplay, *, seq_len: int, seed: int, replay: float) -> Mixture:
     """The training rows of conversations, and of pretraining's text for the share `replay` of all rows."""
     own = data.own.sources
     rows = [chat_rows(s, 'train', seq_len=seq_len, seed=source_seed(seed, s.name)) for s in own]
-    if data.text is None or not replay:
-        return Mixture(tuple(rows), tuple(s.weight for s in own))
-    text = pipeline.mix(data.text, seq_len=seq_len, seed=seed)
-    weights = [s.weight * (1 - replay) for s in own] + [w * replay for w in text.weights]
-    return Mixture((*rows, *text.rows), tuple(weights))
+    text = pipeline.mix(data.text, seq_len=seq_len, seed=seed) if data.text else None
+    return with_replay(Mixture(tuple(rows), tuple(s.weight for s in own)), text, replay)
+
+
+def with_replay(own: Mixture, text: Mixture | None, replay: float) -> Mixture:
+    """A mixture in which the rows of `text`, if there is one, are the share `replay` of all rows."""
+    if text is None or not replay:
+        return own
+    shared = lambda mixture, share: [share * w / sum(mixture.weights) for w in mixture.weights]
+    return Mixture((*own.rows, *text.rows), (*shared(own, 1 - replay), *shared(text, replay)))

@@ -1,44 +1,68 @@
 """Pairs of responses as rows to train on: both sides of a pair in one row, and several pairs to a row.
 
 A store of pairs is a store of conversations (lm/data/chats.py) in which `sides` of them belong together: the prompt
-with the chosen response, with the rejected one and, for KTO's baseline, with a response to another prompt; and a table
-of each pair's label and margin. The response is what is to be learned. A side that is longer than seq_len is cut there;
-a pair of which one side has no response left, or both are then the same, is left out.
+with the chosen response, with the rejected one and, for KTO's baseline, with a response to another prompt; a table of
+each pair's label and margin; and `differs.npy` (uint32), the place from which on chosen and rejected are not the same.
+The response is what is to be learned. A side that is longer than seq_len is cut there; a pair of which one side has no
+response left, or both are then the same, is left out.
+
+Which pairs share a row is planned once for the whole store, as of conversations, so that a row, a batch and its shape
+are pure functions of the data, whatever the steps.
 """
 
+import dataclasses
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from lm.data import bestfit, chats
+from lm.data import bestfit, chats, pipeline
+from lm.data.cache import fingerprint
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import ChatStore
-from lm.data.packing import permute
+from lm.data.packing import PackedRows, Row, permute
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
-from lm.data.store import Checksums, verify
+from lm.data.sizes import Sizes
+from lm.data.sources import PERIOD
+from lm.data.store import Checksums, TokenStore, read, verify
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
 SIDES = ('chosen', 'rejected', 'mismatched')
 MULTIPLE = 128  # of a row's places: attention's blocks and a TPU's vectors divide it
-_FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'table.npy')
+_FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy', 'table.npy', 'differs.npy')
 Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class PairStore:
-    """`table` [pairs, 2] float32: label and margin; `sequences` has `sides` conversations for each."""
+    """`table` [pairs, 2] float32: label and margin; `differs` [pairs] uint32, the first place in which chosen and
+    rejected differ, or one of them ends; `sequences` has `sides` conversations for each. `fingerprint` stands for their
+    sizes."""
 
     sequences: ChatStore = field(repr=False)
     table: np.ndarray = field(repr=False)
+    differs: np.ndarray = field(repr=False)
     sides: int
+    fingerprint: str
+
+    @staticmethod
+    def open(
+        directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums
+    ) -> 'PairStore':  # fmt: skip
+        """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
+        verify(directory, {name: checksums[name] for name in ('table.npy', 'differs.npy')})
+        sequences = ChatStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
+        table, differs = (np.load(directory / f'{name}.npy', mmap_mode='r') for name in ('table', 'differs'))
+        sizes = fingerprint([sequences.fingerprint, checksums['differs.npy'], sides])
+        return PairStore(sequences, table, differs, sides, sizes)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -47,14 +71,15 @@ class PairStore:
     def pairs(self) -> int:
         return len(self.table)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """[pairs, sides] int64, tokens of each side with its prompt; 0 for the side that a single answer has not."""
-        return np.diff(self.sequences.tokens.offsets).reshape(-1, self.sides)
-
     def answers(self, side: int) -> int:
         """How many pairs have a response on this side."""
-        return int(np.count_nonzero(self.sizes[:, side]))
+        there = lambda start: self.tokens_of(start, min(start + bestfit.WINDOW, self.pairs))[:, side]
+        return sum(int(np.count_nonzero(there(start))) for start in range(0, self.pairs, bestfit.WINDOW))
+
+    def tokens_of(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start, sides] int64, tokens of each side with its prompt; 0 for the side that a single answer has
+        not."""
+        return self.sequences.lengths(start * self.sides, stop * self.sides).reshape(-1, self.sides)
 
     def pair(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side of pair i."""
@@ -72,7 +97,7 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """How pairs are kept, in the words of a template."""
-    key = [template.fingerprint, sides]
+    key = [chats.LAYOUT, template.fingerprint, sides]
     write, check = partial(_write, template, sides), partial(_check, template)
     return Form('pairs', key, write, partial(_open, sides), _FILES, check)
 
@@ -85,8 +110,8 @@ def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozens
 
 
 def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
-    verify(directory, {'table.npy': checksums['table.npy']})
-    return PairStore(chats.open_store(directory, tokenizer, checksums), np.load(directory / 'table.npy'), sides)
+    options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id, 'checksums': checksums}
+    return PairStore.open(directory, sides=sides, **options)
 
 
 def _write(
@@ -94,171 +119,249 @@ def _write(
     counts: Counts,
 ) -> int:  # fmt: skip
     del counts  # what cannot be written is never read
-    table: list[tuple[float, float]] = []
-    encoded = _encoded(template, sides, contents, tokenizer, table)
+    table, differs = array('f'), array('I')
+    encoded = _encoded(template, sides, contents, tokenizer, table, differs)
     written = chats.write_encoded(directory, encoded, tokenizer.vocab_size)
-    np.save(directory / 'table.npy', np.array(table, np.float32).reshape(-1, 2))
+    write_tables(directory, table, differs)
     return written
+
+
+def write_tables(directory: epath.Path, table: Sequence[float], differs: Sequence[int]) -> None:
+    """Writes label and margin of each pair, one after the other, and where its responses begin to differ."""
+    np.save(directory / 'table.npy', np.array(table, np.float32).reshape(-1, 2))
+    np.save(directory / 'differs.npy', np.array(differs, np.uint32))
+
+
+def first_difference(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """The first place in which two sequences differ, or one of them ends; chats.NEVER if they are the same."""
+    if chosen == rejected:
+        return chats.NEVER
+    differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    return next(differ, min(len(chosen), len(rejected)))
 
 
 def _encoded(
     template: ChatTemplate, sides: int, contents: Iterator[bytes], tokenizer: Tokenizer,
-    table: list[tuple[float, float]],
+    table: array, differs: array,
 ) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
-    """The sides of each pair, one after the other (none of a side that there is not); a line of the table a pair."""
+    """The sides of each pair, one after the other (none of a side that there is not); a line of the tables a pair."""
     other: list[Message] | None = None  # the response to another prompt
     for prompt, chosen, rejected, label, margin, *tools in map(json.loads, contents):
         options = {'given': len(prompt), 'tools': tools[0] if tools else None}
         encode = lambda side, prompt=prompt, options=options: template.encode(tokenizer, prompt + side, **options)
-        yield from (encode(side) if side else ([], []) for side in (chosen, rejected))
+        found = [encode(side) if side else ([], []) for side in (chosen, rejected)]
+        yield from found
         if sides == len(SIDES):
             try:
                 yield encode(other or rejected or chosen)
             except UsageError:  # the template does not take it after this prompt
                 yield encode(rejected or chosen)
         other = chosen or rejected
-        table.append((label, margin))
+        table.extend((label, margin))
+        differs.append(first_difference(*(ids for ids, _ in found)))
 
 
-# ---- as batches ----
+# ---- as rows ----
 
 
-@dataclass(frozen=True)
-class PairOrder:
-    """The usable pairs of a store in an endless sequence: a pure function of (store, seq_len, seed, i)."""
+def sizes(store: PairStore, seq_len: int) -> Sizes:
+    """Of the pairs, all sides together; those without two different responses within seq_len, or their only one, are
+    left out."""
+
+    def measure(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        whole = store.tokens_of(start, stop)
+        first = read(store.sequences.first, start * store.sides, stop * store.sides).reshape(whole.shape)
+        answered = ((first < seq_len) | (whole == 0)).all(axis=1)
+        usable = answered & (read(store.differs, start, stop) < seq_len)
+        return np.where(usable, np.minimum(whole, seq_len).sum(axis=1), 0), whole.max(axis=1) > seq_len
+
+    return Sizes(store.pairs, [store.fingerprint, seq_len], measure)
+
+
+def width_of(longest: int, *, sides: int, seq_len: int) -> int:
+    """Places a row: what the longest pair needs, for a row of many short pairs makes attention look at much that it
+    must not see; a multiple of MULTIPLE, and at most sides·seq_len."""
+    return min(-(-longest // MULTIPLE) * MULTIPLE, sides * seq_len)
+
+
+@dataclass(frozen=True, eq=False)
+class PairRows:
+    """Random access to rows of whole pairs: a pure function of (store, seq_len, plan, seed, i).
+
+    Which pairs share a row is the same in each epoch; the order of the rows is not.
+
+    Attributes:
+      width: places a row.
+      slots: room for so many pairs a row.
+      plan: the numbers of the pairs of each row.
+      reference: [pairs, sides], the reference's log-probs of the responses; None: no row has them.
+    """
 
     store: PairStore
     seq_len: int
-    seed: int
+    width: int
+    slots: int
+    plan: bestfit.Plan
+    seed: int = 0
     shuffle: bool = True
-
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """The numbers of the pairs that have two different responses within seq_len, or their only one."""
-        learned = self.store.sequences.learned_within(self.seq_len).reshape(-1, self.store.sides)
-        answered = (learned | (self.store.sizes == 0)).all(axis=1)
-        return np.array([i for i in np.flatnonzero(answered).tolist() if not self._same(i)], np.int64)
-
-    def _same(self, i: int) -> bool:
-        (chosen, _), (rejected, _) = self.pair(i)[:2]
-        return np.array_equal(chosen, rejected)
+    reference: np.ndarray | None = None
 
     @property
-    def cut(self) -> int:
-        """How many of the usable pairs have a side that is cut."""
-        return int(np.count_nonzero((self.store.sizes[self.kept] > self.seq_len).any(axis=1)))
-
-    @property
-    def left_out(self) -> int:
-        """How many pairs are not usable."""
-        return self.store.pairs - len(self.kept)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """[pairs] int64, places that each pair takes, usable or not."""
-        return np.minimum(self.store.sizes, self.seq_len).sum(axis=1)
+    def pairs(self) -> int:
+        """Pairs in an epoch."""
+        return len(self.plan.order)
 
     def __len__(self) -> int:
-        """Pairs in an epoch."""
-        return len(self.kept)
+        """Rows in an epoch."""
+        return len(self.plan)
 
-    def number(self, i: int) -> int:
-        """The number of the i-th pair; epochs follow each other."""
-        epoch, at = divmod(i, len(self))
-        return int(self.kept[permute(at, len(self), b'%d:%d' % (self.seed, epoch)) if self.shuffle else at])
+    @cached_property
+    def empty(self) -> Row:
+        """A row without pairs."""
+        return pipeline.empty_like(self.row(0), self.store.sequences.pad_id)
+
+    def numbers(self, i: int) -> np.ndarray:
+        """The numbers of the pairs of row i ≥ 0; epochs follow each other."""
+        epoch, r = divmod(i, len(self))
+        return self.plan[permute(r, len(self), b'%d:%d' % (self.seed, epoch)) if self.shuffle else r]
 
     def pair(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side, cut."""
         return [(ids[: self.seq_len], t[: self.seq_len]) for ids, t in self.store.pair(number)]
 
+    def row(self, i: int) -> Row:
+        """Row i: tokens_T, targets_T, weights_T (1 where the target is of a response), segments_T, positions_T;
+        sequence_T int32, which of the row's sequences a token is of (pair·sides + side, −1 for none); last_T, 1 at each
+        sequence's last token; and, for each pair, weight_P (0 for an empty slot), label_P, margin_P, length_SIDE_P and
+        reference_SIDE_P."""
+        numbers = self.numbers(i)
+        sequences = [side for n in numbers.tolist() for side in self.pair(n)]
+        row = _places(sequences, self.width, self.store.sequences.pad_id)
+        pad = lambda values: np.pad(np.array(values, np.float32), (0, self.slots - len(numbers)))
+        row |= {'weight_P': pad(np.ones(len(numbers)))}
+        row |= {f'{name}_P': pad(self.store.table[numbers, k]) for k, name in enumerate(('label', 'margin'))}
+        for side, name in enumerate(SIDES[: self.store.sides]):
+            row[f'length_{name}_P'] = pad([t[1:].sum() for _, t in sequences[side :: self.store.sides]])
+            if self.reference is not None:
+                row[f'reference_{name}_P'] = pad(self.reference[numbers, side])
+        return row
 
-@dataclass(frozen=True)
+
+def in_order(store: PairStore, *, seq_len: int, most: int | None = None) -> PairRows:
+    """The rows of the first `most` usable pairs of a store, None: of all of them."""
+    of = sizes(store, seq_len)
+    if most is None or most >= of.survey.used:
+        return _rows([store], seq_len=seq_len, seeds=[0], shuffle=False)[0]
+    numbers = of.first(most)
+    lengths = np.array([of[n : n + 1][0] for n in numbers.tolist()], np.int64)
+    width = width_of(int(lengths.max(initial=0)), sides=store.sides, seq_len=seq_len)
+    plan = bestfit.Plan.of(numbers, lengths, width)
+    return PairRows(store, seq_len, width, plan.fullest, plan, shuffle=False)
+
+
+def _rows(stores: Sequence[PairStore], *, seq_len: int, seeds: Sequence[int], shuffle: bool = True) -> list[PairRows]:
+    """The rows of stores, all of one shape."""
+    of, sides = [sizes(store, seq_len) for store in stores], stores[0].sides
+    width = width_of(max(s.survey.longest for s in of), sides=sides, seq_len=seq_len)
+    plans = [bestfit.plan(s, width, key=s.key) for s in of]
+    slots = max(plan.fullest for plan in plans)
+    found = zip(stores, plans, seeds, strict=True)
+    return [PairRows(store, seq_len, width, slots, plan, seed, shuffle) for store, plan, seed in found]
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """Rows of text among rows of pairs: as many of pretraining's rows as have room in `like`'s, none longer than its
+    seq_len, no one's documents seen by another's. They have no sequence and no pair."""
+
+    text: PackedRows
+    like: PairRows
+
+    @staticmethod
+    def of(text: PackedRows, like: PairRows) -> 'TextRows':
+        """Rows of the text of other rows, as long as fit."""
+        pieces = -(-like.width // like.seq_len)
+        return TextRows(dataclasses.replace(text, seq_len=like.width // pieces), like)
+
+    @property
+    def store(self) -> TokenStore:
+        return self.text.store
+
+    @property
+    def _pieces(self) -> int:
+        return self.like.width // self.text.seq_len
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return max(1, len(self.text) // self._pieces)
+
+    def row(self, i: int) -> Row:
+        """Row i ≥ 0, the arrays that `PairRows.row` gives; weights_T is 1 where the target is of a token's document."""
+        pieces = [self.text.row(i * self._pieces + k) for k in range(self._pieces)]
+        before = np.cumsum([0, *(piece['segments_T'].max() for piece in pieces)])
+        pieces = [
+            piece | {'segments_T': np.where(piece['segments_T'] > 0, piece['segments_T'] + n, 0)}
+            for piece, n in zip(pieces, before, strict=False)
+        ]
+        row = {name: x.copy() for name, x in self.like.empty.items()}
+        for name in pieces[0]:
+            together = np.concatenate([piece[name] for piece in pieces])
+            row[name][: len(together)] = together
+        return row
+
+
+# ---- as batches ----
+
+
+@dataclass(frozen=True, eq=False)
 class PairBatches:
-    """Batches of `batch_size` pairs: a pure function of what is mixed, batch_size and i.
+    """Batches of about `batch_size` pairs: a pure function of what is mixed, batch_size and i.
 
-    All batches of a run have the same shape: as many rows as the fullest of its `steps` batches needs, each of `width`
-    places, and room for as many pairs a row as any of its rows has.
+    All batches have the same shape, as many rows as batch_size pairs take on average, each of `width` places and with
+    room for `slots` pairs; a row of text, where there are such rows, comes beside them.
 
     Attributes:
-      mixture: of PairOrders.
-      limit: where the sequence of pairs ends; a batch beyond has fewer. None: nowhere.
+      mixture: of PairRows and, after them, of TextRows.
     """
 
     mixture: Mixture
     batch_size: int
-    steps: int
-    limit: int | None = None
 
     @property
-    def orders(self) -> tuple[PairOrder, ...]:
-        return cast(tuple[PairOrder, ...], self.mixture.rows)
-
-    @property
-    def sides(self) -> int:
-        return self.orders[0].store.sides
-
-    @cached_property
     def width(self) -> int:
-        """Places a row: what the longest pair needs, for a row of many short pairs makes attention look at much that it
-        must not see; a multiple of MULTIPLE, and at most sides·seq_len."""
-        longest = max(int(order.lengths[order.kept].max()) for order in self.orders)
-        return min(-(-longest // MULTIPLE) * MULTIPLE, self.sides * self.orders[0].seq_len)
+        return self.mixture.rows[0].width
 
-    def pairs(self, i: int) -> list[tuple[int, int]]:
-        """(source, number) of each pair of batch i."""
-        last = (i + 1) * self.batch_size
-        places = range(i * self.batch_size, last if self.limit is None else min(last, self.limit))
-        found = map(self.mixture.locate, places)
-        return [(source, self.orders[source].number(place)) for source, place in found]
-
-    def rows(self, i: int) -> list[list[tuple[int, int]]]:
-        """The pairs of batch i by row."""
-        found = self.pairs(i)
-        packed = bestfit.pack([int(self.orders[source].lengths[n]) for source, n in found], self.width)
-        return [[found[k] for k in row] for row in packed]
+    @property
+    def slots(self) -> int:
+        return self.mixture.rows[0].slots
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
-        """(rows a batch, pairs a row) that all batches fit in."""
-        batches = [self.rows(i) for i in range(self.steps)]
-        return max(map(len, batches), default=1), max((len(row) for rows in batches for row in rows), default=1)
+    def rows(self) -> int:
+        """Rows a batch, those that are filled up with nothing aside."""
+        shares = zip(self.mixture.rows, self.mixture.shares / PERIOD, strict=True)
+        a_row = sum(share * r.pairs / len(r) for r, share in shares if isinstance(r, PairRows))
+        return max(1, round(self.batch_size / a_row))
 
-    def batch(self, i: int, *, rows: int, reference: Sequence[np.ndarray] | None = None) -> Batch:
-        """Batch i: tokens_BT, targets_BT, weights_BT (1 where the target is of a response), segments_BT, positions_BT;
-        sequence_BT int32, which of its row's sequences a token is of (pair·sides + side, −1 for none); last_BT, 1 at
-        each sequence's last token; and, for each pair, weight_BP (0 for an empty slot), label_BP, margin_BP,
-        length_SIDE_BP and reference_SIDE_BP.
+    @property
+    def epoch(self) -> int:
+        """Batches in one epoch."""
+        return self.mixture.rows_in_epoch() // self.rows
 
-        Args:
-          rows: at least `shape[0]`; those beyond are empty.
-          reference: of each source, [pairs, sides], the reference's log-probs of the responses.
-        """
-        found = self.rows(i)
-        made = [self._row(pairs, reference) for pairs in [*found, *[[]] * (rows - len(found))]]
-        return {name: np.stack([row[name] for row in made]) for name in made[0]}
-
-    def _row(self, pairs: Sequence[tuple[int, int]], reference: Sequence[np.ndarray] | None) -> Batch:
-        sequences = [side for source, n in pairs for side in self.orders[source].pair(n)]
-        row = _places(sequences, self.width, self.orders[0].store.sequences.pad_id)
-        pad = lambda values: np.pad(np.array(values, np.float32), (0, self.shape[1] - len(pairs)))
-        row['weight_BP'] = pad([1.0] * len(pairs))
-        for k, name in enumerate(('label_BP', 'margin_BP')):
-            row[name] = pad([self.orders[source].store.table[n, k] for source, n in pairs])
-        for side, name in enumerate(SIDES[: self.sides]):
-            row[f'length_{name}_BP'] = pad([t[1:].sum() for _, t in sequences[side :: self.sides]])
-            if reference is not None:
-                row[f'reference_{name}_BP'] = pad([reference[source][n, side] for source, n in pairs])
-        return row
+    def batch(self, i: int, places: Sequence[int]) -> Batch:
+        """Of batch i the rows at these places, those from `rows` on empty: the arrays of `PairRows.row`, tokens_T as
+        tokens_BT and weight_P as weight_BP."""
+        row = lambda p: self.mixture.row(i * self.rows + p) if p < self.rows else self.mixture.rows[0].empty
+        return pipeline.stack([row(p) for p in places])
 
 
-def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: int) -> Batch:
+def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: int) -> Row:
     """The arrays [T] of a row in which each sequence has all of its tokens; the last one's target weighs nothing."""
     wide = [(np.append(ids, pad_id), np.append(trained, 0)) for ids, trained in sequences]
-    row = {f'{name.removesuffix("T")}BT': x for name, x in chats.segments_row(wide, T, pad_id).items()}
-    row['sequence_BT'] = row['segments_BT'] - 1
-    row['last_BT'] = np.zeros(T, np.float32)
+    row = chats.segments_row(wide, T, pad_id)
+    row['sequence_T'] = row['segments_T'] - 1
+    row['last_T'] = np.zeros(T, np.float32)
     sizes = np.array([len(ids) for ids, _ in sequences], np.int64)
-    row['last_BT'][np.cumsum(sizes)[sizes > 0] - 1] = 1
+    row['last_T'][np.cumsum(sizes)[sizes > 0] - 1] = 1
     return row
 
 
@@ -275,21 +378,28 @@ def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) 
 def check(source: PreparedSource, *, seq_len: int) -> None:
     """Raises UsageError if a part of a source has no usable pair."""
     for part, store in (('training', source.train), ('held-out', source.heldout)):
-        if not len(PairOrder(store, seq_len, seed=0)):
+        if not sizes(store, seq_len).survey.used:
             raise UsageError(
                 f'no {part} pair of {source.name} has two different responses within seq_len={seq_len}: set a longer '
                 '--config.seq_len'
             )
 
 
-def mix(sources: Sequence[PreparedSource], *, seq_len: int, seed: int) -> Mixture:
-    """The training pairs of sources by their weights."""
-    orders = tuple(PairOrder(s.train, seq_len, source_seed(seed, s.name)) for s in sources)
-    return Mixture(orders, tuple(s.weight for s in sources))
+def mix(
+    data: chats.WithReplay, *, seq_len: int, seed: int, replay: float, reference: Sequence[np.ndarray] | None = None
+) -> Mixture:
+    """The training pairs of sources by their weights, and rows of pretraining's text for the share `replay` of all.
 
-
-def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> PairBatches:
-    """The first `most` usable pairs of a store, one after the other."""
-    order = PairOrder(store, seq_len, seed=0, shuffle=False)
-    limit = len(order) if most is None else min(most, len(order))
-    return PairBatches(Mixture((order,), (1.0,)), batch_size, -(-limit // batch_size), limit)
+    Args:
+      reference: of each source, [pairs, sides], the reference's log-probs of the responses.
+    """
+    sources = data.own.sources
+    seeds = [source_seed(seed, s.name) for s in sources]
+    rows = _rows([s.train for s in sources], seq_len=seq_len, seeds=seeds)
+    if reference is not None:
+        rows = [dataclasses.replace(r, reference=known) for r, known in zip(rows, reference, strict=True)]
+    # A weight is a share of the pairs, of which one source has more in a row than another.
+    own = Mixture(tuple(rows), tuple(s.weight * len(r) / r.pairs for s, r in zip(sources, rows, strict=True)))
+    text = pipeline.mix(data.text, seq_len=seq_len, seed=seed) if data.text else None
+    fit = text and Mixture(tuple(TextRows.of(r, rows[0]) for r in text.rows), text.weights)
+    return chats.with_replay(own, fit, replay)

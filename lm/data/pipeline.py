@@ -86,7 +86,7 @@ class _Batches:
         step, n = self.start + index, self.growth.microbatches
         first, count = self.growth.first(step), self.growth.count(step)
         places = [divmod(p, n) for p in self.rows]
-        empty = _empty_like(self.mixture.row(first), self.mixture.rows[0].store.pad_id) if count < n else {}
+        empty = empty_like(self.mixture.row(first), self.mixture.rows[0].store.pad_id) if count < n else {}
         return stack([self.mixture.row(first + k * count + j) if j < count else empty for k, j in places])
 
 
@@ -136,7 +136,7 @@ class InOrder:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.count, self.batch_size):
             found = [self.rows.row(i) for i in range(start, min(start + self.batch_size, self.count))]
-            yield stack(found + [_empty_like(found[0], self.rows.store.pad_id)] * (self.batch_size - len(found)))
+            yield stack(found + [empty_like(found[0], self.rows.store.pad_id)] * (self.batch_size - len(found)))
 
 
 def heldout_batches(source: PreparedSource, *, batch_size: int, seq_len: int, max_rows: int | None = None) -> InOrder:
@@ -153,12 +153,14 @@ def in_order(rows: Any, *, batch_size: int, max_rows: int | None = None) -> InOr
 
 
 def stack(rows: Sequence[Row]) -> Batch:
-    """[T] arrays of several rows to [B, T] ones: tokens_T becomes tokens_BT."""
-    return {name.removesuffix('T') + 'BT': np.stack([row[name] for row in rows]) for name in rows[0]}
+    """Arrays of several rows, [T] and others, with a dimension B before theirs: tokens_T becomes tokens_BT."""
+    of_batch = lambda name: '_B'.join(name.rsplit('_', 1))
+    return {of_batch(name): np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _empty_like(row: Row, pad_id: int) -> Row:
-    fill = {'tokens_T': pad_id, 'targets_T': pad_id}
+def empty_like(row: Row, pad_id: int) -> Row:
+    """A row that weighs nothing: padding in it, no segment and no sequence."""
+    fill = {'tokens_T': pad_id, 'targets_T': pad_id, 'sequence_T': -1}
     return {name: np.full_like(value, fill.get(name, 0)) for name, value in row.items()}
 
 

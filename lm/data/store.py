@@ -23,8 +23,9 @@ _BUCKETS = 64
 _BUFFER_BYTES = 64 << 20
 _CHUNK_CHARACTERS = 1 << 21
 _LONGEST_PART = 1 << 18  # characters: an encoder takes fifty times the memory, and longer for longer texts
-_VERIFIED_BYTES = 1 << 30
-# [size, CRC-32] or [size] of each file of a store.
+_VERIFIED_BYTES = 1 << 28
+_READ_BYTES = 1 << 20
+# [size, CRC-32] of each file of a store; stores from before have [size] of a large one.
 Checksums = dict[str, list[int]]
 
 
@@ -56,24 +57,39 @@ class TokenStore:
 
 
 def checksums_of(directory: epath.Path, names: Sequence[str] = ('tokens.bin', 'offsets.npy')) -> Checksums:
-    """The size of each of a store's files and, below 1 GiB, its CRC-32.
-
-    Every start verifies them. A gibibyte takes about a second; of a larger file only the size is compared, since a
-    terabyte would take a quarter of an hour.
-    """
-    return {name: _checksum(directory / name) for name in names}
+    """The size and the CRC-32 of each of a store's files."""
+    return {name: [os.stat(directory / name).st_size, _crc(directory / name)] for name in names}
 
 
 def verify(directory: epath.Path, checksums: Checksums) -> None:
-    """Raises ValueError unless each of these files is as it was when it was written."""
-    found = checksums_of(directory, list(checksums))
-    if damaged := [name for name, value in found.items() if value != checksums[name]]:
-        raise ValueError(f'{directory / damaged[0]} has changed')
+    """Raises ValueError unless each of these files is as it was when it was written.
+
+    Every start does this. A gibibyte takes about a second; of a file of more than a quarter of that only the size is
+    compared, since a start must not take longer the more data there is.
+    """
+    for name, (size, *crc) in checksums.items():
+        path = directory / name
+        if os.stat(path).st_size != size or (crc and size < _VERIFIED_BYTES and _crc(path) != crc[0]):
+            raise ValueError(f'{path} has changed')
 
 
-def _checksum(path: epath.Path) -> list[int]:
-    size = os.stat(path).st_size
-    return [size, zlib.crc32(np.memmap(path, np.uint8, 'r').data)] if size < _VERIFIED_BYTES else [size]
+def _crc(path: epath.Path) -> int:
+    """Read and not mapped: pages of a map would count as this process's memory."""
+    crc = 0
+    with path.open('rb') as f:
+        while chunk := f.read(_READ_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def read(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """A copy of array[start:stop]; of a memory-mapped one it is read, so that going through all of it maps no page."""
+    if not isinstance(array, np.memmap) or start >= stop:
+        return np.array(array[start:stop])
+    items = int(np.prod(array.shape[1:]))
+    offset = array.offset + start * items * array.dtype.itemsize
+    found = np.fromfile(str(array.filename), array.dtype, (min(stop, len(array)) - start) * items, offset=offset)
+    return found.reshape(-1, *array.shape[1:])
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import progress, sharding
-from lm.data import pairs
+from lm.data import pairs, pipeline
 from lm.data.pairs import PairStore
 from lm.model import sequences
 from lm.model.transformer import ModelConfig, Params
@@ -50,24 +50,27 @@ log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_pr
 
 @dataclass(frozen=True)
 class _InOrder:
-    """Batches with the numbers of their pairs."""
+    """Batches of rows with the numbers of their pairs."""
 
-    batches: pairs.PairBatches
+    rows: pairs.PairRows
+    at_once: int
 
     def __len__(self) -> int:
-        return self.batches.steps
+        return -(-len(self.rows) // self.at_once)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Mapping[str, jax.Array]]]:
-        rows = rows_shared(self.batches.shape[0])
-        for i in range(self.batches.steps):
-            numbers = np.array([n for row in self.batches.rows(i) for _, n in row], np.int64)
-            yield numbers, sharding.shard_batch(self.batches.batch(i, rows=rows))
+        for start in range(0, len(self.rows), self.at_once):
+            here = range(start, min(start + self.at_once, len(self.rows)))
+            rows = [self.rows.row(i) for i in here]
+            rows += [self.rows.empty] * (self.at_once - len(rows))
+            yield np.concatenate([self.rows.numbers(i) for i in here]), sharding.shard_batch(pipeline.stack(rows))
 
 
 def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> Batches:
     """(numbers of its pairs in the order of their slots, batch) of the first `most` usable pairs of a store, on the
-    mesh, `batch_size` pairs at a time."""
-    return _InOrder(pairs.in_order(store, seq_len=seq_len, batch_size=batch_size, most=most))
+    mesh, `batch_size` rows at a time."""
+    found = pairs.in_order(store, seq_len=seq_len, most=most)
+    return _InOrder(found, rows_shared(min(batch_size, len(found))))
 
 
 def rows_shared(needed: int, microbatches: int = 1) -> int:
@@ -77,9 +80,14 @@ def rows_shared(needed: int, microbatches: int = 1) -> int:
     return -(-needed // parts) * parts
 
 
-def lengths(store: PairStore, *, seq_len: int) -> np.ndarray:
-    """[pairs, 2] tokens of the two responses, as far as they are within seq_len."""
-    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in range(store.pairs)], np.int64)
+def lengths(store: PairStore, measured: np.ndarray, *, seq_len: int) -> np.ndarray:
+    """[measured, 2] tokens of the two responses of some pairs, as far as they are within seq_len.
+
+    Args:
+      measured: [pairs] bool, which pairs.
+    """
+    here = np.flatnonzero(measured).tolist()
+    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in here], np.int64)
 
 
 def ranked(value: np.ndarray, size: np.ndarray, labels: np.ndarray) -> float | None:
@@ -106,7 +114,7 @@ def wins(margins: np.ndarray, labels: np.ndarray) -> float:
 def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[str, float]:
     """{'longer_wins', 'shorter_wins'}: the accuracy of preferring by length alone, on the pairs that are measured."""
     here = ~np.isnan(measured[:, 0])
-    size = lengths(store, seq_len=seq_len)[here]
+    size = lengths(store, here, seq_len=seq_len)
     longer = ranked(size, size, store.table[here, 0])
     return {} if longer is None else {'longer_wins': longer, 'shorter_wins': 1 - longer}
 
@@ -123,7 +131,7 @@ def policy_metrics(
     reference_…           the last three of the reference
     """
     here = ~np.isnan(policy[:, 0])
-    label, size = store.table[here, 0], lengths(store, seq_len=seq_len)[here]
+    label, size = store.table[here, 0], lengths(store, here, seq_len=seq_len)
 
     def of(logp: np.ndarray) -> dict[str, float]:
         found = {'accuracy_per_token': ranked(logp[:, :2] / np.maximum(size, 1), size, label)}
@@ -144,7 +152,7 @@ def reward_metrics(store: PairStore, score: np.ndarray, *, seq_len: int) -> dict
     """Of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error (Guo et
     al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
     here = ~np.isnan(score[:, 0])
-    label, size, score = store.table[here, 0], lengths(store, seq_len=seq_len)[here], score[here].astype(np.float64)
+    label, size, score = store.table[here, 0], lengths(store, here, seq_len=seq_len), score[here].astype(np.float64)
     margin = score[:, 0] - score[:, 1]
     loss = label * np.logaddexp(0, -margin) + (1 - label) * np.logaddexp(0, margin)
     return {

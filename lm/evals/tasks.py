@@ -111,7 +111,7 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
     model, seq_len, metrics = subject.model, subject.seq_len, {}
     reference = None if subject.scored else reference_of(subject)
     for s in prepared.sources:
-        if not len(pairs.PairOrder(s.heldout, seq_len, seed=0)):
+        if not pairs.sizes(s.heldout, seq_len).survey.used:
             subject.say(f'left out {s.name}: no held-out pair has two different responses within seq_len={seq_len}')
             continue
 

@@ -1,6 +1,6 @@
 """From packed rows to the sequences in them: each one's log-probs, and its score by a reward model.
 
-A batch is as lm/data/pairs.py makes it: `sequence_BT` says which of its row's sequences a token is of.
+A batch is as lm/data/pairs.py makes it: `sequence_BT` says which of its row's sequences a token is of, if of any.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,20 @@ Batch = Mapping[str, jax.Array]
 
 def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     """Σ log p of the targets that weigh something, of each side of each pair: float32 [B, P] a side."""
+    return by_side(token_log_probs(params, cfg, batch), batch)
+
+
+def token_log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
+    """log p of each target times its weight, float32 [B, T]."""
     h_BTD, w, options = transformer.head_inputs(params, cfg, _hidden(params, cfg, batch))
     weights_BT = batch['weights_BT']
     logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
-    return by_side(logp_BT * weights_BT, batch)
+    return logp_BT * weights_BT
+
+
+def outside(x_BT: jax.Array, batch: Batch) -> jax.Array:
+    """The sum over the tokens that are of no sequence: those of text that is replayed beside the pairs."""
+    return jnp.sum(jnp.where(batch['sequence_BT'] < 0, x_BT, 0))
 
 
 def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:

@@ -23,6 +23,8 @@ from lm.training import runs
 from lm.training import step as training
 from lm.training.recorder import Recorder
 
+REPLAY = 1.0  # the coefficient of the replayed text's cross-entropy
+
 
 def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
     """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
@@ -88,39 +90,43 @@ def check(config: Config) -> None:
 
 
 def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
-    """The loss that the config names, of packed pairs."""
-    name, taken = config.loss, LOSSES[config.loss]
+    """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
+    name, taken, replay = config.loss, LOSSES[config.loss], bool(config.data.replay)
     settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
 
-    def responses(params: Any, frozen: Any, batch: training.Batch) -> list[Response]:
+    def responses(logp_BT: jax.Array, frozen: Any, batch: training.Batch) -> list[Response]:
         live = sequences.log_probs(frozen, cfg, batch) if frozen is not None else None
-        logps = sequences.log_probs(params, cfg, batch)
 
         def known(side: int) -> jax.Array | None:
             if live is not None:
                 return jax.lax.stop_gradient(live[side])
             return batch.get(f'reference_{pair_data.SIDES[side]}_BP')
 
-        return [Response(x, batch[f'length_{pair_data.SIDES[i]}_BP'], known(i)) for i, x in enumerate(logps)]
+        by_side = sequences.by_side(logp_BT, batch)
+        return [Response(x, batch[f'length_{pair_data.SIDES[i]}_BP'], known(i)) for i, x in enumerate(by_side)]
 
     def before(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> training.Sums:
         del key
-        return preference.baseline_sums(responses(params, frozen, batch)[2], batch['weight_BP'])
+        logp_BT = sequences.token_log_probs(params, cfg, batch)
+        return preference.baseline_sums(responses(logp_BT, frozen, batch)[2], batch['weight_BP'])
 
     def terms(
         params: Any, frozen: Any, batch: training.Batch, key: jax.Array, given: Mapping[str, jax.Array] | None = None
     ) -> tuple[training.Sums, training.Sums]:
         del key
-        chosen, rejected = responses(params, frozen, batch)[:2]
+        logp_BT = sequences.token_log_probs(params, cfg, batch)
+        chosen, rejected = responses(logp_BT, frozen, batch)[:2]
         z0 = None if given is None else preference.baseline(given)
         both = Pairs(chosen, rejected, batch['label_BP'])
-        return preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
+        found, metrics = preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
+        return {**found, 'replay': -sequences.outside(logp_BT, batch)} if replay else found, metrics
 
     def weights(batch: training.Batch) -> training.Sums:
         sizes = (batch['length_chosen_BP'], batch['length_rejected_BP'])
-        return preference.weights(name, batch['weight_BP'], *sizes)
+        found = preference.weights(name, batch['weight_BP'], *sizes)
+        return {**found, 'replay': sequences.outside(batch['weights_BT'], batch)} if replay else found
 
-    coefs = preference.coefficients(name, nll=config.nll)
+    coefs = preference.coefficients(name, nll=config.nll) | ({'replay': REPLAY} if replay else {})
     return training.Loss(terms, weights, coefs, before if taken.baseline else None)
 
 

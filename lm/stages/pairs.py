@@ -42,8 +42,6 @@ def prepare(
     """
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
-    if config.data.replay:
-        raise UsageError(f'data.replay={config.data.replay}: stage={config.stage} has no replay, set it to 0')
     form = lambda template: pairs.form(template, sides=sides)
     data = sft.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
     for s in data.own.sources:
@@ -52,20 +50,19 @@ def prepare(
 
 
 def batches(config: Config, data: PairData) -> PairBatches:
-    """The batches of a run, its steps resolved."""
-    return _batches(data, config.seq_len, config.batch_size, config.seed, config.steps)
+    """The batches of a run."""
+    return _batches(data, config.seq_len, config.batch_size, config.seed, config.data.replay)
 
 
-@lru_cache(maxsize=2)  # its shape takes a while to find
-def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, steps: int) -> PairBatches:
-    mixture = pairs.mix(data.own.sources, seq_len=seq_len, seed=seed)
-    return PairBatches(mixture, batch_size, steps)
+@lru_cache(maxsize=2)  # asked for by several parts of a run, and each time the plan would be verified
+def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, replay: float) -> PairBatches:
+    mixture = pairs.mix(data, seq_len=seq_len, seed=seed, replay=replay, reference=data.reference)
+    return PairBatches(mixture, batch_size)
 
 
 def epoch(config: Config, data: PairData) -> int:
     """Steps in one epoch."""
-    mixture = pairs.mix(data.own.sources, seq_len=config.seq_len, seed=config.seed)
-    return mixture.rows_in_epoch() // config.batch_size
+    return batches(config, data).epoch
 
 
 def _rows_of_run(config: Config, needed: int) -> int:
@@ -80,7 +77,7 @@ def batch(
         needed, a_row, width = config.batch_size, 1, sides * config.seq_len
     else:
         found = batches(config, data)
-        (needed, a_row), width = found.shape, found.width
+        needed, a_row, width = found.rows, found.slots, found.width
     rows = _rows_of_run(config, needed)
     return abstract_arrays(pairs.abstract(rows, width, a_row, sides=sides, reference=reference))
 
@@ -97,25 +94,23 @@ class _Source:
     """What Grain reads from: this process's rows of batch start + index."""
 
     batches: PairBatches
-    rows: int
-    reference: Reference | None
+    rows: Sequence[int]
     start: int
-    local: sharding.LocalRows | None
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        made = self.batches.batch(self.start + index, rows=self.rows, reference=self.reference)
-        return made if self.local is None else {name: x[np.asarray(self.local.rows)] for name, x in made.items()}
+        return self.batches.batch(self.start + index, self.rows)
 
 
 def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
     """source(state, i) -> batch i."""
     found = batches(config, data)
-    rows = _rows_of_run(config, found.shape[0])
+    rows = _rows_of_run(config, found.rows)
     local = sharding.local_rows(rows, found.width)
-    return wiring.sharded(pipeline.prefetched(_Source(found, rows, data.reference, start, local)), local)
+    source = _Source(found, range(rows) if local is None else local.rows, start)
+    return wiring.sharded(pipeline.prefetched(source), local)
 
 
 def heldout_questions(config: Config, data: PairData) -> list[Prompt]:
@@ -125,7 +120,7 @@ def heldout_questions(config: Config, data: PairData) -> list[Prompt]:
 
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
-    """`preferences.in_order` of the first pairs of a store, as many at once as are quick."""
+    """`preferences.in_order` of the first pairs of a store, as many rows at once as are quick."""
     at_once = preferences.rows_shared(1) * max(1, PLACES // (store.sides * config.seq_len))
     return preferences.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
 
@@ -134,12 +129,13 @@ def describe(config: Config, data: PairData) -> list[str]:
     """What is about to be trained on, a line a source."""
     text = data.text.sources if data.text else ()
     own = (describe_source(config, s) for s in data.own.sources)
-    return [*own, *(f'measured on {pretrain.describe_source(s)}' for s in text)]
+    return [*own, *(f'{sft.beside(config)} {pretrain.describe_source(s)}' for s in text)]
 
 
 def describe_source(config: Config, s: PreparedSource) -> str:
-    c, order = s.counts, pairs.PairOrder(s.train, config.seq_len, seed=0)
+    c = s.counts
     return (
         f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-        f'{pretrain.told_of_heldout(s)}; {sft.told_of_length(order)}; {pretrain.told_of_drops(s)}'
+        f'{pretrain.told_of_heldout(s)}; {sft.told_of_length(config, pairs.sizes(s.train, config.seq_len))}; '
+        f'{pretrain.told_of_drops(s)}'
     )

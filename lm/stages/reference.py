@@ -145,4 +145,4 @@ def _write(directory: epath.Path, made: Sequence[Measured]) -> None:
 def _read(folder: epath.Path) -> list[Measured]:
     index = json.loads((folder / 'index.json').read_text())
     store.verify(folder, index['checksums'])
-    return [Measured(np.load(folder / f'{i}.npy'), told) for i, told in enumerate(index['answered'])]
+    return [Measured(np.load(folder / f'{i}.npy', mmap_mode='r'), told) for i, told in enumerate(index['answered'])]

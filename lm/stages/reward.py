@@ -28,6 +28,8 @@ def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool
     """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
     if not config.init_from:
         raise UsageError(f'stage={config.stage} begins with a model that answers: set --config.init_from=DIR')
+    if config.data.replay:
+        raise UsageError(f'data.replay={config.data.replay}: a reward model writes no text to forget, set it to 0')
     return wiring.run(stage(), config, workdir, stop=stop, dry_run=dry_run)
 
 

@@ -10,9 +10,9 @@ from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import WithReplay
-from lm.data.pairs import PairOrder
 from lm.data.prepare import Form, PreparedSource, prepare
 from lm.data.prompts import Prompt, of_questions
+from lm.data.sizes import Sizes
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import answers, heldout
@@ -93,22 +93,27 @@ def make_source(config: Config, data: WithReplay, start: int) -> wiring.Source:
 def describe(config: Config, data: WithReplay) -> list[str]:
     """What is about to be trained on, a line a source."""
     own, text = data.own.sources, data.text.sources if data.text else ()
-    beside = f'{config.data.replay:.0%} of all rows replay' if config.data.replay else 'measured on'
-    return [*(describe_source(config, s) for s in own), *(f'{beside} {pretrain.describe_source(s)}' for s in text)]
+    told = (describe_source(config, s) for s in own)
+    return [*told, *(f'{beside(config)} {pretrain.describe_source(s)}' for s in text)]
+
+
+def beside(config: Config) -> str:
+    """The part that the text of pretraining has, before its description."""
+    return f'{config.data.replay:.0%} of all rows replay' if config.data.replay else 'measured on'
 
 
 def describe_source(config: Config, s: PreparedSource) -> str:
     c, rows = s.counts, chats.chat_rows(s, 'train', seq_len=config.seq_len)
     return (
         f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
-        f'{c["train_tokens"]:,} tokens, {pretrain.told_of_heldout(s)}; {told_of_length(rows)}; '
+        f'{c["train_tokens"]:,} tokens, {pretrain.told_of_heldout(s)}; {told_of_length(config, rows.sizes)}; '
         f'{pretrain.told_of_drops(s)}'
     )
 
 
-def told_of_length(of: chats.ChatRows | PairOrder) -> str:
+def told_of_length(config: Config, sizes: Sizes) -> str:
     """How many conversations or pairs are longer than there is room for."""
-    return f'cut at {of.seq_len} tokens {of.cut:,}, left out {of.left_out:,}'
+    return f'cut at {config.seq_len} tokens {sizes.cut:,}, left out {sizes.left_out:,}'
 
 
 def make_evaluate(
