@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import runtime, sharding
+from lm import interrupts, runtime, sharding
 from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
@@ -204,17 +203,14 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
-        try:
+        with interrupts.means(f'{flags.dst} was not written'):
             write_model(opened, flags.dst, form, flags.quantize, say)
-        except KeyboardInterrupt:
-            raise RunError(f'interrupted: {flags.dst} was not written') from None
         wrote = time.perf_counter() - begun
         try:
-            found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+            with interrupts.means(f'{flags.dst} is whole, and was not checked'):
+                found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
-        except KeyboardInterrupt:
-            raise RunError(f'interrupted: {flags.dst} is whole, and was not checked') from None
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None
     told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **found._asdict()}
     told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}
@@ -247,7 +243,6 @@ def say(line: str) -> None:
 
 def main() -> int:
     runtime.setup(keep_memory=False)  # nothing is done often, and a model may barely fit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half written, as Ctrl-C
     return run_command(lambda: print(json.dumps(convert(parse(sys.argv[1:])))))
 
 

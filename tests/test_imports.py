@@ -23,6 +23,7 @@ ROOMS = (
     {'processes', 'xla'},
     {'hub'},
     {'errors'},
+    {'interrupts'},
 )
 ENTRY_POINTS = ROOMS[0]
 ORDER = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import processes, runtime, sharding
+from lm import interrupts, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.errors import Preempted, RunError, UsageError
@@ -75,13 +75,17 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
             recorder.note(reason)
             recorder.status(state, reason=reason)
 
-    try:
-        processes.last_words(ended)
-        yield
-    except BaseException as error:
-        processes.settle(error)
+    def failed(error: BaseException) -> None:
         reason = ' '.join(str(error).split()) or type(error).__name__
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
+
+    try:
+        processes.last_words(ended)
+        with interrupts.undoing(failed):
+            yield
+    except BaseException as error:
+        processes.settle(error)
+        failed(error)
         raise
     recorder.say(ledger.line())
 
