@@ -1,6 +1,7 @@
 """Generation with a key/value cache: prompts are read in chunks, then tokens are drawn in one compiled loop."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from lm.model.transformer import Cache, ModelConfig, Params
 
 PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
 ROUND = 64  # caches are rounded up to this many tokens, so that few shapes are compiled
+SLOTS = 512, 4  # the sizes of a cache that never grows: the least, and how many times the one before the next is
+WAYS = ('greedy', 'drawn', 'filtered')  # of choosing a token
+PIECE_SECONDS = 0.1  # of drawing between two looks at what was drawn, where nobody says after how many tokens
 
 
 class Sampling(NamedTuple):
@@ -25,6 +29,9 @@ class Sampling(NamedTuple):
     top_k: int | Sequence[int] = 0  # the k likeliest; 0 is all
     top_p: float | Sequence[float] = 1.0  # the fewest that hold this much probability (Holtzman et al., 2020)
     min_p: float | Sequence[float] = 0.0  # those at least this part of the likeliest (Nguyen et al., 2024)
+    # What logits of tokens that the prompt or the answer has are divided by, or multiplied where negative (Keskar et
+    # al., 2019; transformers' meaning): before all the others, greedy or not.
+    repetition_penalty: float | Sequence[float] = 1.0
 
 
 GREEDY = Sampling()
@@ -42,17 +49,22 @@ class State(NamedTuple):
     the cache."""
 
     cache: Cache
+    last_BD: jax.Array  # of the last token of each prompt, as far as it was read
     next_B: jax.Array
     done_B: jax.Array
     key_B: jax.Array
     drawn: jax.Array  # tokens drawn so far
     out_BT: jax.Array  # what was drawn; `stop` where a row is done
+    seen_BV: jax.Array | None  # whether the prompt or the answer has it; None: nothing depends on that
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, filtered: bool) -> jax.Array:
     """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p.
 
     Each device draws for its own rows, and every one then knows all that was drawn.
+
+    Args:
+      sampling: the fields of `Sampling` up to min_p.
     """
     knobs = [jnp.broadcast_to(jnp.asarray(x), logits_BV.shape[:1]) for x in sampling]
     if sharding.axis_sizes():
@@ -95,43 +107,60 @@ def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
     return jnp.where(above_BV | equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1), x_BV, -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=('cfg', 'slots', 'room', 'how'))
-def _prefill(params, prompt_BT, length_B, seed, sampling, stop_ids, *, cfg, slots, room, how) -> State:
-    """Reads the prompts and draws the first token of each row."""
-    B, T = prompt_BT.shape
-    chunk = math.gcd(T, PREFILL_CHUNK)
+@partial(jax.jit, static_argnames=('cfg', 'batch', 'slots', 'room'))
+def _begin(seed, seen_BV, *, cfg, batch, slots, room) -> State:
+    """Rows of which nothing is read yet."""
+    cache, last_BD = transformer.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.dim), cfg.dtype)
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+    next_B, done_B, out_BT = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jnp.zeros((batch, room), jnp.int32)
+    return State(cache, last_BD, next_B, done_B, key_B, jnp.zeros((), jnp.int32), out_BT, seen_BV)
 
-    def read(carry, start):
-        cache, last_BD = carry
-        tokens_BT = jax.lax.dynamic_slice_in_dim(prompt_BT, start, chunk, axis=1)
-        count_B = jnp.clip(length_B - start, 0, chunk)
-        h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, cache, count_B=count_B)
-        here_B = (length_B - 1 >= start) & (length_B - 1 < start + chunk)
-        one_hot_BT = jax.nn.one_hot(count_B - 1, chunk, dtype=h_BTD.dtype)
-        picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
-        return (cache, jnp.where(here_B[:, None], picked_BD, last_BD)), None
 
-    carry = (transformer.empty_cache(cfg, B, slots), jnp.zeros((B, cfg.dim), cfg.dtype))
-    (cache, last_BD), _ = jax.lax.scan(read, carry, jnp.arange(0, T, chunk))
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
-    out_BT = jnp.zeros((B, room), jnp.int32)
-    state = State(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), key_B, jnp.zeros((), jnp.int32), out_BT)
-    return _draw(params, cfg, state, last_BD[:, None], sampling, stop_ids, how)
+@partial(jax.jit, static_argnames='cfg', donate_argnums=1)
+def _read(params, state: State, tokens_BT, count_B, *, cfg) -> State:
+    """Reads a piece of the prompts, of which each row has its first `count_B` tokens."""
+    h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, state.cache, count_B=count_B)
+    one_hot_BT = jax.nn.one_hot(count_B - 1, tokens_BT.shape[1], dtype=h_BTD.dtype)
+    picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
+    return state._replace(cache=cache, last_BD=jnp.where(count_B[:, None] > 0, picked_BD, state.last_BD))
+
+
+@partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
+def _draw_first(params, state: State, sampling, stop_ids, *, cfg, how) -> State:
+    """Draws the first token of each row."""
+    return _draw(params, cfg, state, state.last_BD[:, None], sampling, stop_ids, how)
 
 
 def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, how: str) -> State:
     """Draws each row's next token from its last hidden state. The key of the i-th token of a row is fold_in(row, i), so
     what is drawn does not depend on who shares the batch."""
-    logits_BV = transformer.logits(params, cfg, h_BTD)[:, 0]
-    if how == 'greedy':  # random bits for a whole vocabulary cost as much as a layer
-        next_B = _replicated(likeliest(logits_BV))
-    else:
+    logits_BV, seen_BV = transformer.logits(params, cfg, h_BTD)[:, 0], state.seen_BV
+    if seen_BV is not None:
+        logits_BV = _penalised(logits_BV, seen_BV, sampling[-1])
+    greedy = lambda: _replicated(likeliest(logits_BV))  # random bits for a whole vocabulary cost as much as a layer
+
+    def drawn(filtered: bool) -> jax.Array:
         key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
-        next_B = sample(logits_BV, key_B, sampling, filtered=how == 'filtered')
+        return sample(logits_BV, key_B, sampling[:-1], filtered=filtered)
+
+    ways = dict(zip(WAYS, (greedy, lambda: drawn(False), lambda: drawn(True)), strict=True))
+    next_B = ways[how]() if how in ways else jax.lax.switch(_way(sampling, jnp), list(ways.values()))
     next_B = jnp.where(state.done_B, stop_ids[0], next_B)
     out_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn))
     done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
-    return state._replace(next_B=next_B, done_B=done_B, drawn=state.drawn + 1, out_BT=out_BT)
+    if seen_BV is not None:
+        seen_BV |= next_B[:, None] == jnp.arange(seen_BV.shape[1])
+    return state._replace(next_B=next_B, done_B=done_B, drawn=state.drawn + 1, out_BT=out_BT, seen_BV=seen_BV)
+
+
+def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    penalty_B = jnp.broadcast_to(jnp.asarray(penalty, logits_BV.dtype), logits_BV.shape[:1])
+    if sharding.axis_sizes():
+        rows = jax.typeof(logits_BV).sharding.spec[0]
+        seen_BV, penalty_B = jax.reshard(seen_BV, P(rows)), jax.reshard(penalty_B, P(rows))
+    penalty_B1 = penalty_B[:, None]
+    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, less_BV, logits_BV)
 
 
 @partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
@@ -149,6 +178,18 @@ def _decode(params, state: State, until, sampling, stop_ids, *, cfg, how) -> Sta
 prepare = jax.jit(transformer.unstacked, static_argnames=('cfg', 'batch'))
 
 
+def lay_out(params: Params, cfg: ModelConfig) -> dict[str, Any]:
+    """`prepare` for one row, of parameters that nobody else needs: each stack is freed once its layers lie apart."""
+    layers: list[dict[str, Any]] = [{} for _ in range(cfg.layers)]
+    for name, stack in params['layers'].items():
+        apart = jax.block_until_ready(prepare({'layers': {name: stack}}, cfg, batch=1)['layers'])
+        for whole in jax.tree.leaves(stack):
+            whole.delete()
+        for layer, part in zip(layers, apart, strict=True):
+            layer.update(part)
+    return {**prepare({**params, 'layers': {}}, cfg, batch=1), 'layers': layers}
+
+
 @partial(jax.jit, static_argnames='slots')
 def _grow(state: State, *, slots: int) -> State:
     """The state with a cache of so many slots."""
@@ -164,40 +205,83 @@ def stream(
     stop_ids: Sequence[int],
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    every: int = 8,
+    every: int | None = 8,
+    slots: int | None = None,
 ) -> Iterator[list[Generation]]:
     """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
 
     Args:
       prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
+      every: None: as many as are drawn in PIECE_SECONDS, and before the first token after each piece of the prompts.
+      slots: the size of the cache, from `fixed_slots`: what is compiled then depends on it alone, not on the lengths or
+        the sampling. None: as much as is needed, which costs the least time at each token.
 
     Raises:
-      ValueError: an empty prompt, no stop id or no token to generate.
+      ValueError: an empty prompt, no stop id, no token to generate, or too few slots.
     """
     if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
         raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
     B, longest = len(prompts), max(map(len, prompts))
-    width, room = _rounded(longest), math.ceil(max_new_tokens / ROUND) * ROUND
-    prompt_BT = np.zeros((B, width), np.int32)
-    for row, prompt in zip(prompt_BT, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    length_B = np.array([len(p) for p in prompts], np.int32)
-    knobs = tuple(np.asarray(x) for x in sampling)
-    stops = np.asarray(stop_ids, np.int32)
+    width = _rounded(longest) if slots is None else _whole_rounds(longest)
+    room = slots or _whole_rounds(max_new_tokens)
+    if slots is not None and slots < width + max_new_tokens:
+        raise ValueError(f'{slots} slots are too few for {width} and {max_new_tokens} tokens')
+    knobs, stops = tuple(np.asarray(x) for x in sampling), np.asarray(stop_ids, np.int32)
     if isinstance(params['layers'], Mapping):
         params = prepare(params, cfg, batch=B)
-    static = {'cfg': cfg, 'how': _how(knobs)}
-    sizes = {'slots': width + min(room, ROUND), 'room': room}  # empty slots are read too: the cache begins small
-    state = _prefill(params, prompt_BT, length_B, np.uint32(seed), knobs, stops, **sizes, **static)
+    seen = None if slots is None and np.all(knobs[-1] == 1) else _seen(prompts, cfg.vocab_size)
+    sizes = {'slots': slots or width + min(room, ROUND), 'room': room}  # empty slots are read too: it begins small
+    state = _begin(np.uint32(seed), seen, cfg=cfg, batch=B, **sizes)
+    piece = math.gcd(width, PREFILL_CHUNK) if slots is None else ROUND
+    for tokens_BT, count_B in _pieces(prompts, width, piece):
+        state = _read(params, state, tokens_BT, count_B, cfg=cfg)
+        if every is None:
+            jax.block_until_ready(state.last_BD)
+            yield [Generation([], False)] * B
+    static = {'cfg': cfg, 'how': _how(knobs) if slots is None else 'as the sampling says'}
+    state = _draw_first(params, state, knobs, stops, **static)
     decode = lambda state, until: _decode(params, state, np.int32(until), knobs, stops, **static)
-    drawn = 0
+    drawn, step = 0, every or 1
     while True:
-        until = min(drawn + every, max_new_tokens)
-        state = _advance(state, until, decode, width=width, most=width + room)
+        begun = time.perf_counter()
+        until = min(drawn + step, max_new_tokens)
+        state = _advance(state, until, decode, width=width, most=slots or width + room)
         drawn = int(state.drawn)
         yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
         if drawn >= max_new_tokens or np.all(state.done_B):
             return
+        if every is None:
+            step = max(1, min(2 * step, int(step * PIECE_SECONDS / (time.perf_counter() - begun))))
+
+
+def fixed_slots(longest: int, max_new_tokens: int, *, context: int) -> int:
+    """The size of a cache for a prompt of `longest` tokens and an answer: one of few, each a few times the one before,
+    and no larger than a text of `context` tokens needs where that is enough."""
+    needed = _whole_rounds(longest) + max_new_tokens
+    least, factor = SLOTS
+    slots = least
+    while slots < needed:
+        slots *= factor
+    whole = _whole_rounds(context)
+    return min(slots, whole) if needed <= whole else slots
+
+
+def _pieces(prompts: Sequence[Sequence[int]], width: int, piece: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens [B, piece], how many of them each row has) of prompts that are padded to `width`."""
+    for start in range(0, width, piece):
+        rows = [p[start : start + piece] for p in prompts]
+        tokens_BT = np.zeros((len(rows), piece), np.int32)
+        for tokens_T, row in zip(tokens_BT, rows, strict=True):
+            tokens_T[: len(row)] = row
+        yield tokens_BT, np.array([len(row) for row in rows], np.int32)
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """Which ids each prompt has, [B, V]."""
+    seen_BV = np.zeros((len(prompts), vocab_size), bool)
+    for seen_V, prompt in zip(seen_BV, prompts, strict=True):
+        seen_V[list(prompt)] = True
+    return seen_BV
 
 
 def _advance(state: State, until: int, decode: Callable[[State, int], State], *, width: int, most: int) -> State:
@@ -220,16 +304,23 @@ def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]],
 
 def _rounded(n: int) -> int:
     """A prompt's width in the batch: the next power of two up to ROUND, then multiples of it."""
-    return min(1 << (n - 1).bit_length(), math.ceil(n / ROUND) * ROUND)
+    return min(1 << (n - 1).bit_length(), _whole_rounds(n))
+
+
+def _whole_rounds(n: int) -> int:
+    return math.ceil(n / ROUND) * ROUND
 
 
 def _how(knobs: Sequence[np.ndarray]) -> str:
     """What of `sample` is needed: it is compiled without the rest."""
-    temperature, top_k, top_p, min_p = knobs
-    if not np.any(temperature > 0):
-        return 'greedy'
-    filters = np.any(top_k > 0) or np.any(top_p < 1) or np.any(min_p > 0)
-    return 'filtered' if filters else 'drawn'
+    return WAYS[int(_way(knobs, np))]
+
+
+def _way(knobs: Sequence[Any], xp: Any) -> Any:
+    """The index of `_how`, by numpy or under jit."""
+    temperature, top_k, top_p, min_p, _ = knobs
+    filters = xp.any(top_k > 0) | xp.any(top_p < 1) | xp.any(min_p > 0)
+    return xp.where(xp.any(temperature > 0), 1 + filters, 0)
 
 
 def _rows(out_BT: np.ndarray, drawn: int, stops: set[int]) -> list[Generation]:

@@ -234,7 +234,7 @@ def _restore(path: epath.Path, abstract: Any) -> Any:
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_at_once(abstract))) as handler:
             tree = handler.restore(path.resolve() / 'state', args=args)
     except Exception as error:  # orbax and tensorstore raise many kinds for a truncated file
         raise ValueError(f'it cannot be read ({_first_line(error)})') from error
@@ -242,6 +242,15 @@ def _restore(path: epath.Path, abstract: Any) -> Any:
     if missing:  # a part that orbax does not find it leaves as it was asked for
         raise ValueError(f'{jax.tree_util.keystr(missing[0])} is not in it')
     return tree
+
+
+def _at_once(abstract: Any) -> Any:
+    """Gigabytes that Orbax holds on the host at once; None: as it likes. A CPU's memory is the host's: a second copy of
+    the whole tree there would be the most that a command takes. Orbax refuses a leaf that is larger than this."""
+    leaves = jax.tree.leaves(abstract)
+    if not leaves or any(device.platform != 'cpu' for device in leaves[0].sharding.device_set):
+        return None
+    return 2e-9 * max(x.size * x.dtype.itemsize for x in leaves) + 0.01
 
 
 def read_newest(
