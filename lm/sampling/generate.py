@@ -35,6 +35,8 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
+KNOBS = (np.float32, np.int32, np.float32, np.float32, np.float32)  # of a sampling's fields
+STOPS = 16  # stop ids that programs compiled ahead have room for
 
 
 class Generation(NamedTuple):
@@ -196,6 +198,58 @@ def _grow(state: State, *, slots: int) -> State:
     return state._replace(cache=transformer.grow_cache(state.cache, slots))
 
 
+class Programs(NamedTuple):
+    """What generation runs, in this order: each is (parameters, state, …) -> state, but for the first."""
+
+    begin: Callable[..., State]
+    read: Callable[..., State]
+    first: Callable[..., State]
+    decode: Callable[..., State]
+
+
+def _programs(cfg: ModelConfig, *, batch: int, slots: int, room: int, how: str) -> Programs:
+    """They are compiled when they are called."""
+    begin = partial(_begin, cfg=cfg, batch=batch, slots=slots, room=room)
+    draws = (partial(f, cfg=cfg, how=how) for f in (_draw_first, _decode))
+    return Programs(begin, partial(_read, cfg=cfg), *draws)
+
+
+def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Programs:
+    """What generates one row with a cache of `slots` tokens, whatever the prompt and the sampling, on the current mesh.
+
+    Args:
+      params: from `lay_out`, or their shapes and shardings. slots: from `fixed_slots`.
+    """
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    number, seen = shape(np.int32), shape(np.bool, 1, cfg.vocab_size)
+    knobs = tuple(shape(dtype) for dtype in KNOBS)
+    plain = _programs(cfg, batch=1, slots=slots, room=slots, how='as the sampling says')
+    state = _described(jax.eval_shape(plain.begin, shape(np.uint32), seen))
+    drawn = params, state
+    arguments = Programs(
+        begin=(shape(np.uint32), seen),
+        read=(*drawn, shape(np.int32, 1, ROUND), shape(np.int32, 1)),
+        first=(*drawn, knobs, shape(np.int32, STOPS)),
+        decode=(*drawn, number, knobs, shape(np.int32, STOPS)),
+    )
+    lower = lambda program, given: program.func.lower(*given, **program.keywords).compile()
+    return Programs(*map(lower, plain, arguments))
+
+
+def _described(tree: Any) -> Any:
+    """What `jax.eval_shape` gave under the current mesh, with shardings on it."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    where = lambda x: jax.NamedSharding(mesh, P() if x.sharding is None else x.sharding.spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), tree)
+
+
+def laid_out(abstract: Any, cfg: ModelConfig) -> Any:
+    """What `lay_out` makes of parameters, given as shapes and shardings."""
+    return _described(jax.eval_shape(partial(transformer.unstacked, cfg=cfg, batch=1), abstract))
+
+
 def stream(
     params: Params,
     cfg: ModelConfig,
@@ -206,15 +260,15 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     every: int | None = 8,
-    slots: int | None = None,
+    programs: tuple[int, Programs] | None = None,
 ) -> Iterator[list[Generation]]:
     """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
 
     Args:
       prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
       every: None: as many as are drawn in PIECE_SECONDS, and before the first token after each piece of the prompts.
-      slots: the size of the cache, from `fixed_slots`: what is compiled then depends on it alone, not on the lengths or
-        the sampling. None: as much as is needed, which costs the least time at each token.
+      programs: (the size of the cache, from `fixed_slots`; `compiled` for it). None: a cache that grows, which costs
+        the least time at each token, and programs for just these lengths and this sampling.
 
     Raises:
       ValueError: an empty prompt, no stop id, no token to generate, or too few slots.
@@ -222,30 +276,33 @@ def stream(
     if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
         raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
     B, longest = len(prompts), max(map(len, prompts))
-    width = _rounded(longest) if slots is None else _whole_rounds(longest)
-    room = slots or _whole_rounds(max_new_tokens)
-    if slots is not None and slots < width + max_new_tokens:
-        raise ValueError(f'{slots} slots are too few for {width} and {max_new_tokens} tokens')
-    knobs, stops = tuple(np.asarray(x) for x in sampling), np.asarray(stop_ids, np.int32)
+    knobs = tuple(np.asarray(x, dtype) for x, dtype in zip(sampling, KNOBS, strict=True))
     if isinstance(params['layers'], Mapping):
         params = prepare(params, cfg, batch=B)
-    seen = None if slots is None and np.all(knobs[-1] == 1) else _seen(prompts, cfg.vocab_size)
-    sizes = {'slots': slots or width + min(room, ROUND), 'room': room}  # empty slots are read too: it begins small
-    state = _begin(np.uint32(seed), seen, cfg=cfg, batch=B, **sizes)
-    piece = math.gcd(width, PREFILL_CHUNK) if slots is None else ROUND
+    if programs is None:
+        width, room, stops = _rounded(longest), _whole_rounds(max_new_tokens), np.asarray(stop_ids, np.int32)
+        slots = width + min(room, ROUND)  # empty slots are read too: the cache begins small
+        piece, most = math.gcd(width, PREFILL_CHUNK), width + room
+        run = _programs(cfg, batch=B, slots=slots, room=room, how=_how(knobs))
+    else:
+        most, run = programs
+        width, piece, stops = _whole_rounds(longest), ROUND, np.resize(np.asarray(stop_ids, np.int32), STOPS)
+        if most < width + max_new_tokens or len(stop_ids) > STOPS:
+            raise ValueError(f'{most} slots, {STOPS} stop ids: too few for {width} and {max_new_tokens} tokens')
+    seen = None if programs is None and np.all(knobs[-1] == 1) else _seen(prompts, cfg.vocab_size)
+    state = run.begin(np.uint32(seed), seen)
     for tokens_BT, count_B in _pieces(prompts, width, piece):
-        state = _read(params, state, tokens_BT, count_B, cfg=cfg)
+        state = run.read(params, state, tokens_BT, count_B)
         if every is None:
             jax.block_until_ready(state.last_BD)
             yield [Generation([], False)] * B
-    static = {'cfg': cfg, 'how': _how(knobs) if slots is None else 'as the sampling says'}
-    state = _draw_first(params, state, knobs, stops, **static)
-    decode = lambda state, until: _decode(params, state, np.int32(until), knobs, stops, **static)
+    state = run.first(params, state, knobs, stops)
+    decode = lambda state, until: run.decode(params, state, np.int32(until), knobs, stops)
     drawn, step = 0, every or 1
     while True:
         begun = time.perf_counter()
         until = min(drawn + step, max_new_tokens)
-        state = _advance(state, until, decode, width=width, most=slots or width + room)
+        state = _advance(state, until, decode, width=width, most=most)
         drawn = int(state.drawn)
         yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
         if drawn >= max_new_tokens or np.all(state.done_B):
