@@ -19,7 +19,7 @@ ROOMS = (
     {'losses', 'advantages', 'model'},
     {'presets'},
     {'config'},
-    {'runtime', 'files', 'sharding'},
+    {'runtime', 'files', 'sharding', 'terminal'},
     {'processes', 'xla'},
     {'hub'},
     {'errors'},
