@@ -13,7 +13,7 @@ from lm.config import SEED_MAX, nearest
 from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 from lm.sampling.conversation import Talker, answer, forget, instruct, needs
-from lm.sampling.generate import SLOTS, Sampling, fixed_slots
+from lm.sampling.generate import Sampling, fixed_slots
 
 COMMANDS = {
     '/help': 'lists these',
@@ -64,11 +64,12 @@ class Dialogue:
         self.note(f'seed {self.seed}; /help lists commands, Ctrl-D leaves')
         try:
             while True:
-                text = self._editor.read().strip()
+                typed = self._editor.read()
+                text = typed.strip()
                 first = text.split(maxsplit=1)[0] if text else ''
-                if first == '/quit':
+                if typed.startswith('/quit') and first == '/quit':
                     return
-                if first.startswith('/') and first[1:].isalpha():
+                if typed.startswith('/') and first[1:].isalpha():
                     self.obey(first, text.removeprefix(first).strip())
                 elif text:
                     self.say(text)
@@ -90,6 +91,9 @@ class Dialogue:
                     self.note(f'{error}')
                 if stop.asked:
                     break
+        for talker in self.talkers:
+            if not stop.asked and talker.template is not None:
+                self._prepare(talker)
         self.seed = (self.seed + 1) % (SEED_MAX + 1)
 
     def _reply(self, talker: Talker, draw: Sampling, text: str, stop: Stop) -> None:
@@ -114,8 +118,7 @@ class Dialogue:
             self.note(f'cut at {self._max_new_tokens} tokens: --max_new_tokens sets how many')
 
     def _compiled(self, talker: Talker, text: str, stop: Stop) -> bool:
-        """Waits for what the answer runs, and says so; false if that was stopped. Begins to compile what a longer
-        conversation will run."""
+        """Waits for what the answer runs, and says so; false if that was stopped."""
         assert talker.ahead is not None
         slots = needs(talker, text, max_new_tokens=self._max_new_tokens)
         talker.ahead.begin(slots)
@@ -125,10 +128,14 @@ class Dialogue:
             if stop.asked:
                 self.note('stopped')
                 return False
-        longer = fixed_slots(slots + 1, 1, context=talker.trained_on)
-        if slots < talker.trained_on and longer <= SLOTS[1] * talker.trained_on:
-            talker.ahead.begin(longer)
         return True
+
+    def _prepare(self, talker: Talker) -> None:
+        """Begins to compile what a longer conversation will run, before it is that long."""
+        assert talker.ahead is not None
+        slots = needs(talker, '', max_new_tokens=self._max_new_tokens)
+        if slots < talker.trained_on:
+            talker.ahead.begin(fixed_slots(slots, 1, context=talker.trained_on))
 
     # ---- commands ----
 
