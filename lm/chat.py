@@ -134,8 +134,8 @@ def open_talkers(flags: argparse.Namespace) -> 'list[Talker]':
 def talk(flags: argparse.Namespace) -> None:
     """Answers each prompt with each run, on stdout."""
     check(flags)
-    watched = sys.stdout.isatty()
-    conversation = flags.prompt is None and watched and sys.stdin.isatty()
+    watched = sys.stdout.isatty() and (flags.prompt is not None or sys.stdin.isatty())
+    conversation = flags.prompt is None and watched
     if conversation:
         say(f'loading {" ".join(flags.runs)} …')
     if flags.seed is None:
