@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import files, runtime, sharding
+from lm import files, interrupts, runtime, sharding
 from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
@@ -213,19 +212,14 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
-        try:
-            with task(f'writing {flags.dst}'):
-                write_model(opened, flags.dst, form, flags.quantize, say)
-        except KeyboardInterrupt:
-            raise RunError(f'interrupted: {flags.dst} was not written') from None
+        with interrupts.means(f'{flags.dst} was not written'), task(f'writing {flags.dst}'):
+            write_model(opened, flags.dst, form, flags.quantize, say)
         wrote = time.perf_counter() - begun
         try:
-            with task(f'reading {flags.dst} again'):
+            with interrupts.means(f'{flags.dst} is whole, and was not checked'), task(f'reading {flags.dst} again'):
                 found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
-        except KeyboardInterrupt:
-            raise RunError(f'interrupted: {flags.dst} is whole, and was not checked') from None
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None
     told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **found._asdict()}
     told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}
@@ -254,7 +248,6 @@ def judge(flags: argparse.Namespace, found: Any, kind: str | None) -> None:
 
 def main() -> int:
     runtime.setup(keep_memory=False)  # nothing is done often, and a model may barely fit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half written, as Ctrl-C
     return run_command(lambda: print(json.dumps(convert(parse(sys.argv[1:])))))
 
 

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from lm import interrupts
+from lm.interrupts import Ending, Interrupted
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done, seen before anything is allocated. Exit status 2."""
@@ -20,11 +23,8 @@ class RunError(Exception):
     status = 1
 
 
-class Preempted(BaseException):
-    """SIGTERM or Ctrl-C came; the same command goes on. Exit status 75 (EX_TEMPFAIL).
-
-    No Exception, as KeyboardInterrupt is none: whoever handles a damaged file must not take this for one.
-    """
+class Preempted(Ending):
+    """SIGTERM or Ctrl-C came; the same command goes on. Exit status 75 (EX_TEMPFAIL)."""
 
     status = 75
 
@@ -58,14 +58,15 @@ def checked(text: str, what: str) -> str:
 def run_command(command: Callable[[], None]) -> int:
     """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
     try:
-        command()
+        with interrupts.heard():
+            command()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # who reads has seen enough: `… | head`
         with contextlib.suppress(OSError), open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
-    except (UsageError, RunError, Preempted) as error:
+    except (UsageError, RunError, Ending) as error:
         return _told(str(error), error.status)
     except ImportError as error:  # fsspec's, of a bucket: it says which package to install
         if not str(error).startswith('Please install'):
@@ -78,18 +79,17 @@ def run_command(command: Callable[[], None]) -> int:
             raise
         reason = str(error).splitlines()[0][:200]
         return _told(f'out of memory ({reason}): a smaller microbatch, more fsdp or remat=full', RunError.status)
-    except KeyboardInterrupt:
-        return _told('interrupted: what was done since the last checkpoint is lost', RunError.status)
+    except KeyboardInterrupt:  # a library's
+        return _told('interrupted', Interrupted().status)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process: after a failure at once, since what a failed save of Orbax's left waiting would hold it for
-    minutes (0.12.8: threads that wait for a signal which never comes), and JAX would wait for the other processes."""
+    """Ends the process at once. The interpreter's own end would wait for what a failed save of Orbax's left behind
+    (0.12.8: threads that wait for a signal which never comes) and for other processes, and crashes where threads of
+    XLA's are still at work."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status in (RunError.status, UsageError.status):
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 def _told(text: str, status: int) -> int:

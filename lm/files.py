@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from lm import interrupts
 from lm.errors import RunError
 
 # fsspec reads it at its import. A process that has listed a folder of a bucket would else not see what another, or
@@ -78,18 +79,26 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _discarded(temporary):
             _write(temporary, data, 'wb')
             temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _discarded(temporary: epath.Path) -> Iterator[None]:
+    """A temporary file inside, which is removed, if the system lets us, where the block fails or is interrupted: why it
+    was not written matters more."""
+
+    def discard(*_: Any) -> None:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+    with interrupts.undoing(discard):
+        try:
+            yield
         except BaseException:
-            _discard(temporary)
+            discard()
             raise
-
-
-def _discard(temporary: epath.Path) -> None:
-    """Removes a temporary file, if the system lets us: why it was not written matters more."""
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -113,16 +122,13 @@ def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
         if len(held) >= STREAM_CHUNK:
             flush()
 
-    try:
+    with _discarded(temporary):
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         yield write
         flush()
         with _told(path):
             temporary.replace(path)
-    except BaseException:
-        _discard(temporary)
-        raise
 
 
 @contextlib.contextmanager
@@ -133,18 +139,23 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """
     path = epath.Path(path)
     made = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
-    try:
-        made.mkdir(parents=True)
-        yield made
-        made.rename(path)
-    except OSError as error:
-        raise RunError(f'{path} cannot be written ({reason(error)})') from error
-    finally:
+
+    def remove(*_: Any) -> None:
         for _ in range(50):  # who was interrupted may still have threads that write here
             if not made.exists():
                 break
             shutil.rmtree(made, ignore_errors=True)
             time.sleep(0.1)
+
+    with interrupts.undoing(remove):
+        try:
+            made.mkdir(parents=True)
+            yield made
+            made.rename(path)
+        except OSError as error:
+            raise RunError(f'{path} cannot be written ({reason(error)})') from error
+        finally:
+            remove()
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -4,7 +4,7 @@
 
 Run the same command again and it goes on where it stopped. The last line on stdout is one JSON object with the last
 metrics; everything else goes to stderr and into the run's directory. Exit status: 0 done, 1 failed while running,
-2 a mistake in what was asked for, 75 saved after SIGTERM or Ctrl-C.
+2 a mistake in what was asked for, 75 saved after SIGTERM or Ctrl-C, 130 left by Ctrl-C before a run was begun.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def train(argv: Sequence[str]) -> dict:
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
     with (
-        runtime.stop_request() as stop,
+        contextlib.nullcontext(runtime.StopRequest()) if flags.dry_run else runtime.stop_request() as stop,
         processes.joined(place, facts, wait=flags.wait),
         contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir),
     ):

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from lm import interrupts
 from lm.errors import Preempted, RunError, UsageError
 from lm.hub import LOOPBACK, Hub, Line, Message, address, relay
 
@@ -157,8 +158,9 @@ def joined(place: Place | None, facts: Mapping[str, Any], *, wait: int) -> Itera
         port = member.enter(facts)
         _member = member
         member.watch()
-        _initialize(place, port, wait)
-        yield
+        with interrupts.undoing(member.leave):
+            _initialize(place, port, wait)
+            yield
         member.end()
     except BaseException as error:
         member.leave(error)

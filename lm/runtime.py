@@ -3,17 +3,14 @@
 import contextlib
 import ctypes
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from lm import processes, progress, xla
-from lm.errors import Preempted, UsageError
+from lm import interrupts, processes, progress, xla
+from lm.errors import Preempted, RunError, UsageError
+from lm.interrupts import Ending, Interrupted
 
 # By default glibc hands each step's large buffers back to the system and takes them again, and the page faults cost a
 # CPU a quarter of its time. M_MMAP_MAX: none, M_TRIM_THRESHOLD: never, M_ARENA_MAX: one, so that all threads share what
@@ -64,7 +61,7 @@ def compute_dtype(asked: str | None) -> str:
 class StopRequest:
     """True once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once.
 
-    Until the loop sets `patient` there is nothing to save, and a signal raises Preempted where it finds us.
+    Until the loop sets `patient` there is nothing to save, and a signal ends the run where it finds it.
     """
 
     def __init__(self) -> None:
@@ -80,38 +77,21 @@ class StopRequest:
         self.signal = why or self.signal
         return why is not None
 
-    def _handle(self, number: int, frame: Any) -> None:
-        del frame
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+    def react(self, name: str) -> Ending | None:
+        """How a signal ends the run. Says what will be done if it goes on, to be saved."""
+        again, self.signal = self.signal, name
+        if again and name == 'SIGINT':
+            return Interrupted('interrupted: what was done since the last checkpoint is lost', status=RunError.status)
         if not self.patient:
-            raise Preempted(f'stopped by {self.signal} before the first step: run the same command again to go on')
-
-    def _again(self, second: bool) -> None:
-        """Sends this process its signal once more, a little later."""
-        number = signal.SIGINT if second else signal.Signals[self.signal or 'SIGINT']
-        self.signal = self.signal if second else None
-        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return Preempted(f'stopped by {name} before the first step: run the same command again to go on')
+        if not again:
+            interrupts.say(f'{name}: saves after this step and leaves; Ctrl-C now leaves at once, without saving')
+        return None
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Catches SIGTERM and Ctrl-C inside, so that the loop can save and leave between two steps."""
-    request, report = StopRequest(), sys.unraisablehook
-
-    def dropped(unraisable: Any) -> None:
-        """A destructor or a callback of the garbage collector cannot be left by an exception: Python drops it."""
-        if isinstance(unraisable.exc_value, Preempted | KeyboardInterrupt):
-            request._again(isinstance(unraisable.exc_value, KeyboardInterrupt))
-        else:
-            report(unraisable)
-
-    sys.unraisablehook = dropped
-    old = {s: signal.signal(s, request._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    request = StopRequest()
+    with interrupts.heard(), interrupts.reacting(request.react, raises=True):
         yield request
-    finally:
-        sys.unraisablehook = report
-        for s, handler in old.items():
-            signal.signal(s, handler)

@@ -1,6 +1,6 @@
 """Kills, starves and damages real runs at random, and checks that each ends as the run that nothing happened to.
 
-    python tests/faults.py [--rounds=200] [--seed=0]
+    python tests/faults.py [--rounds=200 | --presses=50] [--seed=0]
 
 What a round does is drawn from its seed alone, so a failed round is done again with --rounds=1 --seed=ITS_SEED; when
 exactly a signal hits is up to the machine. Files are in a small tmpfs, which can be full; where mounting is not allowed
@@ -128,8 +128,7 @@ class Bench:
             process.kill()
             raise Failure(f'hung for {PATIENCE:.0f} s; said: {process.communicate()[1][-2000:]}') from None
         self.done.append(f'status {process.returncode}')
-        early = said.endswith('KeyboardInterrupt\n') and 'data ready' not in said  # while Python imports
-        check(early or 'Traceback' not in said, f'a traceback: {said[-3000:]}')
+        check(before_us(said) or 'Traceback' not in said, f'a traceback: {said[-3000:]}')
         return said
 
     # -- the disk --
@@ -260,7 +259,13 @@ def stop(found: Bench, process: subprocess.Popen, workdir: Path, fault: Fault) -
         check(running.status(workdir)['state'] == 'preempted' if 'saved' in told else True, 'status.json is not told')
     elif process.returncode != 0:  # the interpreter starts or ends, and nobody handles signals
         begun = 'data ready' in said and running.status(workdir)['state'] != 'done'
-        check(process.returncode in (-number, 1) and not begun, f'status {process.returncode}: {said[-2000:]}')
+        early = process.returncode == 128 + number or before_us(said) or process.returncode == -number
+        check(early and not begun, f'status {process.returncode}: {said[-2000:]}')
+
+
+def before_us(said: str) -> bool:
+    """Whether Ctrl-C came while Python itself began: its traceback has no line of ours."""
+    return said.endswith('KeyboardInterrupt\n') and '/lm/' not in said
 
 
 def stop_then_kill(found: Bench, process: subprocess.Popen, workdir: Path, fault: Fault) -> None:
@@ -417,6 +422,90 @@ def size_of(folder: Path) -> int:
     return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob('*') if p.is_file())
 
 
+# ---- Ctrl-C over all commands ----
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to press Ctrl-C on, and how long it takes by itself."""
+
+    name: str
+    words: tuple[str, ...]
+    seconds: float
+
+
+def commands(found: Bench) -> list[Command]:
+    """Each command on the run that nothing happened to, timed once."""
+    whole, folder = str(found.whole), found.folder
+    of_data = found.lab.argv(None, **SETTINGS)
+    words = {
+        'main': found.lab.argv(folder / 'pressed', **SETTINGS),
+        'chat': [whole, '--raw', '--prompt=the bucket', '--max_new_tokens=64'],
+        'evaluate': [whole, '--tasks=heldout', '--rows=64'],
+        'convert': [whole, str(folder / 'pressed.gguf')],
+        'inspect': of_data,
+    }
+    timed = []
+    for name, given in words.items():
+        begun = time.monotonic()
+        process = start_command(name, given)
+        check(process.wait(PATIENCE) == 0, f'lm.{name} failed by itself: {process.communicate()[1][-2000:]}')
+        timed.append(Command(name, tuple(given), time.monotonic() - begun))
+        clear(folder)
+    return timed
+
+
+def start_command(name: str, words: Sequence[str]) -> subprocess.Popen:
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    command = [sys.executable, '-m', f'lm.{name}', *words]
+    return subprocess.Popen(command, cwd=running.ROOT, env=env, stdout=-1, stderr=-1, text=True)
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder / 'pressed', ignore_errors=True)
+    (folder / 'pressed.gguf').unlink(missing_ok=True)
+
+
+def press(found: Bench, command: Command, draw: random.Random) -> str:
+    """Presses Ctrl-C at a random moment, now and then twice, and returns how the command took it. Raises Failure."""
+    at, twice = draw.random() * command.seconds, draw.random() < 0.2
+    process = start_command(command.name, command.words)
+    time.sleep(at)
+    over = process.poll() is not None
+    for _ in range(1 + twice):
+        process.send_signal(signal.SIGINT)
+        time.sleep(draw.random() * 0.2)
+    try:
+        out, said = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise Failure(f'lm.{command.name} went on after Ctrl-C at {at:.2f} s') from None
+    what = f'lm.{command.name}, Ctrl-C at {at:.2f} s{" twice" * twice}: status {process.returncode}: {said[-1500:]}'
+    if over or before_us(said):
+        clear(found.folder)
+        return 'too late' if over else 'before us'
+    check('Traceback' not in said, what)
+    check(process.returncode in ((0, 1, 75, 130) if command.name == 'main' else (0, 130)), what)
+    check(process.returncode != 0 or bool(out), f'0 and nothing done: {what}')
+    check(process.returncode == 0 or 'lm: ' in said, f'not a word: {what}')
+    left = [p.name for p in found.folder.iterdir() if p.name.endswith('.tmp')]
+    check(not left, f'left behind {left}: {what}')
+    clear(found.folder)
+    return f'{command.name} {process.returncode}'
+
+
+def presses(count: int, seed: int = 0, tell: Callable[[str], None] = lambda line: None) -> Counter[str]:
+    """Presses Ctrl-C so often, over all commands in turn; how often each took it in each way. Raises Failure."""
+    draw, seen = random.Random(seed), Counter()
+    with bench() as found:
+        known = commands(found)
+        for i in range(count):
+            taken = press(found, known[i % len(known)], draw)
+            seen[taken] += 1
+            tell(f'{i + 1}: {taken}')
+    return seen
+
+
 def rounds(seeds: Sequence[int], tell: Callable[[str], None] = lambda line: None) -> Counter[str]:
     """Plays a round for each seed, and returns how often each thing was done. Raises Failure."""
     with bench() as found:
@@ -432,11 +521,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--rounds', type=int, default=30)
     parser.add_argument('--seed', type=int, default=0, help='of the first round; each next one has the next')
+    parser.add_argument('--presses', type=int, help='instead of rounds: Ctrl-C so often, over all commands')
     flags = parser.parse_args()
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # so that the disk is given back
+    said = lambda line: print(line, flush=True)
     try:
-        seen = rounds(range(flags.seed, flags.seed + flags.rounds), lambda line: print(line, flush=True))
+        if flags.presses:
+            print(f'{flags.presses} presses held: {dict(sorted(presses(flags.presses, flags.seed, said).items()))}')
+            return
+        seen = rounds(range(flags.seed, flags.seed + flags.rounds), said)
     except Failure as failure:
         sys.exit(f'{failure}')
     print(f'{flags.rounds} rounds held, {time.monotonic() - begun:.0f} s: {dict(sorted(seen.items()))}')

@@ -214,7 +214,12 @@ def test_bad_sizes_are_refused():
 def test_store_is_written_and_opened(tmp_path, vocab_size):
     ids = {'a': [10, 11], 'b': [], 'c': [vocab_size - 1]}
     written = write_store(
-        tmp_path / 's', ids, lambda texts, continued: [ids[t] for t in texts], vocab_size=vocab_size, bos_id=BOS, eos_id=EOS
+        tmp_path / 's',
+        ids,
+        lambda texts, continued: [ids[t] for t in texts],
+        vocab_size=vocab_size,
+        bos_id=BOS,
+        eos_id=EOS,
     )
     checksums = checksums_of(tmp_path / 's')
     store = TokenStore.open(tmp_path / 's', vocab_size=vocab_size, pad_id=PAD, checksums=checksums)

@@ -19,11 +19,12 @@ ROOMS = (
     {'losses', 'advantages', 'model'},
     {'presets'},
     {'config'},
-    {'runtime', 'files', 'sharding'},
+    {'runtime', 'files', 'sharding', 'terminal'},
     {'progress'},
     {'processes', 'xla'},
     {'hub'},
     {'errors'},
+    {'interrupts'},
 )
 ENTRY_POINTS = ROOMS[0]
 ORDER = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

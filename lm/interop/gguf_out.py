@@ -6,6 +6,7 @@ them, read back, and compared.
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm import files, progress
+from lm import files, interrupts, progress
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
@@ -167,7 +168,7 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
 def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
     """All before the first tensor."""
     gguf = file.package()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, interrupts.undoing(lambda _: shutil.rmtree(folder)):
         path = os.path.join(folder, 'header')
         writer = gguf.GGUFWriter(path, name)
         for key, value in metadata.items():

@@ -286,18 +286,26 @@ def forward_cached(
     x_BTD, ks, vs = embed(params, cfg, tokens_BT), [], []
     for i, (layer, *kv) in enumerate(zip(_layers(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True)):
         kind = cfg.kind(i)
-
-        def attend(q_BTNH, k_BTKH, v_BTKH, *, kv=kv, kind=kind):
-            options = {'window': _window(cfg, kind), 'softcap': cfg.attn_softcap}
-            out_BTNH, k_BKSH, v_BKSH = cached_attention(q_BTNH, k_BTKH, v_BTKH, kv[0], kv[1], places, **options)
-            ks.append(k_BKSH)
-            vs.append(v_BKSH)
-            return out_BTNH
-
-        x_BTD = _block(x_BTD, layer, cfg, angles[kind], attend)
+        x_BTD, k_BKSH, v_BKSH = _cached_block(x_BTD, layer, angles[kind], *kv, places, cfg=cfg, kind=kind)
+        ks.append(k_BKSH)
+        vs.append(v_BKSH)
     position_BS = jax.lax.dynamic_update_slice(cache.position_BS, new_BT, (0, cache.used))
     cache = Cache(tuple(ks), tuple(vs), position_BS, cache.length_B + count_B, cache.used + T)
     return final_norm(params, cfg, x_BTD), cache
+
+
+@partial(jax.jit, static_argnames=('cfg', 'kind'))  # so that layers alike are traced once
+def _cached_block(x_BTD, layer, angles, k_BKSH, v_BKSH, places, *, cfg, kind):
+    """(x_BTD, k_BKSH, v_BKSH) after one layer over what its cache holds and the tokens after it."""
+    written = []
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        options = {'window': _window(cfg, kind), 'softcap': cfg.attn_softcap}
+        out_BTNH, *kv = cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, **options)
+        written.extend(kv)
+        return out_BTNH
+
+    return _block(x_BTD, layer, cfg, angles, attend), *written
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:

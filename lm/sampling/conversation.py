@@ -1,14 +1,19 @@
 """A conversation with a run: what the model is shown of it, and its answer as it is drawn."""
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
 
 from lm.data.chat_shape import Message
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
-from lm.sampling.generate import prepare, stream
+from lm.sampling import generate
+from lm.sampling.generate import Programs, fixed_slots, lay_out, stream
 from lm.training import runs
 from lm.training.runs import Model
 
@@ -22,6 +27,50 @@ class Talker:
     template: ChatTemplate | None
     turns: list[Message] = field(default_factory=list)
     cut: bool = False  # whether it was said that the conversation is too long
+    ended: bool = True  # whether the last answer ended by itself
+    ahead: 'Ahead | None' = None  # None: what an answer needs is compiled when it is needed
+
+    @property
+    def trained_on(self) -> int:
+        """Tokens that it was made to read at once."""
+        return self.model.cfg.context or self.model.config['seq_len']
+
+
+class Ahead:
+    """What a model's answers run, compiled by a thread before it is asked for, one size of cache at a time."""
+
+    def __init__(self, params: Any, cfg: Any) -> None:
+        """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
+        self._params, self._cfg, self._mesh = params, cfg, jax.sharding.get_mesh()
+        self._turn = threading.Lock()
+        self._found: dict[int, tuple[threading.Event, list[Any]]] = {}
+
+    def begin(self, slots: int) -> None:
+        """Has a thread compile them, if none did."""
+        if slots not in self._found:
+            self._found[slots] = threading.Event(), []
+            threading.Thread(target=self._compile, args=(slots, *self._found[slots]), daemon=True).start()
+
+    def _compile(self, slots: int, done: threading.Event, found: list[Any]) -> None:
+        try:
+            with self._turn, jax.set_mesh(self._mesh):
+                found.append(generate.compiled(self._params, self._cfg, slots=slots))
+        except Exception as error:  # told where it is needed
+            found.append(error)
+        done.set()
+
+    def ready(self, slots: int, seconds: float | None = None) -> bool:
+        """Whether they are there, within so many seconds."""
+        return self._found[slots][0].wait(seconds)
+
+    def programs(self, slots: int) -> tuple[int, Programs]:
+        """The size, and what runs with it. Waits for it; raises what compiling raised."""
+        self.begin(slots)
+        self.ready(slots)
+        found = self._found[slots][1][0]
+        if isinstance(found, Exception):
+            raise found
+        return slots, found
 
 
 def can_chat(run: str) -> bool:
@@ -37,19 +86,30 @@ def can_chat(run: str) -> bool:
     return stage != 'pretrain'
 
 
-def open_talker(run: str, *, raw: bool, system: str | None, warn: Callable[[str], None]) -> Talker:
+def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int, warn: Callable[[str], None]) -> Talker:
     """Loads a run onto the current mesh, its parameters laid out once for all answers.
 
     Args:
       raw: it is to continue plain text. system: what it is told before a conversation.
+      max_new_tokens: of an answer, to compile for.
     """
     chats = can_chat(run) and not raw
+    saved = runs.read_config(run)['config']
+    cfg = runs.model_config(saved | {'attention': None})
+    ahead = Ahead(generate.laid_out(runs.abstract_params(cfg), cfg), cfg)
+    ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
     model = runs.load(run, warn=warn)
     template = ChatTemplate.load(runs.tokenizer_folder(run), model.tokenizer) if chats else None
-    talker = Talker(run, model._replace(params=prepare(model.params, model.cfg, batch=1)), template)
+    talker = Talker(run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
     if system is not None:
         talker.turns.append({'role': 'system', 'content': system})
     return talker
+
+
+def instruct(talker: Talker, system: str | None) -> None:
+    """What the system says from now on; None: nothing."""
+    turns = [turn for turn in talker.turns if turn['role'] != 'system']
+    talker.turns = [{'role': 'system', 'content': system}, *turns] if system else turns
 
 
 def forget(talker: Talker) -> None:
@@ -58,31 +118,52 @@ def forget(talker: Talker) -> None:
 
 
 def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Iterator[str]:
-    """What a run says to a text, in pieces of whole characters, and remembers.
+    """What a run says to a text, in pieces of whole characters, and remembers: as far as it came, if it is not drawn to
+    the end. A piece can be empty: then the prompt is being read.
 
     Args:
       options: as for `stream`: max_new_tokens, sampling, seed.
 
     Raises:
-      UsageError: its chat template refuses the conversation.
+      UsageError: its chat template refuses the conversation; the text is forgotten.
     """
-    model, tokenizer = talker.model, talker.model.tokenizer
+    tokenizer, turns = talker.model.tokenizer, [*talker.turns, _asked(text)]
+    ids, left_out = shown(talker, text, max_new_tokens=options['max_new_tokens'])
     if talker.template is None:
-        yield from continuation(model, tokenizer.encode_prompt(text), tokenizer.stop_ids, continued=True, **options)
+        yield from continuation(talker, ids, tokenizer.stop_ids, continued=True, **options)
         return
-    talker.turns.append({'role': 'user', 'content': text})
-    trained_on = model.cfg.context or model.config['seq_len']
-    room = room_to_ask(trained_on, options['max_new_tokens'])
-    ids, left_out = fitting(talker.template, tokenizer, talker.turns, room=room)
-    if (left_out or len(ids) > trained_on) and not talker.cut:
+    if (left_out or len(ids) > talker.trained_on) and not talker.cut:
         does = 'the oldest turns are left out' if left_out else 'expect little of the answer'
-        warn(f'{talker.name} was trained on {trained_on} tokens at once, and this is longer: {does}')
+        warn(f'{talker.name} was trained on {talker.trained_on} tokens at once, and this is longer: {does}')
         talker.cut = True
-    said = []
-    for piece in continuation(model, ids, talker.template.stop_ids(tokenizer), **options):
-        said.append(piece)
-        yield piece
-    talker.turns.append({'role': 'assistant', 'content': ''.join(said)})
+    said: list[str] = []
+    try:
+        for piece in continuation(talker, ids, talker.template.stop_ids(tokenizer), **options):
+            said.append(piece)
+            yield piece
+    except GeneratorExit:
+        if not any(said):
+            return
+    talker.turns = [*turns, {'role': 'assistant', 'content': ''.join(said)}]
+
+
+def _asked(text: str) -> Message:
+    return {'role': 'user', 'content': text}
+
+
+def shown(talker: Talker, text: str, *, max_new_tokens: int) -> tuple[list[int], int]:
+    """(the ids that a run is shown when a text is said to it, how many turns before it are left out)."""
+    tokenizer = talker.model.tokenizer
+    if talker.template is None:
+        return tokenizer.encode_prompt(text), 0
+    room = room_to_ask(talker.trained_on, max_new_tokens)
+    return fitting(talker.template, tokenizer, [*talker.turns, _asked(text)], room=room)
+
+
+def needs(talker: Talker, text: str, *, max_new_tokens: int) -> int:
+    """The size of the cache for the answer to a text. Raises UsageError as `answer`."""
+    length = len(shown(talker, text, max_new_tokens=max_new_tokens)[0])
+    return fixed_slots(length, max_new_tokens, context=talker.trained_on)
 
 
 def room_to_ask(seq_len: int, max_new_tokens: int) -> int:
@@ -108,19 +189,31 @@ def fitting(
 
 
 def continuation(
-    model: Model, ids: Sequence[int], stop_ids: Sequence[int], *, continued: bool = False, **options: Any
+    talker: Talker, ids: Sequence[int], stop_ids: Sequence[int], *, continued: bool = False, **options: Any
 ) -> Iterator[str]:
-    """Pieces of text as they are drawn, whole characters only.
+    """Pieces of text as they are drawn, whole characters only, and empty ones while the prompt is read.
 
     Args:
       continued: the text goes on with that of `ids`, and does not answer it.
     """
+    model, talker.ended = talker.model, False
+    if talker.ahead is not None:
+        slots = fixed_slots(len(ids), options['max_new_tokens'], context=talker.trained_on)
+        options |= {'programs': talker.ahead.programs(slots), 'every': None}
+    given = {'stop_ids': stop_ids, 'allowed': model.tokenizer.is_token, **options}
+    rows = stream(model.params, model.cfg, [ids], **given)
 
-    def drawn() -> Iterator[int]:
-        shown = 0
-        given = {'stop_ids': stop_ids, 'allowed': model.tokenizer.is_token, **options}
-        for (row,) in stream(model.params, model.cfg, [ids], **given):
-            yield from row.ids[shown:]
-            shown = len(row.ids)
+    def drawn(first: Sequence[int]) -> Iterator[int]:
+        yield from first
+        before = len(first)
+        for (row,) in rows:
+            yield from row.ids[before:]
+            before, talker.ended = len(row.ids), row.ended
 
-    yield from model.tokenizer.decode_stream(drawn(), continued=continued)
+    with contextlib.closing(rows):
+        for (row,) in rows:
+            talker.ended = row.ended
+            if row.ids or row.ended:
+                yield from model.tokenizer.decode_stream(drawn(row.ids), continued=continued)
+                return
+            yield ''

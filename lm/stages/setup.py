@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import files, processes, runtime, sharding
+from lm import files, interrupts, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
@@ -105,13 +105,17 @@ def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
             recorder.flush()
             recorder.status(state, reason=reason)
 
-    try:
-        processes.last_words(ended)
-        yield
-    except BaseException as error:
-        processes.settle(error)
+    def failed(error: BaseException) -> None:
         reason = ' '.join(str(error).split()) or type(error).__name__
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
+
+    try:
+        processes.last_words(ended)
+        with interrupts.undoing(failed):
+            yield
+    except BaseException as error:
+        processes.settle(error)
+        failed(error)
         raise
     recorder.say(ledger.line())
     recorder.flush()

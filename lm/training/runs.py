@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lm import files, processes, runtime, sharding
+from lm import files, interrupts, processes, runtime, sharding
 from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
@@ -101,6 +101,15 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
         return
     _check_folder(workdir)
     folder, made, lock = Path(workdir), [], None
+
+    def release(*_: Any) -> None:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(lock)
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or it is a run now
+                path.rmdir()
+
     try:
         try:
             made = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -108,14 +117,10 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
             lock = _lock(folder / LOCK)
         except OSError as error:
             raise UsageError(f'{workdir} cannot be written ({error.strerror}): name another --workdir') from error
-        yield
+        with interrupts.undoing(release):
+            yield
     finally:
-        if lock is not None:
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(lock)
-        for path in made:
-            with contextlib.suppress(OSError):  # it was not made, or it is a run now
-                path.rmdir()
+        release()
 
 
 def _lock(path: Path) -> int:
