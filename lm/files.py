@@ -141,7 +141,7 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     made = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
 
     def remove(*_: Any) -> None:
-        for _ in range(50):  # who was interrupted may still have threads that write here
+        for _try in range(50):  # who was interrupted may still have threads that write here
             if not made.exists():
                 break
             shutil.rmtree(made, ignore_errors=True)

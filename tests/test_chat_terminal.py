@@ -12,6 +12,7 @@ pexpect = pytest.importorskip('pexpect')
 PASTE = '\x1b[200~{}\x1b[201~'
 
 
+@pytest.mark.slow
 def test_a_conversation(dialogues, tmp_path):
     """The line editor, the commands, a paste with an empty line in it, Ctrl-C at both places, and Ctrl-D."""
     env = {**os.environ, 'TERM': 'xterm', 'XLA_FLAGS': '', 'LM_CACHE': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}

@@ -160,7 +160,7 @@ def test_a_text_to_continue_is_shown_as_the_makers_show_it(tmp_path, capsys, mon
     convert.convert(convert.parse([str(tmp_path / 'hf'), str(tmp_path / 'run')]))
     seen = []
     monkeypatch.setattr(
-        conversation, 'stream', lambda params, cfg, prompts, **options: seen.extend(prompts) or iter([])
+        conversation, 'stream', lambda params, cfg, prompts, **options: seen.extend(prompts) or (row for row in ())
     )
     monkeypatch.setattr(sys, 'argv', ['lm.chat', str(tmp_path / 'run'), '--raw', '--prompt=the'])
     assert chat.main() == 0 and seen == [Tokenizer.load(tmp_path / 'run' / 'tokenizer').encode('the')]

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ def forget(talker: Talker) -> None:
     talker.turns = [turn for turn in talker.turns if turn['role'] == 'system']
 
 
-def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Iterator[str]:
+def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Generator[str, None, None]:
     """What a run says to a text, in pieces of whole characters, and remembers: as far as it came, if it is not drawn to
     the end. A piece can be empty: then the prompt is being read.
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,11 +228,11 @@ def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Programs:
     plain = _programs(cfg, batch=1, slots=slots, room=slots, how='as the sampling says')
     state = _described(jax.eval_shape(plain.begin, shape(np.uint32), seen))
     drawn, drawn_from = (params, state), (knobs, shape(np.int32, STOPS), shape(np.bool, cfg.vocab_size))
-    arguments = Programs(
-        begin=(shape(np.uint32), seen),
-        read=(*drawn, shape(np.int32, 1, ROUND), shape(np.int32, 1)),
-        first=(*drawn, *drawn_from),
-        decode=(*drawn, number, *drawn_from),
+    arguments = (
+        (shape(np.uint32), seen),
+        (*drawn, shape(np.int32, 1, ROUND), shape(np.int32, 1)),
+        (*drawn, *drawn_from),
+        (*drawn, number, *drawn_from),
     )
     lower = lambda program, given: program.func.lower(*given, **program.keywords).compile()
     return Programs(*map(lower, plain, arguments))
@@ -264,7 +264,7 @@ def stream(
     seed: int = 0,
     every: int | None = 8,
     programs: tuple[int, Programs] | None = None,
-) -> Iterator[list[Generation]]:
+) -> Generator[list[Generation], None, None]:
     """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
 
     Args:

@@ -158,7 +158,7 @@ def continue_prompts(
     def ids(prompt: Prompt) -> list[int]:
         if prompt.ids:
             return list(prompt.ids)
-        if raw(prompt):
+        if template is None or raw(prompt):
             return tokenizer.encode_prompt(prompt.text)
         return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
 

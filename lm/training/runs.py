@@ -241,7 +241,7 @@ def inherit_model(
         config.data.pretraining = saved['data'].get('mixture' if own else 'pretraining')
     if config.data.tokenizer is None:
         config.data.tokenizer = tokenizer_folder(parent)
-    elif not resumed:
+    elif not resumed and config.data.tokenizer != tokenizer_folder(parent):
         _check_tokenizer(config.data.tokenizer, parent)
 
 
