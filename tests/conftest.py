@@ -39,13 +39,13 @@ MESHES = {
     'seq4-tensor2': {'seq': 4, 'tensor': 2},
     'data2-tensor2-expert2': {'data': 2, 'tensor': 2, 'expert': 2},
 }
-QUICK = ('one', 'fsdp8', 'fsdp2-seq2-tensor2', 'data2-tensor2-expert2')  # every axis is split in one of them
+QUICK = ('one', 'fsdp2-seq2-tensor2', 'data2-tensor2-expert2')  # every axis is split in one of them
 MINUTE = 60.0  # seconds that a module of quick tests may take before the summary names it
 
 
 @pytest.fixture(params=[pytest.param(n, id=n, marks=() if n in QUICK else pytest.mark.slow) for n in MESHES])
 def mesh(request):
-    """Each mesh in turn, entered; the quick tests have four of them."""
+    """Each mesh in turn, entered; the quick tests have three of them."""
     shape = MESHES[request.param]
     with sharding.use_mesh(shape, jax.devices()[: math.prod(shape.values())]) as entered:
         yield entered

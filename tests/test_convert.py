@@ -77,6 +77,7 @@ def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dty
     )
 
 
+@pytest.mark.slow
 def test_a_written_run_is_trained_further(dialogues, tmp_path):
     at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
     last = dialogues.train('sft', tmp_path / 'on', init_from=str(tmp_path / 'run'), steps=2)

@@ -32,6 +32,7 @@ def read(folder, name):
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 def test_a_tuned_model_stops_where_its_template_ends(tmp_path, lab):
     """The base model ends texts alone; transformers stops by generation_config.json alone."""
     base = {'eos_token': '<|endoftext|>'}

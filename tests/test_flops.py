@@ -94,7 +94,7 @@ def test_the_ceiling_of_a_cpu_is_the_best_that_was_seen(monkeypatch):
     assert not found and flops.Ceiling(100.0).mfu(150.0) == 1.5  # of a data sheet that is wrong one should hear
 
 
-@pytest.mark.parametrize('log_every', [1, 4])
+@pytest.mark.parametrize('log_every', [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(lab, tmp_path, log_every):
     workdir, settings = tmp_path / 'run', {'log__every': log_every, 'checkpoint__every': 3, 'eval__every': 6}
     lab.train(workdir, steps=3, optim__schedule='constant', **settings)
@@ -109,7 +109,7 @@ def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(la
     assert {r['step']: r['tokens'] for r in lines(tmp_path / 'whole')}[6] == tokens[6]
 
 
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('stage', [pytest.param(s, marks=() if s == 'sft' else pytest.mark.slow) for s in STAGES])
 def test_a_stage_counts_no_padding(dialogues, stage):
     """Conversations and pairs do not fill their rows."""
     workdir = dialogues.run(stage)

@@ -45,7 +45,7 @@ def params_of(opened: Opened) -> dict:
 
 
 @pytest.mark.parametrize('name', [n for n in NAMES if n != 'scored'])
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_logits_are_those_of_transformers(name, scan):
     tokens, wanted = golden(name)
     opened = open_folder(GOLDEN / name)

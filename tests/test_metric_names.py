@@ -11,6 +11,7 @@ from lm.stages import pretrain
 NAMES = ('loss', 'cross_entropy', 'z_loss', 'accuracy', 'grad_norm', 'lr', 'skipped')
 
 
+@pytest.mark.slow
 def test_the_objective_is_cross_entropy_and_z_loss(lab, tmp_path):
     lab.train(tmp_path / 'run', steps=2, z_loss=1e-2, eval__every=2)
     trained = [r for r in lines(tmp_path / 'run') if 'train/loss' in r]

@@ -32,7 +32,7 @@ def files_of(workdir):
     return {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
 
 
-@pytest.mark.parametrize('gone', ['the folder', 'what is in it'])
+@pytest.mark.parametrize('gone', ['the folder', pytest.param('what is in it', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('steps', [8, 12])
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(lab, copy, gone, steps):
     before = files_of(copy)

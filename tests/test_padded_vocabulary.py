@@ -60,6 +60,7 @@ def test_a_hole_in_the_vocabulary_is_no_token(tmp_path):
     assert np.flatnonzero(~Tokenizer.load(tmp_path).is_token).tolist() == [256]
 
 
+@pytest.mark.slow
 def test_it_is_fine_tuned_and_taken_elsewhere(run, tmp_path, lab, capsys, monkeypatch):
     pytest.importorskip('gguf')
     turns = lambda i: [{'role': 'user', 'content': f'Say {i}.'}, {'role': 'assistant', 'content': f'{i}'}]

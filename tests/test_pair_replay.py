@@ -86,6 +86,7 @@ def test_pairs_and_text_do_not_see_each_other_in_the_loss(tmp_path, tiny, one_de
     assert loss(0.4).coefs.keys() - loss(0.0).coefs.keys() == {'replay'}
 
 
+@pytest.mark.slow
 def test_replay_forgets_less(dialogues, tmp_path):
     """Through the command, at a rate that forgets; the pairs a step stay as many."""
     options = {'steps': 8, 'eval__every': 8, 'optim__lr': 0.02, 'nll': 1.0}

@@ -119,6 +119,7 @@ def test_tensorboard_has_the_same_scalars(whole):
     assert events(whole / 'tensorboard') == {k: pytest.approx(v, rel=1e-6) for k, v in scalars(whole).items()}
 
 
+@pytest.mark.slow
 def test_tensorboard_forgets_what_a_resumed_run_does_again(lab, tmp_path, monkeypatch):
     """Killed at step 7, resumed at 4: step 5, which is logged no more, is gone."""
     workdir = tmp_path / 'run'
