@@ -180,14 +180,14 @@ def measure(size: str, flags: Any) -> dict[str, Any]:
         bandwidth = copy_bandwidth(1 / 128 if flags.tiny else 1)
         decoded = decode(cfg, rows=flags.decode_batch, tokens=tokens, rounds=flags.rounds, bandwidth=bandwidth)
         per_token = flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
-        peak = flops.peak(device)
+        ceiling = flops.ceiling()
     bar = None if flags.tiny else SIZES[size][2]
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
     return {
         'benchmark': 'h100', 'size': 'tiny' if flags.tiny else size,
         'parameters': sum(x.size for x in jax.tree.leaves(shapes)),
         'tokens_per_s': rate, 'bar_tokens_per_s': bar, 'ratio': rate / bar if bar else None,
-        'mfu': rate * per_token / peak, 'memory_bytes': memory, 'microbatch': microbatch, 'tried': tried,
+        'mfu': ceiling.mfu(rate * per_token), 'memory_bytes': memory, 'microbatch': microbatch, 'tried': tried,
         'batch': [config.batch_size, config.seq_len], 'segments': flags.segments, 'decode': decoded,
         'attention': choice.name, 'attention_why': choice.why, 'remat': cfg.remat, 'scan': cfg.scan, 'dtype': cfg.dtype,
         'device': device.device_kind, 'jax': jax.__version__, 'xla_flags': os.environ.get('XLA_FLAGS', ''),
