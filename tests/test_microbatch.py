@@ -152,12 +152,15 @@ def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
 
 
 @pytest.mark.slow
-def test_a_small_memory_takes_a_small_microbatch_and_a_resumed_run_keeps_it(lab, tmp_path, accelerator):
+def test_a_small_memory_takes_a_small_microbatch_and_a_resumed_run_keeps_it(lab, tmp_path, accelerator, monkeypatch):
     """What comes out does not depend on it, beyond rounding."""
     accelerator(2**30)
     lab.train(tmp_path / 'large', steps=4, batch_size=16)
     assert 'microbatch 16 (the whole batch)' in (tmp_path / 'large' / 'log.txt').read_text()
-    accelerator(1)
+    taken, real = [], microbatch.step_bytes
+    monkeypatch.setattr(microbatch, 'step_bytes', lambda compiled: taken.append(real(compiled)) or taken[-1])
+    lab.train(None, '--dry_run', steps=4, batch_size=16, microbatch=8)
+    accelerator(max(taken) + 1)
     small = tmp_path / 'small'
     lab.train(small, steps=4, batch_size=16)
     accelerator(2**30)
