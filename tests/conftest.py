@@ -75,10 +75,19 @@ def compiled_once():
     from lm.stages import wiring
 
     real, known = wiring.compile_step, {}
-    apart = ('log', 'eval', 'checkpoint', 'init_from', 'branch_from', 'data')
+    apart = (
+        'log.',
+        'eval.',
+        'checkpoint.',
+        'init_from',
+        'branch_from',
+        'data.mixture',
+        'data.pretraining',
+        'data.tokenizer',
+    )
 
     def compile_step(stage, config, cfg, data, optimizer, rate, abstract, microbatch):
-        settings = [(k, v) for k, v in leaves(config) if k.partition('.')[0] not in apart]
+        settings = [(k, v) for k, v in leaves(config) if not k.startswith(apart)]
         shapes = jax.tree.leaves((abstract, stage.batch(wiring.setup.with_microbatch(config, microbatch), data)))
         key = str((config.stage, settings, cfg, shapes, [x.sharding for x in shapes], microbatch))
         if key not in known:
