@@ -30,7 +30,7 @@ BUCKET_SECONDS = (
 
 
 def is_bucket(path: epath.PathLike) -> bool:
-    """Whether a path is one of a store of objects and not of files."""
+    """Tells whether a path is one of a store of objects and not of files."""
     return '://' in os.fspath(path)
 
 
@@ -63,7 +63,8 @@ def reason(error: Exception) -> str:
     """The reason why something was not written; of a full disk, what to do as well."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f'the disk is full, {error.strerror}; free space, then run the same command again'
-    return getattr(error, 'strerror', None) or ' '.join(str(error).split())[:160] or type(error).__name__
+    said = error.strerror if isinstance(error, OSError) else None  # that of a bucket is no OSError
+    return said or ' '.join(str(error).split())[:160] or type(error).__name__
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:

@@ -139,7 +139,7 @@ say = _screen.say
 
 
 def on_terminal() -> bool:
-    """Whether the bars are seen."""
+    """Tells whether the bars are seen."""
     return _screen.console.is_terminal
 
 

@@ -71,7 +71,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing: null, or an empty text, list or object."""
+    """Tells whether a field says nothing: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | Mapping | Sequence) and not len(value))
 
 

@@ -263,7 +263,7 @@ def _read(
 
 
 def _accepts(form: Form, record: Any, tokenizer: Tokenizer, counts: Counts, strict: bool) -> bool:
-    """Whether a record can be written; counts it, and names it, if it cannot.
+    """Tells whether a record can be written; counts it, and names it, if it cannot.
 
     Raises UsageError for one that cannot if `strict`.
     """

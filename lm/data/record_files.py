@@ -54,7 +54,7 @@ def plain_name(path: str) -> str:
 
 
 def is_named_text(path: str) -> bool:
-    """Whether a file is text by its name, whatever it looks like."""
+    """Tells whether a file is text by its name, whatever it looks like."""
     return plain_name(path).endswith(('.txt', '.md'))
 
 

@@ -84,7 +84,7 @@ def _parse_part(part: str) -> tuple[str, float | None]:
 
 
 def has_default(mixture: str) -> bool:
-    """Whether a default source is in a mixture."""
+    """Tells whether a default source is in a mixture."""
     return any(name in names for name, _ in parse_mixture(mixture) for names in DEFAULTS.values())
 
 

@@ -136,7 +136,7 @@ def _edges(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str,
 
 
 def _adds_bos(spec: dict[str, Any], saved: Mapping[str, bytes], names: Mapping[str, str]) -> bool:
-    """Whether a text begins with <bos>: as the configuration says, else as the part of a tokenizer.json that puts
+    """Tells whether a text begins with <bos>: as the configuration says, else as the part of a tokenizer.json that puts
     symbols around a text does. Never with what only stands in for a <bos> that there is none of."""
     config = _parse(saved.get(CONFIG_FILE, b'{}'), CONFIG_FILE)
     puts = names['bos'] in first_symbols(spec)
@@ -227,7 +227,7 @@ def _make_plain(spec: dict[str, Any]) -> None:
 
 
 def _prepends(node: Mapping[str, Any]) -> bool:
-    """Whether a part of a normalizer puts a space before a text."""
+    """Tells whether a part of a normalizer puts a space before a text."""
     return node['type'] == 'Prepend' and node['prepend'] in (' ', SPACE)
 
 

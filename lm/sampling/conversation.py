@@ -60,7 +60,7 @@ class Ahead:
         done.set()
 
     def ready(self, slots: int, seconds: float | None = None) -> bool:
-        """Whether they are there, within so many seconds."""
+        """Tells whether they are there, within so many seconds."""
         return self._found[slots][0].wait(seconds)
 
     def programs(self, slots: int) -> tuple[int, Programs]:

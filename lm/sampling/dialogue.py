@@ -29,7 +29,7 @@ Limits = Mapping[str, tuple[Callable[[float], bool], str]]
 
 
 class Stop:
-    """Whether the answer is to stop: the first Ctrl-C asks for it, the second leaves."""
+    """Tells whether the answer is to stop: the first Ctrl-C asks for it, the second leaves."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -190,7 +190,7 @@ def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> 
 
 
 def _is_done(stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, recorder: Recorder) -> bool:
-    """Whether the run's last checkpoint holds, so that there is nothing left to do, and that is said."""
+    """Tells whether the run's last checkpoint holds, so that there is nothing left to do, and that is said."""
     wanted = saved(abstract_state(stage, config, cfg, setup.make_optimizer(config)[0]))
     try:
         checkpoint.read(workdir / 'checkpoints' / str(config.steps), wanted)
