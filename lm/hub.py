@@ -94,9 +94,15 @@ class Hub:
         self._listener.close()
 
     def _serve(self, line: Line) -> None:
+        try:
+            self._listen_to(line)
+        finally:
+            line.close()
+
+    def _listen_to(self, line: Line) -> None:
         hello = line.receive()
         if hello is None or hello.get('lm') != 'hello':  # somebody else's, e.g. a scan of ports
-            return line.close()
+            return
         index = hello['index']
         with self._lock:
             if not self._welcome(index, hello, line):
@@ -105,7 +111,7 @@ class Hub:
             with self._lock:
                 self._handle(index, **message)
             if message['lm'] == 'bye':
-                return line.close()
+                return
         with self._lock:
             self._lost(index, None, RunError.status)
 

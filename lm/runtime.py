@@ -44,13 +44,19 @@ def _tell_malloc(options: Mapping[int, int]) -> None:
 
 
 def start_jax() -> None:
-    """Has JAX find its devices. Raises UsageError if this machine lacks the platform that JAX_PLATFORMS names."""
+    """Has JAX find its devices. Raises UsageError if this machine lacks the platform that JAX_PLATFORMS names.
+
+    Several CPU devices compile anew each time: in a program that comes out of the cache (jaxlib 0.10.2) they no longer
+    agree on the order of two collectives of which neither needs the other, and wait for each other forever.
+    """
     try:
         with progress.task('looking for devices'):
             jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where no package knows the platform
         asked, reason = jax.config.values['jax_platforms'], str(error).partition(' (set JAX')[0] or 'not installed'
         raise UsageError(f'JAX_PLATFORMS={asked} cannot be had here ({reason}): correct or unset it') from error
+    if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+        jax.config.update('jax_enable_compilation_cache', False)
 
 
 def compute_dtype(asked: str | None) -> str:

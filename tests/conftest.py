@@ -11,7 +11,7 @@ from pathlib import Path
 COMPILE_FAST = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + f' {COMPILE_FAST} --xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# One cache of programs for all workers, for the processes that tests start, and for the next time.
+# One cache of programs for the processes that tests start on one device, and for the next time.
 XLA_CACHE = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'tests-xla'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(XLA_CACHE)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
@@ -26,6 +26,7 @@ from lm.model.transformer import ModelConfig  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_enable_compilation_cache', False)  # several devices have none: `runtime.start_jax`
 gc.set_threshold(200_000, 20, 50)  # JAX's caches are no garbage, and looking for some in them cost a twelfth
 
 # The meshes that every layout-dependent property is tried on, by the sizes of their axes.

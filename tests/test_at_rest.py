@@ -88,9 +88,7 @@ def test_a_damaged_checkpoint_is_passed_by_and_told(make, tmp_path):
             writer.save(2, {'trainable': jax.tree.map(lambda x: x + 1, params)})
     folder = tmp_path / 'run' / 'checkpoints' / '2' / 'state'
     data = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(bytes(content))
+    data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))
     opened = at_rest.open_run(str(tmp_path / 'run'))
     np.testing.assert_array_equal(opened.leaves['final_norm_D'].read(0), params['final_norm_D'])
     (note,) = opened.notes

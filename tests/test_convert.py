@@ -61,7 +61,9 @@ def test_a_run_opens_as_it_loads(dialogues):
         np.testing.assert_array_equal(found, x[cut])
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize(
+    'dtype', ['bfloat16', *(pytest.param(t, marks=pytest.mark.slow) for t in ('float32', 'float16'))]
+)
 def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dtype):
     source = at_rest.open_run(str(dialogues.run('sft')))
     cast = lambda leaf: Leaf(leaf.shape, np.dtype(dtype), leaf.layers, lambda i: leaf.read(i).astype(dtype))
@@ -124,7 +126,7 @@ def test_from_a_run_to_a_gguf_file_and_back(call, dialogues):
     same(at_rest.open_run(str(dialogues.run('sft'))), at_rest.open_run('again'))
 
 
-@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'reward'])
+@pytest.mark.parametrize('stage', ['reward', *(pytest.param(s, marks=pytest.mark.slow) for s in ('pretrain', 'sft'))])
 def test_a_run_out_and_back_is_the_same_run(call, dialogues, stage):
     """Its stage, its weights bit for bit, and the scale of its scores."""
     run = str(dialogues.run(stage))

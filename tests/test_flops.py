@@ -94,7 +94,8 @@ def test_the_ceiling_of_a_cpu_is_the_best_that_was_seen(monkeypatch):
     assert not found and flops.Ceiling(100.0).mfu(150.0) == 1.5  # of a data sheet that is wrong one should hear
 
 
-@pytest.mark.parametrize('log_every', [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('log_every', [4, 1])
 def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(lab, tmp_path, log_every):
     workdir, settings = tmp_path / 'run', {'log__every': log_every, 'checkpoint__every': 3, 'eval__every': 6}
     lab.train(workdir, steps=3, optim__schedule='constant', **settings)

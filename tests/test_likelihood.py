@@ -66,7 +66,7 @@ def expected(cfg):
         return requests, [directly(params, cfg, r) for r in requests]
 
 
-@pytest.mark.parametrize('mesh', ['fsdp8', 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize('mesh', [pytest.param('fsdp8', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
 def test_log_likelihoods_are_those_of_the_head(mesh, tiny, monkeypatch):
     monkeypatch.setattr(likelihood, 'TOKENS_A_DEVICE', 16)  # several batches
     cfg = dataclasses.replace(tiny, layers=1)

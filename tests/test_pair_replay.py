@@ -88,14 +88,10 @@ def test_pairs_and_text_do_not_see_each_other_in_the_loss(tmp_path, tiny, one_de
 
 @pytest.mark.slow
 def test_replay_forgets_less(dialogues, tmp_path):
-    """On one device, at a rate that forgets; the pairs a step stay as many."""
+    """Through the command, at a rate that forgets; the pairs a step stay as many."""
     options = {'steps': 8, 'eval__every': 8, 'optim__lr': 0.02, 'nll': 1.0}
-    go = 'import os, sys\nfrom lm import main\nos.chdir(sys.argv.pop())\nmain.train(sys.argv[1:])'
-    for name, more in (('without', {}), ('with', {'data__replay': 0.5})):
-        settings, folder = dialogues.settings('dpo', **options, **more), str(dialogues.lab.folder)
-        run = dialogues.lab.start(tmp_path / name, folder, devices=1, code=go, **settings)
-        _, err = run.communicate(timeout=240)
-        assert run.returncode == 0, err
+    dialogues.train('dpo', tmp_path / 'without', **options)
+    dialogues.train('dpo', tmp_path / 'with', data__replay=0.5, **options)
     without, beside = (measured(tmp_path / name) for name in ('without', 'with'))
     assert beside[8, 'eval/bpb'] < without[8, 'eval/bpb'] - 0.1
     assert beside[8, 'train/replay'] < beside[1, 'train/replay'] and (1, 'train/replay') not in without

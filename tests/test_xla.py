@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from lm import xla
+from lm import runtime, xla
 
 
 @pytest.fixture
@@ -69,3 +69,15 @@ def test_xla_knows_the_flags():
         env = {**os.environ, 'XLA_FLAGS': flags + more, 'JAX_PLATFORMS': 'cpu'}
         done = subprocess.run([sys.executable, '-c', 'import jax; jax.devices()'], env=env, capture_output=True)
         assert (done.returncode == 0) == ends_well
+
+
+@pytest.mark.parametrize(('devices', 'cached'), [(1, True), (8, False)])
+def test_programs_for_several_cpu_devices_do_not_come_out_of_the_cache(monkeypatch, devices, cached):
+    monkeypatch.setattr(jax, 'device_count', lambda: devices)
+    before = jax.config.values['jax_enable_compilation_cache']
+    try:
+        jax.config.update('jax_enable_compilation_cache', True)
+        runtime.start_jax()
+        assert jax.config.values['jax_enable_compilation_cache'] == cached
+    finally:
+        jax.config.update('jax_enable_compilation_cache', before)
