@@ -89,6 +89,13 @@ def test_metrics(whole):
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
 
 
+def test_an_evaluation_without_prompts_has_no_samples(tmp_path):
+    """Of a few single answers none that is held out need be a good one."""
+    recorder = hooks(tmp_path / 'run').recorder
+    recorder.samples([])
+    assert not (tmp_path / 'run' / 'samples.jsonl').exists()
+
+
 def test_samples(whole):
     records = lines(whole, 'samples.jsonl')
     assert [r['step'] for r in records] == [6, 6, 12, 12]

@@ -129,7 +129,7 @@ class Recorder:
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl and the same as texts in TensorBoard, each record one with its prompt."""
-        if self.workdir is None:
+        if self.workdir is None or not records:
             return
         for record in records:
             self._grow('samples.jsonl', json.dumps(record, ensure_ascii=False))
