@@ -12,7 +12,7 @@ from lm import sharding
 from lm.model import transformer
 from lm.model.transformer import ModelConfig
 from lm.sampling import generate as module
-from lm.sampling.generate import Sampling, generate, sample, stream
+from lm.sampling.generate import GREEDY, Sampling, generate, sample, stream
 
 CFG = ModelConfig(
     vocab_size=60, vocab_multiple=64, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=32, scan=True
@@ -185,6 +185,33 @@ def test_a_seed_is_a_text():
     assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
     same_twice = draw([prompts[0]] * 4, temperature=1.0)
     assert len({tuple(g.ids) for g in same_twice}) == 4, 'equal prompts draw their own texts'
+
+
+@pytest.mark.parametrize('penalty', [1.7, 0.6])
+def test_what_was_there_already_is_less_likely(penalty):
+    """transformers' repetition_penalty, step by step: positive logits of seen tokens divided, negative multiplied."""
+    (prompt,), params = prompts_of(7, seed=3), params_of(CFG)
+    text = list(prompt)
+    while len(text) < 19:
+        x_V = np.array(full_logits(params, CFG, np.array([text + [0] * (19 - len(text))]))[0, len(text) - 1])
+        seen = sorted(set(text))
+        x_V[seen] = np.where(x_V[seen] > 0, x_V[seen] / penalty, x_V[seen] * penalty)
+        text.append(int(np.argmax(x_V)))
+    sampling = Sampling(repetition_penalty=penalty)
+    (got,) = generate(params, CFG, [prompt], max_new_tokens=12, stop_ids=[99], sampling=sampling)
+    assert got.ids == text[7:] != greedy_by_forward(CFG, tuple(prompt), 12)
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(1.3, repetition_penalty=1.2), Sampling(1.3, 9, 0.8)])
+def test_a_seed_is_the_same_text_from_programs_compiled_ahead(sampling, one_device):
+    """Those have a cache of another size, room for more stop ids, and take any sampling."""
+    (prompt,) = prompts_of(70)
+    options = {'max_new_tokens': 20, 'stop_ids': [STOP], 'sampling': sampling, 'seed': 5}
+    (expected,) = generate(params_of(CFG), CFG, [prompt], **options)
+    slots = module.fixed_slots(len(prompt), 20, context=256)
+    params = module.lay_out(params_of(CFG), CFG)
+    *_, (got,) = stream(params, CFG, [prompt], programs=(slots, module.compiled(params, CFG, slots=slots)), **options)
+    assert got == expected and len(got.ids) > 1
 
 
 def test_greedy_is_the_limit_of_every_knob():
