@@ -39,6 +39,8 @@ SETTINGS = {
 
 WORDS = ['the', 'a', 'bucket', 'table', 'queue', 'returns', 'deletes', 'name', 'list', 'of', 'role', 'hello', 'music']
 
+DEVICES = '--xla_force_host_platform_device_count=1'  # where no test has asked for more
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -73,7 +75,7 @@ class Lab:
         command = [sys.executable, *(['-m', 'lm.main'] if code is None else ['-c', code])]
         env = {
             **os.environ, 'JAX_PLATFORMS': 'cpu',
-            'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ['XLA_FLAGS']),
+            'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ.get('XLA_FLAGS', DEVICES)),
             # As in conftest.py, so that both compute the same.
             'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         }  # fmt: skip
