@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,9 +312,11 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     saved = read_config(run)
     cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
     abstract = abstract_scored(cfg) if is_scored(saved['config']) else abstract_params(cfg)
-    step, params = weights(run, abstract, warn=warn)
+    with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
+        reading = beside.submit(Tokenizer.load, tokenizer_folder(run))
+        step, params = weights(run, abstract, warn=warn)
     try:
-        tokenizer = Tokenizer.load(tokenizer_folder(run))
+        tokenizer = reading.result()
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
     if saved.get('tokenizer') not in (None, tokenizer.fingerprint):
