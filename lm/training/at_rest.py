@@ -284,7 +284,7 @@ def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[i
     kind = 'bfloat16' if dtype.name == 'bfloat16' else dtype.newbyteorder('<').str
     metadata = {
         'shape': list(shape), 'chunks': list(chunk), 'dtype': kind, 'fill_value': None, 'order': 'C', 'filters': None,
-        'compressor': {'id': 'zstd', 'level': 1}, 'dimension_separator': '.',
+        'compressor': None, 'dimension_separator': '.',
     }  # fmt: skip
     spec = {
         'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'},
