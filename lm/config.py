@@ -36,7 +36,7 @@ ELSEWHERE = {
     **dict.fromkeys(('beta1', 'adam_beta1'), 'optim.b1'),
     **dict.fromkeys(('beta2', 'adam_beta2'), 'optim.b2'),
     **dict.fromkeys(('max_steps', 'max_iters', 'num_steps', 'train_steps', 'total_steps', 'num_iterations'), 'steps'),
-    **dict.fromkeys(('global_batch_size', 'train_batch_size'), 'batch_size'),
+    **dict.fromkeys(('batch', 'global_batch_size', 'train_batch_size'), 'batch_size'),
     **dict.fromkeys(
         ('per_device_train_batch_size', 'per_device_batch_size', 'micro_batch_size', 'gradient_accumulation_steps'),
         'microbatch',
@@ -334,7 +334,8 @@ def check(config: Config) -> None:
             'z_loss optim.weight_decay margin nll centring margins lambda_d lambda_u',
         ),
         'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
-        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum data.replay'),
+        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum'),
+        'from 0 to 0.9': (lambda x: 0 <= x <= 0.9, 'data.replay'),
         'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout optim.ema'),
         f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
     }

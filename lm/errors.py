@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -57,6 +58,14 @@ def checked(text: str, what: str) -> str:
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
+    try:
+        return _run(command)
+    except Exception:  # a fault of ours: the interpreter's own end may crash, see `leave`
+        traceback.print_exc()
+        return 1
+
+
+def _run(command: Callable[[], None]) -> int:
     try:
         with interrupts.heard():
             command()

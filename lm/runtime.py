@@ -91,7 +91,9 @@ class StopRequest:
         if not self.patient:
             return Preempted(f'stopped by {name} before the first step: run the same command again to go on')
         if not again:
-            interrupts.say(f'{name}: saves after this step and leaves; Ctrl-C now leaves at once, without saving')
+            interrupts.say(
+                f'{name}: saves after the steps under way and leaves; Ctrl-C now leaves at once, without saving'
+            )
         return None
 
 

@@ -130,7 +130,8 @@ def test_a_setting_without_a_value_is_refused():
         'steps=3e9', 'batch_size=2147483648', 'model.vocab_size=1e12', 'eval.rows=1e10', 'eval.max_new_tokens=1e7',
         'optim.warmup=1e10', 'log.profile=1e10', 'model.rope_theta=0.5', 'model.rope_theta=inf', 'z_loss=inf',
         'optim.lr=1e39', 'optim.clip=inf', 'optim.eps=nan', 'model.attn_softcap=inf',
-        'optim.max_skips=-1', 'z_loss=-1', 'data.heldout=0', 'data.heldout=1', 'seed=-1', 'seed=4294967296',
+        'optim.max_skips=-1', 'z_loss=-1', 'data.replay=0.95', 'data.heldout=0', 'data.heldout=1',
+        'seed=-1', 'seed=4294967296',
     ],
 )  # fmt: skip
 def test_a_value_that_no_run_can_have_is_refused(text):

@@ -272,6 +272,8 @@ def test_a_bad_prompt_is_one_line_with_its_place(tmp_path, line, says):
     path = tmp_path / 'p.jsonl'
     path.write_bytes(_GOOD)
     assert load_prompts(path)[0].text == 'one\u2028line'
+    path.write_bytes(b'\xef\xbb\xbf' + _GOOD)
+    assert load_prompts(path)[0].id == 'a', 'with a byte order mark'
     path.write_bytes(_GOOD + line)
     with pytest.raises(UsageError, match=f'p.jsonl:3.*{says}') as e:
         load_prompts(path)

@@ -11,7 +11,7 @@ import pytest
 from running import ROOT
 
 from lm import interrupts, runtime
-from lm.errors import Preempted, RunError
+from lm.errors import Preempted, RunError, run_command
 from lm.interrupts import Interrupted
 
 COMMANDS = ('main', 'chat', 'evaluate', 'convert', 'inspect')
@@ -89,7 +89,7 @@ def test_training_says_at_once_that_it_saves(capfd):
         request.patient = True
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0)
-        assert request and 'SIGINT: saves after this step and leaves' in capfd.readouterr().err
+        assert request and 'SIGINT: saves after the steps under way and leaves' in capfd.readouterr().err
         with pytest.raises(Interrupted, match='since the last checkpoint is lost') as second:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -110,3 +110,9 @@ def test_it_hears_again_where_it_was_heard_before():
         time.sleep(1)
         pytest.fail('went on')
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_fault_of_ours_is_a_traceback_and_status_1(capsys):
+    """Not Python's own end, which crashes where threads of XLA's are at work."""
+    assert run_command(lambda: {}['no such key']) == 1
+    assert "KeyError: 'no such key'" in capsys.readouterr().err

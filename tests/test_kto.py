@@ -110,3 +110,12 @@ def test_a_run_of_single_answers_is_trained_and_measured(dialogues, tmp_path, ca
     said = (tmp_path / 'run' / 'log.txt').read_text()
     assert 'kto: ' in said and 'its authors advise 1 to 1.33, as with lambda_u=' in said
     assert json.loads((tmp_path / 'run' / 'config.json').read_text())['config']['lambda_d'] == 1.5
+
+
+@pytest.mark.slow
+def test_of_what_no_answer_is_nothing_is_measured(dialogues, tmp_path):
+    rows = [{'prompt': f'Say {i}.', 'completion': 'no', 'label': False} for i in range(40)]
+    options = {'loss': 'kto', 'data__mixture': str(write(tmp_path / 'k.jsonl', rows)), 'steps': 2, 'eval__every': 2}
+    found = dialogues.train('dpo', tmp_path / 'run', init_from=str(dialogues.run('pretrain')), **options)
+    assert 'train/reward_rejected' in found and 'train/logp_rejected' in found
+    assert not {'train/reward_chosen', 'train/logp_chosen', 'train/chosen_nll'} & found.keys()

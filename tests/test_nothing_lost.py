@@ -46,6 +46,15 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(lab, copy, gone, ste
     assert files_of(copy) == before
 
 
+def test_nor_is_one_that_lost_its_status_too(lab, copy):
+    shutil.rmtree(copy / 'checkpoints')
+    (copy / 'status.json').unlink()
+    before = files_of(copy)
+    with pytest.raises(UsageError, match='has metrics.jsonl of steps that were taken, and no status.json'):
+        lab.train(copy, steps=8)
+    assert files_of(copy) == before
+
+
 def test_nor_is_one_that_was_stopped_after_a_checkpoint(lab, tmp_path, monkeypatch):
     workdir, save = tmp_path / 'run', checkpoint.Writer.save
     killed = lambda self, step, tree, **meta: save(self, step, tree, **meta) if step < 8 else [].pop()

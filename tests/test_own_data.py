@@ -122,6 +122,17 @@ def test_a_text_that_is_too_short_to_be_cut(lab, refusal, tmp_path):
     assert 'too short to hold out its end' in said and not (tmp_path / 'run').exists()
 
 
+def test_one_text_said_many_times_is_told_of(lab, refusal, tmp_path):
+    jsonl(tmp_path / 'same.jsonl', *[{'text': 'a few words'}] * 50)
+    said = refusal(lab.argv(tmp_path / 'run', data__mixture=tmp_path / 'same.jsonl'))
+    assert 'too short to hold out its end (49 of 50 read were duplicates): add more' in said
+
+
+def test_a_text_that_is_null_is_told_of(lab, refusal, tmp_path):
+    own = jsonl(tmp_path / 'null.jsonl', *[{'text': None, 'id': i} for i in range(8)])
+    assert 'null.jsonl:1: text is null' in refusal(lab.argv(tmp_path / 'run', data__mixture=own))
+
+
 # ---- a folder ----
 
 

@@ -333,7 +333,7 @@ def test_sigterm_to_one_stops_both_at_the_same_step(lab, tmp_path, who):
     saved = f'lm: saved at step {step} after SIGTERM to process {who}: run the same command again to go on'
     at_once, *rest = (told_0, told_1)[who]
     assert code_0 == code_1 == 75 and rest == (told_1, told_0)[who] == [saved]
-    assert at_once.startswith('lm: SIGTERM: saves after this step and leaves')
+    assert at_once.startswith('lm: SIGTERM: saves after the steps under way and leaves')
     assert status(workdir)['state'] == 'preempted' and lines(workdir)[-1]['step'] == step
 
 

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lm import sharding
 from lm.errors import UsageError
-from lm.losses.objective import normalised
+from lm.losses.objective import measured, normalised
 from lm.model import transformer
 from lm.stages.pretrain import make_loss
 from lm.training import flops
@@ -97,8 +97,9 @@ def test_the_objective_is_what_it_says():
 def test_a_batch_in_which_nothing_counts_changes_nothing():
     state, metrics = run(toy_loss(), toy_batch(range(8)), microbatches=2)
     np.testing.assert_array_equal(state.trainable['w_D'], [1, 2, 3])
-    assert metrics['loss'] == metrics['fit'] == metrics['grad_norm'] == metrics['skipped'] == 0
+    assert metrics['loss'] == metrics['grad_norm'] == metrics['skipped'] == 0 and np.isnan(metrics['fit'])
     assert jax.grad(lambda x: normalised(x, x * 0))(1.0) == 0
+    assert np.isnan(measured(jnp.zeros(()), jnp.zeros(()))) and measured(jnp.ones(()), jnp.full((), 4.0)) == 0.25
 
 
 def test_each_microbatch_and_each_step_has_a_key_of_its_own():

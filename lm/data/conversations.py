@@ -176,6 +176,8 @@ def belongs(kind: Kind) -> str:
 
 def without_text(fields: Mapping[str, Any], column: str) -> str:
     """A sentence on a record that has no text in a column."""
+    if column in fields:
+        return f'{column} is null'
     kind = kind_of(key for key, value in fields.items() if value is not None)
     return f'has no {column}, but {_names(fields)}{belongs(kind) if kind else "; name one as in FILE#FIELD"}'
 

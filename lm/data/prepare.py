@@ -257,7 +257,8 @@ def _read(
     elif total == 1:
         one = 'document' if source.kind == 'text' else 'record'
         raise UsageError(
-            f'data source {split.name!r} has one {one}, and training and held-out data need one each: add more'
+            f'data source {split.name!r} has one {one}{_told_of_duplicates(split)}, and training and held-out data '
+            'need one each: add more'
         )
     return split
 
@@ -291,6 +292,12 @@ def _no_documents(split: _Split) -> str:
     return f'data source {split.name!r} has no documents ({why}): {todo}'
 
 
+def _told_of_duplicates(split: _Split) -> str:
+    """The middle of a sentence on a source with too little: how much of it was there twice."""
+    twice = split.counts.dropped.get('duplicate', 0)
+    return f' ({twice} of {split.counts.read} read were duplicates)' if twice else ''
+
+
 def _fill_empty_part(split: _Split) -> None:
     """Gives a part without documents the one nearest to it, the first that another share would have put there."""
     for empty, full, nearest in ((split.heldout, split.train, min), (split.train, split.heldout, max)):
@@ -316,8 +323,8 @@ def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
     parts = cut_tail(data, wanted)
     if parts is None:
         raise UsageError(
-            f'data source {split.name!r}: the longest text has {len(data)} bytes, too short to hold out its end: add '
-            'more'
+            f'data source {split.name!r}: the longest text has {len(data)} bytes, too short to hold out its end'
+            f'{_told_of_duplicates(split)}: add more'
         )
     for part_spool, part in zip((split.train, split.heldout), parts, strict=True):
         part_spool.add(part, digest(part))

@@ -55,7 +55,7 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
 
 def _parse(place: str, line: bytes) -> Prompt:
     try:
-        fields = json.loads(line.decode('utf-8'))
+        fields = json.loads(line.decode('utf-8-sig'))
         if set(fields) != {'id', 'kind', 'text'}:
             raise ValueError
         prompt = Prompt(**fields)

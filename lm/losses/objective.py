@@ -18,3 +18,8 @@ def objective(sums: Mapping[str, jax.Array], weights: Mapping[str, jax.Array], c
 def normalised(total: jax.Array, weight: jax.Array) -> jax.Array:
     """total/weight, and 0 where the weight is 0."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def measured(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total/weight, and NaN where the weight is 0: the batch has nothing to measure."""
+    return jnp.where(weight > 0, normalised(total, weight), jnp.nan)

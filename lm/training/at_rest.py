@@ -73,6 +73,10 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
             tokenizer.pop(TEMPLATE_FILE, None)
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
+    try:
+        tokenizer_files.checked(tokenizer)
+    except UsageError as error:
+        raise UsageError(f'{folder}: {error}') from error
     found = Opened(run, model, leaves, tokenizer, scored=scored, scale=scale, notes=tuple(notes))
     _expected(found, ModelConfig(**model))
     return found

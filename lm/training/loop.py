@@ -1,5 +1,6 @@
 """The one training loop of all stages."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,7 +132,8 @@ class Meter:
         rate, batches_per_s = self._tokens / seconds, self._batches / seconds
         mfu = hooks.ceiling.mfu(hooks.cost.of(self._tokens, self._targets) / seconds)
         self._start_anew()
-        line = {f'train/{k}': v for k, v in values.items()}
+        told = values if values['skipped'] else {k: v for k, v in values.items() if not math.isnan(v)}
+        line = {f'train/{k}': v for k, v in told.items()}  # without what this batch has none of
         perf = {'perf/tokens_per_s': rate, 'perf/mfu': mfu, 'perf/goodput': hooks.ledger.goodput}
         hooks.recorder.metrics(step, line | perf)
         left = (hooks.batches(steps) - hooks.batches(step)) / batches_per_s

@@ -183,10 +183,14 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
 def _check_nothing_lost(workdir: epath.Path) -> None:
     """Raises UsageError if a run without checkpoints had one: to begin again would cut its metrics and samples."""
     status = read_status(workdir)
-    done = status.get('state') == 'done'
-    if not done and status.get('saved') is None:
+    if status.get('state') == 'done':
+        had = f'is done, with {status["step"]} steps'
+    elif status.get('saved') is not None:
+        had = f'was saved at step {status["saved"]}'
+    elif not status and (workdir / 'metrics.jsonl').exists():
+        had = 'has metrics.jsonl of steps that were taken, and no status.json'
+    else:
         return
-    had = f'is done, with {status["step"]} steps' if done else f'was saved at step {status["saved"]}'
     raise UsageError(
         f'{workdir} {had}, and its checkpoints are gone: bring {workdir / "checkpoints"} back, name another --workdir, '
         f'or delete {workdir} to begin again'

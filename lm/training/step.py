@@ -13,7 +13,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.losses.objective import normalised, objective
+from lm.losses.objective import measured, objective
 from lm.training import optimizer as optim
 
 Batch = Mapping[str, jax.Array]
@@ -115,7 +115,7 @@ def make_step(
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
             average = None if ema is None else averaged(state.ema, trainable, state.step, decay=ema)
-        metrics = {name: normalised(total, weights[name]) for name, total in sums.items()}
+        metrics = {name: measured(total, weights[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
         metrics |= {} if rate is None else {'lr': jnp.asarray(rate(state.step))}
         return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt, ema=average), metrics
