@@ -36,7 +36,7 @@ ELSEWHERE = {
     **dict.fromkeys(('beta1', 'adam_beta1'), 'optim.b1'),
     **dict.fromkeys(('beta2', 'adam_beta2'), 'optim.b2'),
     **dict.fromkeys(('max_steps', 'max_iters', 'num_steps', 'train_steps', 'total_steps', 'num_iterations'), 'steps'),
-    **dict.fromkeys(('batch', 'global_batch_size', 'train_batch_size'), 'batch_size'),
+    **dict.fromkeys(('batch', 'bsz', 'global_batch_size', 'train_batch_size'), 'batch_size'),
     **dict.fromkeys(
         ('per_device_train_batch_size', 'per_device_batch_size', 'micro_batch_size', 'gradient_accumulation_steps'),
         'microbatch',
@@ -45,7 +45,7 @@ ELSEWHERE = {
         ('max_length', 'max_seq_length', 'max_seq_len', 'sequence_length', 'context_length', 'block_size'), 'seq_len'
     ),
     **dict.fromkeys(('gradient_checkpointing', 'activation_checkpointing'), 'remat'),
-    **dict.fromkeys(('dataset', 'datasets', 'dataset_name', 'data_path', 'train_file'), 'data.mixture'),
+    **dict.fromkeys(('data', 'dataset', 'datasets', 'dataset_name', 'data_path', 'train_file'), 'data.mixture'),
     **dict.fromkeys(('model_name', 'model_name_or_path', 'init_checkpoint', 'pretrained'), 'init_from'),
     **dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'emb_dim', 'width'), 'model.dim'),
     **dict.fromkeys(('n_layer', 'n_layers', 'num_layers', 'num_hidden_layers', 'depth'), 'model.layers'),

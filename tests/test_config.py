@@ -95,6 +95,8 @@ def test_a_wrong_type_is_refused(text, wanted):
     [
         ('optim.learning_rate', 'optim'),
         ('lr', 'optim.lr'),
+        ('data', 'data.mixture'),
+        ('batch', 'batch_size'),
         ('batchsize', 'batch_size'),
         ('model.head', 'model.heads'),
         ('optm.lr', 'optim.lr'),

@@ -210,7 +210,9 @@ def test_a_seed_is_the_same_text_from_programs_compiled_ahead(sampling, one_devi
     (expected,) = generate(params_of(CFG), CFG, [prompt], **options)
     slots = module.fixed_slots(len(prompt), 20, context=256)
     params = module.lay_out(params_of(CFG), CFG)
-    *_, (got,) = stream(params, CFG, [prompt], programs=(slots, module.compiled(params, CFG, slots=slots)), **options)
+    *_, (got,) = stream(
+        params, CFG, [prompt], programs=(slots, module.Programs(*module.compiled(params, CFG, slots=slots))), **options
+    )
     assert got == expected and len(got.ids) > 1
 
 

@@ -361,7 +361,7 @@ BAD = [
     ('reward', {'centring': -1}, 'centring=-1.0 must be at least 0 and finite'),
     ('reward', {'data__replay': 0.5}, 'data.replay=0.5: a reward model writes no text to forget, set it to 0'),
     ('reward', {'optim__batch_warmup': 2, 'batch_size': 16, 'microbatch': 8}, 'a batch of pairs does not grow'),
-    ('sft', {'data__replay': 1.0}, 'data.replay=1.0 must be from 0 to below 1'),
+    ('sft', {'data__replay': 1.0}, 'data.replay=1.0 must be from 0 to 0.9'),
 ]
 
 

@@ -102,7 +102,7 @@ class _Notes:
     unused: set[str] = field(default_factory=set)
 
 
-_PROBLEMS = {'malformed': 'is no JSON object', 'not_utf8': 'is not UTF-8'}
+PROBLEMS = {'malformed': 'is no JSON object', 'not_utf8': 'is not UTF-8'}
 
 
 def read_rows(
@@ -116,7 +116,7 @@ def read_rows(
         counts.read += 1
         try:
             if row.problem:
-                raise Malformed(row.problem, _PROBLEMS[row.problem])
+                raise Malformed(row.problem, PROBLEMS[row.problem])
             notes = _Notes()
             chat = reading.kind == 'chat'
             yield _chat(name, row, notes, column) if chat else _pair(name, row, notes, reading.unpaired)

@@ -274,6 +274,8 @@ def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, 
         counts.read += 1
         if reason:
             counts.drop(reason)
+            problem = 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
+            counts.name(f'{path}:{number}: {problem}')
             continue
         if value.get(column) is None:
             counts.name(f'{path}:{number}: {conversations.without_text(value, column)}')

@@ -3,7 +3,9 @@
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,34 +45,37 @@ class Ahead:
         """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
         self._params, self._cfg, self._mesh = params, cfg, jax.sharding.get_mesh()
         self._turn = threading.Lock()
-        self._found: dict[int, tuple[threading.Event, list[Any]]] = {}
+        self._found: dict[int, list[Future[Callable[..., Any]]]] = {}
 
     def begin(self, slots: int) -> None:
         """Has a thread compile them, if none did."""
         if slots not in self._found:
-            self._found[slots] = threading.Event(), []
-            threading.Thread(target=self._compile, args=(slots, *self._found[slots]), daemon=True).start()
+            self._found[slots] = [Future() for _ in Programs._fields]
+            threading.Thread(target=self._compile, args=(slots, self._found[slots]), daemon=True).start()
 
-    def _compile(self, slots: int, done: threading.Event, found: list[Any]) -> None:
+    def _compile(self, slots: int, found: Sequence[Future[Callable[..., Any]]]) -> None:
         try:
             with self._turn, jax.set_mesh(self._mesh):
-                found.append(generate.compiled(self._params, self._cfg, slots=slots))
+                for future, program in zip(found, generate.compiled(self._params, self._cfg, slots=slots), strict=True):
+                    future.set_result(program)
         except Exception as error:  # told where it is needed
-            found.append(error)
-        done.set()
+            for future in found:
+                if not future.done():
+                    future.set_exception(error)
 
     def ready(self, slots: int, seconds: float | None = None) -> bool:
-        """Tells whether they are there, within so many seconds."""
-        return self._found[slots][0].wait(seconds)
+        """Tells whether all are there, within so many seconds."""
+        return not wait(self._found[slots], seconds).not_done
 
     def programs(self, slots: int) -> tuple[int, Programs]:
-        """The size, and what runs with it. Waits for it; raises what compiling raised."""
+        """The size, and what runs with it: a program that is not there yet is waited for when it is called, and raises
+        what compiling raised. So a prompt is read while what draws the answer is compiled."""
         self.begin(slots)
-        self.ready(slots)
-        found = self._found[slots][1][0]
-        if isinstance(found, Exception):
-            raise found
-        return slots, found
+        return slots, Programs(*(partial(_when_there, future) for future in self._found[slots]))
+
+
+def _when_there(future: Future[Callable[..., Any]], *given: Any) -> Any:
+    return future.result()(*given)
 
 
 def can_chat(run: str) -> bool:

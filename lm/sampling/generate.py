@@ -216,8 +216,9 @@ def _programs(cfg: ModelConfig, *, batch: int, slots: int, room: int, how: str) 
     return Programs(begin, partial(_read, cfg=cfg), *draws)
 
 
-def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Programs:
-    """What generates one row with a cache of `slots` tokens, whatever the prompt and the sampling, on the current mesh.
+def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Iterator[Callable[..., State]]:
+    """What generates one row with a cache of `slots` tokens, whatever the prompt and the sampling, on the current mesh:
+    the fields of `Programs`, each as soon as it is compiled.
 
     Args:
       params: from `lay_out`, or their shapes and shardings. slots: from `fixed_slots`.
@@ -235,7 +236,7 @@ def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Programs:
         (*drawn, number, *drawn_from),
     )
     lower = lambda program, given: program.func.lower(*given, **program.keywords).compile()
-    return Programs(*map(lower, plain, arguments))
+    return map(lower, plain, arguments)
 
 
 def _described(tree: Any) -> Any:
