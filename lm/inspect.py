@@ -22,7 +22,7 @@ from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.progress import say, task
-from lm.stages import dpo, pretrain, run_of, sft
+from lm.stages import dpo, pretrain, run_of, setup, sft
 from lm.stages import pairs as pair_stage
 from lm.training import runs
 
@@ -187,6 +187,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         data: Any = prepare(config, config.data.tokenizer, say)
     options = {'seq_len': config.seq_len, 'seed': config.seed}
     if config.stage == 'pretrain':
+        setup.shrink_vocabulary(config, data.tokenizer, say)
         tell(console, data)
         show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
         return

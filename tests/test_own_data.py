@@ -99,6 +99,12 @@ def test_a_small_corpus_has_a_smaller_vocabulary_and_goes_on(lab, trained):
     assert running.status(run)['step'] == 3 and 'resumed at step 2' in (run / 'log.txt').read_text()
 
 
+def test_inspect_tells_of_it_too(lab, trained, monkeypatch, capsys):
+    words = lab.argv(None, data__mixture=trained[0], model__vocab_size=5000)
+    monkeypatch.setattr(sys, 'argv', ['lm.inspect', '--rows=0', *map(str, words)])
+    assert inspect.main() == 0 and 'too little for a vocabulary of 5,000' in capsys.readouterr().err
+
+
 def test_a_few_texts_of_which_one_is_nearly_all(shown, tmp_path):
     (tmp_path / 'book.txt').write_text('\n'.join(LINES))
     (tmp_path / 'note.txt').write_text(LINES[0])

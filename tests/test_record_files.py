@@ -89,6 +89,16 @@ def test_what_a_file_is_called_says_nothing_of_what_is_in_it(tmp_path):
     assert len(read(tmp_path / 'code.c')[0]) == 1, 'a text that begins as an object does is a text'
 
 
+@pytest.mark.parametrize('kind', ['text', 'chat'])
+def test_records_in_an_object_around_them_all(tmp_path, kind):
+    (tmp_path / 'a.json').write_text(json.dumps({'version': '1', 'data': RECORDS[kind]}))
+    assert words(read(tmp_path / 'a.json', kind)[0]) == list(WORDS)
+    (tmp_path / 'b.json').write_text(json.dumps({'data': RECORDS[kind]}, indent=1))
+    assert words(read(tmp_path / 'b.json', kind)[0]) == list(WORDS)
+    (tmp_path / 'one.json').write_text(json.dumps(RECORDS[kind][0]))
+    assert words(read(tmp_path / 'one.json', kind)[0]) == [WORDS[0]], 'what is a record itself is none around others'
+
+
 def test_two_frames_are_one_file_and_a_cut_one_is_named(tmp_path):
     data, path = lines('text').encode(), tmp_path / 'a.jsonl.zst'
     for compress in (zstandard.compress, gzip.compress, bz2.compress, lzma.compress):

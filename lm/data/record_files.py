@@ -17,6 +17,7 @@ import lzma
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import IO, Any, Literal, NamedTuple
 
 from lm.errors import UsageError
@@ -231,8 +232,14 @@ def read_rows(path: str, form: Format) -> Iterator[Line]:
 
 
 def _line_rows(path: str) -> Iterator[Line]:
-    for number, line in lines_of(path):
-        yield number, *_parsed_line(line)
+    lines = lines_of(path)
+    first = list(islice(lines, 2))
+    for number, line in chain(first, lines):
+        value, reason = _parsed_line(line)
+        if len(first) == 1 and (inside := _wrapped(value)):
+            yield from ((i, item, None) for i, item in enumerate(inside, 1))
+        else:
+            yield number, value, reason
 
 
 def _parsed_line(line: bytes) -> tuple[dict[str, Any], str | None]:
@@ -245,9 +252,13 @@ def _parsed_line(line: bytes) -> tuple[dict[str, Any], str | None]:
     return (value, None) if isinstance(value, dict) else ({}, 'malformed')
 
 
+_OF_A_RECORD = {'text', 'prompt', 'instruction', 'question', 'messages', 'chosen'}
+_OF_A_MESSAGE = {'role', 'from', 'function'}
+
+
 def _json_rows(path: str) -> Iterator[Line]:
-    """The items of lists, or objects one after the other. What follows damage is lost with it: one row counts for all
-    of that."""
+    """The items of lists, or objects one after the other, or what one object around all of them holds. What follows
+    damage is lost with it: one row counts for all of that."""
     try:
         text = read_whole(path).decode()
     except UnicodeDecodeError:
@@ -262,7 +273,18 @@ def _json_rows(path: str) -> Iterator[Line]:
         except (ValueError, RecursionError):
             yield number, {}, 'malformed'
             return
-        yield (number, value, None) if isinstance(value, dict) else (number, {}, 'malformed')
+        if number == 1 and _match_end(between, text, at) == len(text) and (inside := _wrapped(value)):
+            yield from ((i, item, None) for i, item in enumerate(inside, 1))
+        else:
+            yield (number, value, None) if isinstance(value, dict) else (number, {}, 'malformed')
+
+
+def _wrapped(value: Any) -> list[Any] | None:
+    """The records of {"data": [record, …]}, whatever it calls them; None for what is a record itself."""
+    if not isinstance(value, dict) or _OF_A_RECORD & set(value):
+        return None
+    lists = [x for x in value.values() if isinstance(x, list) and x and all(isinstance(item, dict) for item in x)]
+    return lists[0] if len(lists) == 1 and not _OF_A_MESSAGE & set(lists[0][0]) else None
 
 
 def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
