@@ -6,7 +6,7 @@
 
 Two cores (AMD EPYC), no accelerator: a quarter of a minute of preparing the first time, then 130 s; every greedy answer
 to a held-out question ends by itself (98 % of small talk), F1 .40, bits per byte as before or better. Of :smollm2, 135M
-parameters, a run takes 5.6 GB at most, and an evaluation 83 s (Intel Xeon with AVX-512).
+parameters, a run takes 5.8 GB at most, and an evaluation 83 s (Intel Xeon with AVX-512).
 A run goes to runs/sft, and the same command goes on where it stopped.
 """
 
