@@ -1,6 +1,7 @@
 """The stages after pretraining, from a tiny run to the last metrics: what they measure, keep, refuse and find again."""
 
 import contextlib
+import gc
 import json
 import math
 import random
@@ -323,6 +324,7 @@ def test_a_dry_run_of_a_stage(dialogues, call, tmp_path, stage):
     dialogues.run('sft')
     more, stage = ({'reference': 'live'}, 'dpo') if stage == 'live' else ({}, stage)
     argv = dialogues.argv(stage, tmp_path / 'run', '--dry_run', microbatch=8, **more)
+    gc.collect()  # what tests before this one left
     live = len(jax.live_arrays())
     code, out, err = call(argv)
     assert code == 0, err
