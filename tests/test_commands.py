@@ -243,7 +243,6 @@ def test_inspect_takes_the_parents_model(call, lab, trained, tmp_path):
 
 def test_a_dry_run_says_what_it_would_take(call, lab, tmp_path):
     gc.collect()  # what other tests have left
-    gc.collect()  # what tests before this one left
     live = len(jax.live_arrays())
     status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
     gc.collect()
