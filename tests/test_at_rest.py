@@ -98,6 +98,14 @@ def test_a_damaged_checkpoint_is_passed_by_and_told(make, tmp_path):
     assert not at_rest.open_run(f'{tmp_path / "run"}@0').notes
 
 
+def test_a_damaged_tokenizer_is_named_by_its_path(make, tmp_path):
+    at_rest.write_run(make(), tmp_path / 'run')
+    path = tmp_path / 'run' / 'tokenizer' / 'tokenizer.model'
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(UsageError, match=f'the tokenizer {path} .*damaged: restore it'):
+        at_rest.open_run(str(tmp_path / 'run'))
+
+
 def test_writing_and_opening_hold_one_layer(make, tmp_path):
     """By what numpy allocates; the whole is 12 layers."""
     source = make(layers=12, dim=256, ffn_dim=1024)

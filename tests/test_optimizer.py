@@ -189,10 +189,10 @@ class Adapter:
         return {'down': parent[0] + 'R', 'up': 'R' + parent[1:]}
 
     def einsum(self, eq, x):
-        raise NotImplementedError
+        pytest.fail('an optimizer multiplies nothing')
 
     def dense(self):
-        raise NotImplementedError
+        pytest.fail('an optimizer multiplies nothing')
 
 
 def test_the_factors_of_an_adapter_are_trained_by_adamw(one_device):

@@ -237,7 +237,7 @@ def _line_rows(path: str) -> Iterator[Line]:
     for number, line in chain(first, lines):
         value, reason = _parsed_line(line)
         if len(first) == 1 and (inside := _wrapped(value)):
-            yield from ((i, item, None) for i, item in enumerate(inside, 1))
+            yield from inside
         else:
             yield number, value, reason
 
@@ -250,10 +250,6 @@ def _parsed_line(line: bytes) -> tuple[dict[str, Any], str | None]:
     except (ValueError, RecursionError):
         return {}, 'malformed'
     return (value, None) if isinstance(value, dict) else ({}, 'malformed')
-
-
-_OF_A_RECORD = {'text', 'prompt', 'instruction', 'question', 'messages', 'chosen'}
-_OF_A_MESSAGE = {'role', 'from', 'function'}
 
 
 def _json_rows(path: str) -> Iterator[Line]:
@@ -274,17 +270,23 @@ def _json_rows(path: str) -> Iterator[Line]:
             yield number, {}, 'malformed'
             return
         if number == 1 and _match_end(between, text, at) == len(text) and (inside := _wrapped(value)):
-            yield from ((i, item, None) for i, item in enumerate(inside, 1))
+            yield from inside
         else:
             yield (number, value, None) if isinstance(value, dict) else (number, {}, 'malformed')
 
 
-def _wrapped(value: Any) -> list[Any] | None:
-    """The records of {"data": [record, …]}, whatever it calls them; None for what is a record itself."""
+_OF_A_RECORD = {'text', 'prompt', 'instruction', 'question', 'messages', 'chosen'}
+_OF_A_MESSAGE = {'role', 'from', 'function'}
+
+
+def _wrapped(value: Any) -> list[Line]:
+    """The rows of {"data": [record, …]}, whatever it calls them; none of what is a record itself."""
     if not isinstance(value, dict) or _OF_A_RECORD & set(value):
-        return None
+        return []
     lists = [x for x in value.values() if isinstance(x, list) and x and all(isinstance(item, dict) for item in x)]
-    return lists[0] if len(lists) == 1 and not _OF_A_MESSAGE & set(lists[0][0]) else None
+    if len(lists) != 1 or _OF_A_MESSAGE & set(lists[0][0]):
+        return []
+    return [(i, item, None) for i, item in enumerate(lists[0], 1)]
 
 
 def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:

@@ -217,8 +217,8 @@ def _programs(cfg: ModelConfig, *, batch: int, slots: int, room: int, how: str) 
 
 
 def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Iterator[Callable[..., State]]:
-    """What generates one row with a cache of `slots` tokens, whatever the prompt and the sampling, on the current mesh:
-    the fields of `Programs`, each as soon as it is compiled.
+    """Compiles `Programs` for one row with a cache of `slots` tokens, whatever the prompt and the sampling, on the
+    current mesh: its fields in their order, each when it is asked for.
 
     Args:
       params: from `lay_out`, or their shapes and shardings. slots: from `fixed_slots`.

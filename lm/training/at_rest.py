@@ -68,15 +68,12 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
     except RunError as error:  # it was not evaluated yet
         notes.append(str(error))
     try:
+        Tokenizer.load(folder)  # refuses what is damaged, by its path
         tokenizer = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
         if config['stage'] == 'pretrain':  # else whoever opens what is written would take it for one that answers
             tokenizer.pop(TEMPLATE_FILE, None)
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
-    try:
-        tokenizer_files.checked(tokenizer)
-    except UsageError as error:
-        raise UsageError(f'{folder}: {error}') from error
     found = Opened(run, model, leaves, tokenizer, scored=scored, scale=scale, notes=tuple(notes))
     _expected(found, ModelConfig(**model))
     return found
