@@ -262,13 +262,6 @@ def test_a_malformed_record_is_named_and_left_out_or_fatal(tmp_path, kind, row, 
     assert str(e.value).startswith(named) and '\n' not in str(e.value) and 'data.strict=false' in str(e.value)
 
 
-def test_the_first_three_are_named_and_all_are_counted(tmp_path):
-    path = jsonl(tmp_path / 'a.jsonl', *[b'nonsense'] * 5, GOOD['chat'])
-    records, counts = read(path, 'chat')
-    assert len(records) == 1 and counts.dropped == {'malformed': 5}
-    assert counts.named == [f'{path}:{number}: is no JSON object' for number in (1, 2, 3)]
-
-
 @pytest.mark.parametrize('row', [TEXTS | {'label': 0.5}, TEXTS | {'score_chosen': 7, 'score_rejected': 7},
                                  HELPSTEER | {'overall_preference': 0}])  # fmt: skip
 def test_a_tie_teaches_nothing_and_is_no_mistake(tmp_path, row):
@@ -487,3 +480,37 @@ def test_default_names_are_the_defaults():
 
     for kind in ('chat', 'pairs'):
         assert sources.DEFAULTS[kind] == tuple(n for n, d in defaults.DEFAULTS.items() if d.kind == kind)
+
+
+TALKS = [said('Hi', 'Hello'), said('1 + 1?', '2'), said('Bye', 'See you')]
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('lines.jsonl', '\n'.join(map(json.dumps, TALKS))),
+        ('lists.json', json.dumps(TALKS, indent=1)),
+        ('one_line.json', json.dumps(TALKS)),
+        ('mixed.json', json.dumps([{'messages': TALKS[0]}, *TALKS[1:]])),
+    ],
+)
+def test_a_bare_list_of_messages_is_a_conversation(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    records, counts = read(tmp_path / name, 'chat', strict=True)
+    assert [[m['content'] for m in r['messages']] for r in records] == [[m['content'] for m in t] for t in TALKS]
+    assert counts.read == 3
+
+
+def test_one_list_of_messages_is_one_conversation_and_a_list_of_records_is_none(tmp_path):
+    (tmp_path / 'one.json').write_text(json.dumps(TALKS[0]))
+    assert len(read(tmp_path / 'one.json', 'chat', strict=True)[0]) == 1
+    letters = [{'from': 'Ann', 'text': 'Hello'}, {'from': 'Bob', 'text': 'Hi'}]
+    (tmp_path / 'letters.json').write_text(json.dumps(letters))
+    assert [r['text'] for r in read(tmp_path / 'letters.json', 'text')[0]] == ['Hello', 'Hi']
+
+
+def test_the_first_three_of_each_reason_are_named(tmp_path):
+    wrong = [{'messages': 'text'}] * 5 + [{'messages': said('')}] * 2 + [b'nonsense'] * 4
+    _, counts = read(jsonl(tmp_path / 'a.jsonl', *wrong, GOOD['chat']), 'chat')
+    assert counts.read == 12 and sum(counts.dropped.values()) == 11
+    assert [int(problem.split(':')[1]) for problem in counts.named] == [1, 2, 3, 6, 7, 8, 9, 10]

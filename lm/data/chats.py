@@ -137,8 +137,7 @@ def encode_each(
         try:
             yield template.encode(tokenizer, messages, tools=theirs)
         except UsageError as error:
-            counts.drop(refusal(error))
-            counts.name(f'conversation {number}: {error}')
+            counts.drop(refusal(error), f'conversation {number}: {error}')
 
 
 def write_encoded(directory: epath.Path, encoded: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> int:

@@ -130,8 +130,7 @@ def read_rows(
             problem = f'{row.place}: {wrong}'
             if reading.strict:
                 raise UsageError(f'{problem}: repair it, or set data.strict=false to leave it out') from None
-            counts.drop(wrong.reason)
-            counts.name(problem)
+            counts.drop(wrong.reason, problem)
 
 
 def check_columns(place: str, kind: Kind, columns: Sequence[str], column: str | None) -> None:

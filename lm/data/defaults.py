@@ -61,7 +61,7 @@ def open_default(name: str) -> Source:
         # What the builder left out was never written, so it is counted from the builder's tally.
         counts.read += sum(tally.dropped.values())
         for reason, number in tally.dropped.items():
-            counts.drop(reason, number)
+            counts.drop(reason, number=number)
         for example in tfds.examples(name, directory, 'train'):
             counts.read += 1
             yield _record(name, example['id'].decode(), json.loads(example['record']))

@@ -9,11 +9,16 @@ from lm.data import record_files
 
 
 def walk(folder: str) -> Iterator[str]:
-    """The files below a folder, sorted; no hidden ones, and none in hidden folders (.git)."""
+    """What is not a folder below a folder, sorted; a hidden folder (.git) is one thing, whatever is in it."""
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        paths = (os.path.join(root, name) for name in sorted(names) if not name.startswith('.'))
-        yield from (path for path in paths if os.path.isfile(path))
+        hidden = [name for name in folders if name.startswith('.')]
+        folders[:] = sorted(set(folders) - set(hidden))
+        yield from (os.path.join(root, name) for name in sorted(names + hidden))
+
+
+def is_file(path: str) -> bool:
+    """Whether a path of a folder is a file to be read: not hidden, and there."""
+    return not os.path.basename(path).startswith('.') and os.path.isfile(path)
 
 
 def is_binary(path: str) -> bool:
@@ -30,5 +35,9 @@ def is_binary(path: str) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """Of which kind a file is by its name, as it is counted where it is left out: '.png'."""
+    """Of which kind a path is, as it is counted where it is left out: '.png', 'hidden'."""
+    if os.path.basename(path).startswith('.'):
+        return 'hidden'
+    if not os.path.isfile(path):
+        return 'dangling link' if os.path.islink(path) else 'no file'
     return Path(path).suffix.lower() or 'without suffix'

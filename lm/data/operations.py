@@ -81,7 +81,7 @@ def questions(operations: Iterable[Operation], counts: Counts) -> list[Question]
             kept.append(q)
     answers = [normalized(q.answer) for q in kept if q.heldout]
     leaked = leaks([q.answer for q in kept], answers)
-    counts.drop('heldout_answer', sum(leak and not q.heldout for q, leak in zip(kept, leaked, strict=True)))
+    counts.drop('heldout_answer', number=sum(leak and not q.heldout for q, leak in zip(kept, leaked, strict=True)))
     return [q for q, leak in zip(kept, leaked, strict=True) if q.heldout or not leak]
 
 

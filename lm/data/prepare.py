@@ -274,8 +274,7 @@ def _accepts(form: Form, record: Any, tokenizer: Tokenizer, counts: Counts, stri
         problem = f'{record["place"]}: {error}'
         if strict:
             raise UsageError(f'{problem}: leave it out, or set data.strict=false') from None
-        counts.drop(refusal(error))
-        counts.name(problem)
+        counts.drop(refusal(error), problem)
         return False
     for key in unused:
         counts.leave_unused(key, record['place'])

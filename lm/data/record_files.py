@@ -84,7 +84,7 @@ def _json_format(name: str, begin: str) -> Format:
         return 'json'
     if not name.endswith(LINES):
         return 'text'
-    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value) and not _is_conversation(value)
     cut = not newline and len(begin) > 1 and text.startswith('[')  # a list on one long line
     return 'json' if is_list or cut or line.strip() in ('{', '[') else 'lines'
 
@@ -249,12 +249,28 @@ def _parsed_line(line: bytes) -> tuple[dict[str, Any], str | None]:
         return {}, 'not_utf8'
     except (ValueError, RecursionError):
         return {}, 'malformed'
+    return _as_row(value)
+
+
+def _as_row(value: Any) -> tuple[dict[str, Any], str | None]:
+    """A row of a JSON value; a list of messages is a conversation."""
+    if _is_conversation(value):
+        return {'messages': value}, None
     return (value, None) if isinstance(value, dict) else ({}, 'malformed')
 
 
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    keys = set(value) if isinstance(value, dict) else set()
+    return bool(keys & {'role', 'from'} and keys & _SAID and not keys & _OF_A_RECORD)
+
+
 def _json_rows(path: str) -> Iterator[Line]:
-    """The items of lists, or objects one after the other, or what one object around all of them holds. What follows
-    damage is lost with it: one row counts for all of that."""
+    """The items of lists, or objects one after the other, or what one object around all of them holds; a list of
+    messages is one. What follows damage is lost with it: one row counts for all of that."""
     try:
         text = read_whole(path).decode()
     except UnicodeDecodeError:
@@ -262,21 +278,25 @@ def _json_rows(path: str) -> Iterator[Line]:
         return
     decoder, at, number = json.JSONDecoder(), 0, 0
     between = re.compile(r'[\s,\[\]]*')  # of a list that is closed before the end, too
-    while (at := _match_end(between, text, at)) < len(text):
+    while (begin := _match_end(between, text, at)) < len(text):
+        opening = text.rfind('[', at, begin)
         number += 1
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, begin)
+            if opening >= 0 and not text[opening + 1 : begin].strip() and _is_message(value):
+                listed, end = decoder.raw_decode(text, opening)
+                value, at = (listed, end) if _is_conversation(listed) else (value, at)
         except (ValueError, RecursionError):
             yield number, {}, 'malformed'
             return
         if number == 1 and _match_end(between, text, at) == len(text) and (inside := _wrapped(value)):
             yield from inside
         else:
-            yield (number, value, None) if isinstance(value, dict) else (number, {}, 'malformed')
+            yield number, *_as_row(value)
 
 
 _OF_A_RECORD = {'text', 'prompt', 'instruction', 'question', 'messages', 'chosen'}
-_OF_A_MESSAGE = {'role', 'from', 'function'}
+_OF_A_MESSAGE, _SAID = {'role', 'from', 'function'}, {'content', 'value', 'tool_calls'}
 
 
 def _wrapped(value: Any) -> list[Line]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 Kind = Literal['text', 'chat', 'pairs']
 Role = Literal['system', 'user', 'assistant', 'tool']
-# So many of the records that are dropped are named, by file and line.
+# So many of the records that are dropped for one reason are named, by file and line.
 _NAMED = 3
 
 
@@ -87,9 +87,9 @@ class Pair(TypedDict):
 class Counts:
     """Records read, and dropped by reason.
 
-    `changed` counts, by what was changed, records that are kept; `named` says of the first malformed ones where they
-    are and what is wrong with them. `unused` has, by their keys, the fields that nothing is made of: [in how many
-    records, where the first of these is].
+    `changed` counts, by what was changed, records that are kept; `named` says of the first that are dropped for a
+    reason where they are and what is wrong with them. `unused` has, by their keys, the fields that nothing is made of:
+    [in how many records, where the first of these is].
     """
 
     read: int = 0
@@ -98,8 +98,11 @@ class Counts:
     named: list[str] = field(default_factory=list)
     unused: dict[str, list[Any]] = field(default_factory=dict)
 
-    def drop(self, reason: str, number: int = 1) -> None:
+    def drop(self, reason: str, problem: str | None = None, *, number: int = 1) -> None:
+        """Counts records that are left out; `problem`: 'FILE:LINE: what is wrong'."""
         self.dropped[reason] = self.dropped.get(reason, 0) + number
+        if problem is not None and self.dropped[reason] <= _NAMED:
+            self.named.append(problem)
 
     def change(self, what: str, number: int = 1) -> None:
         self.changed[what] = self.changed.get(what, 0) + number
@@ -107,11 +110,6 @@ class Counts:
     def leave_unused(self, key: str, place: str) -> None:
         """Counts a record of which a field is not used."""
         self.unused.setdefault(key, [0, place])[0] += 1
-
-    def name(self, problem: str) -> None:
-        """Keeps a sentence 'FILE:LINE: what is wrong', the first few alone."""
-        if len(self.named) < _NAMED:
-            self.named.append(problem)
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,9 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
         of_folder = list(folders.walk(path))
-        tables = [p for p in of_folder if record_files.plain_name(p).endswith(TABLES)]
-        found = tables if kind != 'text' or column else of_folder
+        files = [p for p in of_folder if folders.is_file(p)]
+        tables = [p for p in files if record_files.plain_name(p).endswith(TABLES)]
+        found = tables if kind != 'text' or column else files
         left_out = [p for p in of_folder if p not in set(found)]
         ends = '' if kind == 'text' and not column else f' that ends with {" ".join(TABLES)}'
         problem = f'holds no file{ends}'
@@ -273,13 +274,14 @@ def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, 
     for number, value, reason in record_files.read_rows(path, form):
         counts.read += 1
         if reason:
-            counts.drop(reason)
             problem = 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
-            counts.name(f'{path}:{number}: {problem}')
+            counts.drop(reason, f'{path}:{number}: {problem}')
             continue
-        if value.get(column) is None:
-            counts.name(f'{path}:{number}: {conversations.without_text(value, column)}')
-        text = value.pop(column, None)
+        text = value.get(column)
+        if text is None:
+            counts.drop(f'no_{column}', f'{path}:{number}: {conversations.without_text(value, column)}')
+            continue
+        del value[column]
         key = value.pop('id', f'{os.path.basename(path)}:{number}')
         yield from record(name, str(key), text, counts, column=column, meta=value)
 
@@ -342,7 +344,7 @@ def _corpus(name: str) -> Source:
         # What the builder left out was never written, so it is counted from the builder's tally.
         counts.read += sum(tally.dropped.values())
         for reason, number in tally.dropped.items():
-            counts.drop(reason, number)
+            counts.drop(reason, number=number)
         yield from tfds.read_text(name, directory, counts, 'train')
 
     return Source(name, state, read)
