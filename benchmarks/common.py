@@ -29,7 +29,7 @@ def fixed_batch(cfg: ModelConfig, batch_size: int, seq_len: int, *, segments: in
 def fresh_state(cfg: ModelConfig, optimizer: Any) -> training.TrainState:
     """Random parameters and an optimizer at step 0, on the current mesh."""
     params = transformer.init_sharded(jax.random.key(0), cfg)
-    return jax.jit(lambda p: training.create(p, None, optimizer, 0))(params)
+    return jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, 0))(params)
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> Iterator[float]:

@@ -55,11 +55,11 @@ def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     """Takes one training step after the other on a batch."""
     cfg = runs.model_config(config)
     optimizer, schedule = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     rows = config.microbatch or config.batch_size
     step = wiring.compile_step(pretrain.stage(), config, cfg, None, optimizer, schedule, abstract, rows)
     params = transformer.init_sharded(jax.random.key(config.seed), cfg)
-    state = jax.jit(lambda p: training.create(p, None, optimizer, config.seed))(params)
+    state = jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, config.seed))(params)
 
     def take() -> Any:
         nonlocal state

@@ -83,7 +83,7 @@ def settings(size: str, flags: Any) -> configs.Config:
 def compile_step(config: configs.Config, cfg: transformer.ModelConfig, batch: Any, microbatch: int) -> tuple[Any, Any]:
     """(the compiled step, its optimizer)."""
     optimizer, rate = setup.make_optimizer(config)
-    state = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    state = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     fn = training.make_step(
         pretrain.make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
         microbatches=config.batch_size // microbatch,

@@ -110,9 +110,9 @@ def ours(
     first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
     step, _ = setup.settle_microbatch(config, cfg, abstract, build, first)
     state, source = fresh_state(cfg, optimizer), stage.source(config, data, 0)
-    params = jax.device_get(state.trainable)
+    params = jax.device_get(state.trainable['policy'])
     batches = [source(None, i) for i in range(max(POOL, steps))]
-    batches = [finish(state.trainable, cfg, b) for b in batches] if finish else batches
+    batches = [finish(state.trainable['policy'], cfg, b) for b in batches] if finish else batches
 
     def train() -> float:
         nonlocal state

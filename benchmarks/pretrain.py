@@ -89,12 +89,12 @@ def main() -> None:
     with sharding.use_mesh(config.mesh):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=1)
         optimizer, rate = setup.make_optimizer(config)
-        abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+        abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
         build = partial(wiring.compile_step, pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
         step, _ = setup.settle_microbatch(config, cfg, abstract, build, lambda microbatch: batch)
         state = fresh_state(cfg, optimizer)
         if flags.peer:
-            peer = peer_step(state.trainable, cfg, jax.device_get(batch['tokens_BT']))
+            peer = peer_step(state.trainable['policy'], cfg, jax.device_get(batch['tokens_BT']))
 
         def ours():
             nonlocal state

@@ -114,7 +114,7 @@ class Bench:
         config, _ = configs.load(running.CONFIG, configs.split_settings(self.lab.argv(None, **SETTINGS))[1])
         config.precision.compute = runtime.compute_dtype(config.precision.compute)
         params = runs.abstract_params(runs.model_config(config))
-        return saved(setup.abstract_state(params, setup.make_optimizer(config)[0], config.seed))
+        return saved(setup.abstract_state({'policy': params}, setup.make_optimizer(config)[0], config.seed))
 
     def start(self, workdir: Path) -> subprocess.Popen:
         self.process = self.lab.start(workdir, **SETTINGS)

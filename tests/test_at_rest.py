@@ -40,7 +40,8 @@ def make(words):
         shape = {'vocab_size': 390, 'dim': 32, 'layers': 3, 'heads': 4, 'kv_heads': 2, 'head_dim': 8, 'ffn_dim': 48}
         config.model.update(shape | {'tied': False, 'context': 64} | changed)
         model = {k: v for k, v in dict(config.model).items() if k != 'scan'}
-        flat = jax.tree_util.tree_leaves_with_path(runs.shapes(agreement.config_of(model), scored=scored))
+        shapes = runs.shapes(agreement.config_of(model), 'reward' if scored else 'policy')
+        flat = jax.tree_util.tree_leaves_with_path(shapes)
         draw = np.random.default_rng(0)
         leaves = {}
         for path, x in flat:
@@ -84,8 +85,8 @@ def test_a_damaged_checkpoint_is_passed_by_and_told(make, tmp_path):
         at_rest.write_run(make(), tmp_path / 'run')
         params = runs.load(str(tmp_path / 'run'), warn=pytest.fail).params
         with checkpoint.Writer(tmp_path / 'run' / 'checkpoints', keep=3) as writer:  # as training goes on from it
-            writer.save(1, {'trainable': params})
-            writer.save(2, {'trainable': jax.tree.map(lambda x: x + 1, params)})
+            writer.save(1, {'trainable': {'policy': params}})
+            writer.save(2, {'trainable': {'policy': jax.tree.map(lambda x: x + 1, params)}})
     folder = tmp_path / 'run' / 'checkpoints' / '2' / 'state'
     data = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
     data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))

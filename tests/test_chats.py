@@ -175,7 +175,7 @@ def test_a_packed_row_is_its_conversations_one_by_one(tmp_path, tiny, one_device
     tiny = dataclasses.replace(tiny, layers=1)
     params = transformer.init(jax.random.key(0), tiny)
     loss = pretrain.make_loss(tiny, z_loss=1e-2)
-    total = lambda p, batch: loss.terms(p, None, batch, jax.random.key(0))[0]['loss']
+    total = lambda p, batch: loss.terms({'policy': p}, batch, jax.random.key(0))[0]['loss']
     ours, theirs = (jax.jit(jax.value_and_grad(total))(params, batch) for batch in (packed, alone))
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(theirs[1]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-5), ours, theirs)

@@ -292,7 +292,7 @@ def test_a_newer_layout_is_refused(three, monkeypatch):
         writer.save(4, make_tree(4))
     monkeypatch.undo()
     for look in (lambda: newest(folder, abstract), lambda: checkpoint.check_layout(folder)):
-        with pytest.raises(UsageError, match='4 has layout 2, this version reads up to 1: use a newer lm'):
+        with pytest.raises(UsageError, match='4 has layout 3, this version reads up to 2: use a newer lm'):
             look()
 
 

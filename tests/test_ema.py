@@ -29,8 +29,8 @@ def averaging(lab, tmp_path_factory):
 def saved(workdir, item='trainable'):
     """One item of a run's newest checkpoint."""
     with running.all_devices():
-        abstract = runs.abstract_params(runs.model_config(runs.read_config(str(workdir))['config']))
-        return jax.device_get(checkpoint.find(str(workdir), {item: abstract}, warn=pytest.fail)[1][item])
+        abstract = {'policy': runs.abstract_params(runs.model_config(runs.read_config(str(workdir))['config']))}
+        return jax.device_get(checkpoint.find(str(workdir), {item: abstract}, warn=pytest.fail)[1][item]['policy'])
 
 
 def loaded(workdir):
@@ -57,16 +57,16 @@ def test_the_average_forgets_where_it_began():
 
 def test_a_step_that_is_not_finite_leaves_the_average_finite():
     loss = training.Loss(
-        lambda w, frozen, batch, key: ({'fit': jnp.sum(w['w_D'] * batch['x_B'])}, {}),
+        lambda models, batch, key: ({'fit': jnp.sum(models['policy'] * batch['x_B'])}, {}),
         lambda batch: {'fit': 1.0},
         {'fit': 1.0},
     )
     step = jax.jit(training.make_step(loss, optax.sgd(0.1), clip=None, ema=0.9))
-    state = training.create({'w_D': jnp.ones(2)}, None, optax.sgd(0.1), 0, ema=True)
+    state = training.create({'policy': jnp.ones(2)}, {}, optax.sgd(0.1), 0, ema=True)
     state, metrics = step(state, {'x_B': jnp.array([1.0, jnp.nan])})
-    assert metrics['skipped'] == 1 and same(state.ema, {'w_D': np.ones(2)})
+    assert metrics['skipped'] == 1 and same(state.ema, {'policy': np.ones(2)})
     state, _ = step(state, {'x_B': jnp.ones(2)})
-    np.testing.assert_allclose(state.ema['w_D'], 1 - 0.1 * (1 - 2 / 11), rtol=1e-6)
+    np.testing.assert_allclose(state.ema['policy'], 1 - 0.1 * (1 - 2 / 11), rtol=1e-6)
 
 
 def test_the_average_is_what_is_evaluated_and_loaded(lab, averaging):

@@ -49,6 +49,8 @@ def chain(lab, trained, tmp_path_factory):
         saved = runs.read_config(str(folder / 'pretrain'))
         saved['config'] |= {'stage': stage, 'init_from': str(folder / 'pretrain')}
         saved['config']['data'] |= {'mixture': mixture, 'pretraining': lab.mixture}
+        parent = runs.read_config(str(folder / 'reward'))['parents']['reward']
+        saved['parents'] = {'policy': parent} | ({'reference': parent} if stage == 'dpo' else {})
         copy(folder / 'pretrain', folder / stage, saved)
     return {name: str(folder / name) for name in STAGES} | {'chats': chat, 'pairs': pair}
 
@@ -106,17 +108,17 @@ def test_runs_on_their_own_data_are_asked_about_those(call, chain):
 
 def test_an_implicit_reward_needs_its_reference(call, chain, tmp_path):
     saved = runs.read_config(chain['dpo'])
-    saved['config']['init_from'] = str(tmp_path / 'gone')
+    saved['parents']['reference']['path'] = str(tmp_path / 'gone')
     copy(chain['dpo'], tmp_path / 'dpo', saved)
     status, out, err = call(tmp_path / 'dpo', '--tasks=preferences', f'--pairs={chain["pairs"]}', '--rows=2')
     found = running.one_object(out)
     assert status == 0 and f'eval/{chain["pairs"]}/accuracy_per_token' in found
     assert f'eval/{chain["pairs"]}/accuracy' not in found and 'no implicit rewards without its reference' in err
-    saved['config']['init_from'], saved['reference'] = chain['sft'], 'of other weights'
+    saved['parents']['reference'] |= {'path': chain['sft'], 'digest': 'of other weights'}
     copy(chain['dpo'], tmp_path / 'other', saved)
     status, out, err = call(tmp_path / 'other', '--tasks=preferences', f'--pairs={chain["pairs"]}', '--rows=2')
     assert status == 0 and f'eval/{chain["pairs"]}/accuracy' not in running.one_object(out)
-    assert 'has other weights than when it began' in err
+    assert 'has other weights than when this run began' in err
 
 
 def test_what_a_run_has_no_room_for_is_left_out_and_said(call, chain, tmp_path):

@@ -59,11 +59,11 @@ def test_batches_have_each_row_once_in_whole_microbatches(lab, hosts):
 
 def accumulated(counts, batch, microbatches=4):
     """(the trainable after a step, its metrics) of a loss that is a weighted mean."""
-    terms = lambda w, frozen, part, key: ({'fit': jnp.sum(part['weights_B'] * (w['w'] - part['x_B']) ** 2)}, {})
+    terms = lambda models, part, key: ({'fit': jnp.sum(part['weights_B'] * (models['policy'] - part['x_B']) ** 2)}, {})
     loss = training.Loss(terms, lambda b: {'fit': jnp.sum(b['weights_B'])}, {'fit': 1.0})
     optimizer = optax.sgd(0.1)
     step = training.make_step(loss, optimizer, clip=None, microbatches=microbatches, counts=counts)
-    return jax.device_get(jax.jit(step)(training.create({'w': jnp.float32(1)}, None, optimizer, 0), batch))
+    return jax.device_get(jax.jit(step)(training.create({'policy': jnp.float32(1)}, {}, optimizer, 0), batch))
 
 
 def test_a_step_of_fewer_microbatches_is_one_of_a_smaller_batch_and_does_not_look_at_the_rest():
@@ -71,7 +71,7 @@ def test_a_step_of_fewer_microbatches_is_one_of_a_smaller_batch_and_does_not_loo
     (state, metrics) = accumulated(np.array([2, 4], np.int32), {'x_B': x_B, 'weights_B': weights_B})
     own = np.arange(8) % 4 < 2
     alone, expected = accumulated(None, {'x_B': x_B[own], 'weights_B': weights_B[own]}, 2)
-    np.testing.assert_allclose(state.trainable['w'], alone.trainable['w'], rtol=1e-6)
+    np.testing.assert_allclose(state.trainable['policy'], alone.trainable['policy'], rtol=1e-6)
     assert metrics['fit'] == pytest.approx(expected['fit'], rel=1e-6)
     x_B[~own] = np.nan  # 0 · NaN is NaN: it would be seen
     assert accumulated(np.array([2, 4], np.int32), {'x_B': x_B, 'weights_B': weights_B})[1]['skipped'] == 0
@@ -150,14 +150,14 @@ def test_what_cannot_grow_is_refused(lab, trained, tmp_path):
 def test_a_small_batch_takes_less_time():
     """Half of the microbatches in well under the time of all."""
 
-    def terms(w, frozen, part, key):
+    def terms(models, part, key):
         x = part['x_BD']
         for _ in range(20):
-            x = jnp.tanh(x @ w['w_DD'])
+            x = jnp.tanh(x @ models['policy'])
         return {'fit': jnp.sum(x)}, {}
 
     loss = training.Loss(terms, lambda b: {'fit': jnp.float32(1)}, {'fit': 1.0})
-    state = training.create({'w_DD': jnp.eye(256)}, None, optax.sgd(0.0), 0)
+    state = training.create({'policy': jnp.eye(256)}, {}, optax.sgd(0.0), 0)
     batch = {'x_BD': jnp.ones((1024, 256))}
     took = {}
     for count in (2, 8):

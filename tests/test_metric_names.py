@@ -32,8 +32,8 @@ def test_cross_entropy_is_the_mean_of_minus_log_p(tiny, one_device):
     logp = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(16), batch['targets_BT']]
     for z_loss in (0.0, 0.1):
         loss = pretrain.make_loss(tiny, z_loss=z_loss)
-        terms, metrics = loss.terms(params, None, batch, jax.random.key(0))
-        weights = loss.weights(batch)
+        terms, metrics = loss.terms({'policy': params}, batch, jax.random.key(0))
+        weights = loss.denominators(batch)
         assert metrics['cross_entropy'] / weights['cross_entropy'] == pytest.approx(-float(logp.mean()), rel=1e-5)
         assert terms['loss'] == pytest.approx(float(metrics['cross_entropy'] + metrics['z_loss']), rel=1e-6)
         assert (float(metrics['z_loss']) > 0) == (z_loss > 0)

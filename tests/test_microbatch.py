@@ -141,7 +141,7 @@ def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     config.precision.compute = 'float32'
     cfg = runs.model_config(config)
     optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state(runs.abstract_params(cfg), optimizer, config.seed)
+    abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     own = (pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
     build = functools.cache(functools.partial(wiring.compile_step, *own))
     sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}

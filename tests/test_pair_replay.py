@@ -72,15 +72,15 @@ def test_pairs_and_text_do_not_see_each_other_in_the_loss(tmp_path, tiny, one_de
     of_pairs, of_text = (pipeline.stack([row for source, row in rows if source == k]) for k in range(2))
     params, key = transformer.init(jax.random.key(0), tiny), jax.random.key(0)
     loss = lambda replay: dpo.make_loss(ConfigDict(SETTINGS | {'data': {'replay': replay}}), tiny)
-    found, _ = jax.jit(loss(0.4).terms)(params, None, batch, key)
-    alone, _ = jax.jit(loss(0.0).terms)(params, None, of_pairs, key)
+    found, _ = jax.jit(loss(0.4).terms)({'policy': params}, batch, key)
+    alone, _ = jax.jit(loss(0.0).terms)({'policy': params}, of_pairs, key)
     plain = pretrain.make_loss(tiny, z_loss=0.0)
-    text, _ = jax.jit(plain.terms)(params, None, of_text, key)
+    text, _ = jax.jit(plain.terms)({'policy': params}, of_text, key)
     assert found['replay'] == pytest.approx(float(text['loss']), rel=1e-5)
     assert {k: float(found[k]) for k in alone} == pytest.approx({k: float(v) for k, v in alone.items()}, rel=1e-5)
-    weights = loss(0.4).weights(batch)
-    assert weights['replay'] == plain.weights(of_text)['loss'] > 0
-    assert {k: float(v) for k, v in loss(0.0).weights(of_pairs).items()} == {
+    weights = loss(0.4).denominators(batch)
+    assert weights['replay'] == plain.denominators(of_text)['loss'] > 0
+    assert {k: float(v) for k, v in loss(0.0).denominators(of_pairs).items()} == {
         k: float(v) for k, v in weights.items() if k != 'replay'
     }
     assert loss(0.4).coefs.keys() - loss(0.0).coefs.keys() == {'replay'}

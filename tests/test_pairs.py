@@ -276,8 +276,8 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
     def updated(microbatches):
         batch = found.batch(0, range(-(-found.rows // microbatches) * microbatches))
         step = training.make_step(dpo.make_loss(settings, tiny), optimizer, clip=None, microbatches=microbatches)
-        state, metrics = jax.jit(step)(training.create(params, None, optimizer, 0), batch)
-        return jax.tree.map(lambda new, old: new - old, state.trainable, params), metrics
+        state, metrics = jax.jit(step)(training.create({'policy': params}, {}, optimizer, 0), batch)
+        return jax.tree.map(lambda new, old: new - old, state.trainable['policy'], params), metrics
 
     (ours, told), (theirs, also_told) = updated(1), updated(3)
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(ours))

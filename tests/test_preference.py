@@ -301,23 +301,23 @@ def test_settings_are_the_papers_where_none_is_given_and_refused_where_they_do_n
 def step_loss(name):
     """Of a policy whose log-probs are minus the squares of something linear in its weights."""
 
-    def response(trainable, batch, side):
-        logp_BP = -jnp.square(jnp.einsum('BPD,D->BP', batch[f'{side}_BPD'], trainable['w_D']))
+    def response(models, batch, side):
+        logp_BP = -jnp.square(jnp.einsum('BPD,D->BP', batch[f'{side}_BPD'], models['policy']))
         return Response(logp_BP, batch[f'{side}_length_BP'], batch[f'{side}_reference_BP'])
 
-    def before(trainable, frozen, batch, key):
-        return preference.baseline_sums(response(trainable, batch, 'mismatched'), batch['weight_BP'])
+    def pre_pass(models, batch, key):
+        return preference.baseline_sums(response(models, batch, 'mismatched'), batch['weight_BP'])
 
-    def terms(trainable, frozen, batch, key, *given):
-        pairs = Pairs(*(response(trainable, batch, s) for s in ('chosen', 'rejected')), batch['label_BP'])
+    def terms(models, batch, key, *given):
+        pairs = Pairs(*(response(models, batch, s) for s in ('chosen', 'rejected')), batch['label_BP'])
         z0 = {'z0': preference.baseline(given[0])} if given else {}
         return preference.sums(name, pairs, batch['weight_BP'], settings=settings(name), **z0)
 
-    def weights(batch):
+    def denominators(batch):
         return preference.weights(name, *(batch[f'{x}_BP'] for x in ('weight', 'chosen_length', 'rejected_length')))
 
     coefs = preference.coefficients(name, nll=0.2)
-    return training.Loss(terms, weights, coefs, before if LOSSES[name].baseline else None)
+    return training.Loss(terms, denominators, coefs, pre_pass if LOSSES[name].baseline else None)
 
 
 def step_batch(rows=8, pairs=3):
@@ -338,10 +338,10 @@ def step_batch(rows=8, pairs=3):
 
 def updated(loss, batch, **options):
     optimizer = optax.sgd(0.1)
-    state = training.create({'w_D': jnp.float32([1.0, -0.5])}, None, optimizer, 0)
+    state = training.create({'policy': jnp.float32([1.0, -0.5])}, {}, optimizer, 0)
     step = training.make_step(loss, optimizer, clip=None, **options)
     state, metrics = jax.jit(step)(state, batch)
-    return np.asarray(state.trainable['w_D']), jax.tree.map(float, metrics)
+    return np.asarray(state.trainable['policy']), jax.tree.map(float, metrics)
 
 
 @functools.cache
@@ -367,8 +367,8 @@ def test_ktos_baseline_is_that_of_all_devices():
 
 def test_what_is_made_before_has_no_gradient_and_only_the_microbatches_that_count():
     """The loss is s²·w², s the sum of x, of which one w is made before: the derivative is s²·w and not twice that."""
-    terms = lambda w, frozen, part, key, given: ({'fit': jnp.sum(part['x_B']) * w['w_D'][0] * given['total']}, {})
-    first = lambda w, frozen, part, key: {'total': jnp.sum(part['x_B']) * w['w_D'][0]}
+    terms = lambda m, part, key, given: ({'fit': jnp.sum(part['x_B']) * m['policy'][0] * given['total']}, {})
+    first = lambda m, part, key: {'total': jnp.sum(part['x_B']) * m['policy'][0]}
     loss = training.Loss(terms, lambda batch: {'fit': jnp.float32(1)}, {'fit': 1.0}, first)
     x_B = np.array([1, 2, math.nan, math.nan] * 2, np.float32)
     w_D, metrics = updated(loss, {'x_B': x_B}, microbatches=4, counts=np.array([2], np.int32))
@@ -376,19 +376,19 @@ def test_what_is_made_before_has_no_gradient_and_only_the_microbatches_that_coun
 
 
 def test_each_microbatch_has_the_same_key_before_as_in_the_loss():
-    terms = lambda w, frozen, part, key, given: (
-        {'fit': 0 * w['w_D'][0]}, {'own': jax.random.uniform(key), 'given': given['sum'] / 2},
+    terms = lambda models, part, key, given: (
+        {'fit': 0 * models['policy'][0]}, {'own': jax.random.uniform(key), 'given': given['sum'] / 2},
     )  # fmt: skip
     loss = training.Loss(
         terms, lambda batch: dict.fromkeys(('fit', 'own', 'given'), jnp.float32(1)), {'fit': 1.0},
-        lambda w, frozen, part, key: {'sum': jax.random.uniform(key)},
+        lambda models, part, key: {'sum': jax.random.uniform(key)},
     )  # fmt: skip
     _, metrics = updated(loss, step_batch(), microbatches=2)
     assert metrics['own'] == pytest.approx(metrics['given'])
 
 
 def test_only_a_loss_that_asks_for_it_has_a_first_pass():
-    state = training.create({'w_D': jnp.zeros(2)}, None, optax.sgd(0.1), 0)
+    state = training.create({'policy': jnp.zeros(2)}, {}, optax.sgd(0.1), 0)
 
     def loops(name):
         step = training.make_step(step_loss(name), optax.sgd(0.1), clip=None, microbatches=2)

@@ -30,6 +30,11 @@ def whole(trained) -> Path:
     return trained
 
 
+def digest_of(workdir: Path) -> str:
+    with running.all_devices():
+        return checkpoint.digest(runs.load(str(workdir), warn=pytest.fail).params)
+
+
 # ---- stopped ----
 
 
@@ -349,7 +354,7 @@ def test_init_from_starts_at_0_with_the_weights_and_outlives_its_parent(lab, who
     assert {step for step, _ in found} == set(range(1, 13))
     assert found[1, 'train/loss'] < measured(whole)[1, 'train/loss'] - 0.5
     saved = runs.read_config(str(child))
-    assert saved['parents'] == [str(parent)]
+    assert saved['parents'] == {'policy': {'path': str(parent), 'step': 12, 'digest': digest_of(whole)}}
     assert saved['config']['model'] == runs.read_config(str(whole))['config']['model']
     model = 'tokenizer/tokenizer.model'
     assert (child / model).read_bytes() == (whole / model).read_bytes()

@@ -64,7 +64,8 @@ def test_fine_tuning_learns_to_answer_and_measures_what_is_forgotten(dialogues):
     assert 'eval/chats.jsonl/bpb' not in {k for _, k in found}, 'an answer is no text of pretraining'
     saved = config_of(workdir)
     assert saved['config']['data']['pretraining'] == 'one.jsonl:0.7,two.jsonl:0.3'
-    assert saved['config']['data']['replay'] == 0.25 and saved['parents'] == [str(dialogues.run('pretrain'))]
+    assert saved['config']['data']['replay'] == 0.25
+    assert saved['parents']['policy']['path'] == str(dialogues.run('pretrain'))
     log = (workdir / 'log.txt').read_text()
     assert 'cut at 48 tokens ' in log and ', left out ' in log and '25% of all rows replay one.jsonl' in log
     assert (workdir / 'tokenizer' / 'chat_template.jinja').read_text()
@@ -158,7 +159,7 @@ def test_preference_optimisation_begins_at_the_reference_and_prefers(dialogues):
     assert all((6, f'eval/pairs.jsonl/{name}') in found for name in names.split())
     assert all((6, f'eval/{name}/bpb') in found for name in ('one.jsonl', 'two.jsonl'))
     assert found[3, 'eval/pairs.jsonl/reference_chosen_loss'] == found[6, 'eval/pairs.jsonl/reference_chosen_loss']
-    assert len(config_of(workdir)['reference']) == 16
+    assert len(config_of(workdir)['parents']['reference']['digest']) == 16
 
 
 @pytest.mark.slow

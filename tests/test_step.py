@@ -30,18 +30,18 @@ ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
 def toy_loss():
     """A squared error over masked tokens, a size over masked rows, and a metric that is no term."""
 
-    def terms(trainable, frozen, batch, key):
+    def terms(models, batch, key):
         del key
-        out_BT = jnp.tanh(jnp.einsum('BTD,D->BT', batch['x_BTD'], trainable['w_D'])) + frozen
+        out_BT = jnp.tanh(jnp.einsum('BTD,D->BT', batch['x_BTD'], models['policy']['w_D'])) + models['reference']
         fit = jnp.sum(batch['weights_BT'] * (out_BT - batch['y_BT']) ** 2)
         size = jnp.sum(batch['rows_B'] * jnp.sum(out_BT**2, axis=1))
         return {'fit': fit, 'size': size}, {'mean': jnp.sum(batch['weights_BT'] * out_BT)}
 
-    def weights(batch):
+    def denominators(batch):
         tokens = jnp.sum(batch['weights_BT'])
         return {'fit': tokens, 'size': jnp.sum(batch['rows_B']), 'mean': tokens}
 
-    return training.Loss(terms, weights, {'fit': 1.0, 'size': 0.3})
+    return training.Loss(terms, denominators, {'fit': 1.0, 'size': 0.3})
 
 
 def toy_batch(masked_rows=()):
@@ -58,7 +58,8 @@ def toy_batch(masked_rows=()):
 
 
 def toy_state(optimizer):
-    return training.create({'w_D': jnp.arange(1.0, 4.0)}, jnp.float32(0.1), optimizer, 0)
+    policy = {'w_D': jnp.arange(1.0, 4.0)}
+    return training.create({'policy': policy}, {'reference': jnp.float32(0.1)}, optimizer, 0)
 
 
 def run(loss, batch, *, microbatches=1, clip=1e9, optimizer=None):
@@ -96,15 +97,15 @@ def test_the_objective_is_what_it_says():
 
 def test_a_batch_in_which_nothing_counts_changes_nothing():
     state, metrics = run(toy_loss(), toy_batch(range(8)), microbatches=2)
-    np.testing.assert_array_equal(state.trainable['w_D'], [1, 2, 3])
+    np.testing.assert_array_equal(state.trainable['policy']['w_D'], [1, 2, 3])
     assert metrics['loss'] == metrics['grad_norm'] == metrics['skipped'] == 0 and np.isnan(metrics['fit'])
     assert jax.grad(lambda x: normalised(x, x * 0))(1.0) == 0
     assert np.isnan(measured(jnp.zeros(()), jnp.zeros(()))) and measured(jnp.ones(()), jnp.full((), 4.0)) == 0.25
 
 
 def test_each_microbatch_and_each_step_has_a_key_of_its_own():
-    def terms(trainable, frozen, batch, key):
-        return {'fit': jnp.sum(trainable['w_D']) * 0}, {'mean': jax.random.uniform(key) * batch['rows_B'].size}
+    def terms(models, batch, key):
+        return {'fit': jnp.sum(models['policy']['w_D']) * 0}, {'mean': jax.random.uniform(key) * batch['rows_B'].size}
 
     loss = training.Loss(terms, lambda batch: {'fit': jnp.float32(1), 'mean': jnp.float32(8)}, {'fit': 1.0})
     step = jax.jit(training.make_step(loss, optax.sgd(0.1), clip=1.0, microbatches=2))
@@ -136,12 +137,12 @@ def test_a_step_that_is_not_finite_changes_no_bit(poison):
         np.testing.assert_array_equal, *jax.device_get(((after.trainable, after.opt), (state.trainable, state.opt)))
     )
     again, metrics = step(after, toy_batch())
-    assert metrics['skipped'] == 0 and np.any(again.trainable['w_D'] != after.trainable['w_D'])
+    assert metrics['skipped'] == 0 and np.any(again.trainable['policy']['w_D'] != after.trainable['policy']['w_D'])
 
 
 def test_the_global_norm_is_clipped_and_logged_as_it_was():
     (free, metrics), (clipped, same) = (run(toy_loss(), toy_batch(), clip=c) for c in (1e9, 0.05))
-    moved = [np.linalg.norm(s.trainable['w_D'] - np.arange(1.0, 4.0)) / 0.1 for s in (free, clipped)]
+    moved = [np.linalg.norm(s.trainable['policy']['w_D'] - np.arange(1.0, 4.0)) / 0.1 for s in (free, clipped)]
     assert metrics['grad_norm'] == same['grad_norm'] == pytest.approx(moved[0], rel=1e-4)
     assert metrics['grad_norm'] > 0.05 and moved[1] == pytest.approx(0.05, rel=1e-4)
     grads = {'a': jnp.array([3.0]), 'b': jnp.array([[4.0]])}
@@ -182,7 +183,7 @@ def model_batch(cfg, rows=8, T=16):
 
 def new_state(cfg, optimizer=OPTIMIZER):
     params = transformer.init_sharded(jax.random.key(0), cfg)
-    return jax.jit(lambda p: training.create(p, None, optimizer, 0))(params)
+    return jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, 0))(params)
 
 
 def one_update(cfg, mesh, microbatches):
@@ -207,7 +208,7 @@ def test_accumulation_over_a_mesh_equals_one_batch_on_one_device(model, shape):
     lie = lambda p, moments: [m.sharding.is_equivalent_to(p.sharding, p.ndim) for m in moments.values()]
     same = jax.tree.map(lie, state.trainable, state.opt['moments'])
     assert all(jax.tree.leaves(same)), 'a moment does not lie where its parameter does'
-    assert not state.trainable['embed_VD'].sharding.is_fully_replicated or 'fsdp' not in shape
+    assert not state.trainable['policy']['embed_VD'].sharding.is_fully_replicated or 'fsdp' not in shape
 
 
 def test_rows_are_split_over_microbatches_without_moving(model):

@@ -26,7 +26,7 @@ from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.training import checkpoint, runs
+from lm.training import runs
 from lm.training.runs import Model
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
@@ -133,14 +133,12 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
 
 def reference_of(subject: Subject) -> Any:
     """The weights that preference optimisation began with; None for other runs, and where they are gone or others."""
-    config = subject.model.config
-    if config['stage'] != 'dpo':
+    began = runs.parents(runs.read_config(subject.run)).get('reference')
+    if began is None:
         return None
-    began = runs.read_config(subject.run).get('reference')
     try:
-        params = runs.weights(config['init_from'], runs.abstract_params(subject.model.cfg), warn=subject.say)[1]
-        if began and checkpoint.digest(params) != began:
-            raise UsageError(f'{config["init_from"]} has other weights than when it began')
+        params, now = runs.weights(began.path, runs.abstract_params(subject.model.cfg), warn=subject.say)
+        runs.check_unchanged(began, params, now)
         return params
     except UsageError as error:
         subject.say(f'{subject.run}: no implicit rewards without its reference ({error})')

@@ -15,11 +15,11 @@ from lm.evals import preferences
 from lm.losses import preference
 from lm.losses.preference import LOSSES, Pairs, Response
 from lm.model import sequences
+from lm.model.roles import Roles
 from lm.model.transformer import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import pairs, pretrain, reference, wiring
 from lm.stages.pairs import PairData
-from lm.training import runs
 from lm.training import step as training
 from lm.training.recorder import Recorder
 
@@ -43,9 +43,8 @@ def stage(config: Config) -> wiring.Stage:
         prepare=prepare, epoch=pairs.epoch,
         batch=partial(pairs.batch, sides=sides, reference=cached), source=pairs.make_source, loss=make_loss,
         evaluate=make_evaluate, describe=describe, prompts=pairs.heldout_questions,
-        complete=partial(reference.add, cached=cached, live=live),
-        frozen=lambda config, cfg: runs.abstract_params(cfg) if live else None,
-        load_frozen=reference.load if live else wiring.no_frozen, cost=partial(wiring.lm_cost, forwards=forwards),
+        precompute=partial(reference.add, cached=cached),
+        frozen={'reference': 'init_from'} if live else {}, cost=partial(wiring.lm_cost, forwards=forwards),
     )  # fmt: skip
 
 
@@ -94,8 +93,8 @@ def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
     name, taken, replay = config.loss, LOSSES[config.loss], bool(config.data.replay)
     settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
 
-    def responses(logp_BT: jax.Array, frozen: Any, batch: training.Batch) -> list[Response]:
-        live = sequences.log_probs(frozen, cfg, batch) if frozen is not None else None
+    def responses(logp_BT: jax.Array, models: Roles, batch: training.Batch) -> list[Response]:
+        live = sequences.log_probs(models['reference'], cfg, batch) if 'reference' in models else None
 
         def known(side: int) -> jax.Array | None:
             if live is not None:
@@ -105,29 +104,29 @@ def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
         by_side = sequences.by_side(logp_BT, batch)
         return [Response(x, batch[f'length_{pair_data.SIDES[i]}_BP'], known(i)) for i, x in enumerate(by_side)]
 
-    def before(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> training.Sums:
+    def pre_pass(models: Roles, batch: training.Batch, key: jax.Array) -> training.Sums:
         del key
-        logp_BT = sequences.token_log_probs(params, cfg, batch)
-        return preference.baseline_sums(responses(logp_BT, frozen, batch)[2], batch['weight_BP'])
+        logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+        return preference.baseline_sums(responses(logp_BT, models, batch)[2], batch['weight_BP'])
 
     def terms(
-        params: Any, frozen: Any, batch: training.Batch, key: jax.Array, given: Mapping[str, jax.Array] | None = None
+        models: Roles, batch: training.Batch, key: jax.Array, global_sums: training.Sums | None = None
     ) -> tuple[training.Sums, training.Sums]:
         del key
-        logp_BT = sequences.token_log_probs(params, cfg, batch)
-        chosen, rejected = responses(logp_BT, frozen, batch)[:2]
-        z0 = None if given is None else preference.baseline(given)
+        logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+        chosen, rejected = responses(logp_BT, models, batch)[:2]
+        z0 = None if global_sums is None else preference.baseline(global_sums)
         both = Pairs(chosen, rejected, batch['label_BP'])
         found, metrics = preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
         return {**found, 'replay': -sequences.outside(logp_BT, batch)} if replay else found, metrics
 
-    def weights(batch: training.Batch) -> training.Sums:
+    def denominators(batch: training.Batch) -> training.Sums:
         sizes = (batch['length_chosen_BP'], batch['length_rejected_BP'])
         found = preference.weights(name, batch['weight_BP'], *sizes)
         return {**found, 'replay': sequences.outside(batch['weights_BT'], batch)} if replay else found
 
     coefs = preference.coefficients(name, nll=config.nll) | ({'replay': REPLAY} if replay else {})
-    return training.Loss(terms, weights, coefs, before if taken.baseline else None)
+    return training.Loss(terms, denominators, coefs, pre_pass if taken.baseline else None)
 
 
 # ---- evaluation ----
@@ -139,15 +138,15 @@ def make_evaluate(
     """evaluate(state, step): held-out pairs, answers to their prompts, what is forgotten, and the fixed prompts."""
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
-        metrics = {}
-        now = reference.measure(config, cfg, data, state.weights)
-        for s, policy, before in zip(data.own.sources, now, data.before, strict=True):
-            found = preferences.policy_metrics(s.heldout, policy.log_probs, before.log_probs, seq_len=config.seq_len)
-            found |= policy.answered | {f'reference_{k}': v for k, v in before.answered.items()}
+        metrics, policy = {}, state.models['policy']
+        now = reference.measure(config, cfg, data, policy)
+        for s, after, before in zip(data.own.sources, now, data.before, strict=True):
+            found = preferences.policy_metrics(s.heldout, after.log_probs, before.log_probs, seq_len=config.seq_len)
+            found |= after.answered | {f'reference_{k}': v for k, v in before.answered.items()}
             metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         if data.text:
-            metrics |= pretrain.text_metrics(config, cfg, data.text, state.weights)
-        pretrain.tell(config, cfg, data.tokenizer, state.weights, prompts, recorder, step, metrics, data.template)
+            metrics |= pretrain.text_metrics(config, cfg, data.text, policy)
+        pretrain.tell(config, cfg, data.tokenizer, policy, prompts, recorder, step, metrics, data.template)
         return metrics
 
     return evaluate

@@ -49,7 +49,7 @@ def parts_of(state: TrainState) -> dict[str, Any]:
     """What is in memory during the whole run, by name."""
     parts = {'parameters': state.trainable, 'optimizer': state.opt}
     parts |= {} if state.ema is None else {'average': state.ema}
-    return parts | ({} if state.frozen is None else {'reference': state.frozen})
+    return parts | dict(state.frozen)
 
 
 def _kept_bytes(config: Config, cfg: ModelConfig) -> int:

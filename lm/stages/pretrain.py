@@ -16,6 +16,7 @@ from lm.data.prompts import Prompt, of_text
 from lm.data.tokenizer import Tokenizer
 from lm.evals import heldout
 from lm.model import transformer
+from lm.model.roles import Roles
 from lm.model.transformer import ModelConfig
 from lm.runtime import StopRequest
 from lm.sampling.generate import Sampling, generate
@@ -91,8 +92,9 @@ def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> train
     `sparse` is the head's, for rows of which much is not to be learned.
     """
 
-    def terms(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
-        del frozen, key
+    def terms(models: Roles, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
+        del key
+        params = models['policy']
         rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
         h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
         with jax.named_scope('head'):
@@ -102,10 +104,10 @@ def make_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> train
             'cross_entropy': parts['nll'], 'z_loss': z_loss * parts['z'], 'accuracy': parts['correct']
         }  # fmt: skip
 
-    def weights(batch: training.Batch) -> training.Sums:
+    def denominators(batch: training.Batch) -> training.Sums:
         return dict.fromkeys(('loss', 'cross_entropy', 'z_loss', 'accuracy'), jnp.sum(batch['weights_BT']))
 
-    return training.Loss(terms, weights, {'loss': 1.0})
+    return training.Loss(terms, denominators, {'loss': 1.0})
 
 
 def make_source(config: Config, prepared: Prepared, start: int) -> wiring.Source:
@@ -119,8 +121,9 @@ def make_evaluate(
     """evaluate(state, step): held-out metrics, and the fixed prompts continued."""
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
-        metrics = text_metrics(config, cfg, prepared, state.weights)
-        tell(config, cfg, prepared.tokenizer, state.weights, prompts, recorder, step, metrics)
+        policy = state.models['policy']
+        metrics = text_metrics(config, cfg, prepared, policy)
+        tell(config, cfg, prepared.tokenizer, policy, prompts, recorder, step, metrics)
         return metrics
 
     return evaluate

@@ -24,7 +24,8 @@ from lm.evals import answers, preferences
 from lm.model.transformer import ModelConfig
 from lm.stages import pairs
 from lm.stages.pairs import PairData
-from lm.training import checkpoint, runs
+from lm.training import runs
+from lm.training.runs import Parent
 
 RECIPE = 2  # part of the cache's key: raise it when what the reference says changes
 Say = Callable[[str], None]
@@ -65,29 +66,28 @@ def of_training(config: Config, cfg: ModelConfig, data: PairData, params: Any) -
 
 
 def add(
-    config: Config, cfg: ModelConfig, data: PairData, found: Mapping[str, Any] | None, say: Say, *, cached: bool,
-    live: bool,
-) -> tuple[PairData, dict[str, Any]]:  # fmt: skip
+    config: Config, cfg: ModelConfig, data: PairData, parents: Mapping[str, Parent], say: Say, *, cached: bool
+) -> tuple[PairData, dict[str, Parent]]:
     """(the data with what the reference makes of the held-out pairs and, if the loss takes it from the cache, of the
-    training pairs; what config.json is to keep of it).
+    training pairs; the run that is the reference, under its role).
 
     Args:
-      found: config.json of a run that goes on.
+      parents: those of a run that goes on.
 
     Raises:
       UsageError: the run that it starts from is gone or has changed, and the cache has not what it said.
     """
-    load_once = functools.cache(lambda: _load(config, cfg, found, say))
-    digest = (found or {}).get('reference') or checkpoint.digest(load_once())
+    load = functools.cache(lambda: _load(config, cfg, say, goes_on='reference' in parents))
+    known = parents.get('reference') or load()[1]
 
     def params() -> Any:
         say('what the reference makes of the pairs')
-        return _unchanged(load_once(), digest, config)
+        weights, parent = load()
+        runs.check_unchanged(known, weights, parent)
+        return weights
 
-    if live:
-        _unchanged(load_once(), digest, config)
     key = {
-        'recipe': RECIPE, 'weights': digest, 'data': data.own.fingerprint, 'model': repr(cfg),
+        'recipe': RECIPE, 'weights': known.digest, 'data': data.own.fingerprint, 'model': repr(cfg),
         'seq_len': config.seq_len,
     }  # fmt: skip
     if cached:
@@ -95,31 +95,18 @@ def add(
         data = dataclasses.replace(data, reference=tuple(m.log_probs for m in kept))
     key |= {'rows': config.eval.rows, 'max_new_tokens': config.eval.max_new_tokens}
     before = _kept(key, lambda: measure(config, cfg, data, params()))
-    return dataclasses.replace(data, before=tuple(before)), {'reference': digest}
+    return dataclasses.replace(data, before=tuple(before)), {'reference': known}
 
 
-def load(config: Config, cfg: ModelConfig, abstract: Any, say: Say) -> Any:
-    """The weights that the policy is compared with: those it starts from."""
-    return runs.weights(config.init_from, abstract, warn=say)[1]
-
-
-def _load(config: Config, cfg: ModelConfig, found: Mapping[str, Any] | None, say: Say) -> Any:
+def _load(config: Config, cfg: ModelConfig, say: Say, *, goes_on: bool) -> tuple[Any, Parent]:
     try:
-        return load(config, cfg, runs.abstract_params(cfg), say)
+        return runs.weights(config.init_from, runs.abstract_params(cfg), warn=say)
     except UsageError as error:
-        if not found:
+        if not goes_on:
             raise
         raise UsageError(
             f'{error}, and the cache has not all that this run needs of it: restore {config.init_from} or the cache'
         ) from None
-
-
-def _unchanged(params: Any, digest: str, config: Config) -> Any:
-    if checkpoint.digest(params) != digest:
-        raise UsageError(
-            f'{config.init_from} has other weights than when this run began: bring them back, or name another --workdir'
-        )
-    return params
 
 
 def _kept(key: Mapping[str, Any], compute: Callable[[], Sequence[Measured]]) -> list[Measured]:

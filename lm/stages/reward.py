@@ -15,6 +15,7 @@ from lm.errors import UsageError
 from lm.evals import preferences
 from lm.losses import reward
 from lm.model import sequences
+from lm.model.roles import Roles
 from lm.model.transformer import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import pairs, wiring
@@ -22,6 +23,7 @@ from lm.stages.pairs import PairData
 from lm.training import normalisation, runs
 from lm.training import step as training
 from lm.training.recorder import Recorder
+from lm.training.runs import Parent
 
 
 def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
@@ -37,36 +39,37 @@ def stage() -> wiring.Stage:
     """What is the reward model's own."""
     return wiring.Stage(
         prepare=pairs.prepare, epoch=pairs.epoch, batch=pairs.batch, source=pairs.make_source, loss=make_loss,
-        evaluate=make_evaluate, describe=pairs.describe, abstract=runs.abstract_scored, weights=first_weights,
+        evaluate=make_evaluate, describe=pairs.describe, trains='reward', weights=first_weights,
         cost=partial(wiring.lm_cost, head=False),
     )  # fmt: skip
 
 
-def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]) -> Any:
+def first_weights(
+    config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]
+) -> tuple[Any, Parent | None]:
     """The body of the run it starts from, and a new score; of a reward model, both."""
     if runs.is_scored(runs.read_config(config.init_from)['config']):
         return wiring.first_weights(config, cfg, abstract, say)
     own = jax.eval_shape(lambda: sequences.init_scores(jax.random.key(0), cfg))
-    body = wiring.first_weights(config, cfg, {k: v for k, v in abstract.items() if k not in own}, say)
+    body, parent = wiring.first_weights(config, cfg, {k: v for k, v in abstract.items() if k not in own}, say)
     where = {name: abstract[name].sharding for name in own}
-    return body | jax.jit(sequences.init_scores, static_argnums=1, out_shardings=where)(
-        jax.random.key(config.seed), cfg
-    )
+    score = jax.jit(sequences.init_scores, static_argnums=1, out_shardings=where)(jax.random.key(config.seed), cfg)
+    return body | score, parent
 
 
 def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
     """Bradley–Terry and, where config.centring is not 0, the term that keeps scores around 0."""
 
-    def terms(params: Any, frozen: Any, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
-        del frozen, key
-        chosen, rejected = sequences.scores(params, cfg, batch)
+    def terms(models: Roles, batch: training.Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
+        del key
+        chosen, rejected = sequences.scores(models['reward'], cfg, batch)
         tables = {'margin': config.margins * batch['margin_BP'], 'label': batch['label_BP']}
         return reward.sums(chosen, rejected, batch['weight_BP'], **tables)
 
-    def weights(batch: training.Batch) -> training.Sums:
+    def denominators(batch: training.Batch) -> training.Sums:
         return reward.weights(batch['weight_BP'])
 
-    return training.Loss(terms, weights, {'bradley_terry': 1.0, 'centring': config.centring})
+    return training.Loss(terms, denominators, {'bradley_terry': 1.0, 'centring': config.centring})
 
 
 def make_evaluate(
@@ -80,13 +83,14 @@ def make_evaluate(
         return preferences.scores(params, cfg, pairs.in_order(config, store, config.eval.rows), store.pairs)
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
-        known = np.concatenate([scores(state.weights, s.train) for s in data.own.sources])
+        model = state.models['reward']
+        known = np.concatenate([scores(model, s.train) for s in data.own.sources])
         scale = normalisation.of_pairs(known)
         if recorder.workdir is not None:
             normalisation.write(recorder.workdir, step, scale)
         metrics = {'eval/reward_mean': scale.mean, 'eval/reward_std': scale.std}
         for s in data.own.sources:
-            found = preferences.reward_metrics(s.heldout, scores(state.weights, s.heldout), seq_len=config.seq_len)
+            found = preferences.reward_metrics(s.heldout, scores(model, s.heldout), seq_len=config.seq_len)
             metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         recorder.say(f'step {step}: ' + ' · '.join(f'{k[5:]} {v:.3f}' for k, v in metrics.items()), style='bold')
         return metrics

@@ -18,6 +18,7 @@ from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
 from lm.data.sources import has_default
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
+from lm.model.roles import Roles
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint, microbatch
 from lm.training import optimizer as optim
@@ -148,9 +149,9 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     return optim.adamw(rate, **options), rate
 
 
-def abstract_state(abstract_params: Any, optimizer: Any, seed: int, *, ema: bool = False) -> training.TrainState:
+def abstract_state(trainable: Roles, optimizer: Any, seed: int, *, ema: bool = False) -> training.TrainState:
     """The state as shapes and shardings: what is restored into, and what a dry run compiles with."""
-    shapes = jax.eval_shape(lambda p: training.create(p, None, optimizer, seed, ema=ema), abstract_params)
+    shapes = jax.eval_shape(lambda p: training.create(p, {}, optimizer, seed, ema=ema), trainable)
     return checkpoint.abstract(shapes)
 
 

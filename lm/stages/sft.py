@@ -122,10 +122,11 @@ def make_evaluate(
     """evaluate(state, step): what is asked of an assistant, what it has forgotten, and the fixed prompts answered."""
 
     def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
-        metrics = chat_metrics(config, cfg, data, state.weights)
+        policy = state.models['policy']
+        metrics = chat_metrics(config, cfg, data, policy)
         if data.text:
-            metrics |= pretrain.text_metrics(config, cfg, data.text, state.weights)
-        pretrain.tell(config, cfg, data.tokenizer, state.weights, prompts, recorder, step, metrics, data.template)
+            metrics |= pretrain.text_metrics(config, cfg, data.text, policy)
+        pretrain.tell(config, cfg, data.tokenizer, policy, prompts, recorder, step, metrics, data.template)
         return metrics
 
     return evaluate

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,10 +27,10 @@ from lm.training import step as training
 from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, run_loop, saved
 from lm.training.recorder import Recorder
+from lm.training.runs import Parent
 
 Source = Callable[[Any, int], Mapping[str, jax.Array]]
 Evaluate = Callable[[training.TrainState, int], Mapping[str, float]]
-KEPT = ('reference', 'asked_vocab_size')  # of config.json, what a run that goes on is told by itself
 # Of packed rows of tokens.
 ROWS = {
     'tokens_BT': np.int32,
@@ -50,18 +51,22 @@ class Data(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
 
-def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]) -> Any:
-    """The weights of the run it starts from, else random ones."""
+def first_weights(
+    config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]
+) -> tuple[Any, Parent | None]:
+    """(the weights of the run it starts from, that run), else random ones and None."""
     if not config.init_from:
-        return transformer.init_sharded(jax.random.key(config.seed), cfg)
-    step, weights = runs.weights(config.init_from, abstract, warn=say)
-    say(f'weights from {config.init_from} at step {step}')
-    return weights
+        return transformer.init_sharded(jax.random.key(config.seed), cfg), None
+    weights, parent = runs.weights(config.init_from, abstract, warn=say)
+    say(f'weights from {config.init_from} at step {parent.step}')
+    return weights, parent
 
 
-def as_it_is(config: Config, cfg: ModelConfig, data: Any, found: Any, say: Callable[[str], None]) -> tuple[Any, dict]:
+def no_precompute(
+    config: Config, cfg: ModelConfig, data: Any, parents: Mapping[str, Parent], say: Callable[[str], None]
+) -> tuple[Any, dict[str, Parent]]:
     """The data alone."""
-    del config, cfg, found, say
+    del config, cfg, parents, say
     return data, {}
 
 
@@ -69,10 +74,6 @@ def lm_cost(config: Config, cfg: ModelConfig, width: int, *, head: bool = True, 
     """Model FLOPs of a stage that trains a language model, see `flops.cost`."""
     del config
     return flops.cost(cfg.sizes, windows=cfg.windows, seq_len=width, head=head, forwards=forwards)
-
-
-def no_frozen(*_: Any) -> None:
-    """Nothing but what is trained."""
 
 
 class Stage(NamedTuple):
@@ -92,19 +93,19 @@ class Stage(NamedTuple):
     evaluate: Callable[[Config, ModelConfig, Any, Sequence[Prompt], Recorder], Evaluate]
     # (config, data) -> lines on it
     describe: Callable[[Config, Any], list[str]]
-    # (config, cfg, data, config.json of a run that goes on, say) -> (data, with what another model has to say of it;
-    # what config.json is to keep of that)
-    complete: Callable[[Config, ModelConfig, Any, Any, Callable[[str], None]], tuple[Any, dict[str, Any]]] = as_it_is
-    # cfg -> what is trained, as shapes and shardings
-    abstract: Callable[[ModelConfig], Any] = runs.abstract_params
-    # (config, cfg, abstract, say) -> the weights to begin with
-    weights: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = first_weights
-    # (config, cfg) -> what the step reads and does not train, as shapes and shardings; None: nothing
-    frozen: Callable[[Config, ModelConfig], Any] = no_frozen
+    # (config, cfg, data, parents of a run that goes on, say) -> (data, with what another model has to say of it; that
+    # model by its role)
+    precompute: Callable[
+        [Config, ModelConfig, Any, Mapping[str, Parent], Callable[[str], None]], tuple[Any, dict[str, Parent]]
+    ] = no_precompute
+    # The role of what is trained.
+    trains: str = 'policy'
+    # (config, cfg, abstract, say) -> (the weights to begin with, the run that they come from or None)
+    weights: Callable[[Config, ModelConfig, Any, Callable[[str], None]], tuple[Any, Parent | None]] = first_weights
+    # What the step reads and does not train: {role: the setting that names its run}.
+    frozen: Mapping[str, str] = MappingProxyType({})
     # (config, cfg, places a row) -> model FLOPs
     cost: Callable[[Config, ModelConfig, int], flops.Cost] = lm_cost
-    # (config, cfg, frozen as shapes, say) -> the same as arrays
-    load_frozen: Callable[[Config, ModelConfig, Any, Callable[[str], None]], Any] = no_frozen
     # (config, data) -> held-out beginnings to be answered, where the data are not the default ones
     prompts: Callable[[Config, Any], list[Prompt]] = lambda config, data: []
 
@@ -149,7 +150,8 @@ def _train(
         recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
     prompts = prompts or stage.prompts(config, data)
-    kept = {key: found[key] for key in KEPT if key in found} if found else {}
+    parents = runs.parents(found)
+    kept = {'asked_vocab_size': found['asked_vocab_size']} if found and 'asked_vocab_size' in found else {}
     kept |= setup.shrink_vocabulary(config, data.tokenizer, recorder.say)
     cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
     with progress.task('packing the data into rows'):
@@ -158,7 +160,8 @@ def _train(
     # ---- the run's directory: config.json first, it is what makes it a run ----
     checkpoints = workdir / 'checkpoints'
     recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
-    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
+    kept |= {'data': data.fingerprint, 'tokenizer': data.tokenizer.fingerprint}
+    runs.write_config(workdir, config, parents, **kept)
     recorder.open(workdir)
     with setup.told(recorder, ledger):
         if processes.first():
@@ -169,7 +172,7 @@ def _train(
             and _is_done(stage, config, cfg, workdir, recorder)
         ):
             return recorder.last
-        _fit(stage, config, cfg, workdir, found, data, kept, prompts, recorder, ledger, stop)
+        _fit(stage, config, cfg, workdir, parents, data, kept, prompts, recorder, ledger, stop)
     return recorder.last
 
 
@@ -203,13 +206,13 @@ def _is_done(stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path
 
 
 def _fit(
-    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, data: Any, kept: dict[str, Any],
-    prompts: Sequence[Prompt], recorder: Recorder, ledger: Ledger, stop: StopRequest,
+    stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, parents: Mapping[str, Parent], data: Any,
+    kept: Mapping[str, Any], prompts: Sequence[Prompt], recorder: Recorder, ledger: Ledger, stop: StopRequest,
 ) -> None:  # fmt: skip
     for line in stage.describe(config, data):
         recorder.say(line)
     with ledger('prepare'), progress.task('asking the model it starts from'):
-        data, more = stage.complete(config, cfg, data, found, recorder.say)
+        data, asked = stage.precompute(config, cfg, data, parents, recorder.say)
     recorder.status('compiling', 0)
 
     # ---- state and step ----
@@ -219,16 +222,15 @@ def _fit(
     with ledger('compile'), progress.task('compiling the step'):
         first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
         step, told = setup.settle_microbatch(config, cfg, abstract, build, first)
-    kept |= more
     fitting.check_compiled(config, cfg, abstract, step)
-    runs.write_config(workdir, config, data=data.fingerprint, tokenizer=data.tokenizer.fingerprint, **kept)
     recorder.settings = config.to_dict()
     tokens, grown = _tokens(stage.batch(config, data)), setup.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
         recorder.say(line)
     recorder.say(told)
     with progress.task('loading the weights'):
-        state = start(stage, config, cfg, workdir, abstract, optimizer, recorder)
+        state, parents = start(stage, config, cfg, workdir, abstract, optimizer, {**parents, **asked}, recorder)
+    runs.write_config(workdir, config, parents, **kept)
 
     # ---- loop ----
     source = stage.source(config, data, int(state.step))
@@ -282,8 +284,9 @@ def counted(step: Callable) -> Callable:
 def abstract_state(stage: Stage, config: Config, cfg: ModelConfig, optimizer: Any) -> training.TrainState:
     """The state as shapes and shardings."""
     ema = config.optim.ema is not None
-    state = setup.abstract_state(stage.abstract(cfg), optimizer, config.seed, ema=ema)
-    return dataclasses.replace(state, frozen=stage.frozen(config, cfg))
+    trainable = {stage.trains: runs.abstract_params(cfg, stage.trains)}
+    state = setup.abstract_state(trainable, optimizer, config.seed, ema=ema)
+    return dataclasses.replace(state, frozen={role: runs.abstract_params(cfg, role) for role in stage.frozen})
 
 
 def compile_step(
@@ -302,10 +305,14 @@ def compile_step(
 
 def start(
     stage: Stage, config: Config, cfg: ModelConfig, workdir: epath.Path, abstract: training.TrainState, optimizer: Any,
-    recorder: Recorder,
-) -> training.TrainState:  # fmt: skip
-    """The state to go on from: this run's newest checkpoint, else what the stage begins with."""
-    frozen = stage.load_frozen(config, cfg, abstract.frozen, recorder.say)
+    parents: Mapping[str, Parent], recorder: Recorder,
+) -> tuple[training.TrainState, dict[str, Parent]]:  # fmt: skip
+    """(the state to go on from: this run's newest checkpoint, else what the stage begins with; the runs that weights
+    come from, by their role)."""
+    frozen, read = {}, {}
+    for role, setting in stage.frozen.items():
+        frozen[role], read[role] = runs.weights(config[setting], abstract.frozen[role], warn=recorder.say)
+        runs.check_unchanged(parents.get(role), frozen[role], read[role])
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', saved(abstract), warn=partial(recorder.say, style='red'), set_aside=True
     )
@@ -314,16 +321,18 @@ def start(
         recorder.rewind(step)
         recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'resumed at step {step}')
-        return training.TrainState(frozen=frozen, **tree)
+        return training.TrainState(frozen=frozen, **tree), {**parents, **read}
     recorder.rewind(0)
     if config.branch_from:
         step, tree, meta = runs.branch(config.branch_from, saved(abstract), warn=recorder.say)
         recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'branched from {config.branch_from} at step {step}')
-        return training.TrainState(frozen=frozen, **tree)
-    create = jax.jit(lambda p: training.create(p, None, optimizer, config.seed, ema=config.optim.ema is not None))
-    state = create(stage.weights(config, cfg, abstract.trainable, recorder.say))
-    return dataclasses.replace(state, frozen=frozen)
+        whole = Parent(config.branch_from, step, checkpoint.saved_digest(meta, 'trainable', stage.trains))
+        return training.TrainState(frozen=frozen, **tree), {**parents, stage.trains: whole, **read}
+    create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
+    weights, parent = stage.weights(config, cfg, abstract.trainable[stage.trains], recorder.say)
+    state = dataclasses.replace(create({stage.trains: weights}), frozen=frozen)
+    return state, {**parents, **({stage.trains: parent} if parent else {}), **read}
 
 
 def _tokens_before(config: Config, step: int) -> int:

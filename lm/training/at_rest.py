@@ -10,10 +10,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -82,12 +81,12 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
 def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of one checkpoint. Raises ValueError for what is missing or damaged, by name."""
     meta, leaves = checkpoint.read_meta(path), {}
-    prefix = jax.tree_util.keystr((jax.tree_util.DictKey(item),))
+    inside = (item,) if meta['layout'] == 1 else (item, runs.role_of(config))
     store = _Store(path / 'state')
-    for key in (k for k in meta['checksums'] if k.startswith(prefix)):
-        names = key.removeprefix(prefix)[2:-2].split("']['")
+    for key in (k for k in meta['checksums'] if k.startswith(checkpoint.leaf_key(inside))):
+        names = checkpoint.leaf_names(key)[len(inside) :]
         try:
-            array = store.open('.'.join((item, *names)))
+            array = store.open('.'.join((*inside, *names)))
             words = sum(checkpoint.checksum_of(piece, at) for at, piece in _whole_pieces(array, stacked=len(names) > 1))
         except ValueError as error:  # tensorstore's, of whatever it finds wrong
             raise ValueError(f'{key} cannot be read ({str(error).splitlines()[0][:160]})') from error
@@ -122,7 +121,7 @@ def _url(path: epath.Path) -> str:
     return f'{text}/' if '://' in text else f'file://{text}/'
 
 
-def _leaf(array: Any, names: list[str], vocab_size: int) -> Leaf:
+def _leaf(array: Any, names: Sequence[str], vocab_size: int) -> Leaf:
     """A leaf that reads itself, a layer at a time, without the vocabulary's padding."""
     stacked, letters = len(names) > 1, names[-1].rsplit('_', 1)[-1]
     cut = tuple(slice(vocab_size if letter == 'V' else None) for letter in letters if letter.isupper())
@@ -160,8 +159,7 @@ def load(opened: Opened) -> runs.Model:
     """
     config = _config(opened)
     cfg = runs.model_config(config)
-    abstract = runs.abstract_scored(cfg) if opened.scored else runs.abstract_params(cfg)
-    params = placed.arrays(opened, abstract)
+    params = placed.arrays(opened, runs.abstract_params(cfg, _role(opened)))
     return runs.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), config.to_dict(), 0)
 
 
@@ -182,7 +180,7 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         for name, content in opened.tokenizer.items():
             files.write_bytes(made / 'tokenizer' / name, content)
         fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
-        runs.write_config(made, config, data=None, tokenizer=fingerprint, converted_from=opened.where)
+        runs.write_config(made, config, {}, data=None, tokenizer=fingerprint, converted_from=opened.where)
         if opened.scored:  # scores without a scale are taken as they are
             normalisation.write(made, 0, normalisation.Scale(*(opened.scale or (0.0, 1.0))))
         _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0')
@@ -207,7 +205,6 @@ def _config(opened: Opened) -> Config:
 class _Written(NamedTuple):
     """What the lists beside the arrays say of one."""
 
-    key: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
@@ -215,28 +212,32 @@ class _Written(NamedTuple):
 
 
 def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
-    expected = _expected(opened, cfg)
+    expected, inside = _expected(opened, cfg), (ITEM, _role(opened))
     (path / 'state').mkdir(parents=True)
     leaves = progress.over(expected.items(), 'tensors')
-    written = [_write_leaf(path / 'state', name, shape, opened.leaves[name]) for name, shape in leaves]
-    tree = {str((ITEM, *w.names)): _tree_entry(w) for w in written}
+    written = [
+        _write_leaf(path / 'state', (*inside, *name.split('/')), shape, opened.leaves[name]) for name, shape in leaves
+    ]
+    tree = {str(w.names): _tree_entry(w) for w in written}
     told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
     files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
-    sums, dtypes = {w.key: w.words for w in written}, {w.key: w.dtype for w in written}
+    keys = [checkpoint.leaf_key(w.names) for w in written]
+    sums = {key: w.words for key, w in zip(keys, written, strict=True)}
+    dtypes = {key: w.dtype for key, w in zip(keys, written, strict=True)}
     meta = {'layout': checkpoint.LAYOUT, 'step': 0, 'checksums': sums, 'dtypes': dtypes}
     files.write_text(path / 'meta' / 'metadata', json.dumps(checkpoint.sealed(meta)))
 
 
 def _tree_entry(leaf: _Written) -> dict[str, Any]:
     """An array as `_METADATA` lists it; key_type 2 is a dict's key."""
-    keys = [{'key': name, 'key_type': 2} for name in (ITEM, *leaf.names)]
+    keys = [{'key': name, 'key_type': 2} for name in leaf.names]
     value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(leaf.shape)}
     return {'key_metadata': keys, 'value_metadata': value}
 
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, scored=opened.scored)).items()}
+    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, _role(opened))).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
         raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')
@@ -251,13 +252,16 @@ def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf) -> _Written:
+def _role(opened: Opened) -> str:
+    return 'reward' if opened.scored else 'policy'
+
+
+def _write_leaf(state: epath.Path, names: tuple[str, ...], shape: tuple[int, ...], leaf: Leaf) -> _Written:
     """Writes one array, a layer or some rows at a time."""
-    names = tuple(name.split('/'))
     stacked = leaf.layers is not None
     own = shape[1:] if stacked else shape
     chunk = (_rows(own, leaf.dtype), *own[1:]) if own else ()
-    array = _create(state, '.'.join((ITEM, *names)), shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
+    array = _create(state, '.'.join(names), shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
     words, size = np.zeros(2, np.uint32), math.prod(own)
     for layer in range(leaf.layers or 1):
         for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
@@ -265,8 +269,7 @@ def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf
             part = slice(at, at + len(piece)) if own else ...
             with _told(state):
                 array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
-    path = tuple(jax.tree_util.DictKey(key) for key in (ITEM, *names))
-    return _Written(jax.tree_util.keystr(path), names, shape, leaf.dtype.name, [int(w) for w in words])
+    return _Written(names, shape, leaf.dtype.name, [int(w) for w in words])
 
 
 def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from lm.errors import RunError, UsageError
 PIECE = 1 << 22  # elements of which a checksum is taken at once, on the host
 FULL = os.strerror(errno.ENOSPC)
 COMMITTED = 'commit_success.txt'  # what Orbax writes last, in a bucket
-LAYOUT = 1  # raise it when a checkpoint of today could not be read by the code of yesterday
+LAYOUT = 2  # raise it when a checkpoint of today could not be read by the code of yesterday
 
 
 def _quieten() -> None:
@@ -134,6 +135,24 @@ def digest(params: Any) -> str:
     return cache.fingerprint(checksums(params))
 
 
+def saved_digest(meta: Mapping[str, Any], item: str, role: str) -> str:
+    """`digest` of the weights of a role as a checkpoint with this meta has them: in the dtypes that they have there."""
+    prefix = leaf_key((item,) if meta['layout'] == 1 else (item, role))
+    own = {key.removeprefix(prefix): words for key, words in meta['checksums'].items() if key.startswith(prefix)}
+    return cache.fingerprint(own)
+
+
+def leaf_key(names: Sequence[str]) -> str:
+    """The name of a leaf of nested dicts in a checkpoint's meta, as `jax.tree_util.keystr` has it."""
+    return ''.join(f'[{name!r}]' for name in names)
+
+
+def leaf_names(key: str) -> tuple[str, ...]:
+    """The names on the way to a leaf, out of its name in a checkpoint's meta. A field of a weight that is no array
+    (`.scale`) is one of them."""
+    return tuple(a or b for a, b in re.findall(r"\['([^']*)'\]|\.(\w+)", key))
+
+
 def sealed(meta: dict[str, Any]) -> dict[str, Any]:
     """The same with a seal over it: its own bytes can rot, too."""
     text = json.dumps(meta, sort_keys=True)
@@ -209,10 +228,12 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
       ValueError: what is damaged, by name. UsageError: a newer layout.
     """
-    tree, meta, damage = None, {}, None
+    tree: Any = None
+    meta, damage, roles = {}, None, {}
     try:
         meta = read_meta(path)
-        tree = _restore(path, _as_stored(abstract, meta))
+        stored, roles = _without_roles(abstract) if meta['layout'] == 1 else (abstract, {})
+        tree = _restore(path, _as_stored(stored, meta))
     except ValueError as error:
         damage = error
     if (told := processes.agreed(damage)) is not None:  # what one of several processes cannot read, none of them takes
@@ -221,7 +242,27 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     wrong = [leaf for leaf, words in checksums(tree).items() if saved.get(leaf) != words]
     if wrong:
         raise ValueError(f'checksum of {wrong[0]} is wrong' + (f', and of {len(wrong) - 1} more' if wrong[1:] else ''))
+    tree = _with_roles(tree, roles)
     return jax.tree.map(lambda x, asked: x if x.dtype == asked.dtype else x.astype(asked.dtype), tree, abstract), meta
+
+
+def _without_roles(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the tree as layout 1 has it, where what is trained has one role and no name of it; the role of each part)."""
+    parts = {item: tree[item] for item in ('trainable', 'ema') if item in tree}
+    roles = {item: next(iter(part)) for item, part in parts.items()}
+    out = {**tree, **{item: part[roles[item]] for item, part in parts.items()}}
+    if 'opt' in tree:
+        roles['opt'] = next(iter(tree['opt']['moments']))
+        out['opt'] = {**tree['opt'], 'moments': tree['opt']['moments'][roles['opt']]}
+    return out, roles
+
+
+def _with_roles(tree: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, Any]:
+    """The reverse."""
+    out = {item: {roles[item]: part} if item in roles and item != 'opt' else part for item, part in tree.items()}
+    if 'opt' in roles:
+        out['opt'] = {**tree['opt'], 'moments': {roles['opt']: tree['opt']['moments']}}
+    return out
 
 
 def _as_stored(abstract: Any, meta: Mapping[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import folders
 from lm.model import attention_kernels, sequences, transformer
+from lm.model.roles import SCORED
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
@@ -48,6 +49,17 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
     config: Mapping[str, Any]
     step: int
+
+
+class Parent(NamedTuple):
+    """A run that weights come from."""
+
+    path: str
+    step: int  # of its checkpoint; UNKNOWN where an older version did not say
+    digest: str  # of its weights, see `checkpoint.digest`
+
+
+UNKNOWN = -1
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -285,13 +297,13 @@ def tokenizer_folder(run: str) -> str:
     return str(epath.Path(split_run(run)[0]) / 'tokenizer')
 
 
-def write_config(workdir: epath.Path, config: Config, **more: Any) -> None:
-    """Writes config.json: the resolved settings, and where they ran.
+def write_config(workdir: epath.Path, config: Config, parents: Mapping[str, Parent], **more: Any) -> None:
+    """Writes config.json: the resolved settings, the runs that weights come from by their role, and where they ran.
 
     Raises UsageError if one of several processes does not see it: checkpoints are written together.
     """
-    parents = [p for p in (config.init_from, config.branch_from) if p]
-    value = {'config': config.to_dict(), 'parents': parents, 'versions': versions(), 'commit': commit(), **more}
+    named = {role: parent._asdict() for role, parent in parents.items()}
+    value = {'config': config.to_dict(), 'parents': named, 'versions': versions(), 'commit': commit(), **more}
     if processes.first():
         files.write_json(workdir / 'config.json', value)
     processes.exchange('written')
@@ -315,10 +327,9 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     """
     saved = read_config(run)
     cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
-    abstract = abstract_scored(cfg) if is_scored(saved['config']) else abstract_params(cfg)
     with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
         reading = beside.submit(Tokenizer.load, tokenizer_folder(run))
-        step, params = weights(run, abstract, warn=warn)
+        params, parent = weights(run, abstract_params(cfg, role_of(saved['config'])), warn=warn)
     try:
         tokenizer = reading.result()
     except OSError as error:
@@ -327,18 +338,19 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
         warn(
             f'{tokenizer_folder(run)} is not the tokenizer that the run was trained with: it was changed or is damaged'
         )
-    return Model(params, cfg, tokenizer, saved['config'], step)
+    return Model(params, cfg, tokenizer, saved['config'], parent.step)
 
 
-def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, Any]:
-    """(step, what a run's checkpoint has for use): the average of its weights if it kept one, else the weights.
+def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[Any, Parent]:
+    """(what a run's checkpoint has for use, whence): the average of its weights if it kept one, else the weights.
 
     Args:
-      abstract: the parameters as shapes and shardings.
+      abstract: the parameters, or some of them, as shapes and shardings.
     """
-    item = weights_item(read_config(run)['config'])
-    step, tree, _ = checkpoint.find(run, {item: abstract}, warn=warn)
-    return step, tree[item]
+    saved = read_config(run)['config']
+    item, role = weights_item(saved), role_of(saved)
+    step, tree, meta = checkpoint.find(run, {item: {role: abstract}}, warn=warn)
+    return tree[item][role], Parent(run, step, checkpoint.saved_digest(meta, item, role))
 
 
 def weights_item(saved: Mapping[str, Any]) -> str:
@@ -358,25 +370,44 @@ def branch(
     return step, tree, meta
 
 
+def check_unchanged(before: Parent | None, params: Any, now: Parent) -> None:
+    """Raises UsageError if weights that were read now are not those that a run began with. Older versions took the
+    digest of converted models after the cast."""
+    if before is not None and before.digest != now.digest and checkpoint.digest(params) != before.digest:
+        raise UsageError(
+            f'{now.path} has other weights than when this run began: bring them back, or name another --workdir'
+        )
+
+
+def parents(saved: Mapping[str, Any] | None) -> dict[str, Parent]:
+    """The runs that weights of a run came from, by their role, as its config.json has them. Older ones have a list
+    without roles, and of DPO's reference the digest beside it."""
+    found = (saved or {}).get('parents', {})
+    if isinstance(found, Mapping):
+        return {role: Parent(**parent) for role, parent in found.items()}
+    digest = (saved or {}).get('reference')
+    return {'reference': Parent(found[0], UNKNOWN, digest)} if digest else {}
+
+
 def _averages(saved: Mapping[str, Any]) -> bool:
     """Whether a run with these saved settings kept an average of its weights; older ones do not name the setting."""
     return saved['optim'].get('ema') is not None
 
 
-def abstract_params(cfg: ModelConfig) -> Any:
-    """The parameters as shapes, dtypes and shardings on the current mesh."""
-    return with_shardings(shapes(cfg))
+def abstract_params(cfg: ModelConfig, role: str = 'policy') -> Any:
+    """The parameters of a role as shapes, dtypes and shardings on the current mesh."""
+    return with_shardings(shapes(cfg, role))
 
 
-def abstract_scored(cfg: ModelConfig) -> Any:
-    """The parameters of a reward model, likewise."""
-    return with_shardings(shapes(cfg, scored=True))
-
-
-def shapes(cfg: ModelConfig, *, scored: bool = False) -> Any:
-    """The parameters of a model, or of a reward model, as shapes and dtypes."""
-    scores = sequences.init_scores if scored else lambda key, cfg: {}
+def shapes(cfg: ModelConfig, role: str = 'policy') -> Any:
+    """The parameters of a role as shapes and dtypes."""
+    scores = sequences.init_scores if role in SCORED else lambda key, cfg: {}
     return jax.eval_shape(lambda key: {**transformer.init(key, cfg), **scores(key, cfg)}, jax.random.key(0))
+
+
+def role_of(config: Mapping[str, Any]) -> str:
+    """The role of what a run with these saved settings trains."""
+    return 'reward' if is_scored(config) else 'policy'
 
 
 def is_scored(config: Mapping[str, Any]) -> bool:

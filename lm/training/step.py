@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.losses.objective import measured, objective
+from lm.model.roles import Roles, assemble
 from lm.training import optimizer as optim
 
 Batch = Mapping[str, jax.Array]
@@ -22,38 +23,40 @@ Sums = Mapping[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """What a step reads and writes. `frozen` (a base, a reference, a teacher) is an argument and not a closure, because
-    XLA would bake a closed-over array into the program; optimizer and checkpoint see `trainable` alone."""
+    """What a step reads and writes, parameters by their role. `frozen` (a base, a reference, a teacher) is an argument
+    and not a closure, because XLA would bake a closed-over array into the program; optimizer and checkpoint see only
+    `trainable`."""
 
     step: jax.Array  # int32, updates tried so far; also the position in the data
-    trainable: Any
-    frozen: Any
+    trainable: Roles
+    frozen: Roles
     opt: Any
     rng: jax.Array  # key data; the key of step i is fold_in(rng, i)
-    ema: Any = None  # the average of `trainable`; None: off
+    ema: Roles | None = None  # the average of `trainable`; None: off
 
     @property
-    def weights(self) -> Any:
-        """What is evaluated, sampled from and handed on: the average if there is one."""
-        return self.trainable if self.ema is None else self.ema
+    def models(self) -> dict[str, Any]:
+        """{role: parameters} to evaluate, sample from and hand on: the average if there is one."""
+        return assemble(self.trainable if self.ema is None else self.ema, self.frozen)
 
 
 class Loss(NamedTuple):
-    """A stage's loss. `terms(trainable, frozen, batch, key)` gives ({term: sum}, {metric: sum}) of a microbatch;
-    `weights(batch)` gives {term or metric: W} of the whole batch; `coefs` {term: coefficient}.
+    """A stage's loss. `terms(models, batch, key)` gives ({term: sum}, {metric: sum}) of a microbatch, `models` being
+    parameters by their role; `denominators(batch)` gives {term or metric: W} of the whole batch; `coefs` {term:
+    coefficient}.
 
-    What does not decompose into sums is made first: `before(trainable, frozen, batch, key)` gives {name: sum} of a
-    microbatch, and `terms` takes these, added up over the whole batch and without gradient, as its last argument.
+    What does not decompose into sums is made first: `pre_pass(models, batch, key)` gives {name: sum} of a microbatch,
+    and `terms` takes these, added up over the whole batch and without gradient, as its last argument.
     """
 
     terms: Callable[..., tuple[Sums, Sums]]
-    weights: Callable[[Batch], Sums]
+    denominators: Callable[[Batch], Sums]
     coefs: Mapping[str, float]
-    before: Callable[[Any, Any, Batch, jax.Array], Sums] | None = None
+    pre_pass: Callable[[Roles, Batch, jax.Array], Sums] | None = None
 
 
 def create(
-    trainable: Any, frozen: Any, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
+    trainable: Roles, frozen: Roles, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False
 ) -> TrainState:
     """A state at step 0. Call it under jit and the current mesh: the moments then lie where their parameters do."""
     key = jax.random.key_data(jax.random.key(seed))
@@ -73,7 +76,7 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
-    Gradients are summed over the microbatches, each divided by the weights of the whole batch, so any number of
+    Gradients are summed over the microbatches, each divided by the denominators of the whole batch, so any number of
     microbatches gives the same update. An update whose loss or gradient norm is not finite leaves parameters and
     optimizer as they were and reports skipped = 1.
 
@@ -88,21 +91,22 @@ def make_step(
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        weights = loss.weights(batch)
+        denominators = loss.denominators(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
 
-        def of_part(fn: Callable, trainable: Any, part: Batch, index: jax.Array | int) -> Any:
-            return fn(trainable, state.frozen, part, jax.random.fold_in(key, index))
+        def on_microbatch(fn: Callable, trainable: Roles, part: Batch, index: jax.Array | int) -> Any:
+            return fn(assemble(trainable, state.frozen), part, jax.random.fold_in(key, index))
 
         terms_of = loss.terms
-        if loss.before is not None:
-            given = accumulate(partial(of_part, loss.before), state.trainable, batch, microbatches, count)
-            terms_of = lambda *args: loss.terms(*args, given)
+        if loss.pre_pass is not None:
+            pre_pass = partial(on_microbatch, loss.pre_pass)
+            global_sums = accumulate(pre_pass, state.trainable, batch, microbatches, count)
+            terms_of = lambda *args: loss.terms(*args, global_sums)
 
-        def micro(trainable: Any, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
-            terms, metrics = of_part(terms_of, trainable, part, index)
-            return objective(terms, weights, loss.coefs), {**metrics, **terms}
+        def micro(trainable: Roles, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
+            terms, metrics = on_microbatch(terms_of, trainable, part, index)
+            return objective(terms, denominators, loss.coefs), {**metrics, **terms}
 
         value_and_grad = jax.value_and_grad(micro, has_aux=True)
         (value, sums), grads = accumulate(value_and_grad, state.trainable, batch, microbatches, count)
@@ -115,7 +119,7 @@ def make_step(
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
             average = None if ema is None else averaged(state.ema, trainable, state.step, decay=ema)
-        metrics = {name: measured(total, weights[name]) for name, total in sums.items()}
+        metrics = {name: measured(total, denominators[name]) for name, total in sums.items()}
         metrics |= {'loss': value, 'grad_norm': norm, 'skipped': 1 - finite.astype(jnp.int32)}
         metrics |= {} if rate is None else {'lr': jnp.asarray(rate(state.step))}
         return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt=opt, ema=average), metrics
