@@ -27,7 +27,7 @@ from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.errors import Parser, run_command
 from lm.model import transformer
-from lm.stages import pretrain, setup, wiring
+from lm.stages import plan, pretrain, runner
 from lm.training import runs
 from lm.training import step as training
 
@@ -54,10 +54,10 @@ def batches(prepared: Prepared, shape: tuple[int, int], *, seed: int, start: int
 def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     """Takes one training step after the other on a batch."""
     cfg = runs.model_config(config)
-    optimizer, schedule = setup.make_optimizer(config)
-    abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    optimizer, schedule = plan.make_optimizer(config)
+    abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     rows = config.microbatch or config.batch_size
-    step = wiring.compile_step(pretrain.stage(), config, cfg, None, optimizer, schedule, abstract, rows)
+    step = runner.compile_step(pretrain.Pretrain(config, cfg), optimizer, schedule, abstract, rows)
     params = transformer.init_sharded(jax.random.key(config.seed), cfg)
     state = jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, config.seed))(params)
 

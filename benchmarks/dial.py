@@ -23,7 +23,6 @@ from lm import config as configs
 from lm import files
 from lm import main as lm_main
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.stages import setup
 from lm.training import flops, runs
 
 Result = dict[str, Any]
@@ -70,7 +69,7 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
     begun = time.perf_counter()
     command = [f'--config={flags.config}:depth={key["depth"]}', *arguments]
     name = f'depth{key["depth"]}-rate{key["rate"]:g}-horizon{key["horizon"]:g}'
-    workdir = setup.workdir_path(flags.out) / name
+    workdir = files.absolute(flags.out) / name
     last = lm_main.train([*command, f'--workdir={workdir}'])
     config = runs.read_config(str(workdir))['config']
     cfg = runs.model_config(config)
@@ -119,7 +118,7 @@ def run(argv: list[str]) -> None:
     flags, given = parse(argv)
     if flags.svg and importlib.util.find_spec('matplotlib') is None:
         raise UsageError("--svg needs matplotlib: pip install -e '.[plots]'")
-    file = setup.workdir_path(flags.out) / 'results.jsonl'
+    file = files.absolute(flags.out) / 'results.jsonl'
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     found = files.read_json_lines(file) if file.exists() else []
     results = []

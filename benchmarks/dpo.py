@@ -56,13 +56,12 @@ def with_reference(params: Any, cfg: Any, batch: dict[str, jax.Array]) -> dict[s
 
 
 def measure(flags: Any, config: Config) -> None:
-    dpo.check(config)
-    stage = dpo.stage(config)
-    data = posttraining.prepare(stage, config)
-    none = tuple(np.zeros((s.train.pairs, s.train.sides), np.float32) for s in data.own.sources)  # until it is known
-    data = dataclasses.replace(data, reference=none)
+    task = posttraining.prepare(dpo.SPEC, config)
+    sources = task.data.own.sources
+    none = tuple(np.zeros((s.train.pairs, s.train.sides), np.float32) for s in sources)  # until it is known
+    task.data = dataclasses.replace(task.data, reference=none)
     options = {'steps': flags.steps, 'read': responses, 'finish': with_reference}
-    mine, theirs = posttraining.ours(stage, config, data, **options), []
+    mine, theirs = posttraining.ours(task, **options), []
     if flags.peer:
         import trl_peer
 

@@ -32,7 +32,7 @@ from lm.errors import Parser, RunError, run_command  # noqa: E402
 from lm.model import transformer  # noqa: E402
 from lm.presets import UNROLLED  # noqa: E402
 from lm.sampling.generate import stream  # noqa: E402
-from lm.stages import pretrain, setup  # noqa: E402
+from lm.stages import plan, pretrain  # noqa: E402
 from lm.training import flops, runs  # noqa: E402
 from lm.training import step as training  # noqa: E402
 
@@ -82,10 +82,10 @@ def settings(size: str, flags: Any) -> configs.Config:
 
 def compile_step(config: configs.Config, cfg: transformer.ModelConfig, batch: Any, microbatch: int) -> tuple[Any, Any]:
     """(the compiled step, its optimizer)."""
-    optimizer, rate = setup.make_optimizer(config)
-    state = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    optimizer, rate = plan.make_optimizer(config)
+    state = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     fn = training.make_step(
-        pretrain.make_loss(cfg, z_loss=config.z_loss), optimizer, clip=config.optim.clip, rate=rate,
+        pretrain.Pretrain(config, cfg).loss(), optimizer, clip=config.optim.clip, rate=rate,
         microbatches=config.batch_size // microbatch,
     )  # fmt: skip
     return jax.jit(fn, donate_argnums=0).lower(state, batch).compile(), optimizer

@@ -20,7 +20,8 @@ from lm import runtime, sharding
 from lm.config import Config
 from lm.errors import Parser, UsageError
 from lm.model.transformer import ModelConfig
-from lm.stages import pretrain, setup, wiring
+from lm.stages import language, plan, runner
+from lm.stages.spec import StageSpec, Task
 from lm.training import runs
 
 SIZES = {
@@ -82,16 +83,18 @@ def to_stderr(line: str, **_: Any) -> None:
     print(line, file=sys.stderr)
 
 
-def prepare(stage: wiring.Stage, config: Config) -> Any:
-    """The stage's data, in the words of the tokenizer that the default pretraining makes."""
+def prepare(spec: StageSpec, config: Config) -> Task:
+    """The stage's task, its data in the words of the tokenizer that the default pretraining makes."""
+    spec.check(config)
     text, _ = configs.load(PRETRAINING, [])
     with tempfile.TemporaryDirectory() as folder:
-        pretrain.prepare_text(text, None, to_stderr).tokenizer.save(folder)
-        return stage.prepare(config, folder, to_stderr)
+        language.prepare_text(text, None, to_stderr).tokenizer.save(folder)
+        data = spec.prepare(config, folder, to_stderr)
+    return spec.open(config, runs.model_config(config), data)
 
 
 def ours(
-    stage: wiring.Stage, config: Config, data: Any, *, steps: int, read: Callable[[Batch], list[Example]],
+    task: Task, *, steps: int, read: Callable[[Batch], list[Example]],
     finish: Callable[[Any, ModelConfig, Any], Any] | None = None,
 ) -> Ours:  # fmt: skip
     """Our side: the compiled step of a stage, its microbatch settled as a run settles it, on batches that lie on the
@@ -102,14 +105,14 @@ def ours(
       read: the examples of a batch.
       finish: (params, cfg, batch) -> the batch, with what depends on the weights.
     """
-    setup.resolve(config, None, epoch=stage.epoch(config, data))
-    cfg = runs.model_config(config)
-    optimizer, rate = setup.make_optimizer(config)
-    abstract = wiring.abstract_state(stage, config, cfg, optimizer)
-    build = partial(wiring.compile_step, stage, config, cfg, data, optimizer, rate, abstract)
-    first = lambda m: stage.source(setup.with_microbatch(config, m), data, 0)(None, 0)
-    step, _ = setup.settle_microbatch(config, cfg, abstract, build, first)
-    state, source = fresh_state(cfg, optimizer), stage.source(config, data, 0)
+    config = task.config
+    plan.resolve(config, None, epoch=task.epoch())
+    cfg = task.cfg = runs.model_config(config)
+    optimizer, rate = plan.make_optimizer(config)
+    abstract = runner.abstract_state(task, optimizer)
+    build = partial(runner.compile_step, task, optimizer, rate, abstract)
+    step, _ = plan.autotune_microbatch(config, cfg, abstract, build, partial(runner.first_batch, task))
+    state, source = fresh_state(cfg, optimizer), task.source(0)
     params = jax.device_get(state.trainable['policy'])
     batches = [source(None, i) for i in range(max(POOL, steps))]
     batches = [finish(state.trainable['policy'], cfg, b) for b in batches] if finish else batches

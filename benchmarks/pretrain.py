@@ -24,7 +24,7 @@ from common import fixed_batch, fresh_state, median_seconds
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser, run_command
-from lm.stages import pretrain, setup, wiring
+from lm.stages import plan, pretrain, runner
 from lm.training import flops, runs
 
 PEER_SETTINGS = [
@@ -88,10 +88,10 @@ def main() -> None:
     cfg = runs.model_config(config)
     with sharding.use_mesh(config.mesh):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=1)
-        optimizer, rate = setup.make_optimizer(config)
-        abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
-        build = partial(wiring.compile_step, pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
-        step, _ = setup.settle_microbatch(config, cfg, abstract, build, lambda microbatch: batch)
+        optimizer, rate = plan.make_optimizer(config)
+        abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+        build = partial(runner.compile_step, pretrain.Pretrain(config, cfg), optimizer, rate, abstract)
+        step, _ = plan.autotune_microbatch(config, cfg, abstract, build, lambda microbatch: batch)
         state = fresh_state(cfg, optimizer)
         if flags.peer:
             peer = peer_step(state.trainable['policy'], cfg, jax.device_get(batch['tokens_BT']))

@@ -38,9 +38,8 @@ def conversations(batch: Batch) -> list[Example]:
 
 
 def measure(flags: Any, config: Config) -> None:
-    stage = sft.stage()
-    data = posttraining.prepare(stage, config)
-    mine, theirs = posttraining.ours(stage, config, data, steps=flags.steps, read=conversations), []
+    task = posttraining.prepare(sft.SPEC, config)
+    mine, theirs = posttraining.ours(task, steps=flags.steps, read=conversations), []
     if flags.peer:
         import trl_peer
 

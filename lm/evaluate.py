@@ -95,7 +95,7 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     """The metrics of the runs. Raises UsageError for an unknown task, a bad mixture or no such run."""
     check(flags)
     named, harness = asked(flags)
-    saved = {run: runs.read_config(run)['config'] for run in flags.runs}
+    saved = {run: runs.read_config(run) for run in flags.runs}
     for run in flags.runs:
         checkpoint.locate(run)
     if flags.score:
@@ -113,7 +113,8 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
             with task(run):
                 metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
             metrics |= ask_harness(subject, harness, flags) if harness else {}
-            of = {'run': run, 'stage': saved[run]['stage'], 'step': subject.model.step, 'devices': jax.device_count()}
+            model = subject.model
+            of = {'run': run, 'stage': model.config['stage'], 'step': model.step, 'devices': jax.device_count()}
             found.append(of | metrics)
     unlike(saved)
     show(found)
@@ -148,8 +149,8 @@ def ask_harness(subject: Subject, names: Sequence[str], flags: argparse.Namespac
 
 def unlike(saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Says what keeps the rows of several runs from comparing."""
-    for name, of in (('seq_len', lambda c: c['seq_len']), ('text of pretraining', tasks.pretraining)):
-        if len(values := {of(config) for config in saved.values()}) > 1:
+    for name, of in (('seq_len', lambda s: s['config']['seq_len']), ('text of pretraining', runs.pretraining_of)):
+        if len(values := {of(run) for run in saved.values()}) > 1:
             say(f'these runs differ in their {name} ({", ".join(map(str, values))}): not all of their rows compare')
 
 

@@ -22,8 +22,7 @@ from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.progress import say, task
-from lm.stages import dpo, pretrain, run_of, setup, sft
-from lm.stages import pairs as pair_stage
+from lm.stages import find, plan
 from lm.training import runs
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
@@ -178,20 +177,18 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     config, _ = configs.load(flags.config, settings)
     if not 0 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
-    run_of(config.stage)
-    runs.inherit_model(config, configs.chosen(flags.config, settings), weights=False)
+    spec = find(config.stage)
+    runs.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)
-    known = {'pretrain': pretrain.prepare_text, 'sft': sft.prepare_chats, 'dpo': dpo.prepare}
-    prepare = known.get(config.stage, pair_stage.prepare)
     with task('preparing the data'):
-        data: Any = prepare(config, config.data.tokenizer, say)
+        data: Any = spec.prepare(config, config.data.tokenizer, say)
     options = {'seq_len': config.seq_len, 'seed': config.seed}
-    if config.stage == 'pretrain':
-        setup.shrink_vocabulary(config, data.tokenizer, say)
+    if spec.data == 'text':
+        plan.shrink_vocabulary(config, data.tokenizer, say)
         tell(console, data)
         show_rows(console, pipeline.mix(data, **options), flags.rows, data.tokenizer, dialogues=0)
         return
-    own, replay, of_pairs = data.own.sources, config.data.replay, config.stage != 'sft'
+    own, replay, of_pairs = data.own.sources, config.data.replay, spec.data == 'pairs'
     if of_pairs:
         mixture, sizes = pairs.mix(data, replay=0, **options), [pairs.sizes(s.train, config.seq_len) for s in own]
     else:

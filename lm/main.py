@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from lm import config as configs
-from lm import presets, processes, runtime
+from lm import files, presets, processes, runtime
 from lm.errors import Parser, leave, run_command
 
 
@@ -52,11 +52,11 @@ def train(argv: Sequence[str]) -> dict:
     flags, settings = parse(argv)
     config, arg = configs.load(flags.config, settings)
     runtime.setup()
-    from lm.stages import run_of, setup
+    from lm.stages import find, runner
     from lm.training import runs
 
-    run = run_of(config.stage)
-    workdir = setup.workdir_path(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
+    spec = find(config.stage)
+    workdir = files.absolute(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
     with (
@@ -65,8 +65,8 @@ def train(argv: Sequence[str]) -> dict:
         contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir),
     ):
         runtime.start_jax()
-        runs.inherit_model(config, configs.chosen(flags.config, settings), workdir)
-        last = run(config, workdir, stop=stop, dry_run=flags.dry_run)
+        runs.inherit_model(config, spec.about, configs.chosen(flags.config, settings), workdir)
+        last = runner.run(spec, config, workdir, stop=stop, dry_run=flags.dry_run)
         return last if processes.first() else {}
 
 

@@ -77,9 +77,9 @@ def lab(tmp_path_factory):
 def compiled_once():
     """Compiles the steps of runs that differ in nothing which a step is made of once: half of what a tiny run takes."""
     from lm.config import leaves
-    from lm.stages import wiring
+    from lm.stages import runner
 
-    real, known = wiring.compile_step, {}
+    real, known = runner.compile_step, {}
     apart = (
         'log.',
         'eval.',
@@ -91,16 +91,16 @@ def compiled_once():
         'data.tokenizer',
     )
 
-    def compile_step(stage, config, cfg, data, optimizer, rate, abstract, microbatch):
-        settings = [(k, v) for k, v in leaves(config) if not k.startswith(apart)]
-        shapes = jax.tree.leaves((abstract, stage.batch(wiring.setup.with_microbatch(config, microbatch), data)))
-        key = str((config.stage, settings, cfg, shapes, [x.sharding for x in shapes], microbatch))
+    def compile_step(task, optimizer, rate, abstract, microbatch):
+        settings = [(k, v) for k, v in leaves(task.config) if not k.startswith(apart)]
+        shapes = jax.tree.leaves((abstract, task.at(microbatch).batch()))
+        key = str((type(task), settings, task.cfg, shapes, [x.sharding for x in shapes], microbatch))
         if key not in known:
-            known[key] = real(stage, config, cfg, data, optimizer, rate, abstract, microbatch)
+            known[key] = real(task, optimizer, rate, abstract, microbatch)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wiring, 'compile_step', compile_step)
+        patch.setattr(runner, 'compile_step', compile_step)
         yield
 
 

@@ -35,7 +35,7 @@ from etils import epath  # noqa: E402
 
 from lm import config as configs  # noqa: E402
 from lm import runtime, sharding  # noqa: E402
-from lm.stages import setup  # noqa: E402
+from lm.stages import plan  # noqa: E402
 from lm.training import checkpoint, runs  # noqa: E402
 from lm.training.loop import saved  # noqa: E402
 
@@ -77,7 +77,7 @@ class Fault:
     draw: tuple[float, ...]
 
 
-def plan(seed: int) -> list[Fault]:
+def faults_of(seed: int) -> list[Fault]:
     """The faults of a round."""
     draw = random.Random(seed)
     choose = lambda weights: draw.choices(list(weights), list(weights.values()))[0]
@@ -114,7 +114,7 @@ class Bench:
         config, _ = configs.load(running.CONFIG, configs.split_settings(self.lab.argv(None, **SETTINGS))[1])
         config.precision.compute = runtime.compute_dtype(config.precision.compute)
         params = runs.abstract_params(runs.model_config(config))
-        return saved(setup.abstract_state({'policy': params}, setup.make_optimizer(config)[0], config.seed))
+        return saved(plan.abstract_state({'policy': params}, plan.make_optimizer(config)[0], config.seed))
 
     def start(self, workdir: Path) -> subprocess.Popen:
         self.process = self.lab.start(workdir, **SETTINGS)
@@ -180,7 +180,7 @@ def bench() -> Iterator[Bench]:
 
 def play(found: Bench, seed: int) -> None:
     """One round. Raises Failure, with the seed and what was done."""
-    workdir, faults = found.folder / f'round-{seed}', plan(seed)
+    workdir, faults = found.folder / f'round-{seed}', faults_of(seed)
     found.done.clear(), found.damaged.clear()
     try:
         for fault in faults:

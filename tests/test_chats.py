@@ -16,7 +16,7 @@ from lm.data.prepare import Prepared, PreparedSource, prepare
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
 from lm.model import transformer
-from lm.stages import pretrain
+from lm.stages import language
 
 T = 32
 
@@ -174,7 +174,7 @@ def test_a_packed_row_is_its_conversations_one_by_one(tmp_path, tiny, one_device
     assert len(packed['tokens_BT']) < len(found)
     tiny = dataclasses.replace(tiny, layers=1)
     params = transformer.init(jax.random.key(0), tiny)
-    loss = pretrain.make_loss(tiny, z_loss=1e-2)
+    loss = language.next_token_loss(tiny, z_loss=1e-2)
     total = lambda p, batch: loss.terms({'policy': p}, batch, jax.random.key(0))[0]['loss']
     ours, theirs = (jax.jit(jax.value_and_grad(total))(params, batch) for batch in (packed, alone))
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(theirs[1]))

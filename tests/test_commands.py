@@ -18,7 +18,7 @@ from checks import refused
 from lm import chat, inspect
 from lm.sampling import conversation
 from lm.sampling.generate import Sampling
-from lm.stages import pretrain, setup, wiring
+from lm.stages import find, language, plan, runner
 from lm.training import checkpoint
 
 COMMANDS = ('main', 'chat', 'evaluate', 'inspect')
@@ -31,7 +31,7 @@ def nothing_allocated(monkeypatch):
     def no(*args, **options):
         pytest.fail('this should have been seen before')
 
-    for module, name in ((wiring, 'compile_step'), (wiring, 'start'), (checkpoint, 'Writer')):
+    for module, name in ((runner, 'compile_step'), (runner, 'start'), (checkpoint, 'Writer')):
         monkeypatch.setattr(module, name, no)
 
 
@@ -77,9 +77,7 @@ def test_as_a_person_types_it(lab, tmp_path):
 def test_the_default_workdir(call, lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdirs = []
-    monkeypatch.setitem(
-        __import__('lm.stages').stages.STAGES, 'pretrain', lambda c, workdir, **o: workdirs.append(workdir) or {}
-    )
+    monkeypatch.setattr(runner, 'run', lambda spec, config, workdir, **options: workdirs.append(workdir) or {})
     for arg in ('', ':124m', ':depth=12,steps=500'):
         assert call('main', f'--config={running.CONFIG}{arg}')[0] == 0
     assert [str(w.relative_to(tmp_path)) for w in workdirs] == [
@@ -112,7 +110,7 @@ def stages(trained, tmp_path_factory) -> dict[str, Path]:
     for stage in ('sft', 'reward'):
         found[stage] = shutil.copytree(trained, folder / stage)
         saved = json.loads((trained / 'config.json').read_text())
-        saved['config']['stage'] = stage
+        saved['config']['stage'], saved['about'] = stage, find(stage).about._asdict()
         (found[stage] / 'config.json').write_text(json.dumps(saved))
     return found
 
@@ -262,7 +260,7 @@ def test_a_dry_run_counts_a_devices_share(call, lab, monkeypatch):
     """Two float32 moments are twice the parameters, and each of eight devices holds an eighth of them."""
     sizes = dict.fromkeys(('argument', 'temp', 'output', 'alias'), 0)
     memory = SimpleNamespace(**{f'{name}_size_in_bytes': size for name, size in sizes.items()})
-    monkeypatch.setattr(wiring, 'compile_step', lambda *args: SimpleNamespace(memory_analysis=lambda: memory))
+    monkeypatch.setattr(runner, 'compile_step', lambda *args: SimpleNamespace(memory_analysis=lambda: memory))
 
     def figures(**settings):
         err = call('main', *lab.argv(None, '--dry_run', model__dim=256, model__ffn_dim=4096, **settings))[2]
@@ -276,7 +274,7 @@ def test_a_dry_run_counts_a_devices_share(call, lab, monkeypatch):
 
 
 def test_a_dry_run_that_does_not_fit(call, lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, 'memory_limit', lambda device: 1000)
+    monkeypatch.setattr(plan, 'memory_limit', lambda device: 1000)
     status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
     assert status == 1 and not out and err.splitlines()[-1].startswith('lm: does not fit: ')
     assert not (tmp_path / 'run').exists()
@@ -384,7 +382,7 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
 @pytest.mark.usefixtures('nothing_allocated')
 def test_a_workdir_that_cannot_be_written(call, lab, tmp_path, monkeypatch):
     """Seen before the data are read, and nothing is left behind."""
-    monkeypatch.setattr(pretrain, 'prepare', lambda **options: pytest.fail('this should have been seen before'))
+    monkeypatch.setattr(language, 'prepare', lambda **options: pytest.fail('this should have been seen before'))
     (tmp_path / 'file').write_text('')
     for workdir in ('/proc/lm-run', tmp_path / 'file' / 'run', tmp_path / 'new' / ('x' * 300)):
         refused(call('main', *lab.argv(workdir)), f'{workdir} cannot be written')
@@ -453,7 +451,7 @@ def test_out_of_memory_is_one_line(call, lab, tmp_path, monkeypatch):
     def compile_step(*args):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore\nlines')
 
-    monkeypatch.setattr(wiring, 'compile_step', compile_step)
+    monkeypatch.setattr(runner, 'compile_step', compile_step)
     status, _, err = call('main', *lab.argv(tmp_path / 'run'))
     assert status == 1 and err.splitlines()[-1].startswith('lm: out of memory (RESOURCE_EXHAUSTED')
 
@@ -462,7 +460,7 @@ def test_our_own_mistakes_keep_their_traceback(call, lab, tmp_path, monkeypatch)
     def compile_step(*args):
         raise RuntimeError('a mistake')
 
-    monkeypatch.setattr(wiring, 'compile_step', compile_step)
+    monkeypatch.setattr(runner, 'compile_step', compile_step)
     status, _, err = call('main', *lab.argv(tmp_path / 'run'))
     assert status == 1 and 'Traceback' in err and err.endswith('RuntimeError: a mistake\n')
     assert running.status(tmp_path / 'run')['state'] == 'failed'

@@ -44,7 +44,11 @@ def talk(tokenizer, monkeypatch):
 
 def talker(tokenizer, *turns, template=None, seq_len=64):
     model = Model(
-        params=None, cfg=SimpleNamespace(context=None), tokenizer=tokenizer, config={'seq_len': seq_len}, step=0
+        params=None,
+        cfg=SimpleNamespace(context=None),
+        tokenizer=tokenizer,
+        saved={'config': {'seq_len': seq_len}},
+        step=0,
     )
     return Talker('run', model, template, list(turns))
 

@@ -15,6 +15,7 @@ from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import prepare
 from lm.errors import UsageError
 from lm.evals import preferences, tasks
+from lm.stages import find
 from lm.training import normalisation, runs
 
 CONFIGS = running.ROOT / 'configs'
@@ -48,6 +49,7 @@ def chain(lab, trained, tmp_path_factory):
     for stage, mixture in (('sft', chat), ('dpo', pair)):
         saved = runs.read_config(str(folder / 'pretrain'))
         saved['config'] |= {'stage': stage, 'init_from': str(folder / 'pretrain')}
+        saved['about'] = find(stage).about._asdict()
         saved['config']['data'] |= {'mixture': mixture, 'pretraining': lab.mixture}
         parent = runs.read_config(str(folder / 'reward'))['parents']['reward']
         saved['parents'] = {'policy': parent} | ({'reference': parent} if stage == 'dpo' else {})
@@ -153,7 +155,7 @@ def test_rows_are_what_the_stages_measured(call, chain, lab, tmp_path):
 
 
 def settings(stage, mixture, pretraining=None):
-    return {'stage': stage, 'data': {'mixture': mixture, 'pretraining': pretraining}}
+    return {'config': {'stage': stage, 'data': {'mixture': mixture, 'pretraining': pretraining}}}
 
 
 TEXT = 'botocore:0.5,chitchat:0.5'

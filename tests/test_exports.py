@@ -81,7 +81,7 @@ def test_what_only_continues_text_has_no_template(tmp_path, lab):
     folders.make(tmp_path / 'hf')
     convert.convert(convert.parse([str(tmp_path / 'hf'), str(tmp_path / 'run'), '--tokens=16']))
     config = read(tmp_path / 'run', 'config.json')
-    config['config']['stage'] = 'pretrain'  # pretrained further
+    config['about'] = {'data': 'text', 'output': 'text'}  # pretrained further
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
     convert.convert(convert.parse([str(tmp_path / 'run'), str(tmp_path / 'out'), '--tokens=16']))
     assert not (tmp_path / 'out' / 'chat_template.jinja').exists()

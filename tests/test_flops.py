@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
-from dialogues import STAGES
 from running import lines
 
 from lm import config as configs
 from lm.model import head
-from lm.stages import dpo, pretrain, reward, setup, sft, wiring
+from lm.stages import STAGES, find, plan, runner
 from lm.training import flops, runs
 from lm.training import step as training
 
@@ -22,25 +21,22 @@ SIZES = {
     'model.ffn_dim': 1024,
 }  # fmt: skip
 CASES = {
-    'pretrain': (pretrain.stage, {}), 'sft': (sft.stage, {}), 'reward': (reward.stage, {}), 'dpo': (dpo.stage, {}),
-    'dpo-live': (dpo.stage, {'reference': 'live'}), 'simpo': (dpo.stage, {'loss': 'simpo'}),
-    'kto': (dpo.stage, {'loss': 'kto'}), 'kto-live': (dpo.stage, {'loss': 'kto', 'reference': 'live'}),
+    'pretrain': {}, 'sft': {}, 'reward': {}, 'dpo': {}, 'dpo-live': {'reference': 'live'}, 'simpo': {'loss': 'simpo'},
+    'kto': {'loss': 'kto'}, 'kto-live': {'loss': 'kto', 'reference': 'live'},
 }  # fmt: skip
 
 
 def step_of(name, **changes):
-    """(the stage, its config and model, its step, not compiled, and what that takes) at sizes where products are nearly
-    all."""
-    make, settings = CASES[name]
-    given = {**SIZES, **settings, **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
-    file = running.ROOT / 'configs' / f'{name if name in ("pretrain", *STAGES) else "dpo"}.py'
+    """(the task, its step, not compiled, and what that takes) at sizes where products are nearly all."""
+    given = {**SIZES, **CASES[name], **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
+    file = running.ROOT / 'configs' / f'{name if name in STAGES else "dpo"}.py'
     config, _ = configs.load(str(file), [(k, str(v)) for k, v in given.items()])
     config.microbatch, config.model.scan, cfg = config.batch_size, False, runs.model_config(config)
-    stage = make() if make is not dpo.stage else make(config)
-    optimizer, rate = setup.make_optimizer(config)
-    state = wiring.abstract_state(stage, config, cfg, optimizer)
-    step = training.make_step(stage.loss(config, cfg), optimizer, clip=config.optim.clip, rate=rate)
-    return stage, config, cfg, step, (state, stage.batch(config, None))
+    task = find(config.stage).open(config, cfg)
+    optimizer, rate = plan.make_optimizer(config)
+    state = runner.abstract_state(task, optimizer)
+    step = training.make_step(task.loss(), optimizer, clip=config.optim.clip, rate=rate)
+    return task, step, (state, task.batch())
 
 
 def counted_by_xla(step, arguments):
@@ -52,21 +48,23 @@ def test_a_stages_flops_are_those_that_xla_counts(name, one_device, monkeypatch)
     """Layers unrolled, the head in one chunk, no remat, no padding; dense attention multiplies what it then masks, and
     the head of `logp` makes its logits twice, of which the second time is not counted."""
     monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
-    stage, config, cfg, step, arguments = step_of(name)
-    B, T = arguments[1]['tokens_BT'].shape
-    ours = stage.cost(config, cfg, T).of(B * T, B * T)
-    forwards = stage.cost(config, cfg, T).token / flops.cost(cfg.sizes, windows=cfg.windows, seq_len=T).token
+    task, step, arguments = step_of(name)
+    cfg, (B, T) = task.cfg, arguments[1]['tokens_BT'].shape
+    ours = task.cost().of(B * T, B * T)
+    forwards = task.cost().token / flops.cost(cfg.sizes, windows=cfg.windows, seq_len=T).token
     masked = forwards * 12 * cfg.layers * cfg.heads * cfg.head_dim * (T / 2) * B * T
-    again = 2 * cfg.sizes['V'] * cfg.dim * B * T if stage.loss is dpo.make_loss else 0
+    again = 2 * cfg.sizes['V'] * cfg.dim * B * T if task.config.stage == 'dpo' else 0
     assert counted_by_xla(step, arguments) == pytest.approx(ours + masked + again, rel=0.03)
 
 
 def test_what_is_multiplied_besides_the_model_is_seen_by_this(one_device, monkeypatch):
     """A head that a stage has not would be out by more than the tolerance."""
     monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
-    stage, config, cfg, step, arguments = step_of('reward')
+    task, step, arguments = step_of('reward')
     places = np.prod(arguments[1]['tokens_BT'].shape)
-    assert flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=1) * places > 1.03 * counted_by_xla(step, arguments)
+    assert flops.per_token(task.cfg.sizes, windows=task.cfg.windows, seq_len=1) * places > 1.03 * counted_by_xla(
+        step, arguments
+    )
 
 
 def test_tokens_and_targets_of_a_step_are_those_that_are_not_padding():
@@ -74,7 +72,7 @@ def test_tokens_and_targets_of_a_step_are_those_that_are_not_padding():
         'segments_BT': jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]]),
         'weights_BT': jnp.array([[0, 1, 0.5, 0], [0.0] * 4]),
     }
-    step = wiring.counted(lambda state, batch: (state, {'loss': 1.0}))
+    step = runner.counted(lambda state, batch: (state, {'loss': 1.0}))
     assert step(None, batch)[1] == {'loss': 1.0, 'tokens': 4, 'targets': 2}
 
 
@@ -110,7 +108,9 @@ def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(la
     assert {r['step']: r['tokens'] for r in lines(tmp_path / 'whole')}[6] == tokens[6]
 
 
-@pytest.mark.parametrize('stage', [pytest.param(s, marks=() if s == 'sft' else pytest.mark.slow) for s in STAGES])
+@pytest.mark.parametrize(
+    'stage', [pytest.param(s, marks=() if s == 'sft' else pytest.mark.slow) for s in ('sft', 'reward', 'dpo')]
+)
 def test_a_stage_counts_no_padding(dialogues, stage):
     """Conversations and pairs do not fill their rows."""
     workdir = dialogues.run(stage)

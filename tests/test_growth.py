@@ -17,7 +17,7 @@ from lm.data.growth import Growth
 from lm.data.pipeline import batches, mix
 from lm.data.prepare import prepare
 from lm.errors import UsageError
-from lm.stages import wiring
+from lm.stages import runner
 from lm.training import step as training
 
 
@@ -121,7 +121,7 @@ def test_tokens_are_counted_as_they_are(lab, growing):
 
 def test_an_epoch_is_as_many_steps_as_its_rows_make(lab, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(wiring, '_fit', lambda stage, config, *rest: seen.append(config.steps))
+    monkeypatch.setattr(runner, '_fit', lambda task, *rest: seen.append(task.config.steps))
     lab.train(tmp_path / 'plain', steps='none')
     lab.train(tmp_path / 'growing', steps='none', **GROWING)
     rows = seen[0] * 8

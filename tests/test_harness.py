@@ -39,7 +39,9 @@ def model(tokenizer, tmp_path_factory):
     cfg = transformer.ModelConfig(vocab_size=320, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ffn_dim=64)
     with sharding.use_mesh({}, jax.devices()[:1]):
         params = transformer.init_sharded(jax.random.key(0), cfg)
-        yield Harness(str(folder), subject=Subject(str(folder), Model(params, cfg, tokenizer, config, 0), print))
+        yield Harness(
+            str(folder), subject=Subject(str(folder), Model(params, cfg, tokenizer, {'config': config}, 0), print)
+        )
 
 
 def asked(*arguments):

@@ -6,7 +6,7 @@ import pytest
 from running import lines
 
 from lm.model import transformer
-from lm.stages import pretrain
+from lm.stages import language
 
 NAMES = ('loss', 'cross_entropy', 'z_loss', 'accuracy', 'grad_norm', 'lr', 'skipped')
 
@@ -31,7 +31,7 @@ def test_cross_entropy_is_the_mean_of_minus_log_p(tiny, one_device):
     logits = transformer.logits(params, tiny, transformer.forward(params, tiny, tokens))
     logp = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(16), batch['targets_BT']]
     for z_loss in (0.0, 0.1):
-        loss = pretrain.make_loss(tiny, z_loss=z_loss)
+        loss = language.next_token_loss(tiny, z_loss=z_loss)
         terms, metrics = loss.terms({'policy': params}, batch, jax.random.key(0))
         weights = loss.denominators(batch)
         assert metrics['cross_entropy'] / weights['cross_entropy'] == pytest.approx(-float(logp.mean()), rel=1e-5)

@@ -11,7 +11,7 @@ import running
 
 from lm import config as configs
 from lm.errors import RunError, UsageError
-from lm.stages import pretrain, setup, wiring
+from lm.stages import plan, pretrain, runner
 from lm.training import microbatch, runs
 
 
@@ -129,7 +129,7 @@ def accelerator(monkeypatch):
     """Pretends that the devices are accelerators with so many bytes of memory."""
 
     def pretend(limit):
-        monkeypatch.setattr(setup, 'memory_limit', lambda device: limit)
+        monkeypatch.setattr(plan, 'memory_limit', lambda device: limit)
         monkeypatch.setattr(microbatch, 'candidates', lambda found, seq_len: found[-1:])
 
     return pretend
@@ -140,14 +140,14 @@ def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, model__layers=1))[1])
     config.precision.compute = 'float32'
     cfg = runs.model_config(config)
-    optimizer, rate = setup.make_optimizer(config)
-    abstract = setup.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
-    own = (pretrain.stage(), config, cfg, None, optimizer, rate, abstract)
-    build = functools.cache(functools.partial(wiring.compile_step, *own))
+    optimizer, rate = plan.make_optimizer(config)
+    abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    own = (pretrain.Pretrain(config, cfg), optimizer, rate, abstract)
+    build = functools.cache(functools.partial(runner.compile_step, *own))
     sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}
     assert sizes[2] < sizes[4] < sizes[8]
     accelerator((sizes[4] + 1000) / microbatch.USED['cpu'])
-    step, told = setup.settle_microbatch(config, cfg, abstract, build, None)
+    step, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
     assert config.microbatch == 4 and step is build(4) and told.startswith('microbatch 4 (of 8, what fits')
 
 
@@ -187,7 +187,7 @@ def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
 
     monkeypatch.setattr(microbatch, 'time_steps', time_steps)
     with monkeypatch.context() as patch:
-        patch.setattr(wiring, 'start', lambda *args: (_ for _ in ()).throw(RunError('killed here')))
+        patch.setattr(runner, 'start', lambda *args: (_ for _ in ()).throw(RunError('killed here')))
         with pytest.raises(RunError):
             lab.train(tmp_path / 'run', steps=2, batch_size=32)
     assert saved_microbatch(tmp_path / 'run') == 8

@@ -10,7 +10,7 @@ import running
 from running import lines, measured, status, steps_saved
 
 from lm.errors import RunError, UsageError
-from lm.stages import wiring
+from lm.stages import runner
 from lm.training import checkpoint
 
 
@@ -78,7 +78,7 @@ def test_one_that_never_had_a_checkpoint_begins_again(lab, tmp_path, monkeypatch
 
 def test_a_run_that_is_done_says_so_and_compiles_nothing(lab, copy, monkeypatch, capsys):
     before, numbers = measured(copy), {p: p.read_bytes() for p in copy.glob('*.jsonl')}
-    monkeypatch.setattr(wiring, 'compile_step', lambda *args: pytest.fail('this compiles'))
+    monkeypatch.setattr(runner, 'compile_step', lambda *args: pytest.fail('this compiles'))
     last = lab.train(copy, steps=8)
     assert last['step'] == 8 and last['eval/loss'] == before[8, 'eval/loss']
     assert 'is done, with 8 steps: set more, or name another --workdir' in capsys.readouterr().err

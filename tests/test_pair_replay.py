@@ -14,7 +14,7 @@ from lm.data.pairs import PairRows, TextRows
 from lm.data.prepare import Prepared, PreparedSource
 from lm.data.store import TokenStore
 from lm.model import transformer
-from lm.stages import dpo, pretrain
+from lm.stages import dpo, language
 
 SEQ_LEN = 16
 SETTINGS = {'loss': 'dpo', 'nll': 0.2} | dict.fromkeys(('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u'))
@@ -71,10 +71,10 @@ def test_pairs_and_text_do_not_see_each_other_in_the_loss(tmp_path, tiny, one_de
     batch = pipeline.stack([row for _, row in rows])
     of_pairs, of_text = (pipeline.stack([row for source, row in rows if source == k]) for k in range(2))
     params, key = transformer.init(jax.random.key(0), tiny), jax.random.key(0)
-    loss = lambda replay: dpo.make_loss(ConfigDict(SETTINGS | {'data': {'replay': replay}}), tiny)
+    loss = lambda replay: dpo.Dpo(ConfigDict(SETTINGS | {'data': {'replay': replay}}), tiny).loss()
     found, _ = jax.jit(loss(0.4).terms)({'policy': params}, batch, key)
     alone, _ = jax.jit(loss(0.0).terms)({'policy': params}, of_pairs, key)
-    plain = pretrain.make_loss(tiny, z_loss=0.0)
+    plain = language.next_token_loss(tiny, z_loss=0.0)
     text, _ = jax.jit(plain.terms)({'policy': params}, of_text, key)
     assert found['replay'] == pytest.approx(float(text['loss']), rel=1e-5)
     assert {k: float(found[k]) for k in alone} == pytest.approx({k: float(v) for k, v in alone.items()}, rel=1e-5)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -232,16 +233,17 @@ def data_of(store):
 def test_rows_are_shared_by_microbatches_and_devices(tmp_path, microbatch, mesh, parts):
     data, settings = data_of(pair_store(tmp_path / 'p', drawn(64))), config()
     settings.microbatch = microbatch
+    task: Any = stage.PairTask(settings, None, data)
     with use_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.values())))]):
-        needed = stage.batches(settings, data).rows
-        shapes = stage.batch(settings, data)
+        needed = task.batches().rows
+        shapes = task.batch()
         rows = shapes['tokens_BT'].shape[0]
         assert rows % parts == 0 and needed <= rows < needed + parts
-        made = stage.make_source(settings, data, 2)(None, 2)
+        made = task.source(2)(None, 2)
         assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
             n: (x.shape, x.dtype) for n, x in shapes.items()
         }
-        expected = stage.batches(settings, data).batch(2, range(rows))
+        expected = task.batches().batch(2, range(rows))
         assert all(np.array_equal(x, expected[name]) for name, x in jax.device_get(made).items())
 
 
@@ -275,7 +277,7 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
 
     def updated(microbatches):
         batch = found.batch(0, range(-(-found.rows // microbatches) * microbatches))
-        step = training.make_step(dpo.make_loss(settings, tiny), optimizer, clip=None, microbatches=microbatches)
+        step = training.make_step(dpo.Dpo(settings, tiny).loss(), optimizer, clip=None, microbatches=microbatches)
         state, metrics = jax.jit(step)(training.create({'policy': params}, {}, optimizer, 0), batch)
         return jax.tree.map(lambda new, old: new - old, state.trainable['policy'], params), metrics
 

@@ -17,7 +17,7 @@ from running import assert_same, lines, measured, params, signal_at, status, ste
 from lm import main as lm_main
 from lm import runtime
 from lm.errors import Preempted, RunError, UsageError
-from lm.stages import pretrain, wiring
+from lm.stages import pretrain, runner
 from lm.training import checkpoint, loop, runs
 from lm.training.recorder import Recorder
 
@@ -99,7 +99,7 @@ def test_a_signal_before_the_first_step_ends_at_once(lab, tmp_path, monkeypatch)
         time.sleep(5)
         pytest.fail('went on')
 
-    monkeypatch.setattr(wiring, 'compile_step', compile_step)
+    monkeypatch.setattr(runner, 'compile_step', compile_step)
     with pytest.raises(Preempted, match='before the first step'):
         lab.train(tmp_path / 'run')
     assert status(tmp_path / 'run')['state'] == 'preempted'
@@ -293,11 +293,11 @@ def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypat
         signal_at(patch, 5, signal.SIGTERM)
         with pytest.raises(Preempted):
             lab.train(workdir)
-    real = pretrain.make_source
+    real = pretrain.Pretrain.source
 
-    def make_source(config, data, start):
+    def make_source(task, start):
         """Compares each batch with that of a source which began at 0."""
-        source, reference = real(config, data, start), real(config, data, 0)
+        source, reference = real(task, start), real(task, 0)
         expected = [reference(None, i) for i in range(12)]
 
         def compared(state, i):
@@ -307,7 +307,7 @@ def test_another_mesh_goes_on_with_the_same_data(lab, whole, tmp_path, monkeypat
 
         return compared
 
-    monkeypatch.setattr(pretrain, 'make_source', make_source)
+    monkeypatch.setattr(pretrain.Pretrain, 'source', make_source)
     lab.train(workdir, mesh__data=2, mesh__tensor=2)
     assert same == [(i, True) for i in range(12 - len(same), 12)] and len(same) >= 5
     a, b = measured(whole), measured(workdir)

@@ -25,8 +25,8 @@ from lm.data import cache
 from lm.errors import Preempted, UsageError
 from lm.evals import preferences
 from lm.losses.preference import LOSSES
+from lm.stages import find, reference, runner
 from lm.stages import pairs as pair_stage
-from lm.stages import reference, wiring
 from lm.training import normalisation, runs
 
 LN2 = math.log(2)
@@ -131,7 +131,9 @@ def reread(dialogues, workdir):
     flags, settings = lm_main.parse(argv)
     config, _ = configs.load(flags.config, settings)
     with contextlib.chdir(dialogues.lab.folder):
-        runs.inherit_model(config, configs.chosen(flags.config, settings), epath.Path(workdir))
+        runs.inherit_model(
+            config, find(config.stage).about, configs.chosen(flags.config, settings), epath.Path(workdir)
+        )
         data = pair_stage.prepare(config, str(workdir / 'tokenizer'), lambda line: None)
     return config, data.own.sources[0].train
 
@@ -374,7 +376,7 @@ def test_a_mistake_is_one_line_before_anything_is_allocated(
 ):
     dialogues.run('sft')
     for name in ('compile_step', 'start'):
-        monkeypatch.setattr(wiring, name, lambda *args: pytest.fail('this should have been seen before'))
+        monkeypatch.setattr(runner, name, lambda *args: pytest.fail('this should have been seen before'))
     refused(call(dialogues.argv(stage, tmp_path / 'run', **settings)), wanted, None)
     assert not (tmp_path / 'run').exists()
 

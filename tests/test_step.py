@@ -16,7 +16,7 @@ from lm import sharding
 from lm.errors import UsageError
 from lm.losses.objective import measured, normalised
 from lm.model import transformer
-from lm.stages.pretrain import make_loss
+from lm.stages.language import next_token_loss
 from lm.training import flops
 from lm.training import optimizer as optim
 from lm.training import step as training
@@ -189,7 +189,7 @@ def new_state(cfg, optimizer=OPTIMIZER):
 def one_update(cfg, mesh, microbatches):
     """(params after a step, metrics, the state) of the real loss on a mesh."""
     with jax.set_mesh(mesh):
-        step = training.make_step(make_loss(cfg, z_loss=1e-2), OPTIMIZER, clip=0.5, microbatches=microbatches)
+        step = training.make_step(next_token_loss(cfg, z_loss=1e-2), OPTIMIZER, clip=0.5, microbatches=microbatches)
         return jax.jit(step, donate_argnums=0)(new_state(cfg), sharding.shard_batch(model_batch(cfg)))
 
 
@@ -268,7 +268,7 @@ def test_no_compiled_step_rematerializes_involuntarily(model, shape, said):
     cfg = dataclasses.replace(model, remat='full')
     optimizer = optim.muon_adamw(lambda _: 0.1, momentum=0.95, dtype=jnp.bfloat16, **ADAMW)  # moves most about
     with sharding.use_mesh(shape):
-        step = training.make_step(make_loss(cfg, z_loss=1e-4), optimizer, clip=1.0, microbatches=1)
+        step = training.make_step(next_token_loss(cfg, z_loss=1e-4), optimizer, clip=1.0, microbatches=1)
         jax.jit(step, donate_argnums=0).lower(
             new_state(cfg, optimizer), sharding.shard_batch(model_batch(cfg))
         ).compile()

@@ -57,7 +57,7 @@ class Harness(LM):
 
     def __init__(self, run: str, *, subject: Subject | None = None) -> None:
         super().__init__()
-        if runs.is_scored(runs.read_config(run)['config']):
+        if runs.about(runs.read_config(run)).output == 'scores':
             raise UsageError(f'{run} is a reward model and gives scores, not text')
         self.mesh = sharding.make_mesh({'fsdp': -1}) if subject is None else jax.sharding.get_mesh()
         with jax.set_mesh(self.mesh):

@@ -30,7 +30,6 @@ from lm.training import runs
 from lm.training.runs import Model
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
-KINDS: dict[str, Kind] = {'pretrain': 'text', 'sft': 'chat', 'reward': 'pairs', 'dpo': 'pairs'}
 Say = Callable[[str], None]
 
 
@@ -56,7 +55,7 @@ class Subject:
     @property
     def scored(self) -> bool:
         """Whether it is a reward model."""
-        return runs.is_scored(self.model.config)
+        return self.model.about.output == 'scores'
 
     @property
     def template(self) -> ChatTemplate:
@@ -186,7 +185,7 @@ def plan(
 
     Args:
       asked: names of tasks; None: all that can be done, and `say` is told why others cannot.
-      saved: the settings of each run, by its name.
+      saved: config.json of each run, by its name.
       given: {task: the mixture that the user names}.
 
     Raises:
@@ -211,8 +210,8 @@ def plan(
 def _mixture(task: str, saved: Mapping[str, Mapping[str, Any]], given: str | None) -> str | None:
     """The mixture of a task. Raises UsageError if there is none, or one of its sources cannot be opened."""
     mixture = given or _usual(task, saved)
-    texts = [text for config in saved.values() if not runs.is_scored(config) and (text := pretraining(config))]
-    for part in [mixture] if mixture else dict.fromkeys(texts):
+    texts = [runs.pretraining_of(run) for run in saved.values() if runs.about(run).output != 'scores']
+    for part in [mixture] if mixture else filter(None, dict.fromkeys(texts)):
         for name in _sources(part):
             open_source(name, TASKS[task].kind)
     return mixture
@@ -223,11 +222,11 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     known, kind = TASKS[task], TASKS[task].kind
     if known.mixture is None:
         return None
-    trained = [config['data']['mixture'] for config in saved.values() if KINDS.get(config['stage']) == kind]
+    trained = [run['config']['data']['mixture'] for run in saved.values() if runs.about(run).data == kind]
     own = [mixture for mixture in trained if known.own and not has_default(mixture)]
     if own and len(own) == len(trained):
         return own[0]
-    read = [config['data'].get(key) for config in saved.values() for key in ('mixture', 'pretraining')]
+    read = [run['config']['data'].get(key) for run in saved.values() for key in ('mixture', 'pretraining')]
     if any(has_default(mixture) for mixture in read if mixture):
         return known.mixture
     raise UsageError(
@@ -239,20 +238,15 @@ def _sources(mixture: str) -> Iterable[str]:
     return (name for name, _ in parse_mixture(mixture))
 
 
-def pretraining(config: Mapping[str, Any]) -> str | None:
-    """The text that a run was pretrained on, as far as its settings say."""
-    return config['data']['mixture'] if config['stage'] == 'pretrain' else config['data'].get('pretraining')
-
-
 # ---- measuring ----
 
 
-def fitting(names: Sequence[str] | None, run: str, config: Mapping[str, Any]) -> list[str]:
+def fitting(names: Sequence[str] | None, run: str, saved: Mapping[str, Any]) -> list[str]:
     """Those of some tasks (None: all) that a run can be measured on: a reward model has preferences alone.
 
     Raises UsageError if others are asked for, and none is left.
     """
-    fit = [task for task in names or TASKS if task == 'preferences' or not runs.is_scored(config)]
+    fit = [task for task in names or TASKS if task == 'preferences' or runs.about(saved).output != 'scores']
     if names and not fit:
         raise UsageError(f'{run} is a reward model, which gives scores: --tasks=preferences is what it can be asked')
     return fit
@@ -263,7 +257,7 @@ def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits)
     had."""
     metrics = {}
     for name, mixture in planned.items():
-        mixture = mixture or pretraining(subject.model.config)
+        mixture = mixture or runs.pretraining_of(subject.model.saved)
         if mixture is None:
             subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
             continue

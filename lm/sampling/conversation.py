@@ -83,12 +83,12 @@ def can_chat(run: str) -> bool:
 
     Raises UsageError if it is a reward model, or there is no such run.
     """
-    stage = runs.read_config(run)['config']['stage']
-    if stage == 'reward':
+    output = runs.about(runs.read_config(run)).output
+    if output == 'scores':
         raise UsageError(
             f'{run} is a reward model and gives scores, not answers: python -m lm.evaluate {run} --score PROMPT ANSWER'
         )
-    return stage != 'pretrain'
+    return output == 'answers'
 
 
 def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int, warn: Callable[[str], None]) -> Talker:

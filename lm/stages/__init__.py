@@ -1,17 +1,15 @@
-"""One module a stage, each with one function `run(config, workdir, …)`: wiring for the one loop."""
-
-from collections.abc import Callable
-from typing import Any
+"""The stages: a module each, and the registry, which is the only list of them."""
 
 from lm.config import nearest
 from lm.errors import UsageError
 from lm.stages import dpo, pretrain, reward, sft
+from lm.stages.spec import StageSpec
 
-STAGES = {'pretrain': pretrain.run, 'sft': sft.run, 'reward': reward.run, 'dpo': dpo.run}
+STAGES = {spec.name: spec for spec in (pretrain.SPEC, sft.SPEC, reward.SPEC, dpo.SPEC)}
 
 
-def run_of(stage: str) -> Callable[..., dict[str, Any]]:
-    """The function of a stage. Raises UsageError if there is none of that name."""
+def find(stage: str) -> StageSpec:
+    """The spec of a stage. Raises UsageError if there is none of that name."""
     if stage not in STAGES:
         raise UsageError(f'stage={stage}{nearest(stage, list(STAGES))}: one of {", ".join(STAGES)}')
     return STAGES[stage]

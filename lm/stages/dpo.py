@@ -1,74 +1,25 @@
 """Preference optimisation without a reward model: DPO and its relatives, on pairs of responses."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import jax
-from etils import epath
 
 from lm.config import Config, nearest
 from lm.data import pairs as pair_data
-from lm.data.prompts import Prompt
 from lm.errors import UsageError
 from lm.evals import preferences
 from lm.losses import preference
 from lm.losses.preference import LOSSES, Pairs, Response
 from lm.model import sequences
 from lm.model.roles import Roles
-from lm.model.transformer import ModelConfig
-from lm.runtime import StopRequest
-from lm.stages import pairs, pretrain, reference, wiring
+from lm.stages import language, pairs, reference
 from lm.stages.pairs import PairData
+from lm.stages.spec import Batch, Say, StageSpec
+from lm.training import flops
 from lm.training import step as training
-from lm.training.recorder import Recorder
+from lm.training.runs import Parent
 
 REPLAY = 1.0  # the coefficient of the replayed text's cross-entropy
-
-
-def run(config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False) -> dict[str, Any]:
-    """Trains, or resumes, the run at `workdir`, and returns its last metrics; see `wiring.run`."""
-    check(config)
-    return wiring.run(stage(config), config, workdir, stop=stop, dry_run=dry_run)
-
-
-def stage(config: Config) -> wiring.Stage:
-    """What is preference optimisation's own."""
-    taken = LOSSES[config.loss]
-    sides = 3 if taken.baseline else 2
-    cached = taken.reference and config.reference == 'cached'
-    live = taken.reference and config.reference == 'live'
-    forwards = (1 + taken.baseline) * (1 + live) - 1  # beside the one that is differentiated
-    return wiring.Stage(
-        prepare=prepare, epoch=pairs.epoch,
-        batch=partial(pairs.batch, sides=sides, reference=cached), source=pairs.make_source, loss=make_loss,
-        evaluate=make_evaluate, describe=describe, prompts=pairs.heldout_questions,
-        precompute=partial(reference.add, cached=cached),
-        frozen={'reference': 'init_from'} if live else {}, cost=partial(wiring.lm_cost, forwards=forwards),
-    )  # fmt: skip
-
-
-def prepare(config: Config, tokenizer: str | None, say: Callable[[str], None]) -> PairData:
-    """Pairs, and for a loss that compares single answers with a baseline also these, each with an answer to another
-    prompt."""
-    baseline = LOSSES[config.loss].baseline
-    return pairs.prepare(config, tokenizer, say, sides=3 if baseline else 2, unpaired=baseline)
-
-
-def describe(config: Config, data: PairData) -> list[str]:
-    """What is about to be trained on, a line a source; and for KTO whether good and bad answers weigh what its authors
-    advise (Ethayarajh et al., 2024, section 4.2: λ_D·n_D / λ_U·n_U from 1 to 4/3)."""
-    lines = pairs.describe(config, data)
-    if not LOSSES[config.loss].baseline:
-        return lines
-    taken = preference.settle(config.loss, {key: config[key] for key in preference.SETTINGS})
-    good, bad = (sum(s.train.answers(side) for s in data.own.sources) for side in (0, 1))
-    told = f'kto: {good:,} good and {bad:,} bad answers'
-    if good and bad and not 1 <= (ratio := taken['lambda_d'] * good / (taken['lambda_u'] * bad)) <= 4 / 3:
-        up = ('lambda_d', taken['lambda_u'] * bad / good)
-        key, value = up if good < bad else ('lambda_u', taken['lambda_d'] * good / bad)
-        told += f', which weigh {ratio:.2g} to 1; its authors advise 1 to 1.33, as with {key}={value:.3g}'
-    return [*lines, told]
 
 
 def check(config: Config) -> None:
@@ -85,68 +36,110 @@ def check(config: Config) -> None:
         raise UsageError(f'stage={config.stage} compares with the run it starts from: set --config.init_from=DIR')
 
 
-# ---- the loss ----
+def prepare(config: Config, tokenizer: str | None, say: Say) -> PairData:
+    """Pairs, and for a loss that compares single answers with a baseline also these, each with an answer to another
+    prompt."""
+    baseline = LOSSES[config.loss].baseline
+    return pairs.prepare(config, tokenizer, say, sides=3 if baseline else 2, unpaired=baseline)
 
 
-def make_loss(config: Config, cfg: ModelConfig) -> training.Loss:
-    """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
-    name, taken, replay = config.loss, LOSSES[config.loss], bool(config.data.replay)
-    settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
+class Dpo(pairs.PairTask):
+    """Trains a policy; the reference is the run that it starts from."""
 
-    def responses(logp_BT: jax.Array, models: Roles, batch: training.Batch) -> list[Response]:
-        live = sequences.log_probs(models['reference'], cfg, batch) if 'reference' in models else None
+    @property
+    def _taken(self) -> preference.Preference:
+        """What the loss takes."""
+        return LOSSES[self.config.loss]
 
-        def known(side: int) -> jax.Array | None:
-            if live is not None:
-                return jax.lax.stop_gradient(live[side])
-            return batch.get(f'reference_{pair_data.SIDES[side]}_BP')
+    @property
+    def sides(self) -> int:
+        return 3 if self._taken.baseline else 2
 
-        by_side = sequences.by_side(logp_BT, batch)
-        return [Response(x, batch[f'length_{pair_data.SIDES[i]}_BP'], known(i)) for i, x in enumerate(by_side)]
+    @property
+    def cached(self) -> bool:
+        return self._taken.reference and self.config.reference == 'cached'
 
-    def pre_pass(models: Roles, batch: training.Batch, key: jax.Array) -> training.Sums:
-        del key
-        logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
-        return preference.baseline_sums(responses(logp_BT, models, batch)[2], batch['weight_BP'])
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        live = self._taken.reference and self.config.reference == 'live'
+        return {'reference': 'init_from'} if live else {}
 
-    def terms(
-        models: Roles, batch: training.Batch, key: jax.Array, global_sums: training.Sums | None = None
-    ) -> tuple[training.Sums, training.Sums]:
-        del key
-        logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
-        chosen, rejected = responses(logp_BT, models, batch)[:2]
-        z0 = None if global_sums is None else preference.baseline(global_sums)
-        both = Pairs(chosen, rejected, batch['label_BP'])
-        found, metrics = preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
-        return {**found, 'replay': -sequences.outside(logp_BT, batch)} if replay else found, metrics
+    def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
+        self.data, known = reference.add(self, parents)
+        return {'reference': known}
 
-    def denominators(batch: training.Batch) -> training.Sums:
-        sizes = (batch['length_chosen_BP'], batch['length_rejected_BP'])
-        found = preference.weights(name, batch['weight_BP'], *sizes)
-        return {**found, 'replay': sequences.outside(batch['weights_BT'], batch)} if replay else found
+    def describe(self) -> list[str]:
+        """For KTO also whether good and bad answers weigh what its authors advise (Ethayarajh et al., 2024, section
+        4.2: λ_D·n_D / λ_U·n_U from 1 to 4/3)."""
+        lines = super().describe()
+        if not self._taken.baseline:
+            return lines
+        settings = preference.settle(self.config.loss, {key: self.config[key] for key in preference.SETTINGS})
+        good, bad = (sum(s.train.answers(side) for s in self.data.own.sources) for side in (0, 1))
+        told = f'kto: {good:,} good and {bad:,} bad answers'
+        if good and bad and not 1 <= (ratio := settings['lambda_d'] * good / (settings['lambda_u'] * bad)) <= 4 / 3:
+            up = ('lambda_d', settings['lambda_u'] * bad / good)
+            key, value = up if good < bad else ('lambda_u', settings['lambda_d'] * good / bad)
+            told += f', which weigh {ratio:.2g} to 1; its authors advise 1 to 1.33, as with {key}={value:.3g}'
+        return [*lines, told]
 
-    coefs = preference.coefficients(name, nll=config.nll) | ({'replay': REPLAY} if replay else {})
-    return training.Loss(terms, denominators, coefs, pre_pass if taken.baseline else None)
+    def cost(self) -> flops.Cost:
+        """With the forward passes beside the one that is differentiated."""
+        return self.lm_cost(forwards=(1 + self._taken.baseline) * (1 + len(self.frozen)) - 1)
 
+    def loss(self) -> training.Loss:
+        """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
+        config, cfg = self.config, self.cfg
+        name, baseline, replay = config.loss, self._taken.baseline, bool(config.data.replay)
+        settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
 
-# ---- evaluation ----
+        def responses(logp_BT: jax.Array, models: Roles, batch: Batch) -> list[Response]:
+            live = sequences.log_probs(models['reference'], cfg, batch) if 'reference' in models else None
 
+            def known(side: int) -> jax.Array | None:
+                if live is not None:
+                    return jax.lax.stop_gradient(live[side])
+                return batch.get(f'reference_{pair_data.SIDES[side]}_BP')
 
-def make_evaluate(
-    config: Config, cfg: ModelConfig, data: PairData, prompts: Sequence[Prompt], recorder: Recorder
-) -> wiring.Evaluate:
-    """evaluate(state, step): held-out pairs, answers to their prompts, what is forgotten, and the fixed prompts."""
+            by_side = sequences.by_side(logp_BT, batch)
+            return [Response(x, batch[f'length_{pair_data.SIDES[i]}_BP'], known(i)) for i, x in enumerate(by_side)]
 
-    def evaluate(state: training.TrainState, step: int) -> Mapping[str, float]:
-        metrics, policy = {}, state.models['policy']
-        now = reference.measure(config, cfg, data, policy)
-        for s, after, before in zip(data.own.sources, now, data.before, strict=True):
-            found = preferences.policy_metrics(s.heldout, after.log_probs, before.log_probs, seq_len=config.seq_len)
+        def pre_pass(models: Roles, batch: Batch, key: jax.Array) -> training.Sums:
+            del key
+            logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+            return preference.baseline_sums(responses(logp_BT, models, batch)[2], batch['weight_BP'])
+
+        def terms(
+            models: Roles, batch: Batch, key: jax.Array, global_sums: training.Sums | None = None
+        ) -> tuple[training.Sums, training.Sums]:
+            del key
+            logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+            chosen, rejected = responses(logp_BT, models, batch)[:2]
+            z0 = None if global_sums is None else preference.baseline(global_sums)
+            both = Pairs(chosen, rejected, batch['label_BP'])
+            found, metrics = preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
+            return {**found, 'replay': -sequences.outside(logp_BT, batch)} if replay else found, metrics
+
+        def denominators(batch: Batch) -> training.Sums:
+            sizes = (batch['length_chosen_BP'], batch['length_rejected_BP'])
+            found = preference.weights(name, batch['weight_BP'], *sizes)
+            return {**found, 'replay': sequences.outside(batch['weights_BT'], batch)} if replay else found
+
+        coefs = preference.coefficients(name, nll=config.nll) | ({'replay': REPLAY} if replay else {})
+        return training.Loss(terms, denominators, coefs, pre_pass if baseline else None)
+
+    def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
+        """Held-out pairs, answers to their prompts, what is forgotten, and the fixed prompts."""
+        metrics, policy, seq_len = {}, state.models['policy'], self.config.seq_len
+        now = reference.measure(self, policy)
+        for s, after, before in zip(self.data.own.sources, now, self.data.before, strict=True):
+            found = preferences.policy_metrics(s.heldout, after.log_probs, before.log_probs, seq_len=seq_len)
             found |= after.answered | {f'reference_{k}': v for k, v in before.answered.items()}
             metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
-        if data.text:
-            metrics |= pretrain.text_metrics(config, cfg, data.text, policy)
-        pretrain.tell(config, cfg, data.tokenizer, policy, prompts, recorder, step, metrics, data.template)
+        if self.data.text:
+            metrics |= language.text_metrics(self.config, self.cfg, self.data.text, policy)
+        language.log_samples(self, policy, step, metrics, self.data.template)
         return metrics
 
-    return evaluate
+
+SPEC = StageSpec('dpo', 'pairs', 'answers', prepare, Dpo, check)

@@ -11,7 +11,7 @@ from lm import presets
 from lm.config import Config, base
 from lm.errors import RunError, UsageError
 from lm.model.transformer import ModelConfig
-from lm.stages import setup
+from lm.stages import plan
 from lm.training import microbatch, runs
 from lm.training.recorder import Recorder
 from lm.training.step import TrainState
@@ -23,14 +23,14 @@ def check(config: Config, cfg: ModelConfig, state: TrainState) -> None:
     Args:
       state: as shapes and shardings.
     """
-    needed, limit = at_least(config, cfg, state), setup.memory_limit(_device())
+    needed, limit = at_least(config, cfg, state), plan.memory_limit(_device())
     if limit and needed > limit:
         raise UsageError(f'does not fit: {_told(needed, limit, at_least=True)}; {hints(config, cfg, state, limit)}')
 
 
 def check_compiled(config: Config, cfg: ModelConfig, state: TrainState, compiled: Any) -> None:
     """Raises UsageError where a compiled step does not fit a device."""
-    needed, limit = microbatch.step_bytes(compiled), setup.memory_limit(_device())
+    needed, limit = microbatch.step_bytes(compiled), plan.memory_limit(_device())
     if limit and needed > limit:
         raise UsageError(f'does not fit: {_told(needed, limit)}; {hints(config, cfg, state, limit)}')
 
@@ -163,8 +163,8 @@ def report_plan(
     recorder.say(
         f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
     )
-    planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
+    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
     recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
-    limit = setup.memory_limit(_device())
+    limit = plan.memory_limit(_device())
     if limit and total > limit:
         raise RunError(f'does not fit: {_told(total, limit)}; {hints(config, cfg, state, limit)}')

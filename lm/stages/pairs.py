@@ -1,7 +1,7 @@
 """What the stages that learn from pairs have in common: their data and batches."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -18,7 +18,8 @@ from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import preferences
-from lm.stages import pretrain, sft, wiring
+from lm.stages import language
+from lm.stages.spec import Say, Source, Task
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
 PLACES = 16_384  # for tokens, that a device measures at once: more are no quicker
@@ -33,9 +34,7 @@ class PairData(WithReplay):
     before: Sequence[Any] = field(default=(), repr=False)
 
 
-def prepare(
-    config: Config, tokenizer: str | None, say: Callable[[str], None], *, sides: int = 2, unpaired: bool = False
-) -> PairData:
+def prepare(config: Config, tokenizer: str | None, say: Say, *, sides: int = 2, unpaired: bool = False) -> PairData:
     """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too.
 
     Raises UsageError without a run to start from, and for settings that pairs have no use for.
@@ -43,15 +42,56 @@ def prepare(
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
     form = lambda template: pairs.form(template, sides=sides)
-    data = sft.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
+    data = language.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
     for s in data.own.sources:
         pairs.check(s, seq_len=config.seq_len)
     return PairData(data.own, data.text, data.template)
 
 
-def batches(config: Config, data: PairData) -> PairBatches:
-    """The batches of a run."""
-    return _batches(data, config.seq_len, config.batch_size, config.seed, config.data.replay)
+class PairTask(Task):
+    """Its data are `PairData`."""
+
+    sides = 2  # of a pair: the responses, and for a loss with a baseline an answer to another prompt
+    cached = False  # whether batches have the reference's log-probs
+
+    def batches(self) -> PairBatches:
+        """The batches of a run."""
+        c = self.config
+        return _batches(self.data, c.seq_len, c.batch_size, c.seed, c.data.replay)
+
+    def epoch(self) -> int:
+        return self.batches().epoch
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Without data the most that it may need, a row of the longest for each pair."""
+        if self.data is None:
+            needed, a_row, width = self.config.batch_size, 1, self.sides * self.config.seq_len
+        else:
+            found = self.batches()
+            needed, a_row, width = found.rows, found.slots, found.width
+        rows = _rows_of_run(self.config, needed)
+        return abstract_arrays(pairs.abstract(rows, width, a_row, sides=self.sides, reference=self.cached))
+
+    def source(self, start: int) -> Source:
+        found = self.batches()
+        rows = _rows_of_run(self.config, found.rows)
+        local = sharding.local_rows(rows, found.width)
+        source = _Source(found, range(rows) if local is None else local.rows, start)
+        return language.sharded(pipeline.prefetched(source), local)
+
+    def heldout_prompts(self) -> list[Prompt]:
+        ask = partial(pairs.questions, longest=self.config.seq_len)
+        return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
+
+    def describe(self) -> list[str]:
+        return [*map(self._describe, self.data.own.sources), *language.describe_replay(self.config, self.data)]
+
+    def _describe(self, s: PreparedSource) -> str:
+        c, length = s.counts, language.told_of_length(self.config, pairs.sizes(s.train, self.config.seq_len))
+        return (
+            f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
+            f'{language.told_of_heldout(s)}; {length}; {language.told_of_drops(s)}'
+        )
 
 
 @lru_cache(maxsize=2)  # asked for by several parts of a run, and each time the plan would be verified
@@ -60,26 +100,8 @@ def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, replay: f
     return PairBatches(mixture, batch_size)
 
 
-def epoch(config: Config, data: PairData) -> int:
-    """Steps in one epoch."""
-    return batches(config, data).epoch
-
-
 def _rows_of_run(config: Config, needed: int) -> int:
     return preferences.rows_shared(needed, config.batch_size // config.microbatch)
-
-
-def batch(
-    config: Config, data: PairData | None, *, sides: int = 2, reference: bool = False
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as shapes and shardings; without data the most that it may need, a row of the longest for each pair."""
-    if data is None:
-        needed, a_row, width = config.batch_size, 1, sides * config.seq_len
-    else:
-        found = batches(config, data)
-        needed, a_row, width = found.rows, found.slots, found.width
-    rows = _rows_of_run(config, needed)
-    return abstract_arrays(pairs.abstract(rows, width, a_row, sides=sides, reference=reference))
 
 
 def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -104,38 +126,7 @@ class _Source:
         return self.batches.batch(self.start + index, self.rows)
 
 
-def make_source(config: Config, data: PairData, start: int) -> wiring.Source:
-    """source(state, i) -> batch i."""
-    found = batches(config, data)
-    rows = _rows_of_run(config, found.rows)
-    local = sharding.local_rows(rows, found.width)
-    source = _Source(found, range(rows) if local is None else local.rows, start)
-    return wiring.sharded(pipeline.prefetched(source), local)
-
-
-def heldout_questions(config: Config, data: PairData) -> list[Prompt]:
-    """What is asked in held-out pairs."""
-    ask = partial(pairs.questions, longest=config.seq_len)
-    return of_questions([s.heldout for s in data.own.sources], ask, data.tokenizer)
-
-
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
     """`preferences.in_order` of the first pairs of a store, as many rows at once as are quick."""
     at_once = preferences.rows_shared(1) * max(1, PLACES // (store.sides * config.seq_len))
     return preferences.in_order(store, seq_len=config.seq_len, batch_size=at_once, most=most)
-
-
-def describe(config: Config, data: PairData) -> list[str]:
-    """What is about to be trained on, a line a source."""
-    text = data.text.sources if data.text else ()
-    own = (describe_source(config, s) for s in data.own.sources)
-    return [*own, *(f'{sft.beside(config)} {pretrain.describe_source(s)}' for s in text)]
-
-
-def describe_source(config: Config, s: PreparedSource) -> str:
-    c = s.counts
-    return (
-        f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-        f'{pretrain.told_of_heldout(s)}; {sft.told_of_length(config, pairs.sizes(s.train, config.seq_len))}; '
-        f'{pretrain.told_of_drops(s)}'
-    )

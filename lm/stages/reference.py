@@ -23,12 +23,12 @@ from lm.errors import UsageError
 from lm.evals import answers, preferences
 from lm.model.transformer import ModelConfig
 from lm.stages import pairs
-from lm.stages.pairs import PairData
+from lm.stages.pairs import PairData, PairTask
+from lm.stages.spec import Say
 from lm.training import runs
 from lm.training.runs import Parent
 
 RECIPE = 2  # part of the cache's key: raise it when what the reference says changes
-Say = Callable[[str], None]
 
 
 class Measured(NamedTuple):
@@ -38,38 +38,38 @@ class Measured(NamedTuple):
     answered: dict[str, float]
 
 
-def measure(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> list[Measured]:
+def measure(task: PairTask, params: Any) -> list[Measured]:
     """Of each source's held-out pairs, the first config.eval.rows."""
+    config, cfg = task.config, task.cfg
     return [
         Measured(
             preferences.log_probs(params, cfg, pairs.in_order(config, s.heldout, config.eval.rows), s.heldout.pairs),
-            _answered(config, cfg, data, params, s),
+            _answered(task, params, s),
         )
-        for s in data.own.sources
+        for s in task.data.own.sources
     ]
 
 
-def _answered(config: Config, cfg: ModelConfig, data: PairData, params: Any, s: PreparedSource) -> dict[str, float]:
+def _answered(task: PairTask, params: Any, s: PreparedSource) -> dict[str, float]:
+    config, data = task.config, task.data
     questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
     if not questions:  # all of them are single answers, and bad ones
         return {}
     told = answers.answered(
-        params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
+        params, task.cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
     )
     return answers.metrics(told)
 
 
-def of_training(config: Config, cfg: ModelConfig, data: PairData, params: Any) -> list[Measured]:
+def of_training(task: PairTask, params: Any) -> list[Measured]:
     """Of each source's training pairs, the log-probs."""
-    stores = [s.train for s in data.own.sources]
-    return [Measured(preferences.log_probs(params, cfg, pairs.in_order(config, s), s.pairs), {}) for s in stores]
+    measure = lambda s: preferences.log_probs(params, task.cfg, pairs.in_order(task.config, s), s.pairs)
+    return [Measured(measure(s.train), {}) for s in task.data.own.sources]
 
 
-def add(
-    config: Config, cfg: ModelConfig, data: PairData, parents: Mapping[str, Parent], say: Say, *, cached: bool
-) -> tuple[PairData, dict[str, Parent]]:
+def add(task: PairTask, parents: Mapping[str, Parent]) -> tuple[PairData, Parent]:
     """(the data with what the reference makes of the held-out pairs and, if the loss takes it from the cache, of the
-    training pairs; the run that is the reference, under its role).
+    training pairs; the run that is the reference).
 
     Args:
       parents: those of a run that goes on.
@@ -77,6 +77,7 @@ def add(
     Raises:
       UsageError: the run that it starts from is gone or has changed, and the cache has not what it said.
     """
+    config, cfg, data, say = task.config, task.cfg, task.data, task.recorder.say
     load = functools.cache(lambda: _load(config, cfg, say, goes_on='reference' in parents))
     known = parents.get('reference') or load()[1]
 
@@ -90,12 +91,12 @@ def add(
         'recipe': RECIPE, 'weights': known.digest, 'data': data.own.fingerprint, 'model': repr(cfg),
         'seq_len': config.seq_len,
     }  # fmt: skip
-    if cached:
-        kept = _kept(key, lambda: of_training(config, cfg, data, params()))
+    if task.cached:
+        kept = _kept(key, lambda: of_training(task, params()))
         data = dataclasses.replace(data, reference=tuple(m.log_probs for m in kept))
     key |= {'rows': config.eval.rows, 'max_new_tokens': config.eval.max_new_tokens}
-    before = _kept(key, lambda: measure(config, cfg, data, params()))
-    return dataclasses.replace(data, before=tuple(before)), {'reference': known}
+    before = _kept(key, lambda: measure(task, params()))
+    return dataclasses.replace(data, before=tuple(before)), known
 
 
 def _load(config: Config, cfg: ModelConfig, say: Say, *, goes_on: bool) -> tuple[Any, Parent]:

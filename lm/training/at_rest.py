@@ -50,18 +50,19 @@ def open_run(run: str) -> Opened:
     directory = files.absolute(folder) / 'checkpoints'
     for at in [step] if asked else checkpoint.listed(directory):
         try:
-            leaves = _verified(directory / str(at), runs.weights_item(saved['config']), saved['config'])
-            return _opened(run, saved['config'], leaves, at, notes)
+            leaves = _verified(directory / str(at), saved)
+            return _opened(run, saved, leaves, at, notes)
         except (ValueError, FileNotFoundError) as error:
             notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
     raise RunError(notes[-1] if asked else f'no checkpoint in {directory} can be read: {notes[-1]}')
 
 
-def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], step: int, notes: list[str]) -> Opened:
+def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step: int, notes: list[str]) -> Opened:
+    config, about = saved['config'], runs.about(saved)
     known = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
     model = {name: value for name, value in known.items() if name != 'scan'}
     model['context'] = model.get('context') or config['seq_len']
-    folder, scored, scale = epath.Path(runs.tokenizer_folder(run)), runs.is_scored(config), None
+    folder, scored, scale = epath.Path(runs.tokenizer_folder(run)), about.output == 'scores', None
     try:
         scale = normalisation.read(folder.parent, step) if scored else None
     except RunError as error:  # it was not evaluated yet
@@ -69,7 +70,7 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
     try:
         Tokenizer.load(folder)  # refuses what is damaged, by its path
         tokenizer = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-        if config['stage'] == 'pretrain':  # else whoever opens what is written would take it for one that answers
+        if about.output == 'text':  # else whoever opens what is written would take it for one that answers
             tokenizer.pop(TEMPLATE_FILE, None)
     except OSError as error:
         raise RunError(f'the tokenizer of {run} cannot be read: {error}') from error
@@ -78,10 +79,10 @@ def _opened(run: str, config: Mapping[str, Any], leaves: Mapping[str, Leaf], ste
     return found
 
 
-def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[str, Leaf]:
+def _verified(path: epath.Path, saved: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of one checkpoint. Raises ValueError for what is missing or damaged, by name."""
-    meta, leaves = checkpoint.read_meta(path), {}
-    inside = (item,) if meta['layout'] == 1 else (item, runs.role_of(config))
+    meta, leaves, item = checkpoint.read_meta(path), {}, runs.weights_item(saved['config'])
+    inside = (item,) if meta['layout'] == 1 else (item, runs.about(saved).role)
     store = _Store(path / 'state')
     for key in (k for k in meta['checksums'] if k.startswith(checkpoint.leaf_key(inside))):
         names = checkpoint.leaf_names(key)[len(inside) :]
@@ -92,7 +93,7 @@ def _verified(path: epath.Path, item: str, config: Mapping[str, Any]) -> dict[st
             raise ValueError(f'{key} cannot be read ({str(error).splitlines()[0][:160]})') from error
         if [int(w) for w in np.asarray(words, np.uint32)] != meta['checksums'][key]:
             raise ValueError(f'checksum of {key} is wrong')
-        leaves['/'.join(names)] = _leaf(array, names, config['model']['vocab_size'])
+        leaves['/'.join(names)] = _leaf(array, names, saved['config']['model']['vocab_size'])
     if not leaves:
         raise ValueError(f'{item} is not in it')
     return leaves
@@ -159,8 +160,9 @@ def load(opened: Opened) -> runs.Model:
     """
     config = _config(opened)
     cfg = runs.model_config(config)
-    params = placed.arrays(opened, runs.abstract_params(cfg, _role(opened)))
-    return runs.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), config.to_dict(), 0)
+    params = placed.arrays(opened, runs.abstract_params(cfg, _about(opened).role))
+    saved = {'config': config.to_dict(), 'about': _about(opened)._asdict()}
+    return runs.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
 
 
 # ---- writing ----
@@ -180,10 +182,17 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         for name, content in opened.tokenizer.items():
             files.write_bytes(made / 'tokenizer' / name, content)
         fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
-        runs.write_config(made, config, {}, data=None, tokenizer=fingerprint, converted_from=opened.where)
+        more = {'about': _about(opened)._asdict(), 'converted_from': opened.where}
+        runs.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
             normalisation.write(made, 0, normalisation.Scale(*(opened.scale or (0.0, 1.0))))
         _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0')
+
+
+def _about(opened: Opened) -> runs.About:
+    if opened.scored:
+        return runs.About('pairs', 'scores')
+    return runs.About('chat', 'answers') if TEMPLATE_FILE in opened.tokenizer else runs.About('text', 'text')
 
 
 def _config(opened: Opened) -> Config:
@@ -212,7 +221,7 @@ class _Written(NamedTuple):
 
 
 def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
-    expected, inside = _expected(opened, cfg), (ITEM, _role(opened))
+    expected, inside = _expected(opened, cfg), (ITEM, _about(opened).role)
     (path / 'state').mkdir(parents=True)
     leaves = progress.over(expected.items(), 'tensors')
     written = [
@@ -237,7 +246,7 @@ def _tree_entry(leaf: _Written) -> dict[str, Any]:
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, _role(opened))).items()}
+    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, _about(opened).role)).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
         raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')
@@ -250,10 +259,6 @@ def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         if leaf.shape != own or leaf.layers != (shape[0] if name.startswith('layers/') else None):
             raise RunError(f'{opened.where}: {name} has the shape {leaf.layers} × {leaf.shape}, not {shape}')
     return wanted
-
-
-def _role(opened: Opened) -> str:
-    return 'reward' if opened.scored else 'policy'
 
 
 def _write_leaf(state: epath.Path, names: tuple[str, ...], shape: tuple[int, ...], leaf: Leaf) -> _Written:

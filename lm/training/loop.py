@@ -33,6 +33,8 @@ class Hooks(NamedTuple):
     max_skips: int
     profile: int | None
     batches: Callable[[int], float] = float  # full batches' worth of the first i steps
+    alarm: Callable[[Mapping[str, float]], str | None] = lambda metrics: None  # why to end now
+    state_dict: Callable[[], dict[str, Any]] = dict  # arrays of the task that resuming needs
 
 
 def run_loop(
@@ -48,12 +50,12 @@ def run_loop(
 
     Step i+1 is dispatched before the metrics of step i are fetched, so the device never waits for the host. At an
     evaluation or a checkpoint everything up to it is written first: a checkpoint's existence says that the metrics up
-    to its step are on disk.
+    to its step are on disk. Transfers between host and device that nobody asked for are an error in the step.
 
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
       RunError: more than `max_skips` non-finite steps in a row, nothing saved since and what was saved just before
-        them set aside, because its parameters may be the cause; or a save failed.
+        them set aside, because its parameters may be the cause; the task's alarm, the state saved; or a save failed.
     """
     stop.patient = True
     meter, profile = Meter(hooks), Profile(hooks)
@@ -62,30 +64,36 @@ def run_loop(
     with hooks.recorder.bar(start=i, steps=steps):
         while i < steps:
             profile.before(i)
-            with jax.transfer_guard('disallow'):
-                with hooks.ledger('data'):
-                    batch = source(state, i)
-                with hooks.ledger('step'):
+            with hooks.ledger('data'):
+                batch = source(state, i)
+            with hooks.ledger('step'):
+                with jax.transfer_guard('disallow'):
                     state, metrics = step(state, batch)
-                    if pending is not None:
-                        meter.read(*pending, steps=steps)
-                i, pending = i + 1, (i + 1, metrics)
+                if pending is not None:
+                    meter.read(*pending, steps=steps)
+            i, pending = i + 1, (i + 1, metrics)
             hooks.writer.check()
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
-            stops = stop.after(i) and i < steps  # asked once: a signal that comes below is for the next step
+            # The signal is asked for once: one that comes below is for the next step.
+            stops = (stop.after(i) and i < steps) or meter.alarm is not None
             if evaluates or saves or stops:
                 with hooks.ledger('step'):
                     meter.read(*pending, steps=steps)
                 pending = None
             if evaluates:
                 with hooks.ledger('eval'), progress.task(f'evaluating at step {i}'):
-                    hooks.recorder.metrics(i, hooks.evaluate(state, i))
+                    found = hooks.evaluate(state, i)
+                    hooks.recorder.metrics(i, found)
+                    meter.listen(found)
                     hooks.ceiling.refresh()
+            stops = stops or meter.alarm is not None
             if (saves or stops) and not meter.skipping:  # what gives no finite loss does not push out what did
                 save(state, i, hooks)
             if stops:
                 with hooks.ledger('checkpoint'), progress.task('saving'):
                     hooks.writer.wait()
+                if meter.alarm is not None:
+                    raise RunError(f'{meter.alarm}: stopped at step {i}')
                 kept = 'stopped among skipped steps' if meter.skipping else 'saved'
                 raise Preempted(f'{kept} at step {i} after {stop.signal}: run the same command again to go on')
     profile.stop()
@@ -98,13 +106,17 @@ def save(state: TrainState, step: int, hooks: Hooks) -> None:
     """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
     with hooks.ledger('checkpoint'), progress.task('saving'):
         hooks.recorder.flush()
-        hooks.writer.save(step, saved(state), tokens=hooks.recorder.tokens)
+        mesh = jax.sharding.get_mesh()
+        everywhere = None if mesh.empty else jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        own = jax.tree.map(lambda x: jax.device_put(x, everywhere), hooks.state_dict())
+        hooks.writer.save(step, saved(state, own), tokens=hooks.recorder.tokens)
 
 
-def saved(state: TrainState) -> dict[str, Any]:
-    """The part of a state that a checkpoint holds."""
-    average = {} if state.ema is None else {'ema': state.ema}
-    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng, **average}
+def saved(state: TrainState, task: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The part of a state that a checkpoint holds, and what the task keeps beside it."""
+    more = {} if state.ema is None else {'ema': state.ema}
+    more |= {'task': task} if task else {}
+    return {'step': state.step, 'trainable': state.trainable, 'opt': state.opt, 'rng': state.rng, **more}
 
 
 class Meter:
@@ -113,6 +125,7 @@ class Meter:
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._skipped_in_a_row = 0
+        self.alarm: str | None = None  # why training has to end
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -125,6 +138,7 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._count_tokens(step, int(values.pop('tokens')), int(values.pop('targets')))
         self._count(step, values)
+        self.listen(values)
         if step % self._hooks.log_every and step != steps:
             return
         hooks = self._hooks
@@ -139,6 +153,10 @@ class Meter:
         left = (hooks.batches(steps) - hooks.batches(step)) / batches_per_s
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
         hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
+
+    def listen(self, metrics: Mapping[str, float]) -> None:
+        """Asks the task whether these metrics are a reason to end."""
+        self.alarm = self.alarm or self._hooks.alarm(metrics)
 
     def _count_tokens(self, step: int, tokens: int, targets: int) -> None:
         self._hooks.recorder.tokens = (self._hooks.recorder.tokens or 0) + tokens

@@ -41,16 +41,6 @@ VERSIONED = (
 NUMERIC = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'threefry_partitionable')  # settings of JAX
 
 
-class Model(NamedTuple):
-    """A trained model, ready to be used."""
-
-    params: Any
-    cfg: ModelConfig
-    tokenizer: Tokenizer
-    config: Mapping[str, Any]
-    step: int
-
-
 class Parent(NamedTuple):
     """A run that weights come from."""
 
@@ -60,6 +50,43 @@ class Parent(NamedTuple):
 
 
 UNKNOWN = -1
+
+
+class About(NamedTuple):
+    """What there is to know of a run's stage without the code of the stage."""
+
+    data: str  # kind of records that it learns from: 'text', 'chat', 'pairs'
+    output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
+
+    @property
+    def role(self) -> str:
+        """The role of the run's weights."""
+        return 'reward' if self.output == 'scores' else 'policy'
+
+
+# Of the stages that older versions had: their runs do not say.
+_BEFORE_ABOUT = {
+    'pretrain': About('text', 'text'), 'sft': About('chat', 'answers'), 'reward': About('pairs', 'scores'),
+}  # fmt: skip
+
+
+class Model(NamedTuple):
+    """A trained model, ready to be used."""
+
+    params: Any
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    saved: Mapping[str, Any]  # config.json
+    step: int
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's settings."""
+        return self.saved['config']
+
+    @property
+    def about(self) -> About:
+        return about(self.saved)
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -219,14 +246,14 @@ def read_status(workdir: epath.Path) -> dict[str, Any]:
 
 
 def inherit_model(
-    config: Config, chosen: Collection[str], workdir: epath.Path | None = None, *, weights: bool = True
+    config: Config, own: About, chosen: Collection[str], workdir: epath.Path | None = None, *, weights: bool = True
 ) -> None:
     """With init_from or branch_from, takes the model and the tokenizer of that run.
 
     Once `workdir` holds the run, its own config.json says all that the parent did, and the parent may be gone.
 
     Args:
-      chosen: the settings that the command line names or moves.
+      own: of the stage that is to run. chosen: the settings that the command line names or moves.
       weights: whether a checkpoint of that run will be needed.
 
     Raises:
@@ -237,10 +264,11 @@ def inherit_model(
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
-    saved = read_config(str(workdir) if resumed else parent)['config']
+    whole = read_config(str(workdir) if resumed else parent)
+    saved, theirs = whole['config'], about(whole)
     if weights and not resumed:
         checkpoint.locate(parent)
-    if is_scored(saved) and config.stage != saved['stage']:
+    if theirs.output == 'scores' and own.output != 'scores':
         raise UsageError(
             f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
             f'that it started from ({saved["init_from"]})'
@@ -253,13 +281,17 @@ def inherit_model(
         if key.startswith('model.') and config.model[name] != model[name]:
             raise UsageError(f'{key}={config.model[name]} differs from {parent}, which has {model[name]}: leave it out')
     config.model.update(model)
-    if config.data.pretraining is None and config.stage != 'pretrain':
-        own = saved['stage'] == 'pretrain'
-        config.data.pretraining = saved['data'].get('mixture' if own else 'pretraining')
+    if config.data.pretraining is None and own.data != 'text':
+        config.data.pretraining = pretraining_of(whole)
     if config.data.tokenizer is None:
         config.data.tokenizer = tokenizer_folder(parent)
     elif not resumed and config.data.tokenizer != tokenizer_folder(parent):
         _check_tokenizer(config.data.tokenizer, parent)
+
+
+def pretraining_of(saved: Mapping[str, Any]) -> str | None:
+    """The text that a run was pretrained on, as far as its config.json says."""
+    return saved['config']['data'].get('mixture' if about(saved).data == 'text' else 'pretraining')
 
 
 def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
@@ -329,7 +361,7 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
     with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
         reading = beside.submit(Tokenizer.load, tokenizer_folder(run))
-        params, parent = weights(run, abstract_params(cfg, role_of(saved['config'])), warn=warn)
+        params, parent = weights(run, abstract_params(cfg, about(saved).role), warn=warn)
     try:
         tokenizer = reading.result()
     except OSError as error:
@@ -338,7 +370,7 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
         warn(
             f'{tokenizer_folder(run)} is not the tokenizer that the run was trained with: it was changed or is damaged'
         )
-    return Model(params, cfg, tokenizer, saved['config'], parent.step)
+    return Model(params, cfg, tokenizer, saved, parent.step)
 
 
 def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[Any, Parent]:
@@ -347,8 +379,8 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
     Args:
       abstract: the parameters, or some of them, as shapes and shardings.
     """
-    saved = read_config(run)['config']
-    item, role = weights_item(saved), role_of(saved)
+    saved = read_config(run)
+    item, role = weights_item(saved['config']), about(saved).role
     step, tree, meta = checkpoint.find(run, {item: {role: abstract}}, warn=warn)
     return tree[item][role], Parent(run, step, checkpoint.saved_digest(meta, item, role))
 
@@ -405,14 +437,11 @@ def shapes(cfg: ModelConfig, role: str = 'policy') -> Any:
     return jax.eval_shape(lambda key: {**transformer.init(key, cfg), **scores(key, cfg)}, jax.random.key(0))
 
 
-def role_of(config: Mapping[str, Any]) -> str:
-    """The role of what a run with these saved settings trains."""
-    return 'reward' if is_scored(config) else 'policy'
-
-
-def is_scored(config: Mapping[str, Any]) -> bool:
-    """Whether a run with these saved settings is a reward model."""
-    return config['stage'] == 'reward'
+def about(saved: Mapping[str, Any]) -> About:
+    """What a run with this config.json learns from and puts out."""
+    if 'about' in saved:
+        return About(**saved['about'])
+    return _BEFORE_ABOUT.get(saved['config']['stage'], About('pairs', 'answers'))
 
 
 def with_shardings(tree: Any) -> Any:

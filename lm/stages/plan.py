@@ -1,4 +1,4 @@
-"""What every stage does before and around its loop."""
+"""How a run is planned: what the user left open is filled in, and what does not fit together is refused."""
 
 import contextlib
 import functools
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
-from lm import files, interrupts, processes, runtime, sharding
+from lm import interrupts, processes, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
@@ -86,7 +85,7 @@ def shrink_vocabulary(config: Config, tokenizer: Tokenizer, say: Callable[[str],
     return {'asked_vocab_size': asked}
 
 
-def recall(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:
+def restore_resolved(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:
     """Fills in what the user left to us and a saved run has resolved: another device must not change the run. Its
     microbatch is found anew where the mesh cannot share it."""
     if saved:
@@ -96,7 +95,7 @@ def recall(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh) -> None:
 
 
 @contextlib.contextmanager
-def told(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
+def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     """Inside runs the training: if it ends early, status.json and log.txt say why."""
 
     def ended(reason: str, state: str = 'failed') -> None:
@@ -155,7 +154,7 @@ def abstract_state(trainable: Roles, optimizer: Any, seed: int, *, ema: bool = F
     return checkpoint.abstract(shapes)
 
 
-def settle_microbatch(
+def autotune_microbatch(
     config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
     batch: Callable[[int], training.Batch] | None,
 ) -> tuple[Any, str]:  # fmt: skip
@@ -213,8 +212,3 @@ def _container_limit() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # 'max' is no number
             return int(Path(file).read_text())
     return None
-
-
-def workdir_path(workdir: str) -> epath.Path:
-    """The run's directory, absolute."""
-    return files.absolute(workdir)

@@ -1,0 +1,202 @@
+"""What the stages that train a language model have in common: text and conversations, their loss, and samples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import progress, sharding
+from lm.config import Config
+from lm.data import pipeline
+from lm.data.chat_template import ChatTemplate
+from lm.data.chats import WithReplay
+from lm.data.prepare import TAIL, Form, Prepared, PreparedSource, prepare
+from lm.data.sizes import Sizes
+from lm.data.tokenizer import Tokenizer
+from lm.errors import UsageError
+from lm.evals import heldout
+from lm.model import transformer
+from lm.model.roles import Roles
+from lm.model.transformer import ModelConfig
+from lm.sampling.generate import Sampling, generate
+from lm.stages import plan
+from lm.stages.spec import Batch, Say, Source, Task
+from lm.training import step as training
+
+TEMPERATURES = (0.0, 0.7)
+FEW_TOKENS = 500  # to be measured on
+
+# ---- data ----
+
+
+def prepare_text(config: Config, tokenizer: str | None, say: Say) -> Prepared:
+    """The mixture, prepared."""
+    return prepare(
+        mixture=config.data.mixture, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
+        heldout=config.data.heldout, progress=say,
+    )  # fmt: skip
+
+
+def prepare_dialogue(
+    config: Config, tokenizer: str | None, say: Say, form: Callable[[ChatTemplate], Form], *, unpaired: bool = False
+) -> WithReplay:
+    """The mixture in the form that fits a template, and the text of pretraining, where it is known.
+
+    Raises UsageError without a tokenizer: it comes with the run to start from.
+    """
+    if tokenizer is None:
+        raise UsageError(f'stage={config.stage} trains a model further: set --config.init_from=DIR')
+    if not config.data.pretraining:
+        say('no text of pretraining is known: none is replayed or measured; data.pretraining=MIXTURE names it')
+    template = ChatTemplate.load(tokenizer, Tokenizer.load(tokenizer))
+    options = {'tokenizer': tokenizer, 'vocab_size': config.model.vocab_size, 'heldout': config.data.heldout}
+    reading = {'form': form(template), 'strict': config.data.strict, 'unpaired': unpaired}
+    own = prepare(mixture=config.data.mixture, progress=say, **reading, **options)
+    text = prepare(mixture=config.data.pretraining, progress=say, **options) if config.data.pretraining else None
+    return WithReplay(own, text, template)
+
+
+def sharded(batches: Iterator[Mapping[str, np.ndarray]], local: sharding.LocalRows | None) -> Source:
+    """source(state, i): the next batch, on this process's devices."""
+
+    def source(state: Any, i: int) -> Batch:
+        del state, i
+        return sharding.shard_batch(next(batches), local)
+
+    return source
+
+
+def batches_of(mixture: pipeline.Mixture, config: Config, start: int) -> Source:
+    """source(state, i): this process's rows of batch i of a mixture, on its devices."""
+    local = sharding.local_rows(config.batch_size, config.seq_len)
+    rows = None if local is None else local.rows
+    growth = plan.growth(config)
+    return sharded(
+        pipeline.batches(mixture, batch_size=config.batch_size, start=start, growth=growth, rows=rows), local
+    )
+
+
+# ---- in words ----
+
+
+def describe_text(s: PreparedSource) -> str:
+    """A line on a source of text."""
+    c = s.counts
+    return (
+        f'{s.name}: {s.weight:.0%} of the rows; {c["train_documents"]:,} documents of {len(s.train):,} tokens, '
+        f'{told_of_heldout(s)}; {told_of_drops(s)}'
+    )
+
+
+def describe_replay(config: Config, data: WithReplay) -> list[str]:
+    """A line on each source of the text beside conversations or pairs."""
+    share = f'{config.data.replay:.0%} of all rows replay' if config.data.replay else 'measured on'
+    return [f'{share} {describe_text(s)}' for s in (data.text.sources if data.text else ())]
+
+
+def told_of_heldout(s: PreparedSource) -> str:
+    """How much is held out, and a warning where that is too little to tell much."""
+    documents, tail = s.counts['heldout_documents'], TAIL in s.counts['changed']
+    held_out = f'the last {s.counts["heldout_bytes"]:,} bytes held out' if tail else f'{documents:,} held out'
+    few = s.counts['heldout_tokens'] < FEW_TOKENS if tail else documents == 1
+    return held_out + (' (too few for its held-out figures to say much: more text, or a larger data.heldout)' * few)
+
+
+def told_of_drops(s: PreparedSource) -> str:
+    """How many records were read, why some of them are left out, what was changed and what is not used."""
+    listed = lambda found: ', '.join(f'{reason} {n:,}' for reason, n in sorted(found.items()))
+    changed, unused = listed(s.counts['changed']), listed({key: n for key, (n, _) in s.counts['unused'].items()})
+    more = f'{f", changed {changed}" if changed else ""}{f", not used {unused}" if unused else ""}'
+    return f'read {s.counts["read"]:,}, dropped {listed(s.counts["dropped"]) or "nothing"}{more}'
+
+
+def told_of_length(config: Config, sizes: Sizes) -> str:
+    """How many conversations or pairs are longer than there is room for."""
+    return f'cut at {config.seq_len} tokens {sizes.cut:,}, left out {sizes.left_out:,}'
+
+
+# ---- the loss ----
+
+
+def next_token_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) -> training.Loss:
+    """Next-token cross-entropy with z-loss over packed rows: one term, since the head makes both in one pass, and its
+    two parts as metrics.
+
+    `sparse` is the head's, for rows of which much is not to be learned.
+    """
+
+    def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
+        del key
+        params = models['policy']
+        rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
+        h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+        with jax.named_scope('head'):
+            targets = (batch['targets_BT'], batch['weights_BT'])
+            total, parts = transformer.nll(params, cfg, h_BTD, *targets, z_coef=z_loss, sparse=sparse)
+        return {'loss': total}, {
+            'cross_entropy': parts['nll'], 'z_loss': z_loss * parts['z'], 'accuracy': parts['correct']
+        }  # fmt: skip
+
+    def denominators(batch: Batch) -> training.Sums:
+        return dict.fromkeys(('loss', 'cross_entropy', 'z_loss', 'accuracy'), jnp.sum(batch['weights_BT']))
+
+    return training.Loss(terms, denominators, {'loss': 1.0})
+
+
+# ---- evaluation ----
+
+
+def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: Any) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of each source's held-out text."""
+    shape = {'batch_size': config.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
+    batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
+    return heldout.by_source(params, cfg, batches, prepared.tokenizer)
+
+
+def log_samples(
+    task: Task, params: Any, step: int, metrics: Mapping[str, float], template: ChatTemplate | None = None
+) -> None:
+    """Answers the fixed prompts into samples.jsonl, and says how it stands: the metrics worth a line, and an answer."""
+    config, recorder = task.config, task.recorder
+    with progress.task('samples'):
+        samples = answer_prompts(task, params, template)
+    recorder.samples([{**s, 'stage': config.stage, 'step': step, 'score': None} for s in samples])
+    shown = {k.removeprefix('eval/'): f'{v:.3f}' for k, v in metrics.items() if not k.endswith(('/loss', '/ppl'))}
+    recorder.say(f'step {step}: ' + ' · '.join(f'{k} {v}' for k, v in shown.items()), style='bold')
+    for one in [s for s in samples if (s['kind'] == 'raw') == (template is None)][:1] or samples[:1]:
+        recorder.say(f'  {one["prompt"][-150:]}[…]{one["text"]}'.replace('\n', ' ')[:300], style='dim')
+
+
+def answer_prompts(task: Task, params: Any, template: ChatTemplate | None) -> list[dict[str, Any]]:
+    """Each prompt answered, greedily and at T = 0.7; without a template, and if it is raw, continued as plain text."""
+    tokenizer, config = task.data.tokenizer, task.config
+    raw = lambda prompt: template is None or prompt.kind == 'raw'
+
+    def ids(prompt: Any) -> Sequence[int]:
+        if prompt.ids:
+            return list(prompt.ids)
+        if template is None or raw(prompt):
+            return tokenizer.encode_prompt(prompt.text)
+        return template.prompt(tokenizer, [{'role': 'user', 'content': prompt.text}])
+
+    asked = [(p, t) for t in TEMPERATURES for p in task.prompts]
+    if not asked:
+        return []
+    out = generate(
+        params, task.cfg, [ids(p) for p, _ in asked], max_new_tokens=config.eval.max_new_tokens,
+        stop_ids=template.stop_ids(tokenizer) if template else [tokenizer.eos_id],
+        allowed=tokenizer.is_token, sampling=Sampling(temperature=[t for _, t in asked]), seed=config.seed,
+    )  # fmt: skip
+    return [
+        {
+            'prompt_id': p.id,
+            'kind': p.kind,
+            'prompt': p.text,
+            'temperature': t,
+            'text': tokenizer.decode(g.ids, continued=raw(p)),
+            'ended': g.ended,
+        }
+        for (p, t), g in zip(asked, out, strict=True)
+    ]

@@ -1,0 +1,289 @@
+"""Runs a stage: the run's directory, the data, the state, the compiled step, the one loop."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from lm import processes, progress, sharding, xla
+from lm.config import Config
+from lm.data import chat_template
+from lm.data.tokenizer import Tokenizer, find_tokenizer
+from lm.errors import UsageError
+from lm.model import transformer
+from lm.model.transformer import ModelConfig
+from lm.runtime import StopRequest
+from lm.stages import fitting, plan
+from lm.stages.spec import Batch, StageSpec, Task
+from lm.training import checkpoint, flops, runs
+from lm.training import step as training
+from lm.training.ledger import Ledger
+from lm.training.loop import Hooks, run_loop, saved
+from lm.training.recorder import Recorder
+from lm.training.runs import Parent
+
+
+def run(
+    spec: StageSpec, config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False
+) -> dict[str, Any]:
+    """Trains, or resumes, the run at `workdir`, and returns its last metrics.
+
+    Raises UsageError before anything is allocated, RunError and Preempted while running.
+    """
+    spec.check(config)
+    found = runs.open_workdir(config, workdir)
+    with sharding.use_mesh(config.mesh) as mesh:
+        plan.restore_resolved(config, found, mesh)
+        cfg = runs.model_config(config)
+        plan.check_mesh(config, mesh)
+        if dry_run:
+            return _dry_run(spec.open(config, cfg))
+        return _train(spec, config, cfg, workdir, found, stop)
+
+
+def _train(
+    spec: StageSpec, config: Config, cfg: ModelConfig, workdir: epath.Path, found: Any, stop: StopRequest
+) -> dict[str, Any]:
+    # ---- data ----
+    recorder, ledger = Recorder(), Ledger()
+    task = spec.open(config, cfg, recorder=recorder)
+    fitting.check(config, cfg, _state_before_data(task))
+    prompts = plan.fixed_prompts(config)
+    tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
+    if found and (tokenizer or 'asked_vocab_size' in found) and find_tokenizer(own):
+        tokenizer = str(own)  # copied when the run began, or smaller than what was asked for
+    # The other processes find it in a cache that they share, or make their own.
+    with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
+        data = spec.prepare(config, tokenizer, recorder.say)
+    processes.same('prepared data', data.fingerprint)
+    if found and found['data'] != data.fingerprint:
+        raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
+    if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != data.fingerprint:
+        raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
+    for line in xla.lines():
+        recorder.say(line)
+    recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
+    parents = runs.parents(found)
+    kept = {'asked_vocab_size': found['asked_vocab_size']} if found and 'asked_vocab_size' in found else {}
+    kept |= plan.shrink_vocabulary(config, data.tokenizer, recorder.say)
+    task = dataclasses.replace(task, cfg=dataclasses.replace(cfg, vocab_size=config.model.vocab_size), data=data)
+    task.prompts = prompts or task.heldout_prompts()
+    with progress.task('packing the data into rows'):
+        plan.resolve(config, found, epoch=task.epoch())
+
+    # ---- the run's directory: config.json first, it is what makes it a run ----
+    checkpoints = workdir / 'checkpoints'
+    recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
+    kept |= {'data': data.fingerprint, 'tokenizer': data.tokenizer.fingerprint}
+    kept |= {'about': spec.about._asdict()}
+    runs.write_config(workdir, config, parents, **kept)
+    recorder.open(workdir)
+    with plan.log_failure(recorder, ledger):
+        if processes.first():
+            _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+        if found and checkpoint.listed(checkpoints)[0] == config.steps and _is_done(task, workdir):
+            return recorder.last
+        _fit(task, workdir, parents, kept, ledger, stop)
+    return recorder.last
+
+
+def _state_before_data(task: Task) -> training.TrainState:
+    """The state as shapes and shardings, which the number of steps does not change: it may be that of an epoch."""
+    task = task.at(task.config.microbatch)
+    task.config.steps = task.config.steps or 1
+    return abstract_state(task, plan.make_optimizer(task.config)[0])
+
+
+def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
+    """The tokenizer in the run's folder, and the chat template that lies beside it, else ours if it fits: a run's
+    directory is all that it takes to talk to it."""
+    tokenizer.save(folder)
+    template = chat_template.find(given, tokenizer)
+    if template is not None:
+        template.save(folder)
+
+
+def _is_done(task: Task, workdir: epath.Path) -> bool:
+    """Tells whether the run's last checkpoint holds, so that there is nothing left to do, and that is said."""
+    config, recorder = task.config, task.recorder
+    wanted = abstract_saved(task, abstract_state(task, plan.make_optimizer(config)[0]))
+    try:
+        checkpoint.read(workdir / 'checkpoints' / str(config.steps), wanted)
+    except ValueError:
+        return False  # what is damaged is named, and done again, where a run goes on
+    recorder.rewind(config.steps)
+    recorder.say(f'{workdir} is done, with {config.steps:,} steps: set more, or name another --workdir')
+    recorder.status('done', config.steps)
+    return True
+
+
+def _fit(
+    task: Task, workdir: epath.Path, parents: Mapping[str, Parent], kept: Mapping[str, Any], ledger: Ledger,
+    stop: StopRequest,
+) -> None:  # fmt: skip
+    config, cfg, recorder = task.config, task.cfg, task.recorder
+    for line in task.describe():
+        recorder.say(line)
+    with ledger('prepare'), progress.task('asking the model it starts from'):
+        parents = {**parents, **task.precompute(parents)}
+    recorder.status('compiling', 0)
+
+    # ---- state and step ----
+    optimizer, rate = plan.make_optimizer(config)
+    abstract = abstract_state(task, optimizer)
+    build = partial(compile_step, task, optimizer, rate, abstract)
+    with ledger('compile'), progress.task('compiling the step'):
+        step, told = plan.autotune_microbatch(config, cfg, abstract, build, partial(first_batch, task))
+    fitting.check_compiled(config, cfg, abstract, step)
+    recorder.settings = config.to_dict()
+    tokens, grown = _tokens(task.batch()), plan.growth(config)
+    for line in describe_run(config, cfg, tokens=tokens):
+        recorder.say(line)
+    recorder.say(told)
+    with progress.task('loading the weights'):
+        state, parents = start(task, workdir, abstract, optimizer, parents)
+    runs.write_config(workdir, config, parents, **kept)
+
+    # ---- loop ----
+    source = task.source(int(state.step))
+    keep = config.checkpoint.keep
+    with checkpoint.Writer(workdir / 'checkpoints', keep=keep, whole=recorder.checkpointed) as writer:
+        hooks = Hooks(
+            recorder=recorder, ledger=ledger, writer=writer, evaluate=task.evaluate, alarm=task.alarm,
+            state_dict=task.state_dict, cost=task.cost(), ceiling=flops.ceiling(), log_every=config.log.every,
+            eval_every=config.eval.every, save_every=config.checkpoint.every, max_skips=config.optim.max_skips,
+            profile=config.log.profile, batches=lambda i: grown.first(i) / config.batch_size,
+        )  # fmt: skip
+        run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
+    recorder.status('done', config.steps)
+
+
+def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
+    """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
+    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
+    mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
+    choice = runs.attention_choice(config)
+    return [
+        f'attention: {choice.name} ({choice.why})',
+        f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
+    ]
+
+
+def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Places for tokens in a full batch."""
+    return math.prod(batch['tokens_BT'].shape)
+
+
+def first_batch(task: Task, microbatch: int) -> Batch:
+    """A batch to time a step with."""
+    task = task.at(microbatch)
+    if task.online:  # there is no state yet
+        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        return {name: zeros(x) for name, x in task.batch().items()}
+    return task.source(0)(None, 0)
+
+
+def counted(step: Callable) -> Callable:
+    """The step, which also tells the tokens and the targets of its batch: padding is neither."""
+
+    def fn(state: training.TrainState, batch: training.Batch) -> tuple[training.TrainState, dict[str, jax.Array]]:
+        tokens, targets = jnp.sum(batch['segments_BT'] > 0), jnp.sum(batch['weights_BT'] > 0)
+        state, metrics = step(state, batch)
+        return state, {**metrics, 'tokens': tokens, 'targets': targets}
+
+    return fn
+
+
+def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
+    """The state as shapes and shardings."""
+    config, cfg = task.config, task.cfg
+    trainable = {task.trains: runs.abstract_params(cfg, task.trains)}
+    state = plan.abstract_state(trainable, optimizer, config.seed, ema=config.optim.ema is not None)
+    return dataclasses.replace(state, frozen={role: runs.abstract_params(cfg, role) for role in task.frozen})
+
+
+def abstract_saved(task: Task, abstract: training.TrainState) -> dict[str, Any]:
+    """What a checkpoint holds, as shapes and shardings; what the task keeps is whole on every device."""
+    everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
+    whole = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=everywhere)
+    return saved(abstract, jax.tree.map(whole, task.state_dict()))
+
+
+def compile_step(task: Task, optimizer: Any, rate: Any, abstract: training.TrainState, microbatch: int) -> Any:
+    """The step, compiled ahead of its first batch; a batch of another shape is then an error, not a second compile."""
+    task = task.at(microbatch)
+    config = task.config
+    grown = plan.growth(config)
+    fn = training.make_step(
+        task.loss(), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
+        microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
+    )  # fmt: skip
+    return jax.jit(counted(fn), donate_argnums=0).lower(abstract, task.batch()).compile()
+
+
+def start(
+    task: Task, workdir: epath.Path, abstract: training.TrainState, optimizer: Any, parents: Mapping[str, Parent]
+) -> tuple[training.TrainState, dict[str, Parent]]:
+    """(the state to go on from: this run's newest checkpoint, else what the stage begins with; the runs that weights
+    come from, by their role)."""
+    config, recorder, wanted = task.config, task.recorder, abstract_saved(task, abstract)
+    frozen, read = {}, {}
+    for role, setting in task.frozen.items():
+        frozen[role], read[role] = runs.weights(config[setting], abstract.frozen[role], warn=recorder.say)
+        runs.check_unchanged(parents.get(role), frozen[role], read[role])
+    newest = checkpoint.read_newest(
+        workdir / 'checkpoints', wanted, warn=partial(recorder.say, style='red'), set_aside=True
+    )
+    if newest is not None:
+        step, tree, meta = newest
+        recorder.rewind(step)
+        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
+        recorder.say(f'resumed at step {step}')
+        task.load(jax.device_get(tree.pop('task', {})))
+        return training.TrainState(frozen=frozen, **tree), {**parents, **read}
+    recorder.rewind(0)
+    if config.branch_from:
+        step, tree, meta = runs.branch(config.branch_from, wanted, warn=recorder.say)
+        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
+        recorder.say(f'branched from {config.branch_from} at step {step}')
+        task.load(jax.device_get(tree.pop('task', {})))
+        whole = Parent(config.branch_from, step, checkpoint.saved_digest(meta, 'trainable', task.trains))
+        return training.TrainState(frozen=frozen, **tree), {**parents, task.trains: whole, **read}
+    create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
+    weights, parent = task.first_weights(abstract.trainable[task.trains])
+    state = dataclasses.replace(create({task.trains: weights}), frozen=frozen)
+    return state, {**parents, **({task.trains: parent} if parent else {}), **read}
+
+
+def _tokens_before(config: Config, step: int) -> int:
+    """Places for tokens in the batches before a step, padding with them: all that a checkpoint of an older version lets
+    us know."""
+    return config.seq_len * plan.growth(config).first(step)
+
+
+def _dry_run(task: Task) -> dict[str, Any]:
+    """Compiles the step for this machine and prints what it would take."""
+    config, cfg = task.config, task.cfg
+    if config.steps is None:
+        raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
+    optimizer, rate = plan.make_optimizer(config)
+    abstract = abstract_state(task, optimizer)
+    build = partial(compile_step, task, optimizer, rate, abstract)
+    recorder, choice = task.recorder, runs.attention_choice(config)
+    recorder.say(f'attention   {choice.name} ({choice.why})')
+    fitting.report_state(recorder, config, cfg, abstract)
+    with progress.task('compiling the step'):
+        compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
+    recorder.say(told)
+    tokens = _tokens(task.batch())
+    cost = task.cost().of(tokens, tokens)
+    fitting.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
+    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
+    return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}

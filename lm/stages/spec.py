@@ -1,0 +1,166 @@
+"""What a stage is: a spec, which the registry lists, and a task, which is what it does in one run.
+
+A new stage is one file: a `Task` with its loss and where its batches come from, a `StageSpec`, and a line in the
+registry (`lm.stages.STAGES`). The runner, the loop and the commands know no stage by name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from lm.config import Config
+from lm.data.prompts import Prompt
+from lm.data.records import Kind
+from lm.data.tokenizer import Tokenizer
+from lm.model import transformer
+from lm.model.transformer import ModelConfig
+from lm.stages import plan
+from lm.training import flops, runs
+from lm.training import step as training
+from lm.training.recorder import Recorder
+from lm.training.runs import Parent
+
+Batch = Mapping[str, jax.Array]
+Source = Callable[[Any, int], Batch]  # (state, i) -> batch i; only an online task looks at the state
+Say = Callable[[str], None]
+# Packed rows of tokens.
+ROWS = {
+    'tokens_BT': np.int32,
+    'targets_BT': np.int32,
+    'weights_BT': np.float32,
+    'segments_BT': np.int32,
+    'positions_BT': np.int32,
+}
+
+
+class Data(Protocol):
+    """What a stage trains on; `fingerprint` changes with all that it is made of."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+@dataclass(eq=False)
+class Task:
+    """What a stage does in one run. It closes over its data and what it was asked for.
+
+    Attributes:
+      config: resolved but for what the plan finds out (the microbatch). data: None in a dry run, which reads none.
+      prompts: the fixed prompts to answer at evaluations. recorder: where it tells and keeps what it measures.
+    """
+
+    config: Config
+    cfg: ModelConfig
+    data: Any = None
+    prompts: Sequence[Prompt] = ()
+    recorder: Recorder = field(default_factory=Recorder)
+
+    trains: ClassVar[str] = 'policy'  # the role of what is trained
+    online: ClassVar[bool] = False  # whether batches depend on the state
+
+    # ---- what a step is made of ----
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """{role of what the step reads and does not train: the setting that names the run it comes from}."""
+        return MappingProxyType({})
+
+    def loss(self) -> training.Loss:
+        """The loss, a function of the models by their role and a batch."""
+        raise NotImplementedError
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch as shapes and shardings, at most these in a dry run: `tokens_BT`, `segments_BT`, `weights_BT` and
+        what else the loss takes."""
+        return plan.abstract_batch(ROWS, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
+
+    def source(self, start: int) -> Source:
+        """source(state, i): batch i, from `start` on, on this process's devices."""
+        raise NotImplementedError
+
+    def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
+        """(the weights to begin with, the run they come from): those of init_from, else random ones and None."""
+        if not self.config.init_from:
+            return transformer.init_sharded(jax.random.key(self.config.seed), self.cfg), None
+        weights, parent = runs.weights(self.config.init_from, abstract, warn=self.recorder.say)
+        self.recorder.say(f'weights from {self.config.init_from} at step {parent.step}')
+        return weights, parent
+
+    def cost(self) -> flops.Cost:
+        """Model FLOPs of a step."""
+        return self.lm_cost()
+
+    def lm_cost(self, *, head: bool = True, forwards: int = 0) -> flops.Cost:
+        """Model FLOPs of training a language model, see `flops.cost`."""
+        width = self.batch()['tokens_BT'].shape[1]
+        return flops.cost(self.cfg.sizes, windows=self.cfg.windows, seq_len=width, head=head, forwards=forwards)
+
+    # ---- around the steps ----
+
+    def epoch(self) -> int:
+        """Steps in one epoch of the data."""
+        raise NotImplementedError
+
+    def describe(self) -> list[str]:
+        """Lines on what is about to be trained on."""
+        return []
+
+    def heldout_prompts(self) -> list[Prompt]:
+        """Held-out beginnings to be answered, where the data are not the default ones."""
+        return []
+
+    def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
+        """Asks another model what it has to say of the data, before the first step; returns that model by its role.
+
+        Args:
+          parents: those of a run that goes on.
+        """
+        del parents
+        return {}
+
+    def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
+        """Metrics of the state, `eval/…`."""
+        del state, step
+        return {}
+
+    def alarm(self, metrics: Mapping[str, float]) -> str | None:
+        """Why training has to end now, by the metrics of a step or an evaluation; None: it has not to."""
+        del metrics
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Arrays that resuming needs beside the state and the step, at any time of the same shapes."""
+        return {}
+
+    def load(self, arrays: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave when the checkpoint was saved."""
+
+    def at(self, microbatch: int) -> 'Task':
+        """The same task with its microbatch resolved."""
+        return dataclasses.replace(self, config=plan.with_microbatch(self.config, microbatch))
+
+
+class StageSpec(NamedTuple):
+    """A stage, as the registry lists it."""
+
+    name: str  # configs/NAME.py, --config.stage
+    data: Kind  # of records it learns from
+    output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
+    # (config, tokenizer's folder or None, say) -> data: reads them, or finds them in the cache
+    prepare: Callable[[Config, str | None, Say], Any]
+    # (config, cfg, data, prompts, recorder) -> the task
+    open: Callable[..., Task]
+    # config -> None. Raises UsageError for settings that make no sense, before anything is read
+    check: Callable[[Config], None] = lambda config: None
+
+    @property
+    def about(self) -> runs.About:
+        return runs.About(self.data, self.output)
