@@ -145,7 +145,7 @@ def test_it_is_resumed(call, run, tmp_path):
 @pytest.mark.parametrize('run', [run for run in DIGESTS if run not in GONE_ON])
 def test_what_cannot_be_resumed_is_said(call, run, tmp_path):
     """The version of how conversations and pairs are stored is part of what their data are known by, and was raised
-    since then: pairs come in another order."""
+    since then: pairs come in another order. (Conversations do not, and are refused all the same.)"""
     workdir = shutil.copytree(run, tmp_path / 'run')
     refused(call('main', *typed(run, workdir, steps=3)), f'{workdir} was trained on other data', progress=None)
 
