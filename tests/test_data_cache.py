@@ -1,5 +1,7 @@
 """The cache: stable names, nothing half after a kill, two builders at once."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -88,6 +90,18 @@ def test_a_killed_build_is_not_taken_for_a_whole_one_and_is_swept():
     built = cache.build('k', {'a': 1}, _writes('whole'))
     assert (built / 'x').read_text() == 'whole'
     assert list(built.parent.iterdir()) == [built]
+
+
+def test_where_there_are_no_locks_nothing_is_swept(monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    left = cache.cache_dir() / 'k' / f'{cache._TEMPORARY}left'
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    built = cache.build('k', {'a': 1}, _writes('whole'))
+    assert left.exists() and sorted(p.name for p in built.iterdir()) == ['key.json', 'x']
 
 
 def test_the_slower_of_two_builders_takes_the_other_ones():

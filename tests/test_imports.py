@@ -24,7 +24,7 @@ ROOMS = (
     {'processes', 'xla'},
     {'hub'},
     {'errors'},
-    {'interrupts'},
+    {'interrupts', 'locks'},
 )
 ENTRY_POINTS = ROOMS[0]
 ORDER = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}

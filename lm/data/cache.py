@@ -5,23 +5,22 @@ kill leaves nothing half, and two processes that build the same thing at once en
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
-from lm import files
+from lm import files, locks
 from lm.errors import RunError, UsageError
 
 _TEMPORARY = '.building-'
+_LOCK = '.lock'  # in a temporary directory
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -79,10 +78,13 @@ def _build_at(final: epath.Path, key: dict[str, Any], fn: Callable[[epath.Path],
     temporary = final.parent / f'{_TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}'
     temporary.mkdir()
     try:
-        with _lock(temporary):
+        lock = locks.take(temporary / _LOCK)
+        try:
             fn(temporary)
             files.write_json(temporary / 'key.json', key)
-            _publish(temporary, final)
+        finally:
+            locks.drop(lock)
+        _publish(temporary, final)  # unlocked: it is too young to be swept
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -96,17 +98,6 @@ def _publish(temporary: epath.Path, final: epath.Path) -> None:
             raise
 
 
-@contextmanager
-def _lock(directory: epath.Path) -> Iterator[None]:
-    """Holds an exclusive lock on a directory; the kernel lets go of it when the process dies, however it dies."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _sweep(parent: epath.Path) -> None:
     """Removes what killed processes left: temporary directories an hour old that nobody holds."""
     for path in parent.glob(_TEMPORARY + '*'):
@@ -114,7 +105,9 @@ def _sweep(parent: epath.Path) -> None:
             # The age protects a directory between its creation and its lock.
             if time.time() - os.stat(path).st_mtime < _ABANDONED_SECONDS:
                 continue
-            with _lock(path):
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:
+            lock = locks.take(path / _LOCK)
+        except OSError:  # somebody holds it
             continue
+        if lock.is_locked:  # else nobody knows
+            shutil.rmtree(path, ignore_errors=True)
+        locks.drop(lock)

@@ -7,16 +7,19 @@ its bytes, as NUL does, and nothing has to be replaced on the way in or out.
 """
 
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from lm.data import tokenizer_json
 from lm.data.tokenizer import SPACE
 from lm.errors import UsageError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # the types of pieces, GGUF's as well
+ModelProto: Any = vars(sentencepiece_model_pb2)['ModelProto']  # made when it is imported, where no type checker sees it
 _BPE = 2  # trainer_spec.model_type
 _BYTE_NAME = re.compile(r'<0x[0-9A-Fa-f]{2}>')
 
@@ -46,64 +49,20 @@ class Pieces:
 
 def read_model(content: bytes) -> Pieces:
     """The pieces of a tokenizer.model. Raises UsageError if it is damaged, no BPE, or changes text."""
+    model = ModelProto()
     try:
-        fields = list(_fields(content))
-        pieces = tuple(_piece(value) for number, value in fields if number == 1)
-        trainer = _last(fields, 2)
-        normalizer = _last(fields, 3)
-    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as e:
+        model.ParseFromString(content)
+        pieces = tuple(Piece(piece.piece, piece.score, piece.type) for piece in model.pieces)
+    except (DecodeError, UnicodeDecodeError) as e:
         raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another') from e
     if not pieces:
         raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another')
-    if trainer.get(3, 1) != _BPE:
+    if model.trainer_spec.model_type != _BPE:
         raise UsageError('tokenizer.model is no BPE, and only those can be carried over: bring a tokenizer.json')
-    if normalizer.get(2) or normalizer.get(4, 1):
+    normalizer = model.normalizer_spec
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise UsageError('tokenizer.model changes text (its normalization), and losses would be of another text')
-    return Pieces(pieces, space_first=bool(normalizer.get(3, 1)))
-
-
-def _last(fields: Sequence[tuple[int, Any]], number: int) -> dict[int, Any]:
-    return dict(_fields(next((value for n, value in reversed(fields) if n == number), b'')))
-
-
-def _piece(content: bytes) -> Piece:
-    found = dict(_fields(content))
-    score = struct.unpack('<f', found[2])[0] if 2 in found else 0.0
-    kind = found.get(3, NORMAL)
-    if not NORMAL <= kind <= BYTE:
-        raise ValueError(f'a piece of type {kind}')
-    return Piece(found.get(1, b'').decode(), score, kind)
-
-
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a message of Protocol Buffers: an int, or bytes for all else. Raises ValueError."""
-    at = 0
-    while at < len(content):
-        key, at = _varint(content, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(content, at)
-        else:
-            if wire == 2:
-                size, at = _varint(content, at)
-            elif wire in (1, 5):
-                size = 8 if wire == 1 else 4
-            else:
-                raise ValueError(f'wire type {wire}')
-            if at + size > len(content):
-                raise ValueError('it is cut off')
-            value, at = content[at : at + size], at + size
-        yield key >> 3, value
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = content[at]
-        value, at = value | (byte & 0x7F) << shift, at + 1
-        if byte < 0x80:
-            return value, at
-    raise ValueError('a number without end')
+    return Pieces(pieces, space_first=normalizer.add_dummy_prefix)
 
 
 # ---- tokenizer.json ----

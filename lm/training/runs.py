@@ -1,7 +1,6 @@
 """A run's directory: what lies in it, opening it to train, loading it to use."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lm import files, interrupts, processes, runtime, sharding
+from lm import files, interrupts, locks, processes, runtime, sharding
 from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
@@ -144,8 +143,7 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
 
     def release(*_: Any) -> None:
         if lock is not None:
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(lock)
+            locks.drop(lock)
         for path in made:
             with contextlib.suppress(OSError):  # it was not made, or it is a run now
                 path.rmdir()
@@ -154,30 +152,15 @@ def claimed(workdir: epath.Path) -> Iterator[None]:
         try:
             made = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder / LOCK)
+            lock = locks.take(folder / LOCK)
+        except BlockingIOError:
+            raise UsageError(f'another process trains in {folder}: wait for it or stop it') from None
         except OSError as error:
             raise UsageError(f'{workdir} cannot be written ({error.strerror}): name another --workdir') from error
         with interrupts.undoing(release):
             yield
     finally:
         release()
-
-
-def _lock(path: Path) -> int:
-    """A descriptor that holds the lock. Raises UsageError if another process does."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise UsageError(f'another process trains in {path.parent}: wait for it or stop it') from None
-        except OSError:  # a file system without locks
-            return file
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file)):
-                return file
-        os.close(file)  # its holder removed it between our two calls
 
 
 def _check_folder(workdir: epath.Path) -> None:
