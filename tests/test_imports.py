@@ -106,3 +106,27 @@ def test_the_check_sees_what_is_wrong(tmp_path, monkeypatch, room, source, fits)
     path.parent.mkdir(exist_ok=True)
     path.write_text(source)
     assert (not list(wrong(path))) == fits
+
+
+def test_no_stage_imports_another():
+    """They share what is no stage, and only the registry knows them."""
+    stages = {path.stem for path in (ROOT / 'stages').glob('*.py') if '\nSPEC = ' in path.read_text()}
+    assert stages >= {'pretrain', 'sft', 'reward', 'dpo'}
+    for path in ROOT.rglob('*.py'):
+        names = {
+            name.removeprefix('lm.stages.').partition('.')[0] for _, name in imported(path) if 'lm.stages.' in name
+        }
+        assert path == ROOT / 'stages' / '__init__.py' or not names & stages, path
+
+
+def test_only_the_table_of_older_runs_names_stages():
+    """No code decides by the name of a stage: a spec says what it needs."""
+    found = []
+    for path in (p for p in ROOT.rglob('*.py') if p.name not in ('presets.py',)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                constants = {side.value for side in sides if isinstance(side, ast.Constant)}
+                if constants & {'pretrain', 'sft', 'reward', 'dpo'} and 'stage' in ast.unparse(node):
+                    found.append(f'{path}:{node.lineno}: {ast.unparse(node)}')
+    assert not found

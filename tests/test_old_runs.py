@@ -156,7 +156,7 @@ def test_a_stage_begins_with_it(call, run, tmp_path):
     status, _, err = call('main', *typed(run, tmp_path / 'new', steps=1, **quick))
     parent = f'{PARENTS[run.split("-")[0]]}-{run.split("-")[1]}'
     assert status == 0 and f'weights from {parent} at step 2' in err, err
-    assert json.loads((tmp_path / 'new' / 'config.json').read_text())['parents'] == [parent]
+    assert json.loads((tmp_path / 'new' / 'config.json').read_text())['parents']['policy']['path'] == parent
 
 
 @pytest.mark.parametrize('run', GONE_ON)

@@ -28,6 +28,8 @@ from lm.training.loop import Hooks, run_loop, saved
 from lm.training.recorder import Recorder
 from lm.training.runs import Parent
 
+OTHER_DATA = 'was trained on other data: the sources changed, or how they are prepared'
+
 
 def run(
     spec: StageSpec, config: Config, workdir: epath.Path, *, stop: StopRequest, dry_run: bool = False
@@ -63,9 +65,9 @@ def _train(
         data = spec.prepare(config, tokenizer, recorder.say)
     processes.same('prepared data', data.fingerprint)
     if found and found['data'] != data.fingerprint:
-        raise UsageError(f'{workdir} was trained on other data: the sources changed; name another --workdir')
+        raise UsageError(f'{workdir} {OTHER_DATA}; name another --workdir')
     if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != data.fingerprint:
-        raise UsageError(f'{config.branch_from} was trained on other data: its sources changed; use init_from')
+        raise UsageError(f'{config.branch_from} {OTHER_DATA}; use init_from')
     for line in xla.lines():
         recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')

@@ -66,6 +66,9 @@ class Task:
     trains: ClassVar[str] = 'policy'  # the role of what is trained
     online: ClassVar[bool] = False  # whether batches depend on the state
 
+    def __post_init__(self) -> None:
+        """Makes what the task keeps between steps."""
+
     # ---- what a step is made of ----
 
     @property

@@ -1,0 +1,133 @@
+"""A stage in one file: it rolls out from its own policy, learns from each batch twice, and ends itself."""
+
+import signal
+
+import jax
+import numpy as np
+import pytest
+from running import ROOT, measured, one_object, params, signal_at, status
+
+from lm import sharding
+from lm.data import chats, pipeline
+from lm.errors import Preempted, RunError
+from lm.sampling.generate import Sampling, generate
+from lm.stages import STAGES, language, sft
+from lm.stages.spec import StageSpec, Task
+from lm.training import runs
+
+
+class Imitate(Task):
+    """Learns its own answers to questions, drawn anew every second step."""
+
+    online = True
+
+    def __post_init__(self):
+        self.rows = {name: np.zeros(x.shape, x.dtype) for name, x in self.batch().items()}
+
+    def epoch(self):
+        return 8
+
+    def loss(self):
+        return language.next_token_loss(self.cfg, z_loss=0.0)
+
+    def source(self, start):
+        def source(state, i):
+            if i % 2 == 0:
+                self.rows = self.roll_out(state.models['policy'], i)
+            return sharding.shard_batch(self.rows)
+
+        return source
+
+    def roll_out(self, policy, i):
+        store, c, stops = self.data.own.sources[0].train, self.config, self.data.stop_ids
+        asked = chats.questions(store, c.batch_size, longest=c.seq_len)
+        prompts = [asked[j % len(asked)].prompt for j in range(c.batch_size)]
+        drawn = generate(policy, self.cfg, prompts, max_new_tokens=8, stop_ids=stops, sampling=Sampling(1.0), seed=i)
+        said = [([*p, *g.ids], [False] * len(p) + [True] * len(g.ids)) for p, g in zip(prompts, drawn, strict=True)]
+        return pipeline.stack([chats.segments_row([tuple(map(np.array, one))], c.seq_len, 0) for one in said])
+
+    def evaluate(self, state, step):
+        return {'eval/rolled_out': float(np.sum(self.rows['weights_BT']))}
+
+    def alarm(self, metrics):
+        return 'it has learned enough' if metrics.get('accuracy', 0) > self.config.margins > 0 else None
+
+    def state_dict(self):
+        return self.rows
+
+    def load(self, arrays):
+        self.rows = dict(arrays)
+
+
+TOY = StageSpec('toy', 'chat', 'answers', sft.prepare, Imitate, sft.check)
+
+
+# ---- what the runner, the loop and the commands make of it ----
+
+
+@pytest.fixture
+def toy(dialogues, tmp_path, monkeypatch):
+    """toy(workdir, **settings) trains it, through the command."""
+    monkeypatch.setitem(STAGES, 'toy', TOY)
+    dialogues.run('sft')
+    file = tmp_path / 'toy.py'
+    file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace("c.stage = 'sft'", "c.stage = 'toy'"))
+    own = {
+        'config': str(file),
+        'steps': 8,
+        'init_from': str(dialogues.run('sft')),
+        'data__replay': 0.0,
+        'microbatch': 8,
+    }
+
+    def train(workdir, **settings):
+        return dialogues.train('sft', tmp_path / workdir, **own | settings)
+
+    train.folder, train.own = tmp_path, own
+    return train
+
+
+def test_it_learns_from_what_it_rolls_out_twice_and_dies_and_goes_on(toy, monkeypatch):
+    toy('whole')
+    found = measured(toy.folder / 'whole')
+    losses = [found[step, 'train/loss'] for step in range(1, 9)]
+    assert all(second < first for first, second in zip(losses[::2], losses[1::2], strict=True)), losses
+    assert found[8, 'eval/rolled_out'] > 8
+    with monkeypatch.context() as patch, pytest.raises(Preempted):  # between the two steps of a batch
+        signal_at(patch, 2, signal.SIGTERM)
+        toy('run')
+    assert status(toy.folder / 'run')['saved'] == 3
+    toy('run')
+    assert measured(toy.folder / 'run') == found
+    jax.tree.map(np.testing.assert_array_equal, params(toy.folder / 'run'), params(toy.folder / 'whole'))
+
+
+def test_what_it_keeps_is_in_the_checkpoint(toy, monkeypatch):
+    """Without it the run goes on with a batch of nothing."""
+    monkeypatch.setattr(Imitate, 'load', lambda self, arrays: None)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        signal_at(patch, 2, signal.SIGTERM)
+        toy('run')
+    toy('run')
+    assert {step for step, name in measured(toy.folder / 'run') if name == 'train/accuracy'} == {1, 2, 3, 5, 6, 7, 8}
+
+
+def test_it_ends_with_a_reason_and_what_it_had_is_saved(toy):
+    with pytest.raises(RunError, match=r'it has learned enough: stopped at step \d'):
+        toy('run', margins=1e-6)
+    found = status(toy.folder / 'run')
+    assert found['state'] == 'failed' and 'it has learned enough' in found['reason'] and 0 < found['saved'] < 8
+
+
+def test_the_commands_know_it(toy, dialogues, call, monkeypatch):
+    toy('run')
+    run = toy.folder / 'run'
+    assert runs.about(runs.read_config(str(run))) == TOY.about
+    monkeypatch.chdir(dialogues.lab.folder)
+    status, out, _ = call('chat', run, '--prompt=the bucket', '--max_new_tokens=2')
+    assert status == 0 and out
+    status, out, err = call('evaluate', run, '--rows=4', '--max_new_tokens=2')
+    assert status == 0 and one_object(out)['stage'] == 'toy' and 'eval/chats.jsonl/ended' in one_object(out), err
+    words = [w for w in dialogues.argv('sft', None, **toy.own) if w.startswith('--config')]
+    status, out, _ = call('inspect', '--rows=1', *words)
+    assert status == 0 and 'row 0: ' in out and 'conversations' in out
