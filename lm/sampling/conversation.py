@@ -99,9 +99,10 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
       max_new_tokens: of an answer, to compile for.
     """
     chats = can_chat(run) and not raw
-    saved = runs.read_config(run)['config']
+    whole = runs.read_config(run)
+    saved = whole['config']
     cfg = runs.model_config(saved | {'attention': None})
-    ahead = Ahead(generate.laid_out(runs.abstract_params(cfg), cfg), cfg)
+    ahead = Ahead(generate.laid_out(runs.abstract_model(whole, cfg), cfg), cfg)
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
     model = runs.load(run, warn=warn)
     template = ChatTemplate.load(runs.tokenizer_folder(run), model.tokenizer) if chats else None

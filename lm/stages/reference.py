@@ -83,8 +83,8 @@ def add(task: PairTask, parents: Mapping[str, Parent]) -> tuple[PairData, Parent
 
     def params() -> Any:
         say('what the reference makes of the pairs')
-        weights, parent = load()
-        runs.check_unchanged(known, weights, parent)
+        weights, now = load()
+        runs.check_unchanged(known, weights, now)
         return weights
 
     key = {

@@ -83,7 +83,7 @@ def _train(
     checkpoints = workdir / 'checkpoints'
     recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
     kept |= {'data': data.fingerprint, 'tokenizer': data.tokenizer.fingerprint}
-    kept |= {'about': spec.about._asdict()}
+    kept |= {'about': spec.about._replace(adapter=task.adapter)._asdict()}
     runs.write_config(workdir, config, parents, **kept)
     recorder.open(workdir)
     with plan.log_failure(recorder, ledger):
@@ -205,10 +205,9 @@ def counted(step: Callable) -> Callable:
 
 def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
     """The state as shapes and shardings."""
-    config, cfg = task.config, task.cfg
-    trainable = {task.trains: runs.abstract_params(cfg, task.trains)}
-    state = plan.abstract_state(trainable, optimizer, config.seed, ema=config.optim.ema is not None)
-    return dataclasses.replace(state, frozen={role: runs.abstract_params(cfg, role) for role in task.frozen})
+    ema = task.config.optim.ema is not None
+    state = plan.abstract_state({task.trains: task.abstract()}, optimizer, task.config.seed, ema=ema)
+    return dataclasses.replace(state, frozen={role: runs.abstract_params(task.cfg, role) for role in task.frozen})
 
 
 def abstract_saved(task: Task, abstract: training.TrainState) -> dict[str, Any]:
@@ -238,8 +237,8 @@ def start(
     config, recorder, wanted = task.config, task.recorder, abstract_saved(task, abstract)
     frozen, read = {}, {}
     for role, setting in task.frozen.items():
-        frozen[role], read[role] = runs.weights(config[setting], abstract.frozen[role], warn=recorder.say)
-        runs.check_unchanged(parents.get(role), frozen[role], read[role])
+        known = (config[setting], abstract.frozen[role], parents.get(role))
+        frozen[role], read[role] = runs.read_unchanged(*known, warn=recorder.say)
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', wanted, warn=partial(recorder.say, style='red'), set_aside=True
     )

@@ -18,6 +18,7 @@ from lm.data.prompts import Prompt
 from lm.data.records import Kind
 from lm.data.tokenizer import Tokenizer
 from lm.model import transformer
+from lm.model.adapters import ADAPTERS
 from lm.model.transformer import ModelConfig
 from lm.stages import plan
 from lm.training import flops, runs
@@ -63,7 +64,8 @@ class Task:
     prompts: Sequence[Prompt] = ()
     recorder: Recorder = field(default_factory=Recorder)
 
-    trains: ClassVar[str] = 'policy'  # the role of what is trained
+    trains: ClassVar[str] = 'policy'  # the role of what is trained; 'adapter' needs a frozen 'base'
+    adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
     online: ClassVar[bool] = False  # whether batches depend on the state
 
     def __post_init__(self) -> None:
@@ -89,8 +91,19 @@ class Task:
         """source(state, i): batch i, from `start` on, on this process's devices."""
         raise NotImplementedError
 
+    def abstract(self) -> Any:
+        """What is trained, as shapes and shardings."""
+        if self.adapter is not None:
+            return runs.abstract_adapter(self.adapter, runs.abstract_params(self.cfg, 'base'))
+        return runs.abstract_params(self.cfg, self.trains)
+
     def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
-        """(the weights to begin with, the run they come from): those of init_from, else random ones and None."""
+        """(the weights to begin with, the run they come from): those of init_from, else random ones and None; of an
+        adapter those that it begins with."""
+        if self.adapter is not None:
+            init, base = ADAPTERS[self.adapter], runs.abstract_params(self.cfg, 'base')
+            where = jax.tree.map(lambda x: x.sharding, abstract)
+            return jax.jit(lambda key: init(key, base), out_shardings=where)(jax.random.key(self.config.seed)), None
         if not self.config.init_from:
             return transformer.init_sharded(jax.random.key(self.config.seed), self.cfg), None
         weights, parent = runs.weights(self.config.init_from, abstract, warn=self.recorder.say)

@@ -45,6 +45,9 @@ def open_run(run: str) -> Opened:
     nothing in it can be read.
     """
     saved, notes = runs.read_config(run), []
+    if (adapter := runs.about(saved).adapter) is not None:
+        base = runs.parents(saved)['base'].path
+        raise UsageError(f'{run} is an adapter ({adapter}) over {base}: it cannot be converted, name {base}')
     step = checkpoint.locate(run)
     folder, asked = split_run(run)
     directory = files.absolute(folder) / 'checkpoints'

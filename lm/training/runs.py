@@ -20,7 +20,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import folders
 from lm.model import attention_kernels, sequences, transformer
-from lm.model.roles import SCORED
+from lm.model.adapters import ADAPTERS
+from lm.model.roles import SCORED, assemble
 from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
@@ -56,11 +57,17 @@ class About(NamedTuple):
 
     data: str  # kind of records that it learns from: 'text', 'chat', 'pairs'
     output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
+    adapter: str | None = None  # of `adapters.ADAPTERS`, which is then all that the run trains
 
     @property
     def role(self) -> str:
-        """The role of the run's weights."""
+        """The role of the model that it makes."""
         return 'reward' if self.output == 'scores' else 'policy'
+
+    @property
+    def trains(self) -> str:
+        """The role of what is trained."""
+        return self.role if self.adapter is None else 'adapter'
 
 
 # Of the stages that older versions had: their runs do not say.
@@ -256,6 +263,9 @@ def inherit_model(
             f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
             f'that it started from ({saved["init_from"]})'
         )
+    if theirs.adapter is not None and not resumed and not config.branch_from:
+        under = parents(whole)['base'].path
+        raise UsageError(f'{parent} is an adapter ({theirs.adapter}) over {under}: set init_from={under}')
     if config.branch_from and not resumed:
         _check_branch(config, saved)
     model = base().model.to_dict() | saved['model']  # a setting newer than that run has its default
@@ -363,9 +373,13 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
       abstract: the parameters, or some of them, as shapes and shardings.
     """
     saved = read_config(run)
-    item, role = weights_item(saved['config']), about(saved).role
-    step, tree, meta = checkpoint.find(run, {item: {role: abstract}}, warn=warn)
-    return tree[item][role], Parent(run, step, checkpoint.saved_digest(meta, item, role))
+    item, own, frozen = weights_item(saved['config']), about(saved), {}
+    if own.adapter is not None:
+        frozen['base'] = read_unchanged(parents(saved)['base'].path, abstract, parents(saved)['base'], warn=warn)[0]
+        abstract = abstract_adapter(own.adapter, abstract)
+    step, tree, meta = checkpoint.find(run, {item: {own.trains: abstract}}, warn=warn)
+    models = assemble(tree[item], frozen)
+    return models[own.role], Parent(run, step, checkpoint.saved_digest(meta, item, own.trains))
 
 
 def weights_item(saved: Mapping[str, Any]) -> str:
@@ -383,6 +397,15 @@ def branch(
     step, tree, meta = checkpoint.find(run, asked, warn=warn)
     tree = tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
     return step, tree, meta
+
+
+def read_unchanged(
+    run: str, abstract: Any, before: Parent | None, *, warn: Callable[[str], None]
+) -> tuple[Any, Parent]:
+    """`weights` of a run. Raises UsageError if they are not those that another run began with (None: it begins now)."""
+    params, now = weights(run, abstract, warn=warn)
+    check_unchanged(before, params, now)
+    return params, now
 
 
 def check_unchanged(before: Parent | None, params: Any, now: Parent) -> None:
@@ -412,6 +435,20 @@ def _averages(saved: Mapping[str, Any]) -> bool:
 def abstract_params(cfg: ModelConfig, role: str = 'policy') -> Any:
     """The parameters of a role as shapes, dtypes and shardings on the current mesh."""
     return with_shardings(shapes(cfg, role))
+
+
+def abstract_adapter(name: str, base: Any) -> Any:
+    """An adapter over parameters, both as shapes, dtypes and shardings on the current mesh."""
+    return with_shardings(jax.eval_shape(lambda key: ADAPTERS[name](key, base), jax.random.key(0)))
+
+
+def abstract_model(saved: Mapping[str, Any], cfg: ModelConfig) -> Any:
+    """What `load` gives of a run with this config.json, as shapes, dtypes and shardings on the current mesh."""
+    own = about(saved)
+    params = abstract_params(cfg, own.role)
+    if own.adapter is None:
+        return params
+    return assemble({'adapter': abstract_adapter(own.adapter, params)}, {'base': params})['policy']
 
 
 def shapes(cfg: ModelConfig, role: str = 'policy') -> Any:

@@ -1,0 +1,119 @@
+"""An adapter in one file: factors that are trained over a model that is only read."""
+
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import refused
+from flax import struct
+from running import ROOT, all_devices, assert_same, measured, params, signal_at
+
+from lm.errors import Preempted
+from lm.model import seam
+from lm.model.adapters import ADAPTERS
+from lm.stages import STAGES, sft
+from lm.training import checkpoint, runs
+
+
+@struct.dataclass
+class Scaled:
+    """A weight times a factor for each of its last letter's places."""
+
+    scale: jax.Array
+    base: Any = None
+
+    def over(self, base):
+        return self.replace(base=base)
+
+    def dims(self, parent):
+        return {'scale': parent[-1]} | ({} if self.base is None else {'base': parent})
+
+    def einsum(self, eq, x):
+        return seam.einsum(eq, x, self.base) * seam.gather(self.scale, seam.parse(eq)[2][-1]).astype(x.dtype)
+
+    def dense(self):
+        return self.base * jnp.expand_dims(self.scale, tuple(range(self.scale.ndim - 1, self.base.ndim - 1)))
+
+
+def init(key, base):
+    up = base['layers']['w_up_DF']
+    return {'layers': {'w_up_DF': Scaled(jnp.ones((up.shape[0], up.shape[-1])))}}
+
+
+def config_of(workdir):
+    return runs.read_config(str(workdir))
+
+
+class Adapted(sft.Sft):
+    """Fine-tuning of the factors alone."""
+
+    trains, adapter = 'adapter', 'scaled'
+    frozen = {'base': 'init_from'}
+
+
+# ---- train, save, resume, chat, convert ----
+
+
+@pytest.fixture
+def adapted(dialogues, tmp_path, monkeypatch):
+    """adapted(workdir, **settings) trains it, through the command."""
+    monkeypatch.setitem(ADAPTERS, 'scaled', init)
+    monkeypatch.setitem(STAGES, 'adapted', sft.SPEC._replace(name='adapted', open=Adapted))
+    file = tmp_path / 'adapted.py'
+    file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace("c.stage = 'sft'", "c.stage = 'adapted'"))
+
+    def train(workdir, **settings):
+        return dialogues.train('sft', tmp_path / workdir, config=str(file), optim__lr=0.1, **settings)
+
+    train.folder = tmp_path
+    return train
+
+
+def test_the_factors_are_trained_and_saved_and_the_base_is_not(adapted, dialogues):
+    adapted('run')
+    base, run = dialogues.run('pretrain'), adapted.folder / 'run'
+    found, before = params(run), params(base)
+    weight = found['layers'].pop('w_up_DF')
+    np.testing.assert_array_equal(weight.base, before['layers'].pop('w_up_DF'))
+    jax.tree.map(np.testing.assert_array_equal, found, before)
+    assert np.abs(weight.scale - 1).max() > 0.01 and measured(run)[6, 'train/loss'] < measured(run)[1, 'train/loss']
+    meta = checkpoint.read_meta(checkpoint.epath.Path(run) / 'checkpoints' / '6')
+    trained = [key for key in meta['checksums'] if key.startswith("['trainable']")]
+    assert trained == ["['trainable']['adapter']['layers']['w_up_DF'].scale"]
+    assert checkpoint.leaf_names(trained[0]) == ('trainable', 'adapter', 'layers', 'w_up_DF', 'scale')
+    parent = config_of(run)['parents']['base']
+    assert parent == {'path': str(base), 'step': 4, 'digest': checkpoint.digest(params(base))}
+
+
+def test_it_dies_and_goes_on_and_keeps_an_average(adapted, monkeypatch):
+    adapted('whole', optim__ema=0.9)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        signal_at(patch, 2, signal.SIGTERM)
+        adapted('run', optim__ema=0.9)
+    adapted('run', optim__ema=0.9)
+    assert_same(adapted.folder / 'whole', adapted.folder / 'run')
+
+
+def test_it_answers_is_measured_and_is_not_converted(adapted, dialogues, call, monkeypatch):
+    adapted('run')
+    run = adapted.folder / 'run'
+    monkeypatch.chdir(dialogues.lab.folder)
+    status, out, err = call('chat', run, '--prompt=the bucket', '--max_new_tokens=2', '--temperature=0')
+    assert status == 0, err
+    status, out, err = call('evaluate', run, '--rows=2', '--max_new_tokens=2', '--tasks=heldout')
+    assert status == 0, err
+    wanted = f'{run} is an adapter (scaled) over {dialogues.run("pretrain")}: it cannot be converted'
+    refused(call('convert', run, adapted.folder / 'out'), wanted, None)
+    wanted = f'{run} is an adapter (scaled) over {dialogues.run("pretrain")}: set init_from='
+    refused(call('main', *dialogues.argv('sft', adapted.folder / 'new', init_from=str(run))), wanted, None)
+
+
+def test_another_base_is_refused(adapted, dialogues, monkeypatch):
+    adapted('run')
+    file = adapted.folder / 'run' / 'config.json'
+    file.write_text(file.read_text().replace(config_of(file.parent)['parents']['base']['digest'], 'another'))
+    with pytest.raises(Exception, match='has other weights than when this run began'), all_devices():
+        runs.load(str(file.parent), warn=pytest.fail)
