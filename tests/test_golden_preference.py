@@ -14,7 +14,8 @@ import pytest
 from lm.losses import preference, reward
 from lm.losses.objective import objective
 from lm.losses.preference import Pairs, Response
-from lm.model import head, transformer
+from lm.model import head, parameters, transformer
+from lm.model.config import ModelConfig
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'preference.json').read_text())
 SETTINGS = GOLDEN['settings']
@@ -32,7 +33,7 @@ def arrays():
 def model(name):
     """(config, parameters), the vocabulary padded with rows that must not count."""
     shape = GOLDEN['model']
-    cfg = transformer.ModelConfig(
+    cfg = ModelConfig(
         vocab_size=shape['vocab_size'], vocab_multiple=64, dim=shape['hidden_size'], layers=shape['num_hidden_layers'],
         heads=shape['num_attention_heads'], kv_heads=shape['num_key_value_heads'], head_dim=shape['head_dim'],
         ffn_dim=shape['intermediate_size'], norm_eps=shape['rms_norm_eps'], qk_norm=False, tied=name == 'reference',
@@ -49,7 +50,7 @@ def model(name):
             x = x if 'layers' in leaf else np.pad(x, widths, constant_values=0.5)
             node = params['layers'] if 'layers' in leaf else params
             node[leaf.rpartition('/')[2]] = jnp.asarray(x)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, transformer.init(jax.random.key(0), cfg))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parameters.init(jax.random.key(0), cfg))
     return cfg, params
 
 

@@ -13,7 +13,8 @@ from lm import sharding
 from lm.data.packing import PackedRows
 from lm.data.store import TokenStore
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import parameters, transformer
+from lm.model.config import REMAT, ModelConfig
 from lm.model.layers import rms_norm
 
 B, T = 8, 16
@@ -48,7 +49,7 @@ def make_params(cfg, seed=1):
         noise = 0.2 * rng.standard_normal(x.shape, np.float32)
         return jnp.asarray(1 + noise if 'norm' in path[-1].key else noise)
 
-    return jax.tree.map_with_path(leaf, jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0)))
+    return jax.tree.map_with_path(leaf, jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0)))
 
 
 def loss(params, batch, cfg):
@@ -138,9 +139,7 @@ def test_what_else_is_in_a_row_changes_no_bit(tiny, batch):
 @pytest.fixture(scope='module')
 def reference():
     """(configuration, parameters, batch, loss, gradients) unrolled on one device without a mesh."""
-    cfg = transformer.ModelConfig(
-        vocab_size=250, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64
-    )
+    cfg = ModelConfig(vocab_size=250, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)
     params, batch = make_params(cfg), make_batch(cfg)
     return cfg, params, batch, jax.device_get(value_and_grad(params, batch, cfg))
 
@@ -159,7 +158,7 @@ def test_remat_policies_save_what_they_say(tiny, batch, scan):
     """Bytes kept from the forward for the backward pass: fewer with each policy."""
     params = make_params(tiny)
     kept = {}
-    for remat in transformer.REMAT:
+    for remat in REMAT:
         cfg = dataclasses.replace(tiny, scan=scan, remat=remat)
         forward = lambda p, cfg=cfg: transformer.forward(p, cfg, batch['tokens_BT'])
         residuals = jax.eval_shape(lambda p, forward=forward: jax.vjp(forward, p)[1], params)
@@ -266,10 +265,8 @@ def test_vocabulary_padding_has_no_probability_and_no_gradient(tiny, batch, tied
 
 
 def test_init_has_the_shapes_and_scales_it_says():
-    cfg = transformer.ModelConfig(
-        vocab_size=1000, dim=64, layers=8, heads=4, kv_heads=2, head_dim=32, ffn_dim=128, tied=False
-    )
-    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg)
+    cfg = ModelConfig(vocab_size=1000, dim=64, layers=8, heads=4, kv_heads=2, head_dim=32, ffn_dim=128, tied=False)
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), cfg)
     residual = (2 * cfg.layers) ** -0.5
     std = {
         'embed_VD': 64**-0.5, 'head_DV': 64**-0.5, 'wq_DNH': 64**-0.5, 'wk_DKH': 64**-0.5, 'wv_DKH': 64**-0.5,

@@ -13,7 +13,7 @@ from flax import nnx
 from lm import sharding
 from lm.errors import UsageError
 from lm.interop.nnx import from_nnx, opened, to_nnx
-from lm.model import transformer
+from lm.model import parameters, transformer
 from lm.training import at_rest, runs
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -21,7 +21,7 @@ TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 @pytest.fixture
 def params(tiny):
-    return jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), tiny)
+    return jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), tiny)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -78,7 +78,7 @@ def test_what_came_back_is_written_as_a_run(dialogues, tmp_path):
 
 def test_a_module_of_another_graph_is_no_run_of_this_one(params, tiny, dialogues):
     cfg = dataclasses.replace(tiny, qkv_bias=True)
-    module = to_nnx(transformer.init(jax.random.key(0), cfg), cfg)
+    module = to_nnx(parameters.init(jax.random.key(0), cfg), cfg)
     with pytest.raises(UsageError, match='not of one graph: layers/bias_k_KH'):
         opened(module, at_rest.open_run(str(dialogues.run('sft'))))
 

@@ -12,8 +12,8 @@ from lm import sharding
 from lm.errors import UsageError
 from lm.interop import placed
 from lm.interop.huggingface import open_folder, write_folder
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters, transformer
+from lm.model.config import ModelConfig
 from lm.training import at_rest, runs
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / 'golden' / 'families'
 
 def abstract_of(cfg: ModelConfig, mesh=None, dtype=jnp.float32):
     """The parameters of a run, with their shardings on the mesh."""
-    tree = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
+    tree = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     if mesh is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
     places = sharding.shardings(mesh, sharding.param_specs(tree))

@@ -12,7 +12,8 @@ import numpy as np
 from lm import progress, sharding
 from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 
 @partial(jax.jit, static_argnames='cfg')

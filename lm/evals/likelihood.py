@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 from lm.sampling.generate import Sampling, likeliest, stream
 
 TOKENS_A_DEVICE = 1 << 13  # at once, of padded rows

@@ -22,7 +22,8 @@ from flax import nnx
 from lm.errors import UsageError
 from lm.interop.opened import Leaf, Opened, by_path
 from lm.model import transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 
 class Decoder(nnx.Module):

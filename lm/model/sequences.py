@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.model import head, seam, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 Batch = Mapping[str, jax.Array]
 
@@ -37,12 +38,6 @@ def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     """A reward model's score of each side of each pair, read at its last token: float32 [B, P] a side."""
     score_BT = token_scores(params, _hidden(params, cfg, batch))
     return by_side(score_BT * batch['last_BT'], batch)
-
-
-def init_scores(key: jax.Array, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """The parameters of a reward model beside the decoder's: N(0, 1/(D + 1)) and 0 (Stiennon et al., 2020, B.1)."""
-    std = (cfg.dim + 1) ** -0.5
-    return {'score_D': std * jax.random.normal(key, (cfg.dim,), jnp.float32), 'bias_score': jnp.zeros((), jnp.float32)}
 
 
 def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from lm.evals import preferences
 from lm.losses import preference
 from lm.losses.preference import LOSSES, Pairs, Response
 from lm.model import sequences
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import pairs, pretrain, reference, wiring
 from lm.stages.pairs import PairData

@@ -16,7 +16,7 @@ from lm.data.prompts import Prompt, of_text
 from lm.data.tokenizer import Tokenizer
 from lm.evals import heldout
 from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.sampling.generate import Sampling, generate
 from lm.stages import setup, wiring

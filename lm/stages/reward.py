@@ -14,8 +14,8 @@ from lm.data.prompts import Prompt
 from lm.errors import UsageError
 from lm.evals import preferences
 from lm.losses import reward
-from lm.model import sequences
-from lm.model.transformer import ModelConfig
+from lm.model import parameters, sequences
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import pairs, wiring
 from lm.stages.pairs import PairData
@@ -46,10 +46,10 @@ def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable
     """The body of the run it starts from, and a new score; of a reward model, both."""
     if runs.is_scored(runs.read_config(config.init_from)['config']):
         return wiring.first_weights(config, cfg, abstract, say)
-    own = jax.eval_shape(lambda: sequences.init_scores(jax.random.key(0), cfg))
+    own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), cfg))
     body = wiring.first_weights(config, cfg, {k: v for k, v in abstract.items() if k not in own}, say)
     where = {name: abstract[name].sharding for name in own}
-    return body | jax.jit(sequences.init_scores, static_argnums=1, out_shardings=where)(
+    return body | jax.jit(parameters.init_scores, static_argnums=1, out_shardings=where)(
         jax.random.key(config.seed), cfg
     )
 

@@ -16,7 +16,7 @@ from lm.data.sizes import Sizes
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import answers, heldout
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import pretrain, setup, wiring
 from lm.training import step as training

@@ -17,8 +17,8 @@ from lm.data import chat_template, pipeline
 from lm.data.prompts import Prompt
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import fitting, setup
 from lm.training import checkpoint, flops, runs
@@ -53,7 +53,7 @@ class Data(Protocol):
 def first_weights(config: Config, cfg: ModelConfig, abstract: Any, say: Callable[[str], None]) -> Any:
     """The weights of the run it starts from, else random ones."""
     if not config.init_from:
-        return transformer.init_sharded(jax.random.key(config.seed), cfg)
+        return parameters.init_sharded(jax.random.key(config.seed), cfg)
     step, weights = runs.weights(config.init_from, abstract, warn=say)
     say(f'weights from {config.init_from} at step {step}')
     return weights
@@ -68,7 +68,7 @@ def as_it_is(config: Config, cfg: ModelConfig, data: Any, found: Any, say: Calla
 def lm_cost(config: Config, cfg: ModelConfig, width: int, *, head: bool = True, forwards: int = 0) -> flops.Cost:
     """Model FLOPs of a stage that trains a language model, see `flops.cost`."""
     del config
-    return flops.cost(cfg.sizes, windows=cfg.windows, seq_len=width, head=head, forwards=forwards)
+    return flops.cost(cfg, seq_len=width, head=head, forwards=forwards)
 
 
 def no_frozen(*_: Any) -> None:
@@ -249,7 +249,7 @@ def _fit(
 def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
     planned = tokens * setup.growth(config).first(config.steps) // config.batch_size
-    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
+    count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     choice = runs.attention_choice(config)
     return [

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.training.kinds import Leaf
+from lm.training.param_groups import ParamInfo
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: the steepest at 0 that keep the rest within 0.7 to 1.2
@@ -36,37 +36,37 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def orthogonal(directions: Sequence[jax.Array], leaves: Sequence[Leaf], *, dtype: Any) -> list[jax.Array]:
+def orthogonal(directions: Sequence[jax.Array], infos: Sequence[ParamInfo], *, dtype: Any) -> list[jax.Array]:
     """Each direction made orthogonal, matrix by matrix, its elements of RMS 0.2; shapes, layouts and dtypes stay.
 
     Args:
-      leaves: what the directions are, all of kind `matrix`.
+      infos: what the directions are, all of them a `matrix`.
       dtype: of the products, and of what travels.
     """
-    laid = [_rows_first(x.astype(dtype), leaf) for x, leaf in zip(directions, leaves, strict=True)]
+    laid = [_rows_first(x.astype(dtype), info) for x, info in zip(directions, infos, strict=True)]
     piles: dict[Any, list[int]] = {}
     for i, x in enumerate(laid):
-        piles.setdefault((x.shape[1:], leaves[i].counts, jax.typeof(x).sharding), []).append(i)
+        piles.setdefault((x.shape[1:], infos[i].counts, jax.typeof(x).sharding), []).append(i)
     out = list(directions)
     for (_, counts, _), members in piles.items():
         pile = _pile(jnp.concatenate([laid[i] for i in members]), max(1, counts))
         ends = list(accumulate(laid[i].shape[0] for i in members))
         for i, x in zip(members, jnp.split(pile, ends[:-1]), strict=True):
-            out[i] = _rows_back(x, leaves[i]).astype(directions[i].dtype)
+            out[i] = _rows_back(x, infos[i]).astype(directions[i].dtype)
     return out
 
 
-def _rows_first(x: jax.Array, leaf: Leaf) -> jax.Array:
+def _rows_first(x: jax.Array, info: ParamInfo) -> jax.Array:
     """[L, E?, D, …] of whatever order D and the other side had; L is 1 where nothing counts matrices."""
-    assert leaf.rows is not None
-    x = jnp.moveaxis(x, leaf.rows, leaf.counts)
-    return x if leaf.counts else x[None]
+    assert info.rows is not None
+    x = jnp.moveaxis(x, info.rows, info.counts)
+    return x if info.counts else x[None]
 
 
-def _rows_back(x: jax.Array, leaf: Leaf) -> jax.Array:
-    assert leaf.rows is not None
-    x = x if leaf.counts else x[0]
-    return jnp.moveaxis(x, leaf.counts, leaf.rows)
+def _rows_back(x: jax.Array, info: ParamInfo) -> jax.Array:
+    assert info.rows is not None
+    x = x if info.counts else x[0]
+    return jnp.moveaxis(x, info.counts, info.rows)
 
 
 def _pile(x: jax.Array, counts: int) -> jax.Array:

@@ -20,8 +20,8 @@ from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import folders
-from lm.model import attention_kernels, sequences, transformer
-from lm.model.transformer import ModelConfig
+from lm.model import attention_kernels, parameters
+from lm.model.config import ModelConfig
 from lm.training import checkpoint
 
 LOCK = '.lock'
@@ -375,8 +375,7 @@ def abstract_scored(cfg: ModelConfig) -> Any:
 
 def shapes(cfg: ModelConfig, *, scored: bool = False) -> Any:
     """The parameters of a model, or of a reward model, as shapes and dtypes."""
-    scores = sequences.init_scores if scored else lambda key, cfg: {}
-    return jax.eval_shape(lambda key: {**transformer.init(key, cfg), **scores(key, cfg)}, jax.random.key(0))
+    return parameters.shapes(cfg, scored=scored)
 
 
 def is_scored(config: Mapping[str, Any]) -> bool:
