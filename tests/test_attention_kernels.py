@@ -217,7 +217,7 @@ def test_a_layer_that_is_computed_again_does_not_run_the_kernel_again(tiny, monk
     monkeypatch.setattr(inner, 'check_cudnn_version', lambda: 91_000)
     cfg = dataclasses.replace(tiny, scan=True, remat=remat, attention=backend, dtype='bfloat16')
     tokens_BT = jnp.zeros((2, 128), jnp.int32)
-    loss = lambda p: jnp.sum(transformer.forward(p, cfg, tokens_BT).astype(jnp.float32))
+    loss = lambda p: jnp.sum(transformer.forward(p, cfg, tokens_BT)[0].astype(jnp.float32))
     with sharding.use_mesh(shape, jax.devices()[: 4 if shape else 1]):
         params = parameters.init_sharded(jax.random.key(0), cfg)
         traced = jax.jit(jax.grad(loss)).trace(params)

@@ -25,7 +25,7 @@ def cfg(request):
 
 @functools.partial(jax.jit, static_argnums=1)
 def logits(params, cfg, tokens=TOKENS, **rows):
-    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens, **rows))
+    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens, **rows)[0])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_layer_alone_is_a_layer_of_the_model(cfg):
 
 
 def loss(params, cfg, tokens):
-    h = transformer.forward(params, cfg, tokens)
+    h, _ = transformer.forward(params, cfg, tokens)
     weights = jnp.ones(tokens.shape, jnp.float32)
     if sharding.axis_sizes():
         weights = jax.reshard(weights, sharding.activation_spec('BT', weights.shape))

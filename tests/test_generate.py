@@ -47,7 +47,7 @@ def prompts_of(*lengths, seed=0):
 
 @functools.partial(jax.jit, static_argnums=1)
 def full_logits(params, cfg, tokens_BT):
-    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT))
+    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)[0])
 
 
 @functools.cache

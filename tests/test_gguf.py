@@ -400,7 +400,7 @@ def parameters(model, found):
 
 def our_logits(params, cfg, tokens):
     """The decoder's own logits [T, V] of a row of tokens."""
-    h = jax.jit(transformer.forward, static_argnums=1)(params, cfg, jnp.asarray([tokens]))
+    h, _ = jax.jit(transformer.forward, static_argnums=1)(params, cfg, jnp.asarray([tokens]))
     return np.asarray(transformer.logits(params, cfg, h))[0]
 
 

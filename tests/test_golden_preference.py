@@ -65,7 +65,7 @@ def run(cfg, params, ids_BT, cotangent_BT, weights_BT):
     that of cotangent·log p): both heads in one compiled function."""
 
     def total(params):
-        h_BTD = transformer.forward(params, cfg, ids_BT[:, :-1])
+        h_BTD, _ = transformer.forward(params, cfg, ids_BT[:, :-1])
         w, dims = transformer.head_weight(params, cfg)
         logp_BT, _, _ = head.logp(h_BTD, w, ids_BT[:, 1:], dims=dims, vocab_size=cfg.vocab_size)
         nll, _ = transformer.nll(params, cfg, h_BTD, ids_BT[:, 1:], weights_BT, z_coef=0.0)
@@ -185,7 +185,7 @@ def test_reward_loss_scores_and_gradient_are_those_of_trl():
     margin, weight = np.asarray(batch['margin'], np.float32), np.ones(COUNT, np.float32)
 
     def loss(trainable):
-        h_BTD = transformer.forward(trainable['body'], cfg, ids_BT)
+        h_BTD, _ = transformer.forward(trainable['body'], cfg, ids_BT)
         score_B = h_BTD[np.arange(len(last_B)), last_B] @ trainable['score_D']
         terms, metrics = reward.sums(score_B[:COUNT], score_B[COUNT:], weight, margin=margin)
         coefs = {'bradley_terry': 1.0, 'centring': SETTINGS['centring']}

@@ -28,7 +28,7 @@ MORE = {
 def test_a_familys_graph_is_its_definition(family):
     cfg = dataclasses.replace(BASE, **{'layers': 4, **(FAMILIES | MORE)[family]})
     params, tokens_T = made(cfg), TOKENS[0, :10]
-    forward = jax.jit(lambda p: transformer.logits(p, cfg, transformer.forward(p, cfg, tokens_T[None])))
+    forward = jax.jit(lambda p: transformer.logits(p, cfg, transformer.forward(p, cfg, tokens_T[None])[0]))
     wanted = plain_decoder.logits(params, cfg, tokens_T)
     np.testing.assert_allclose(forward(params)[0], wanted, atol=1e-5 * np.max(np.abs(wanted)), rtol=0)
 
@@ -54,7 +54,7 @@ def test_no_reader_of_the_head_forgets_the_scale_of_logits(one_device):
     assert jax.jit(sequences.log_probs, static_argnums=1)(params, cfg, pair)[0][0, 0] == pytest.approx(
         logp_T.sum(), rel=1e-5
     )
-    h_BTD = jax.jit(transformer.forward, static_argnums=1)(params, cfg, row['tokens_BT'])
+    h_BTD, _ = jax.jit(transformer.forward, static_argnums=1)(params, cfg, row['tokens_BT'])
     nll = jax.jit(transformer.nll, static_argnums=1, static_argnames='z_coef')
     _, parts = nll(params, cfg, h_BTD, row['targets_BT'], row['weights_BT'], z_coef=0.0)
     assert parts['nll'] == pytest.approx(-logp_T.sum(), rel=1e-5)
@@ -69,7 +69,7 @@ def test_a_reward_is_read_before_the_scale_of_logits():
     forward = jax.jit(transformer.forward, static_argnums=1)
     params = made(plain) | parameters.init_scores(jax.random.key(2), plain)
     scores = [
-        sequences.token_scores(params, forward(params, cfg, TOKENS))
+        sequences.token_scores(params, forward(params, cfg, TOKENS)[0])
         for cfg in (plain, dataclasses.replace(plain, logit_scale=0.25))
     ]
     np.testing.assert_array_equal(*scores)
@@ -103,7 +103,7 @@ def test_a_token_sees_what_the_kinds_of_layer_let_it():
         cfg = dataclasses.replace(BASE, layers=2, pattern=pattern, window=3, scan=True)
         params = made(cfg)
         r_TD = jax.random.normal(jax.random.key(3), (16, cfg.dim))
-        project = lambda e: jnp.sum(transformer.forward({**params, 'embed_VD': e}, cfg, tokens_T[None])[0] * r_TD, 1)
+        project = lambda e: jnp.sum(transformer.forward({**params, 'embed_VD': e}, cfg, tokens_T[None])[0][0] * r_TD, 1)
         slope_TVD = jax.jit(jax.jacrev(project))(params['embed_VD'])
         return np.max(np.abs(slope_TVD[:, tokens_T]), -1) != 0
 

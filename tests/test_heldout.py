@@ -41,7 +41,7 @@ def bytes_V(tiny):
 
 
 def log_softmax(params, cfg, tokens_BT):
-    return jax.nn.log_softmax(transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)))
+    return jax.nn.log_softmax(transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)[0]))
 
 
 def by_hand(params, cfg, bytes_V, n):

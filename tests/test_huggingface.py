@@ -52,7 +52,7 @@ def test_the_logits_are_those_of_transformers(name, scan):
     opened = open_folder(GOLDEN / name)
     cfg = ModelConfig(**opened.model, scan=scan, vocab_multiple=1)
     params = params_of(opened)
-    found = transformer.logits(params, cfg, transformer.forward(params, cfg, jnp.asarray(tokens)))
+    found = transformer.logits(params, cfg, transformer.forward(params, cfg, jnp.asarray(tokens))[0])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     row = agreement.logits_of(opened, tokens[0])
     np.testing.assert_allclose(row, wanted[0], atol=1e-4)

@@ -40,7 +40,7 @@ def test_windows_as_the_harness_documents_them():
 @functools.partial(jax.jit, static_argnums=1)
 def logp_and_best(params, cfg, row_BT):
     """head.logp of one row, and argmax of its whole logits."""
-    h_BTD = transformer.forward(params, cfg, row_BT[:, :-1])
+    h_BTD, _ = transformer.forward(params, cfg, row_BT[:, :-1])
     w, dims = transformer.head_weight(params, cfg)
     logp_BT, _, _ = head.logp(h_BTD, w, row_BT[:, 1:], dims=dims, vocab_size=cfg.vocab_size)
     return logp_BT[0], jnp.argmax(transformer.logits(params, cfg, h_BTD), -1)[0]

@@ -53,7 +53,7 @@ def make_params(cfg, seed=1):
 
 
 def loss(params, batch, cfg):
-    h_BTD = transformer.forward(
+    h_BTD, _ = transformer.forward(
         params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
     )
     return transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=Z)
@@ -73,7 +73,7 @@ def gradient_TT(cfg, params, segments_T, positions_T):
     def projected_T(embed_VD):
         options = {'segments_BT': segments_T[None], 'positions_BT': positions_T[None]}
         return jnp.sum(
-            transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0] * r_TD, axis=1
+            transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0][0] * r_TD, axis=1
         )
 
     jacobian_TVD = jax.jit(jax.jacrev(projected_T))(params['embed_VD'])
@@ -112,7 +112,7 @@ def test_packed_equals_unpacked(tiny):
 
     @jax.jit
     def parts(tokens_BT, targets_BT, weights_BT, segments_BT=None, positions_BT=None):
-        h_BTD = transformer.forward(params, cfg, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
+        h_BTD, _ = transformer.forward(params, cfg, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
         return transformer.nll(params, cfg, h_BTD, targets_BT, weights_BT, z_coef=Z)[1]
 
     alone = [parts(d[None, :-1], d[None, 1:], np.ones((1, len(d) - 1), np.float32)) for d in documents]
@@ -125,7 +125,7 @@ def test_what_else_is_in_a_row_changes_no_bit(tiny, batch):
     cfg = dataclasses.replace(tiny, scan=True)
     params = make_params(cfg)
     first_BT = batch['segments_BT'] == 1
-    forward = jax.jit(transformer.forward, static_argnums=1)
+    forward = jax.jit(lambda *args, **rows: transformer.forward(*args, **rows)[0], static_argnums=1)
     options = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
     other_BT = np.where(first_BT, batch['tokens_BT'], (batch['tokens_BT'] + 17) % cfg.vocab_size)
     before_BTD, after_BTD = (np.asarray(forward(params, cfg, t, **options)) for t in (batch['tokens_BT'], other_BT))
@@ -160,7 +160,7 @@ def test_remat_policies_save_what_they_say(tiny, batch, scan):
     kept = {}
     for remat in REMAT:
         cfg = dataclasses.replace(tiny, scan=scan, remat=remat)
-        forward = lambda p, cfg=cfg: transformer.forward(p, cfg, batch['tokens_BT'])
+        forward = lambda p, cfg=cfg: transformer.forward(p, cfg, batch['tokens_BT'])[0]
         residuals = jax.eval_shape(lambda p, forward=forward: jax.vjp(forward, p)[1], params)
         kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
     assert kept['full'] < kept['names'] < kept['dots'] < kept['none'], kept
@@ -287,7 +287,7 @@ def test_init_has_the_shapes_and_scales_it_says():
 def test_activations_have_the_dtype_and_norms_and_losses_are_float32(reference):
     cfg, params, batch, ((exact, _), _) = reference
     cfg = dataclasses.replace(cfg, dtype='bfloat16', scan=True)
-    h_BTD = jax.eval_shape(partial(transformer.forward, cfg=cfg), params, tokens_BT=batch['tokens_BT'])
+    h_BTD, _ = jax.eval_shape(partial(transformer.forward, cfg=cfg), params, tokens_BT=batch['tokens_BT'])
     assert h_BTD.dtype == jnp.bfloat16
     (value, parts), grads = value_and_grad(params, batch, cfg)
     assert {x.dtype for x in jax.tree.leaves((value, parts, grads))} == {np.dtype('float32')}

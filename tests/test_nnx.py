@@ -26,7 +26,7 @@ def params(tiny):
 
 @functools.partial(jax.jit, static_argnums=1)
 def plain_loss(params, cfg):
-    logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS))
+    logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS)[0])
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
 
 
@@ -36,7 +36,7 @@ def module_loss(module):
 
 
 def test_it_computes_what_the_model_does(params, tiny):
-    forward = jax.jit(lambda p: transformer.logits(p, tiny, transformer.forward(p, tiny, TOKENS)))
+    forward = jax.jit(lambda p: transformer.logits(p, tiny, transformer.forward(p, tiny, TOKENS)[0]))
     wanted = forward(params)
     np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS))(to_nnx(params, tiny)), wanted, atol=1e-5)
 

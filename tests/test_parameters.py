@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from lm.interop import families, gguf_arch
-from lm.model import feed_forward, parameters, sequences
+from lm.model import parameters, sequences
+from lm.model.feed_forward import FEED_FORWARDS
 from lm.training.param_groups import infos_of
 
-ROWS = (*parameters.TOP, *parameters.LAYER, *feed_forward.ROWS, *parameters.REWARD_HEAD)
+ROWS = (*parameters.TOP, *parameters.LAYER, *FEED_FORWARDS['gated'].rows, *parameters.REWARD_HEAD)
 CHANGES = {
     'tied': {}, 'untied': {'tied': False, 'qkv_bias': True}, 'joint': {'qk_norm_joint': True, 'norms': 'post'},
     'both': {'norms': 'both', 'norm_plus_one': True, 'qk_norm': False},

@@ -43,7 +43,7 @@ def test_the_logits_are_those_of_transformers_however_they_are_split(name):
             assert found.sharding == spec.sharding and found.dtype == jnp.float32
     host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     assert host['embed_VD'].shape[0] == 128 and not host['embed_VD'][96:].any()
-    found = transformer.logits(host, cfg, transformer.forward(host, cfg, jnp.asarray(tokens)))
+    found = transformer.logits(host, cfg, transformer.forward(host, cfg, jnp.asarray(tokens))[0])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_a_folder_is_loaded_onto_the_mesh_and_answers(tmp_path, dialogues):
         for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(wanted.params), strict=True):
             assert (a.sharding, a.shape) == (b.sharding, b.shape)
         ids_BT = jnp.array([wanted.tokenizer.encode('a fish in the sea')])
-        says = jax.jit(lambda p: transformer.logits(p, found.cfg, transformer.forward(p, found.cfg, ids_BT)))
+        says = jax.jit(lambda p: transformer.logits(p, found.cfg, transformer.forward(p, found.cfg, ids_BT)[0]))
         np.testing.assert_array_equal(says(found.params), says(wanted.params))
     assert found.tokenizer.encode('a fish') == wanted.tokenizer.encode('a fish')
     assert (found.config['stage'], found.config['model']['dim']) == ('sft', found.cfg.dim)

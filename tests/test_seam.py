@@ -180,7 +180,7 @@ def materialised(params):
 
 
 def loss(params, cfg, tokens_BT):
-    h_BTD = transformer.forward(params, cfg, tokens_BT)
+    h_BTD, _ = transformer.forward(params, cfg, tokens_BT)
     return transformer.nll(params, cfg, h_BTD, tokens_BT[:, ::-1], jnp.ones(tokens_BT.shape), z_coef=1e-2)[0]
 
 

@@ -95,7 +95,7 @@ def alone(packed, params):
     last_B1 = np.array([len(ids) - 1 for ids, _ in sides])[:, None]
 
     def total(params):
-        h_BTD = transformer.forward(params, CFG, tokens_BT)
+        h_BTD, _ = transformer.forward(params, CFG, tokens_BT)
         logp_BTV = jax.nn.log_softmax(transformer.logits(params, CFG, h_BTD)[..., : CFG.vocab_size])
         logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=2)[..., 0]
         logp_B = jnp.sum(jnp.where(trained_BT[:, 1:], logp_BT, 0), axis=1)

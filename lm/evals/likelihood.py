@@ -91,7 +91,7 @@ def _batch(parts: Sequence[tuple[int, list[int], int]], rows: int, width: int) -
 @partial(jax.jit, static_argnames='cfg')
 def _row_sums(params: Params, batch: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(Σ weight·log p(target), whether all targets that weigh something are the likeliest) of each row."""
-    h_BTD = transformer.forward(params, cfg, batch['tokens_BT'])
+    h_BTD, _ = transformer.forward(params, cfg, batch['tokens_BT'])
     scaled_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
     logp_BT, _, _ = head.logp(scaled_BTD, w, batch['targets_BT'], **options)
     hit_BT = _likeliest(params, cfg, h_BTD) == batch['targets_BT']

@@ -43,5 +43,5 @@ def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
 
 def _last_score(params: Any, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
     """The score at the last place of one row."""
-    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT))
+    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
     return jnp.sum(score_BT * (jnp.arange(tokens_BT.shape[1]) == tokens_BT.shape[1] - 1))

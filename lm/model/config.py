@@ -65,6 +65,7 @@ class ModelConfig:
     qk_norm_joint: bool = False  # qk_norm over all heads at once
     qkv_bias: bool = False
     activation: str = 'silu'  # of ACTIVATIONS
+    feed_forward: str = 'gated'  # of feed_forward.FEED_FORWARDS
     query_scale: float | None = None  # of q·k; None: head_dim**-0.5
     embed_scale: float | None = None
     residual_scale: float | None = None  # of what is added to the residual stream

@@ -86,4 +86,4 @@ def _cached_block(x_BTD, layer, angles, k_BKSH, v_BKSH, places, *, cfg, kind):
         written.extend(kv)
         return out_BTNH
 
-    return transformer.apply_layer(x_BTD, layer, cfg, angles, attend), *written
+    return transformer.apply_layer(x_BTD, layer, cfg, angles, attend)[0], *written

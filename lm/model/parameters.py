@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.model import feed_forward, seam
+from lm.model import seam
 from lm.model.config import ModelConfig
+from lm.model.feed_forward import FEED_FORWARDS
 from lm.model.param import Param, bias, matrix, norm
 
 Params = Mapping[str, Any]
@@ -58,15 +59,16 @@ STARTS: dict[str, Callable[[int, ModelConfig], float]] = {
 def rows(cfg: ModelConfig) -> tuple[list[Param], list[Param]]:
     """The rows that a model has: (its own, those of each layer)."""
     own = lambda table: [row for row in table if row.when(cfg)]
-    return own(TOP), own((*LAYER, *feed_forward.ROWS))
+    return own(TOP), own((*LAYER, *FEED_FORWARDS[cfg.feed_forward].rows))
 
 
 def row(name: str) -> Param:
     """The row of a parameter of any model, by its leaf's name or path. Raises KeyError for a name of none."""
     name = name.rpartition('/')[2]
-    for found in (*TOP, *LAYER, *feed_forward.ROWS, *REWARD_HEAD):
-        if found.name == name:
-            return found
+    for table in (TOP, LAYER, REWARD_HEAD, *(kind.rows for kind in FEED_FORWARDS.values())):
+        for found in table:
+            if found.name == name:
+                return found
     raise KeyError(f'{name} is in no row of lm/model/parameters.py')
 
 

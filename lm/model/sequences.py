@@ -48,7 +48,7 @@ def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
 
 def _hidden(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
     rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
-    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)[0]
 
 
 def by_side(x_BT: jax.Array, batch: Batch) -> list[jax.Array]:

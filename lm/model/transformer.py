@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.model import feed_forward, head, seam
+from lm.model import head, seam
 from lm.model import layers as parts
 from lm.model.attention import attention
 from lm.model.config import REMAT, ModelConfig
+from lm.model.feed_forward import FEED_FORWARDS, Aux
 from lm.model.layers import RopeScaling, rope, rope_angles
 from lm.model.parameters import Params, unstack
 
@@ -28,61 +29,73 @@ def forward(
     *,
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
-) -> jax.Array:
-    """Final hidden states [B, T, D] of whole rows.
+) -> tuple[jax.Array, Aux]:
+    """(final hidden states [B, T, D] of whole rows, the feed-forwards' sums over tokens and layers).
+
+    The sums are terms of a loss: `feed_forward.aux_coefficients` and `aux_weights` say what they count.
 
     Args:
-      tokens_BT: ids. segments_BT: int32, tokens attend within their segment only; None is one segment a row.
+      tokens_BT: ids. segments_BT: int32, tokens attend within their segment only; 0 is padding; None is one segment a
+        row.
       positions_BT: rotary positions, restarting with each segment; None counts from 0.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     block = partial(_whole_rows, cfg, layer_angles(cfg, positions_BT), segments_BT)
-    x_BTD, layers, whole = embed(params, cfg, tokens_BT), params['layers'], 0
+    x_BTD, aux, layers, whole = embed(params, cfg, tokens_BT), {}, params['layers'], 0
     if cfg.scan:
         whole = cfg.layers - cfg.layers % len(cfg.kinds)
         scanned = layers if whole == cfg.layers else jax.tree.map(lambda w: w[:whole], layers)
-        x_BTD = _scan(x_BTD, scanned, [block(kind, scanned=True) for kind in cfg.kinds])
+        x_BTD, aux = _scan(x_BTD, scanned, [block(kind, scanned=True) for kind in cfg.kinds])
     if whole < cfg.layers:
         rest = layers if not whole else jax.tree.map(lambda w: w[whole:], layers)
         for i, layer in enumerate(unstack(rest, cfg.layers - whole), whole):
-            x_BTD = block(cfg.kind(i), scanned=False)(x_BTD, layer)
-    return final_norm(params, cfg, x_BTD)
+            x_BTD, more = block(cfg.kind(i), scanned=False)(x_BTD, layer)
+            aux = _summed(aux, more)
+    return final_norm(params, cfg, x_BTD), aux
 
 
 def _whole_rows(
     cfg: ModelConfig, angles: Mapping[str, Any], segments_BT: jax.Array | None, kind: str, *, scanned: bool
 ):
-    """(x_BTD, parameters) -> x_BTD: a layer of a kind, over whole rows."""
+    """(x_BTD, parameters) -> (x_BTD, sums): a layer of a kind, over whole rows."""
+    real_BT = None if segments_BT is None else segments_BT > 0
 
     def attend(q, k, v):
         options = {'window': cfg.window_of(kind), 'softcap': cfg.attn_softcap, 'backend': cfg.attention}
         return attention(q, k, v, segments_BT=segments_BT, **options)
 
     def block(x_BTD, layer):
-        return apply_layer(x_BTD, layer, cfg, angles[kind], attend)
+        return apply_layer(x_BTD, layer, cfg, angles[kind], attend, real_BT)
 
     return block if cfg.remat == 'none' else jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not scanned)
 
 
-def _scan(x_BTD: jax.Array, layers: Any, blocks: Sequence[Any]) -> jax.Array:
+def _scan(x_BTD: jax.Array, layers: Any, blocks: Sequence[Any]) -> tuple[jax.Array, Aux]:
     """Stacked layers, as many at a time as there are blocks: one for each in its turn."""
     n = len(blocks)
     if n > 1:
         layers = jax.tree.map(lambda w: w.reshape(w.shape[0] // n, n, *w.shape[1:]), layers)
 
     def step(x_BTD, layers):
+        aux = {}
         for block, layer in zip(blocks, unstack(layers, n) if n > 1 else [layers], strict=True):
-            x_BTD = block(x_BTD, layer)
-        return x_BTD, None
+            x_BTD, more = block(x_BTD, layer)
+            aux = _summed(aux, more)
+        return x_BTD, aux
 
-    return jax.lax.scan(step, x_BTD, layers)[0]
+    x_BTD, aux = jax.lax.scan(step, x_BTD, layers)
+    return x_BTD, jax.tree.map(lambda x: jnp.sum(x, 0), aux)
+
+
+def _summed(aux: Aux, more: Aux) -> Aux:
+    return {name: aux[name] + x if name in aux else x for name, x in more.items()}
 
 
 def layer(params: Any, cfg: ModelConfig, x_BTD: jax.Array, *, number: int) -> jax.Array:
     """One layer, by its own parameters, over whole rows that count from 0: what a model too large to hold is run by."""
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-    return _whole_rows(cfg, layer_angles(cfg, positions_BT), None, cfg.kind(number), scanned=False)(x_BTD, params)
+    return _whole_rows(cfg, layer_angles(cfg, positions_BT), None, cfg.kind(number), scanned=False)(x_BTD, params)[0]
 
 
 def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:
@@ -145,11 +158,12 @@ def _scaled(x: jax.Array, factor: float) -> jax.Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def apply_layer(x_BTD, layer, cfg, angles, attend):
-    """One layer: attention, then the feed-forward, each added to the residual stream.
+def apply_layer(x_BTD, layer, cfg, angles, attend, real_BT=None):
+    """One layer: attention, then the feed-forward, each added to the residual stream: (x_BTD, the latter's sums).
 
     Args:
       angles: of the rotary positions; None: the layer has none. attend: (q_BTNH, k_BTKH, v_BTKH) -> [B, T, N, H].
+      real_BT: False at padding; None: there is none.
     """
     norm = partial(parts.block_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
@@ -164,8 +178,8 @@ def apply_layer(x_BTD, layer, cfg, angles, attend):
         y_BTD = _attention(read('attn_norm_D'), layer, cfg, angles, attend)
         x_BTD = added(y_BTD, 'attn_post_norm_D')
     with jax.named_scope('mlp'):
-        y_BTD = feed_forward.gated(read('mlp_norm_D'), layer, cfg)
-        return added(y_BTD, 'mlp_post_norm_D')
+        y_BTD, aux = FEED_FORWARDS[cfg.feed_forward].apply(read('mlp_norm_D'), layer, cfg, real_BT)
+        return added(y_BTD, 'mlp_post_norm_D'), aux
 
 
 def _attention(y_BTD, layer, cfg, angles, attend):
