@@ -243,3 +243,17 @@ def test_the_gradient_of_a_frequent_word_is_not_summed_in_bfloat16(mesh):
     loss = lambda table_VD: jnp.sum(seam.lookup(table_VD, tokens_BT, dtype=jnp.bfloat16).astype(jnp.float32))
     gradient_VD = jax.jit(jax.grad(loss))(table_VD)
     np.testing.assert_array_equal(np.asarray(gradient_VD)[0], 8192.0)
+
+
+def test_a_program_is_that_of_the_meshs_devices():
+    """A CPU's transposes are made in memory; a mesh of TPUs, though none is here, has none of that."""
+
+    def operations():
+        x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        return str(jax.make_jaxpr(lambda x: seam.materialized_transpose(x) @ x)(x))
+
+    tpu = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+    mesh = sharding.make_mesh({}, jax.devices()[:1]).abstract_mesh.update(abstract_device=tpu)
+    assert sharding.platform() == 'cpu' and 'optimization_barrier' in operations()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharding.platform() == 'tpu' and 'optimization_barrier' not in operations()

@@ -133,7 +133,7 @@ def unstacked(params: Params, cfg: ModelConfig, *, batch: int) -> dict[str, Any]
 
     ready = jax.tree.map_with_path(cast, dict(params), is_leaf=lambda w: isinstance(w, seam.Weight))
     ready = {**ready, 'layers': unstack(ready['layers'], cfg.layers)}
-    if cfg.tied and batch > 1 and jax.default_backend() == 'cpu' and not sharding.axis_sizes():
+    if cfg.tied and batch > 1 and sharding.platform() == 'cpu' and not sharding.axis_sizes():
         ready['head_DV'] = seam.dense(ready['embed_VD']).T
     return ready
 

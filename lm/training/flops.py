@@ -92,7 +92,9 @@ def _cpu_ceiling() -> Ceiling:
 
 def ceiling() -> Ceiling:
     """That of all devices of this run."""
-    found = _cpu_ceiling() if jax.default_backend() == 'cpu' else Ceiling(sum(map(peak, jax.devices())))
+    mesh = jax.sharding.get_mesh()
+    devices = jax.devices() if mesh.empty else mesh.devices.flat
+    found = _cpu_ceiling() if sharding.platform() == 'cpu' else Ceiling(sum(map(peak, devices)))
     found.refresh()
     return found
 
