@@ -230,13 +230,12 @@ def _leaf(opened: Opened, tensor: Tensor) -> Leaf:
 
 def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
     """`gguf_in.to_ours`, back: a view where that is possible."""
-    row = parameters.row(name)
     if arch.interleaved and name in tables.ROTATED:  # halves -> neighbours
         *lead, wide = ours.shape
         ours = ours.reshape(*lead, 2, wide // 2).swapaxes(-1, -2).reshape(*lead, wide)
-    if row.is_norm and arch.graph.get('norm_plus_one'):
+    if parameters.row(name).is_norm and arch.graph.get('norm_plus_one'):
         ours = ours.astype(np.float32) + 1
-    return ours.reshape(shape[::-1]).T if row.contracted else ours.reshape(shape)
+    return graph.to_stored(ours, name, shape)
 
 
 def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:

@@ -36,6 +36,16 @@ def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[
     return shape, (math.prod(shape[fan_in:]), math.prod(shape[:fan_in]))
 
 
+def from_stored(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter of this shape, of a file's tensor [out, in]: a view."""
+    return (tensor.T if parameters.row(leaf).contracted else tensor).reshape(shape)
+
+
+def to_stored(ours: np.ndarray, leaf: str, stored: tuple[int, ...]) -> np.ndarray:
+    """`from_stored`, back: a view."""
+    return ours.reshape(stored[::-1]).T if parameters.row(leaf).contracted else ours.reshape(stored)
+
+
 def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:
     """The kind of each layer: 'local', 'global' …"""
     pattern = model['pattern'] or ('local' if model['window'] else 'global')

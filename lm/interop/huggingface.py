@@ -20,10 +20,9 @@ from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
 from lm.interop.generation_config import IDS
-from lm.interop.graph import shapes
+from lm.interop.graph import from_stored, shapes, to_stored
 from lm.interop.opened import Leaf, Opened
 from lm.interop.safetensors_file import Info
-from lm.model import parameters
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5_000_000_000  # of a file of weights
@@ -209,19 +208,9 @@ def _leaf(
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read(layer: int) -> np.ndarray:
-        return to_ours(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
+        return from_stored(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
 
     return Leaf(shape, dtype, len(places) if leaf.startswith('layers/') else None, read)
-
-
-def to_ours(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter, from a folder's tensor [out, in]: a view."""
-    return (tensor.T if parameters.row(leaf).contracted else tensor).reshape(shape)
-
-
-def to_theirs(ours: np.ndarray, leaf: str, stored: tuple[int, ...]) -> np.ndarray:
-    """`to_ours`, back: a view."""
-    return ours.reshape(stored[::-1]).T if parameters.row(leaf).contracted else ours.reshape(stored)
 
 
 def _settle_head(
@@ -421,7 +410,7 @@ def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     if not tensor.leaf:
         yield bytes(tensor.nbytes)
         return
-    stored = to_theirs(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+    stored = to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
     row = max(1, tensor.nbytes // tensor.shape[0])
     step = max(1, PIECE_BYTES // row)
     for at in range(0, tensor.shape[0], step):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.model import transformer
-from lm.model.attention import EMPTY, Places, cached_attention
+from lm.model.attention import INVALID, CachePositions, cached_attention
 from lm.model.config import ModelConfig
 from lm.model.parameters import Params, layer_list
 
@@ -22,7 +22,7 @@ class Cache(NamedTuple):
 
     k_BKSH: tuple[jax.Array, ...]
     v_BKSH: tuple[jax.Array, ...]
-    position_BS: jax.Array  # EMPTY where nothing was written, or padding
+    position_BS: jax.Array  # INVALID where nothing was written, or padding
     length_B: jax.Array  # tokens read of each row: the next one's position
     used: jax.Array  # slots written
 
@@ -34,7 +34,7 @@ def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     if sharding.axis_sizes():
         zeros = lambda: jax.reshard(jnp.zeros(shape, cfg.dtype), sharding.array_spec('BKSH', shape))
     k_BKSH, v_BKSH = (tuple(zeros() for _ in range(cfg.layers)) for _ in range(2))
-    position_BS = jnp.full((batch, slots), EMPTY, jnp.int32)
+    position_BS = jnp.full((batch, slots), INVALID, jnp.int32)
     return Cache(k_BKSH, v_BKSH, position_BS, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -46,7 +46,7 @@ def grow_cache(cache: Cache, slots: int) -> Cache:
         return jax.lax.pad(x, jnp.array(value, x.dtype), widths)
 
     k_BKSH, v_BKSH = (tuple(grow(x, 2, 0) for x in xs) for xs in (cache.k_BKSH, cache.v_BKSH))
-    return cache._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH, position_BS=grow(cache.position_BS, 1, EMPTY))
+    return cache._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH, position_BS=grow(cache.position_BS, 1, INVALID))
 
 
 def forward_cached(
@@ -62,12 +62,12 @@ def forward_cached(
     position_BT = cache.length_B[:, None] + jnp.arange(T)
     angles = transformer.layer_angles(cfg, position_BT)
     count_B = jnp.full_like(cache.length_B, T) if count_B is None else count_B
-    new_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, EMPTY)
-    places = Places(position_BT, new_BT, cache.position_BS, cache.used)
+    new_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, INVALID)
+    positions = CachePositions(position_BT, new_BT, cache.position_BS, cache.used)
     x_BTD, ks, vs = transformer.embed(params, cfg, tokens_BT), [], []
     for i, (layer, *kv) in enumerate(zip(layer_list(params, cfg), cache.k_BKSH, cache.v_BKSH, strict=True)):
         kind = cfg.kind(i)
-        x_BTD, k_BKSH, v_BKSH = _cached_block(x_BTD, layer, angles[kind], *kv, places, cfg=cfg, kind=kind)
+        x_BTD, k_BKSH, v_BKSH = _cached_block(x_BTD, layer, angles[kind], *kv, positions, cfg=cfg, kind=kind)
         ks.append(k_BKSH)
         vs.append(v_BKSH)
     position_BS = jax.lax.dynamic_update_slice(cache.position_BS, new_BT, (0, cache.used))
@@ -76,13 +76,13 @@ def forward_cached(
 
 
 @partial(jax.jit, static_argnames=('cfg', 'kind'))  # so that layers alike are traced once
-def _cached_block(x_BTD, layer, angles, k_BKSH, v_BKSH, places, *, cfg, kind):
+def _cached_block(x_BTD, layer, angles, k_BKSH, v_BKSH, positions, *, cfg, kind):
     """(x_BTD, k_BKSH, v_BKSH) after one layer over what its cache holds and the tokens after it."""
     written = []
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         options = {'window': cfg.window_of(kind), 'softcap': cfg.attn_softcap}
-        out_BTNH, *kv = cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, **options)
+        out_BTNH, *kv = cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions, **options)
         written.extend(kv)
         return out_BTNH
 
