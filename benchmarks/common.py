@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters
+from lm.model.config import ModelConfig
 from lm.training import step as training
 
 
@@ -28,7 +28,7 @@ def fixed_batch(cfg: ModelConfig, batch_size: int, seq_len: int, *, segments: in
 
 def fresh_state(cfg: ModelConfig, optimizer: Any) -> training.TrainState:
     """Random parameters and an optimizer at step 0, on the current mesh."""
-    params = transformer.init_sharded(jax.random.key(0), cfg)
+    params = parameters.init_sharded(jax.random.key(0), cfg)
     return jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, 0))(params)
 
 

@@ -26,7 +26,7 @@ from lm import runtime, sharding
 from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.errors import Parser, run_command
-from lm.model import transformer
+from lm.model import parameters
 from lm.stages import plan, pretrain, runner
 from lm.training import runs
 from lm.training import step as training
@@ -58,7 +58,7 @@ def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
     rows = config.microbatch or config.batch_size
     step = runner.compile_step(pretrain.Pretrain(config, cfg), optimizer, schedule, abstract, rows)
-    params = transformer.init_sharded(jax.random.key(config.seed), cfg)
+    params = parameters.init_sharded(jax.random.key(config.seed), cfg)
     state = jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, config.seed))(params)
 
     def take() -> Any:

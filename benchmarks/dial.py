@@ -74,11 +74,10 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
     config = runs.read_config(str(workdir))['config']
     cfg = runs.model_config(config)
     tokens = config['steps'] * config['batch_size'] * config['seq_len']
-    shapes = {'windows': cfg.windows, 'seq_len': config['seq_len']}
     return {
         'benchmark': 'dial', **key, 'lr': config['optim']['lr'], 'weight_decay': config['optim']['weight_decay'],
         'steps': config['steps'], 'batch_size': config['batch_size'], 'tokens': tokens,
-        'flops': tokens * flops.per_token(cfg.sizes, **shapes), 'bpb': last['eval/bpb'],
+        'flops': tokens * flops.per_token(cfg, seq_len=config['seq_len']), 'bpb': last['eval/bpb'],
         'sources': {k.split('/')[1]: v for k, v in last.items() if k.count('/') == 2 and k.endswith('bpb')},
         'seconds': time.perf_counter() - begun, 'jax': jax.__version__,
     }  # fmt: skip

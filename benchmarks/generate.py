@@ -34,8 +34,8 @@ import numpy as np
 
 from lm import runtime, sharding
 from lm.errors import Parser, run_command
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters
+from lm.model.config import ModelConfig
 from lm.sampling.generate import generate, prepare
 
 CFG = ModelConfig(
@@ -146,7 +146,7 @@ def main() -> None:
     flags = parser.parse_args(sys.argv[1:])
     runtime.setup()
     with sharding.use_mesh():
-        params = transformer.init_sharded(jax.random.key(0), CFG)
+        params = parameters.init_sharded(jax.random.key(0), CFG)
         batches = {
             batch: measure(params, int(batch), pairs=flags.pairs, peer=bool(flags.peer))
             for batch in flags.batches.split(',')

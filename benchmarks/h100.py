@@ -29,7 +29,8 @@ from common import copy_bandwidth, fixed_batch, fresh_state, median_seconds, sec
 from lm import config as configs  # noqa: E402
 from lm import runtime, sharding  # noqa: E402
 from lm.errors import Parser, RunError, run_command  # noqa: E402
-from lm.model import transformer  # noqa: E402
+from lm.model import parameters  # noqa: E402
+from lm.model.config import ModelConfig  # noqa: E402
 from lm.presets import UNROLLED  # noqa: E402
 from lm.sampling.generate import stream  # noqa: E402
 from lm.stages import plan, pretrain  # noqa: E402
@@ -80,7 +81,7 @@ def settings(size: str, flags: Any) -> configs.Config:
 # ---- training ----
 
 
-def compile_step(config: configs.Config, cfg: transformer.ModelConfig, batch: Any, microbatch: int) -> tuple[Any, Any]:
+def compile_step(config: configs.Config, cfg: ModelConfig, batch: Any, microbatch: int) -> tuple[Any, Any]:
     """(the compiled step, its optimizer)."""
     optimizer, rate = plan.make_optimizer(config)
     state = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
@@ -92,7 +93,7 @@ def compile_step(config: configs.Config, cfg: transformer.ModelConfig, batch: An
 
 
 def train(
-    config: configs.Config, cfg: transformer.ModelConfig, batch: Any, microbatch: int, *, rounds: int,
+    config: configs.Config, cfg: ModelConfig, batch: Any, microbatch: int, *, rounds: int,
     profile: str | None = None,
 ) -> tuple[float, int]:  # fmt: skip
     """(tokens a second, bytes that the step needs). Raises RunError if they are more than the device has."""
@@ -119,7 +120,7 @@ def train(
     return config.batch_size * config.seq_len / median, size
 
 
-def fastest(config: configs.Config, cfg: transformer.ModelConfig, batch: Any) -> tuple[int, dict[int, float | None]]:
+def fastest(config: configs.Config, cfg: ModelConfig, batch: Any) -> tuple[int, dict[int, float | None]]:
     """(the fastest microbatch, {microbatch: tokens a second, None where it does not fit})."""
     tried: dict[int, float | None] = {}
     for microbatch in MICROBATCHES:
@@ -139,9 +140,9 @@ def fastest(config: configs.Config, cfg: transformer.ModelConfig, batch: Any) ->
 # ---- decoding ----
 
 
-def decode(cfg: transformer.ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: float) -> dict[str, Any]:
+def decode(cfg: ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: float) -> dict[str, Any]:
     """Tokens a second of `rows` rows, and what the bandwidth allows."""
-    init = lambda key: jax.tree.map(lambda x: x.astype(cfg.dtype), transformer.init(key, cfg))
+    init = lambda key: jax.tree.map(lambda x: x.astype(cfg.dtype), parameters.init(key, cfg))
     params = jax.jit(init)(jax.random.key(0))
     never = cfg.vocab_size  # no id: nothing ends before its time
 
@@ -179,10 +180,10 @@ def measure(size: str, flags: Any) -> dict[str, Any]:
         tokens = 64 if flags.tiny else flags.decode_tokens
         bandwidth = copy_bandwidth(1 / 128 if flags.tiny else 1)
         decoded = decode(cfg, rows=flags.decode_batch, tokens=tokens, rounds=flags.rounds, bandwidth=bandwidth)
-        per_token = flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
+        per_token = flops.per_token(cfg, seq_len=config.seq_len)
         ceiling = flops.ceiling()
     bar = None if flags.tiny else SIZES[size][2]
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg))
     return {
         'benchmark': 'h100', 'size': 'tiny' if flags.tiny else size,
         'parameters': sum(x.size for x in jax.tree.leaves(shapes)),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 
 PLACES = {
     'self_attn.q_proj': 'wq_DNH', 'self_attn.k_proj': 'wk_DKH', 'self_attn.v_proj': 'wv_DKH',

@@ -19,7 +19,7 @@ from lm import config as configs
 from lm import runtime, sharding
 from lm.config import Config
 from lm.errors import Parser, UsageError
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.stages import language, plan, runner
 from lm.stages.spec import StageSpec, Task
 from lm.training import runs

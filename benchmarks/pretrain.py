@@ -113,7 +113,7 @@ def main() -> None:
                 theirs.append(_seconds(lambda: [peer() for _ in range(flags.steps)]) / flags.steps)
     count = config.batch_size * config.seq_len
     speed = count / statistics.median(mine)
-    per_token = flops.per_token(cfg.sizes, windows=cfg.windows, seq_len=config.seq_len)
+    per_token = flops.per_token(cfg, seq_len=config.seq_len)
     ceiling = statistics.median(ceilings) * (1 if cpu else jax.device_count())
     result = {
         'benchmark': 'pretrain', 'tokens_per_s': speed, 'flops_per_s': speed * per_token,

@@ -9,7 +9,7 @@ import numpy as np
 from peers import torch_llama
 from posttraining import POOL, RATE, Example, Ours, Side
 
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 
 os.environ.setdefault('TQDM_DISABLE', '1')
 IGNORED = -100

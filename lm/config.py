@@ -140,7 +140,7 @@ def base() -> Config:
 
 
 def _model() -> ConfigDict:
-    """The graph, and its sizes: the fields of `lm.model.transformer.ModelConfig`."""
+    """The graph, and its sizes: the fields of `lm.model.config.ModelConfig`."""
     m = ConfigDict()
     m.vocab_size = 4096
     m.dim = 128

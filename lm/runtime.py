@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from lm import interrupts, processes, progress, xla
+from lm import interrupts, processes, progress, sharding, xla
 from lm.errors import Preempted, RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 
@@ -61,7 +61,7 @@ def start_jax() -> None:
 
 def compute_dtype(asked: str | None) -> str:
     """The dtype of activations: as asked, else bfloat16 on accelerators and float32 on CPU, which emulates it."""
-    return asked or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    return asked or ('float32' if sharding.platform() == 'cpu' else 'bfloat16')
 
 
 class StopRequest:

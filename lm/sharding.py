@@ -76,6 +76,22 @@ def use_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | No
         yield mesh
 
 
+def platform() -> str:
+    """What the current mesh's devices are: 'cpu', 'gpu' or 'tpu'; outside a mesh, what JAX computes on by default.
+
+    Whatever makes a program another one asks this, so that a mesh of devices that are not here gets its own program.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device  # the abstract mesh is there while a program is traced
+    return jax.default_backend() if device is None else device.platform
+
+
+def first_device() -> Any:
+    """A device of the current mesh, of this process if one is; outside a mesh, JAX's default. Not while tracing."""
+    mesh = jax.sharding.get_mesh()
+    devices = jax.local_devices() if mesh.empty else mesh.devices.flat
+    return next((d for d in devices if d.process_index == jax.process_index()), devices[0])
+
+
 def axis_sizes() -> dict[str, int]:
     """The current mesh's axes that split anything, i.e. of more than one device; {} outside a mesh."""
     return {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}

@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from lm import sharding  # noqa: E402
-from lm.model.transformer import ModelConfig  # noqa: E402
+from lm.model.config import ModelConfig  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_disable_most_optimizations', True)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters
+from lm.model.config import ModelConfig
 
 BASE = ModelConfig(
     vocab_size=120, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, qk_norm=False
@@ -43,4 +43,4 @@ def made(cfg: ModelConfig):
         around = float('norm' in path[-1].key and not cfg.norm_plus_one)
         return jnp.asarray(around + 0.25 * rng.standard_normal(x.shape, np.float32))
 
-    return jax.tree.map_with_path(leaf, jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg)))
+    return jax.tree.map_with_path(leaf, jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg)))

@@ -10,7 +10,7 @@ import pytest
 from attention_twin import assert_same, jitted
 
 from lm import sharding
-from lm.model.attention import EMPTY, Places, attention, cached_attention, dense_attention
+from lm.model.attention import INVALID, CachePositions, attention, cached_attention, dense_attention
 
 B, H = 4, 4
 
@@ -70,18 +70,18 @@ def cached(q, k, v, *, K=2, slots=11, seed=0):
     """
     rng = np.random.default_rng(seed)
     length_B, T = np.array([0, 7, 3, 5], np.int32), q.shape[1]
-    position_BS = np.full((B, slots), EMPTY, np.int32)
+    position_BS = np.full((B, slots), INVALID, np.int32)
     for b, n in enumerate(length_B):
         position_BS[b, rng.permutation(slots - 3)[:n]] = rng.permutation(n)
     k_BKSH, v_BKSH = (rng.standard_normal((B, K, slots, H), np.float32) for _ in range(2))
     query_BT = length_B[:, None] + np.arange(T, dtype=np.int32)
-    return q, k, v, k_BKSH, v_BKSH, Places(query_BT, query_BT, position_BS, np.int32(slots - 3))
+    return q, k, v, k_BKSH, v_BKSH, CachePositions(query_BT, query_BT, position_BS, np.int32(slots - 3))
 
 
-def in_order(row, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places):
+def in_order(row, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions):
     """(keys, values) [1, S, K, H] of one row as they stand in its text."""
-    position_S = places.cached_BS[row]
-    order = np.argsort(position_S)[: np.sum(position_S != EMPTY)]
+    position_S = positions.cached_BS[row]
+    order = np.argsort(position_S)[: np.sum(position_S != INVALID)]
     both = ((k_BKSH, k_BTKH), (v_BKSH, v_BTKH))
     return [np.concatenate([old[row][:, order].swapaxes(0, 1), new[row]])[None] for old, new in both]
 
@@ -123,15 +123,15 @@ def test_a_cache_under_a_mesh(mesh):
         expected = jax.device_get(jax.jit(cached_attention)(*args))
     put = lambda dims, x: jax.device_put(x, jax.NamedSharding(mesh, sharding.activation_spec(dims, x.shape)))
     placed = [put(d, x) for d, x in zip(('BTNH', 'BTKH', 'BTKH', 'BKSH', 'BKSH'), args[:5], strict=True)]
-    places = Places(*(put(d, x) for d, x in zip(('BT', 'BT', 'BS', ''), args[5], strict=True)))
-    assert_same(jax.device_get(jax.jit(cached_attention)(*placed, places)), expected)
+    positions = CachePositions(*(put(d, x) for d, x in zip(('BT', 'BT', 'BS', ''), args[5], strict=True)))
+    assert_same(jax.device_get(jax.jit(cached_attention)(*placed, positions)), expected)
 
 
 def test_a_query_that_sees_no_key_is_finite():
     """Padding of a ragged batch, before anything is in the cache, must not poison its row."""
-    *args, places = cached(*inputs(2)[:3])
-    nothing = places._replace(
-        new_BT=np.full_like(places.new_BT, EMPTY), cached_BS=np.full_like(places.cached_BS, EMPTY)
+    *args, positions = cached(*inputs(2)[:3])
+    nothing = positions._replace(
+        new_BT=np.full_like(positions.new_BT, INVALID), cached_BS=np.full_like(positions.cached_BS, INVALID)
     )
     assert np.all(np.isfinite(cached_attention(*args, nothing)[0]))
 

@@ -20,7 +20,7 @@ from attention_twin import assert_same, both, jitted
 from lm import sharding
 from lm.errors import UsageError
 from lm.model import attention_kernels as kernels
-from lm.model import transformer
+from lm.model import parameters, transformer
 from lm.model.attention import BACKENDS, attention, dense_attention
 
 H100 = kernels.Device('cuda', 'NVIDIA H100', 9.0)
@@ -217,9 +217,9 @@ def test_a_layer_that_is_computed_again_does_not_run_the_kernel_again(tiny, monk
     monkeypatch.setattr(inner, 'check_cudnn_version', lambda: 91_000)
     cfg = dataclasses.replace(tiny, scan=True, remat=remat, attention=backend, dtype='bfloat16')
     tokens_BT = jnp.zeros((2, 128), jnp.int32)
-    loss = lambda p: jnp.sum(transformer.forward(p, cfg, tokens_BT).astype(jnp.float32))
+    loss = lambda p: jnp.sum(transformer.forward(p, cfg, tokens_BT)[0].astype(jnp.float32))
     with sharding.use_mesh(shape, jax.devices()[: 4 if shape else 1]):
-        params = transformer.init_sharded(jax.random.key(0), cfg)
+        params = parameters.init_sharded(jax.random.key(0), cfg)
         traced = jax.jit(jax.grad(loss)).trace(params)
         text = traced.lower(lowering_platforms=('cuda' if backend == 'cudnn' else 'tpu',)).as_text()
     calls = re.findall(r'custom_call @(__cudnn\$fmha|tpu_custom_call)', text)

@@ -15,7 +15,7 @@ from lm.data.chats import ChatRows, WithReplay
 from lm.data.prepare import Prepared, PreparedSource, prepare
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import parameters
 from lm.stages import language
 
 T = 32
@@ -173,7 +173,7 @@ def test_a_packed_row_is_its_conversations_one_by_one(tmp_path, tiny, one_device
     alone = pipeline.stack([chats.segments_row([c], T, PAD) for c in found])
     assert len(packed['tokens_BT']) < len(found)
     tiny = dataclasses.replace(tiny, layers=1)
-    params = transformer.init(jax.random.key(0), tiny)
+    params = parameters.init(jax.random.key(0), tiny)
     loss = language.next_token_loss(tiny, z_loss=1e-2)
     total = lambda p, batch: loss.terms({'policy': p}, batch, jax.random.key(0))[0]['loss']
     ours, theirs = (jax.jit(jax.value_and_grad(total))(params, batch) for batch in (packed, alone))

@@ -190,7 +190,7 @@ def test_agreement_is_the_difference_of_the_models(dialogues):
             params = [jax.device_put(jax.device_get(m.params)) for m in models]
             p, q = (
                 jax.nn.log_softmax(
-                    transformer.logits(w, m.cfg, transformer.forward(w, m.cfg, np.array([ids])))[0], axis=-1
+                    transformer.logits(w, m.cfg, transformer.forward(w, m.cfg, np.array([ids]))[0])[0], axis=-1
                 )
                 for w, m in zip(params, models, strict=True)
             )

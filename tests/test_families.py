@@ -12,7 +12,7 @@ from families import BASE, FAMILIES, TOKENS, made
 
 from lm import sharding
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import kv_cache, parameters, transformer
 from lm.model.layers import RopeScaling
 
 SWITCHES = ('qwen2', 'olmo2', 'gemma3', 'granite')  # all that the others have, `nope` layers aside
@@ -25,7 +25,7 @@ def cfg(request):
 
 @functools.partial(jax.jit, static_argnums=1)
 def logits(params, cfg, tokens=TOKENS, **rows):
-    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens, **rows))
+    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens, **rows)[0])
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_read_with_a_cache_is_read_at_once(cfg):
 
     @jax.jit
     def in_parts(params):
-        cache, parts = transformer.empty_cache(cfg, 8, 16), []
+        cache, parts = kv_cache.empty_cache(cfg, 8, 16), []
         for at, until in ((0, 7), (7, 8), (8, 16)):
-            h, cache = transformer.forward_cached(params, cfg, TOKENS[:, at:until], cache)
+            h, cache = kv_cache.forward_cached(params, cfg, TOKENS[:, at:until], cache)
             parts.append(transformer.logits(params, cfg, h))
         return jnp.concatenate(parts, 1)
 
@@ -68,7 +68,7 @@ def test_a_layer_alone_is_a_layer_of_the_model(cfg):
     @jax.jit
     def by_layer(params):
         x = transformer.embed(params, cfg, TOKENS)
-        for i, layer in enumerate(transformer.unstack(params['layers'], cfg.layers)):
+        for i, layer in enumerate(parameters.unstack(params['layers'], cfg.layers)):
             x = transformer.layer(layer, cfg, x, number=i)
         return transformer.logits(params, cfg, transformer.final_norm(params, cfg, x))
 
@@ -76,7 +76,7 @@ def test_a_layer_alone_is_a_layer_of_the_model(cfg):
 
 
 def loss(params, cfg, tokens):
-    h = transformer.forward(params, cfg, tokens)
+    h, _ = transformer.forward(params, cfg, tokens)
     weights = jnp.ones(tokens.shape, jnp.float32)
     if sharding.axis_sizes():
         weights = jax.reshard(weights, sharding.activation_spec('BT', weights.shape))
@@ -118,7 +118,7 @@ def test_local_layers_see_their_window_and_global_ones_all():
 def _last(params, cfg, bump_TD):
     """The last token's hidden state, with something added to what the layers read."""
     x = transformer.embed(params, cfg, jnp.asarray(TOKENS[:1])) + bump_TD
-    return transformer.layer(transformer.unstack(params['layers'], 1)[0], cfg, x, number=0)[0, -1]
+    return transformer.layer(parameters.unstack(params['layers'], 1)[0], cfg, x, number=0)[0, -1]
 
 
 def test_layers_without_positions_do_not_know_the_order_before_them():

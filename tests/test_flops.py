@@ -51,7 +51,7 @@ def test_a_stages_flops_are_those_that_xla_counts(name, one_device, monkeypatch)
     task, step, arguments = step_of(name)
     cfg, (B, T) = task.cfg, arguments[1]['tokens_BT'].shape
     ours = task.cost().of(B * T, B * T)
-    forwards = task.cost().token / flops.cost(cfg.sizes, windows=cfg.windows, seq_len=T).token
+    forwards = task.cost().token / flops.cost(cfg, seq_len=T).token
     masked = forwards * 12 * cfg.layers * cfg.heads * cfg.head_dim * (T / 2) * B * T
     again = 2 * cfg.sizes['V'] * cfg.dim * B * T if task.config.stage == 'dpo' else 0
     assert counted_by_xla(step, arguments) == pytest.approx(ours + masked + again, rel=0.03)
@@ -62,9 +62,7 @@ def test_what_is_multiplied_besides_the_model_is_seen_by_this(one_device, monkey
     monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
     task, step, arguments = step_of('reward')
     places = np.prod(arguments[1]['tokens_BT'].shape)
-    assert flops.per_token(task.cfg.sizes, windows=task.cfg.windows, seq_len=1) * places > 1.03 * counted_by_xla(
-        step, arguments
-    )
+    assert flops.per_token(task.cfg, seq_len=1) * places > 1.03 * counted_by_xla(step, arguments)
 
 
 def test_tokens_and_targets_of_a_step_are_those_that_are_not_padding():

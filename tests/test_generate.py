@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lm import sharding
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import kv_cache, parameters, transformer
+from lm.model.config import ModelConfig
 from lm.sampling import generate as module
 from lm.sampling.generate import GREEDY, Sampling, generate, sample, stream
 
@@ -29,7 +29,7 @@ def weights(cfg):
         noise = 0.5 * rng.standard_normal(x.shape, np.float32)
         return np.ones_like(noise) if 'norm' in path[-1].key else noise
 
-    return jax.tree.map_with_path(leaf, jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg)))
+    return jax.tree.map_with_path(leaf, jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg)))
 
 
 def params_of(cfg):
@@ -47,7 +47,7 @@ def prompts_of(*lengths, seed=0):
 
 @functools.partial(jax.jit, static_argnums=1)
 def full_logits(params, cfg, tokens_BT):
-    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT))
+    return transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)[0])
 
 
 @functools.cache
@@ -66,10 +66,10 @@ def greedy_by_forward(cfg, prompt, n):
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def cached_logits(params, cfg, tokens_BT, parts):
     """Logits read in parts through a cache longer than the text, rows at different places of it."""
-    cache = transformer.empty_cache(cfg, tokens_BT.shape[0], tokens_BT.shape[1] + 5)
+    cache = kv_cache.empty_cache(cfg, tokens_BT.shape[0], tokens_BT.shape[1] + 5)
     out, start = [], 0
     for size in parts:
-        h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT[:, start : start + size], cache)
+        h_BTD, cache = kv_cache.forward_cached(params, cfg, tokens_BT[:, start : start + size], cache)
         out.append(transformer.logits(params, cfg, h_BTD))
         start += size
     return jnp.concatenate(out, axis=1)
@@ -103,9 +103,9 @@ def test_cached_logits_are_those_of_the_whole_forward(mesh, change):
 def test_each_row_of_a_cache_is_filled_on_its_own():
     cfg, params = CFG, params_of(CFG)
     tokens_BT = np.array(prompts_of(6, 6), np.int32)
-    read = jax.jit(transformer.forward_cached, static_argnums=1)
+    read = jax.jit(kv_cache.forward_cached, static_argnums=1)
     count_B = jnp.array([5, 2])  # the third and later tokens of row 1 are padding
-    _, cache = read(params, cfg, tokens_BT, transformer.empty_cache(cfg, 2, 8), count_B=count_B)
+    _, cache = read(params, cfg, tokens_BT, kv_cache.empty_cache(cfg, 2, 8), count_B=count_B)
     next_B = jnp.array([7, 9])
     h_BTD, cache = read(params, cfg, next_B[:, None], cache)
     got = transformer.logits(params, cfg, h_BTD)[:, 0]

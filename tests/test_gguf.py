@@ -16,6 +16,7 @@ from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, independent, tokenizer_files, tokenizers
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
+from lm.model.config import ModelConfig
 from lm.model.layers import RopeScaling
 
 EOS = 2  # of the vocabulary made by hand
@@ -386,7 +387,7 @@ def test_numbers_too_large_for_f16_are_one_line(tmp_path):
 
 def parameters(model, found):
     """(the decoder's shape, its parameters with the vocabulary's padding)."""
-    cfg = transformer.ModelConfig(**model)
+    cfg = ModelConfig(**model)
     rows = cfg.sizes['V'] - model['vocab_size']
     params = {'layers': {}}
     for leaf, x in found.items():
@@ -399,7 +400,7 @@ def parameters(model, found):
 
 def our_logits(params, cfg, tokens):
     """The decoder's own logits [T, V] of a row of tokens."""
-    h = jax.jit(transformer.forward, static_argnums=1)(params, cfg, jnp.asarray([tokens]))
+    h, _ = jax.jit(transformer.forward, static_argnums=1)(params, cfg, jnp.asarray([tokens]))
     return np.asarray(transformer.logits(params, cfg, h))[0]
 
 

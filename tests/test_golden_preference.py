@@ -14,7 +14,8 @@ import pytest
 from lm.losses import preference, reward
 from lm.losses.objective import objective
 from lm.losses.preference import Pairs, Response
-from lm.model import head, transformer
+from lm.model import head, parameters, transformer
+from lm.model.config import ModelConfig
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'preference.json').read_text())
 SETTINGS = GOLDEN['settings']
@@ -32,7 +33,7 @@ def arrays():
 def model(name):
     """(config, parameters), the vocabulary padded with rows that must not count."""
     shape = GOLDEN['model']
-    cfg = transformer.ModelConfig(
+    cfg = ModelConfig(
         vocab_size=shape['vocab_size'], vocab_multiple=64, dim=shape['hidden_size'], layers=shape['num_hidden_layers'],
         heads=shape['num_attention_heads'], kv_heads=shape['num_key_value_heads'], head_dim=shape['head_dim'],
         ffn_dim=shape['intermediate_size'], norm_eps=shape['rms_norm_eps'], qk_norm=False, tied=name == 'reference',
@@ -49,7 +50,7 @@ def model(name):
             x = x if 'layers' in leaf else np.pad(x, widths, constant_values=0.5)
             node = params['layers'] if 'layers' in leaf else params
             node[leaf.rpartition('/')[2]] = jnp.asarray(x)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, transformer.init(jax.random.key(0), cfg))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parameters.init(jax.random.key(0), cfg))
     return cfg, params
 
 
@@ -64,7 +65,7 @@ def run(cfg, params, ids_BT, cotangent_BT, weights_BT):
     that of cotangent·log p): both heads in one compiled function."""
 
     def total(params):
-        h_BTD = transformer.forward(params, cfg, ids_BT[:, :-1])
+        h_BTD, _ = transformer.forward(params, cfg, ids_BT[:, :-1])
         w, dims = transformer.head_weight(params, cfg)
         logp_BT, _, _ = head.logp(h_BTD, w, ids_BT[:, 1:], dims=dims, vocab_size=cfg.vocab_size)
         nll, _ = transformer.nll(params, cfg, h_BTD, ids_BT[:, 1:], weights_BT, z_coef=0.0)
@@ -184,7 +185,7 @@ def test_reward_loss_scores_and_gradient_are_those_of_trl():
     margin, weight = np.asarray(batch['margin'], np.float32), np.ones(COUNT, np.float32)
 
     def loss(trainable):
-        h_BTD = transformer.forward(trainable['body'], cfg, ids_BT)
+        h_BTD, _ = transformer.forward(trainable['body'], cfg, ids_BT)
         score_B = h_BTD[np.arange(len(last_B)), last_B] @ trainable['score_D']
         terms, metrics = reward.sums(score_B[:COUNT], score_B[COUNT:], weight, margin=margin)
         coefs = {'bradley_terry': 1.0, 'centring': SETTINGS['centring']}

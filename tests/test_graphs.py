@@ -11,8 +11,8 @@ import pytest
 from families import BASE, FAMILIES, TOKENS, made
 
 from lm.evals import heldout, likelihood
-from lm.model import sequences, transformer
-from lm.training.kinds import leaves_of
+from lm.model import parameters, sequences, transformer
+from lm.training.param_groups import infos_of
 
 # Settings in which the real models differ more than the families of `test_families` do.
 MORE = {
@@ -28,7 +28,7 @@ MORE = {
 def test_a_familys_graph_is_its_definition(family):
     cfg = dataclasses.replace(BASE, **{'layers': 4, **(FAMILIES | MORE)[family]})
     params, tokens_T = made(cfg), TOKENS[0, :10]
-    forward = jax.jit(lambda p: transformer.logits(p, cfg, transformer.forward(p, cfg, tokens_T[None])))
+    forward = jax.jit(lambda p: transformer.logits(p, cfg, transformer.forward(p, cfg, tokens_T[None])[0]))
     wanted = plain_decoder.logits(params, cfg, tokens_T)
     np.testing.assert_allclose(forward(params)[0], wanted, atol=1e-5 * np.max(np.abs(wanted)), rtol=0)
 
@@ -54,7 +54,7 @@ def test_no_reader_of_the_head_forgets_the_scale_of_logits(one_device):
     assert jax.jit(sequences.log_probs, static_argnums=1)(params, cfg, pair)[0][0, 0] == pytest.approx(
         logp_T.sum(), rel=1e-5
     )
-    h_BTD = jax.jit(transformer.forward, static_argnums=1)(params, cfg, row['tokens_BT'])
+    h_BTD, _ = jax.jit(transformer.forward, static_argnums=1)(params, cfg, row['tokens_BT'])
     nll = jax.jit(transformer.nll, static_argnums=1, static_argnames='z_coef')
     _, parts = nll(params, cfg, h_BTD, row['targets_BT'], row['weights_BT'], z_coef=0.0)
     assert parts['nll'] == pytest.approx(-logp_T.sum(), rel=1e-5)
@@ -67,9 +67,9 @@ def test_no_reader_of_the_head_forgets_the_scale_of_logits(one_device):
 def test_a_reward_is_read_before_the_scale_of_logits():
     plain = dataclasses.replace(BASE, layers=1)
     forward = jax.jit(transformer.forward, static_argnums=1)
-    params = made(plain) | sequences.init_scores(jax.random.key(2), plain)
+    params = made(plain) | parameters.init_scores(jax.random.key(2), plain)
     scores = [
-        sequences.token_scores(params, forward(params, cfg, TOKENS))
+        sequences.token_scores(params, forward(params, cfg, TOKENS)[0])
         for cfg in (plain, dataclasses.replace(plain, logit_scale=0.25))
     ]
     np.testing.assert_array_equal(*scores)
@@ -77,17 +77,17 @@ def test_a_reward_is_read_before_the_scale_of_logits():
 
 def test_norms_and_biases_do_not_decay_and_are_no_matrices():
     cfg = dataclasses.replace(BASE, **MORE['everything'])
-    kinds = {leaf.name: leaf.kind for leaf in leaves_of(transformer.init(jax.random.key(0), cfg))}
-    small = {name for name in kinds if 'norm' in name or name.startswith('bias_')}
+    infos = {info.name: info for info in infos_of(parameters.init(jax.random.key(0), cfg))}
+    small = {name for name in infos if 'norm' in name or name.startswith('bias_')}
     assert len(small) == 4 + 2 + 3 + 1  # both norms, queries' and keys', biases, the last
-    assert all(kinds[name] == (False, False) for name in small)
-    assert all(kinds[name].matrix for name in kinds if name.startswith('w'))
+    assert not any(infos[name].decays or infos[name].matrix for name in small)
+    assert all(infos[name].matrix for name in infos if name.startswith('w'))
 
 
 def test_norms_start_at_a_factor_of_one_and_biases_at_none():
     for plus_one in (False, True):
         cfg = dataclasses.replace(BASE, **MORE['everything'] | {'norm_plus_one': plus_one})
-        params = transformer.init(jax.random.key(0), cfg)
+        params = parameters.init(jax.random.key(0), cfg)
         for name, x in (params['layers'] | {'final_norm_D': params['final_norm_D']}).items():
             if 'norm' in name:
                 assert np.all(x == (0 if plus_one else 1)), name
@@ -103,7 +103,7 @@ def test_a_token_sees_what_the_kinds_of_layer_let_it():
         cfg = dataclasses.replace(BASE, layers=2, pattern=pattern, window=3, scan=True)
         params = made(cfg)
         r_TD = jax.random.normal(jax.random.key(3), (16, cfg.dim))
-        project = lambda e: jnp.sum(transformer.forward({**params, 'embed_VD': e}, cfg, tokens_T[None])[0] * r_TD, 1)
+        project = lambda e: jnp.sum(transformer.forward({**params, 'embed_VD': e}, cfg, tokens_T[None])[0][0] * r_TD, 1)
         slope_TVD = jax.jit(jax.jacrev(project))(params['embed_VD'])
         return np.max(np.abs(slope_TVD[:, tokens_T]), -1) != 0
 

@@ -17,7 +17,8 @@ pytest.importorskip('lm_eval')
 from lm.evals import harness  # noqa: E402
 from lm.evals.harness import MARK, Harness  # noqa: E402
 from lm.evals.tasks import Subject  # noqa: E402
-from lm.model import transformer  # noqa: E402
+from lm.model import parameters  # noqa: E402
+from lm.model.config import ModelConfig  # noqa: E402
 from lm.sampling.generate import Sampling, generate  # noqa: E402
 from lm.training.runs import Model  # noqa: E402
 
@@ -36,9 +37,9 @@ def model(tokenizer, tmp_path_factory):
     tokenizer.save(folder / 'tokenizer')
     config = {'stage': 'sft', 'seq_len': 32, 'microbatch': 8}
     (folder / 'config.json').write_text(json.dumps({'config': config}))
-    cfg = transformer.ModelConfig(vocab_size=320, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ffn_dim=64)
+    cfg = ModelConfig(vocab_size=320, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ffn_dim=64)
     with sharding.use_mesh({}, jax.devices()[:1]):
-        params = transformer.init_sharded(jax.random.key(0), cfg)
+        params = parameters.init_sharded(jax.random.key(0), cfg)
         yield Harness(
             str(folder), subject=Subject(str(folder), Model(params, cfg, tokenizer, {'config': config}, 0), print)
         )

@@ -10,7 +10,7 @@ import pytest
 from lm import sharding
 from lm.evals import heldout
 from lm.evals.tasks import rows_at_once
-from lm.model import transformer
+from lm.model import parameters, transformer
 
 B, T = 8, 16
 
@@ -41,7 +41,7 @@ def bytes_V(tiny):
 
 
 def log_softmax(params, cfg, tokens_BT):
-    return jax.nn.log_softmax(transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)))
+    return jax.nn.log_softmax(transformer.logits(params, cfg, transformer.forward(params, cfg, tokens_BT)[0]))
 
 
 def by_hand(params, cfg, bytes_V, n):
@@ -60,14 +60,14 @@ def by_hand(params, cfg, bytes_V, n):
 
 @pytest.mark.parametrize('mesh', [pytest.param('data8', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
 def test_sums_are_those_by_hand(mesh, model, bytes_V):
-    params = transformer.init_sharded(jax.random.key(0), model)
+    params = parameters.init_sharded(jax.random.key(0), model)
     got = heldout.sums(params, model, batches(model, 2), bytes_V)
     assert got == pytest.approx(expected_sums(model, bytes_V), rel=1e-5)
 
 
 def expected_sums(cfg, bytes_V):
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
-        return by_hand(transformer.init_sharded(jax.random.key(0), cfg), cfg, bytes_V, 2)
+        return by_hand(parameters.init_sharded(jax.random.key(0), cfg), cfg, bytes_V, 2)
 
 
 def test_bits_per_byte_weigh_each_source_by_its_bytes():

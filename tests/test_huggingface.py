@@ -18,6 +18,7 @@ from lm.interop import families, family_config, huggingface, independent, safete
 from lm.interop.huggingface import open_folder, write_folder
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
+from lm.model.config import ModelConfig
 from lm.training import at_rest
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
@@ -49,9 +50,9 @@ def params_of(opened: Opened) -> dict:
 def test_the_logits_are_those_of_transformers(name, scan):
     tokens, wanted = golden(name)
     opened = open_folder(GOLDEN / name)
-    cfg = transformer.ModelConfig(**opened.model, scan=scan, vocab_multiple=1)
+    cfg = ModelConfig(**opened.model, scan=scan, vocab_multiple=1)
     params = params_of(opened)
-    found = transformer.logits(params, cfg, transformer.forward(params, cfg, jnp.asarray(tokens)))
+    found = transformer.logits(params, cfg, transformer.forward(params, cfg, jnp.asarray(tokens))[0])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     row = agreement.logits_of(opened, tokens[0])
     np.testing.assert_allclose(row, wanted[0], atol=1e-4)

@@ -130,3 +130,26 @@ def test_only_the_table_of_older_runs_names_stages():
                 if constants & {'pretrain', 'sft', 'reward', 'dpo'} and 'stage' in ast.unparse(node):
                     found.append(f'{path}:{node.lineno}: {ast.unparse(node)}')
     assert not found
+
+
+def asks_the_process(source):
+    """The lines that ask JAX what this process computes on."""
+    named = {'default_backend', 'devices', 'local_devices'}
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in named and ast.unparse(node.value) == 'jax'
+    ]
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if room_of(p) in ('losses', 'model') or p.stem == 'muon'], ids=str)
+def test_a_program_depends_on_the_mesh_and_not_on_the_process(path):
+    """`sharding.platform` and `first_device` say: else a program for devices that are not here is this machine's."""
+    assert not asks_the_process(path.read_text())
+
+
+def test_the_process_is_seen_to_be_asked():
+    assert asks_the_process('import jax\nx = mesh.devices\nif jax.default_backend() == "cpu":\n  jax.devices()') == [
+        3,
+        4,
+    ]

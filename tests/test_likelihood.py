@@ -12,7 +12,7 @@ from lm import sharding
 from lm.data.tokenizer import train_tokenizer
 from lm.evals import likelihood
 from lm.evals.likelihood import Request, before, windows
-from lm.model import head, transformer
+from lm.model import head, parameters, transformer
 from lm.sampling.generate import Sampling, generate
 
 LENGTH = 16
@@ -40,7 +40,7 @@ def test_windows_as_the_harness_documents_them():
 @functools.partial(jax.jit, static_argnums=1)
 def logp_and_best(params, cfg, row_BT):
     """head.logp of one row, and argmax of its whole logits."""
-    h_BTD = transformer.forward(params, cfg, row_BT[:, :-1])
+    h_BTD, _ = transformer.forward(params, cfg, row_BT[:, :-1])
     w, dims = transformer.head_weight(params, cfg)
     logp_BT, _, _ = head.logp(h_BTD, w, row_BT[:, 1:], dims=dims, vocab_size=cfg.vocab_size)
     return logp_BT[0], jnp.argmax(transformer.logits(params, cfg, h_BTD), -1)[0]
@@ -60,7 +60,7 @@ def directly(params, cfg, request):
 def expected(cfg):
     """(requests, what is expected of them); one of them is as greedy decoding has it."""
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
-        params, requests = transformer.init_sharded(jax.random.key(0), cfg), make_requests()
+        params, requests = parameters.init_sharded(jax.random.key(0), cfg), make_requests()
         (drawn,) = generate(params, cfg, [requests[1].context], max_new_tokens=4, stop_ids=[0])
         requests[1] = Request(requests[1].context, drawn.ids)
         return requests, [directly(params, cfg, r) for r in requests]
@@ -72,7 +72,7 @@ def test_log_likelihoods_are_those_of_the_head(mesh, tiny, monkeypatch):
     cfg = dataclasses.replace(tiny, layers=1)
     requests, right = expected(cfg)
     seen = []
-    params = transformer.init_sharded(jax.random.key(0), cfg)
+    params = parameters.init_sharded(jax.random.key(0), cfg)
     found = likelihood.log_likelihoods(params, cfg, requests, length=LENGTH, done=seen.append)
     np.testing.assert_allclose([f[0] for f in found], [e[0] for e in right], rtol=1e-5, atol=1e-5)
     assert [f[1] for f in found] == [e[1] for e in right] == [False, True, False, False, True]
@@ -88,7 +88,7 @@ def test_text_before_the_first_stop():
 def test_generation_ends_before_a_stop_string(tiny, one_device):
     tokenizer = train_tokenizer(['the bucket returns a table of roles\n' * 8], vocab_size=290)
     cfg = dataclasses.replace(tiny, layers=1, vocab_size=290)
-    params = transformer.init_sharded(jax.random.key(1), cfg)
+    params = parameters.init_sharded(jax.random.key(1), cfg)
     rng = np.random.default_rng(1)
     prompts = [ids(rng, n, 290) for n in (3, 9, 5)]
     options = {'stop_ids': tokenizer.stop_ids, 'max_new_tokens': 24}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from running import lines
 
-from lm.model import transformer
+from lm.model import parameters, transformer
 from lm.stages import language
 
 NAMES = ('loss', 'cross_entropy', 'z_loss', 'accuracy', 'grad_norm', 'lr', 'skipped')
@@ -25,10 +25,10 @@ def test_the_objective_is_cross_entropy_and_z_loss(lab, tmp_path):
 def test_cross_entropy_is_the_mean_of_minus_log_p(tiny, one_device):
     """Whatever the coefficient of the z-loss."""
     draw = np.random.default_rng(0)
-    params = transformer.init(jax.random.key(0), tiny)
+    params = parameters.init(jax.random.key(0), tiny)
     tokens = draw.integers(1, 250, (2, 16)).astype(np.int32)
     batch = {'tokens_BT': tokens, 'targets_BT': np.roll(tokens, -1, 1), 'weights_BT': np.ones((2, 16), np.float32)}
-    logits = transformer.logits(params, tiny, transformer.forward(params, tiny, tokens))
+    logits = transformer.logits(params, tiny, transformer.forward(params, tiny, tokens)[0])
     logp = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(16), batch['targets_BT']]
     for z_loss in (0.0, 0.1):
         loss = language.next_token_loss(tiny, z_loss=z_loss)

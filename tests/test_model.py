@@ -13,7 +13,8 @@ from lm import sharding
 from lm.data.packing import PackedRows
 from lm.data.store import TokenStore
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import parameters, transformer
+from lm.model.config import REMAT, ModelConfig
 from lm.model.layers import rms_norm
 
 B, T = 8, 16
@@ -48,11 +49,11 @@ def make_params(cfg, seed=1):
         noise = 0.2 * rng.standard_normal(x.shape, np.float32)
         return jnp.asarray(1 + noise if 'norm' in path[-1].key else noise)
 
-    return jax.tree.map_with_path(leaf, jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0)))
+    return jax.tree.map_with_path(leaf, jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0)))
 
 
 def loss(params, batch, cfg):
-    h_BTD = transformer.forward(
+    h_BTD, _ = transformer.forward(
         params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
     )
     return transformer.nll(params, cfg, h_BTD, batch['targets_BT'], batch['weights_BT'], z_coef=Z)
@@ -72,7 +73,7 @@ def gradient_TT(cfg, params, segments_T, positions_T):
     def projected_T(embed_VD):
         options = {'segments_BT': segments_T[None], 'positions_BT': positions_T[None]}
         return jnp.sum(
-            transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0] * r_TD, axis=1
+            transformer.forward({**params, 'embed_VD': embed_VD}, cfg, tokens_T[None], **options)[0][0] * r_TD, axis=1
         )
 
     jacobian_TVD = jax.jit(jax.jacrev(projected_T))(params['embed_VD'])
@@ -111,7 +112,7 @@ def test_packed_equals_unpacked(tiny):
 
     @jax.jit
     def parts(tokens_BT, targets_BT, weights_BT, segments_BT=None, positions_BT=None):
-        h_BTD = transformer.forward(params, cfg, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
+        h_BTD, _ = transformer.forward(params, cfg, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
         return transformer.nll(params, cfg, h_BTD, targets_BT, weights_BT, z_coef=Z)[1]
 
     alone = [parts(d[None, :-1], d[None, 1:], np.ones((1, len(d) - 1), np.float32)) for d in documents]
@@ -124,7 +125,7 @@ def test_what_else_is_in_a_row_changes_no_bit(tiny, batch):
     cfg = dataclasses.replace(tiny, scan=True)
     params = make_params(cfg)
     first_BT = batch['segments_BT'] == 1
-    forward = jax.jit(transformer.forward, static_argnums=1)
+    forward = jax.jit(lambda *args, **rows: transformer.forward(*args, **rows)[0], static_argnums=1)
     options = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
     other_BT = np.where(first_BT, batch['tokens_BT'], (batch['tokens_BT'] + 17) % cfg.vocab_size)
     before_BTD, after_BTD = (np.asarray(forward(params, cfg, t, **options)) for t in (batch['tokens_BT'], other_BT))
@@ -138,9 +139,7 @@ def test_what_else_is_in_a_row_changes_no_bit(tiny, batch):
 @pytest.fixture(scope='module')
 def reference():
     """(configuration, parameters, batch, loss, gradients) unrolled on one device without a mesh."""
-    cfg = transformer.ModelConfig(
-        vocab_size=250, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64
-    )
+    cfg = ModelConfig(vocab_size=250, vocab_multiple=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64)
     params, batch = make_params(cfg), make_batch(cfg)
     return cfg, params, batch, jax.device_get(value_and_grad(params, batch, cfg))
 
@@ -159,9 +158,9 @@ def test_remat_policies_save_what_they_say(tiny, batch, scan):
     """Bytes kept from the forward for the backward pass: fewer with each policy."""
     params = make_params(tiny)
     kept = {}
-    for remat in transformer.REMAT:
+    for remat in REMAT:
         cfg = dataclasses.replace(tiny, scan=scan, remat=remat)
-        forward = lambda p, cfg=cfg: transformer.forward(p, cfg, batch['tokens_BT'])
+        forward = lambda p, cfg=cfg: transformer.forward(p, cfg, batch['tokens_BT'])[0]
         residuals = jax.eval_shape(lambda p, forward=forward: jax.vjp(forward, p)[1], params)
         kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
     assert kept['full'] < kept['names'] < kept['dots'] < kept['none'], kept
@@ -266,10 +265,8 @@ def test_vocabulary_padding_has_no_probability_and_no_gradient(tiny, batch, tied
 
 
 def test_init_has_the_shapes_and_scales_it_says():
-    cfg = transformer.ModelConfig(
-        vocab_size=1000, dim=64, layers=8, heads=4, kv_heads=2, head_dim=32, ffn_dim=128, tied=False
-    )
-    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg)
+    cfg = ModelConfig(vocab_size=1000, dim=64, layers=8, heads=4, kv_heads=2, head_dim=32, ffn_dim=128, tied=False)
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), cfg)
     residual = (2 * cfg.layers) ** -0.5
     std = {
         'embed_VD': 64**-0.5, 'head_DV': 64**-0.5, 'wq_DNH': 64**-0.5, 'wk_DKH': 64**-0.5, 'wv_DKH': 64**-0.5,
@@ -290,7 +287,7 @@ def test_init_has_the_shapes_and_scales_it_says():
 def test_activations_have_the_dtype_and_norms_and_losses_are_float32(reference):
     cfg, params, batch, ((exact, _), _) = reference
     cfg = dataclasses.replace(cfg, dtype='bfloat16', scan=True)
-    h_BTD = jax.eval_shape(partial(transformer.forward, cfg=cfg), params, tokens_BT=batch['tokens_BT'])
+    h_BTD, _ = jax.eval_shape(partial(transformer.forward, cfg=cfg), params, tokens_BT=batch['tokens_BT'])
     assert h_BTD.dtype == jnp.bfloat16
     (value, parts), grads = value_and_grad(params, batch, cfg)
     assert {x.dtype for x in jax.tree.leaves((value, parts, grads))} == {np.dtype('float32')}

@@ -13,7 +13,7 @@ from flax import nnx
 from lm import sharding
 from lm.errors import UsageError
 from lm.interop.nnx import from_nnx, opened, to_nnx
-from lm.model import transformer
+from lm.model import parameters, transformer
 from lm.training import at_rest, runs
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -21,12 +21,12 @@ TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 @pytest.fixture
 def params(tiny):
-    return jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), tiny)
+    return jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), tiny)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def plain_loss(params, cfg):
-    logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS))
+    logits = transformer.logits(params, cfg, transformer.forward(params, cfg, TOKENS)[0])
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
 
 
@@ -36,7 +36,7 @@ def module_loss(module):
 
 
 def test_it_computes_what_the_model_does(params, tiny):
-    forward = jax.jit(lambda p: transformer.logits(p, tiny, transformer.forward(p, tiny, TOKENS)))
+    forward = jax.jit(lambda p: transformer.logits(p, tiny, transformer.forward(p, tiny, TOKENS)[0]))
     wanted = forward(params)
     np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS))(to_nnx(params, tiny)), wanted, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_what_came_back_is_written_as_a_run(dialogues, tmp_path):
 
 def test_a_module_of_another_graph_is_no_run_of_this_one(params, tiny, dialogues):
     cfg = dataclasses.replace(tiny, qkv_bias=True)
-    module = to_nnx(transformer.init(jax.random.key(0), cfg), cfg)
+    module = to_nnx(parameters.init(jax.random.key(0), cfg), cfg)
     with pytest.raises(UsageError, match='not of one graph: layers/bias_k_KH'):
         opened(module, at_rest.open_run(str(dialogues.run('sft'))))
 

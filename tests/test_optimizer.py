@@ -12,8 +12,9 @@ import pytest
 from flax import struct
 
 from lm import sharding
-from lm.model import transformer
-from lm.training import kinds, muon
+from lm.model import parameters
+from lm.model.param import matrix
+from lm.training import muon, param_groups
 from lm.training import optimizer as optim
 
 ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
@@ -26,7 +27,7 @@ def normal(seed, *shape):
 
 def gradients(cfg):
     """One normal array for each parameter, none in a special layout."""
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg))
     leaves, tree = jax.tree.flatten(shapes)
     return tree.unflatten([normal(i, *x.shape) for i, x in enumerate(leaves)])
 
@@ -42,12 +43,12 @@ def update(optimizer, params, grads):
 
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not(tiny):
     cfg = dataclasses.replace(tiny, tied=False)
-    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg))
     params = {**params, 'layers': {**params['layers'], 'bias_q_NH': params['layers']['wq_DNH']}}
     matrices = {'wq_DNH', 'wk_DKH', 'wv_DKH', 'wo_NHD', 'w_gate_DF', 'w_up_DF', 'w_down_FD'}
-    leaves = kinds.leaves_of(params)
-    assert {leaf.name for leaf in leaves if leaf.kind.decays} == matrices | {'head_DV'}
-    assert {leaf.name for leaf in leaves if leaf.kind.matrix} == matrices
+    leaves = param_groups.infos_of(params)
+    assert {leaf.name for leaf in leaves if leaf.decays} == matrices | {'head_DV'}
+    assert {leaf.name for leaf in leaves if leaf.matrix} == matrices
     assert {leaf.name for leaf in leaves if not leaf.stacked} == {'embed_VD', 'final_norm_D', 'head_DV'}
 
 
@@ -56,9 +57,9 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not(tiny):
     [('DNH', 1, 1), ('NHD', 3, 1), ('EDF', 2, 2), ('EFD', 3, 2), ('NDH', None, 1), ('D', None, 1)],
 )
 def test_the_letters_say_which_matrix_an_array_is(dims, rows, counts):
-    leaf = kinds.Leaf(f'w_{dims}', dims, stacked=True)
-    assert (leaf.rows, leaf.counts, leaf.kind.matrix) == (rows, counts, rows is not None)
-    assert kinds.Leaf(f'w_{dims}', dims, stacked=False).rows == (None if rows is None else rows - 1)
+    leaf = param_groups.ParamInfo('wq_DNH', dims, stacked=True)
+    assert (leaf.rows, leaf.counts, leaf.matrix) == (rows, counts, rows is not None)
+    assert param_groups.ParamInfo('wq_DNH', dims, stacked=False).rows == (None if rows is None else rows - 1)
 
 
 # ---- AdamW ----
@@ -66,18 +67,20 @@ def test_the_letters_say_which_matrix_an_array_is(dims, rows, counts):
 
 def test_adamw_is_adamw():
     """Two steps by hand; decay is decoupled and multiplied by the rate."""
-    params = {'w_D': jnp.array([1.0, -2.0]), 'norm_D': jnp.array([1.0])}
+    params = {'score_D': jnp.array([1.0, -2.0]), 'final_norm_D': jnp.array([1.0])}
     optimizer = optim.adamw(lambda step: 0.1 * (step + 1), **ADAMW)
     opt, w, m, v = optimizer.init(params), np.array([1.0, -2.0, 1.0]), np.zeros(3), np.zeros(3)
     decay = np.array([0.1, 0.1, 0.0])
     for i, g in enumerate(([0.5, -1.0, 2.0], [1.0, 3.0, -1.0])):
         g = np.array(g)
-        updates, opt = optimizer.update({'w_D': jnp.asarray(g[:2]), 'norm_D': jnp.asarray(g[2:])}, opt, params, step=i)
+        updates, opt = optimizer.update(
+            {'score_D': jnp.asarray(g[:2]), 'final_norm_D': jnp.asarray(g[2:])}, opt, params, step=i
+        )
         params = optax.apply_updates(params, updates)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
         m_hat, v_hat = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.95 ** (i + 1))
         w = w - 0.1 * (i + 1) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * w)
-    np.testing.assert_allclose(np.concatenate([params['w_D'], params['norm_D']]), w, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([params['score_D'], params['final_norm_D']]), w, rtol=1e-5)
 
 
 # ---- Muon ----
@@ -95,12 +98,14 @@ def test_newton_schulz_keeps_the_singular_vectors_and_makes_the_values_near_1(sh
     np.testing.assert_array_equal(muon.newton_schulz(0 * x), 0)
 
 
-def test_muon_is_muon():
+def test_muon_is_muon(monkeypatch):
     """Two steps by hand: Nesterov's momentum, the matrix of each layer (and expert) made orthogonal alone, RMS 0.2,
     decoupled decay; AdamW for what is no matrix. Matrices of one shape, which share a pile, do not mix."""
     L, D, N, H, E, F = 2, 8, 3, 4, 3, 10
     shapes = {'wq_DNH': (L, D, N, H), 'wk_DNH': (L, D, N, H), 'wo_NHD': (L, N, H, D), 'w_up_EDF': (L, E, D, F)}
     flat = {'wq_DNH': (L, D, N * H), 'wk_DNH': (L, D, N * H), 'wo_NHD': (L, N * H, D), 'w_up_EDF': (L * E, D, F)}
+    rows = (matrix('wk_DNH', 'D'), matrix('w_up_EDF', 'D'))
+    monkeypatch.setattr(parameters, 'LAYER', (*parameters.LAYER, *rows))
     params = {name: jnp.asarray(normal(i, *shape)) for i, (name, shape) in enumerate(shapes.items())}
     params = {'layers': {**params, 'attn_norm_D': jnp.ones((L, D))}}
     optimizer = optim.muon_adamw(lambda step: 0.1 * (step + 1), **MUON)
@@ -124,8 +129,8 @@ def test_the_update_of_every_matrix_has_the_same_rms(tiny):
     """0.2, as near as the singular values are to 1."""
     params = grads = gradients(tiny)
     updates, _ = update(optim.muon_adamw(lambda step: 1.0, **{**MUON, 'weight_decay': 0.0}), params, grads)
-    for leaf, x in zip(kinds.leaves_of(params), jax.tree.leaves(updates), strict=True):
-        if leaf.kind.matrix:
+    for leaf, x in zip(param_groups.infos_of(params), jax.tree.leaves(updates), strict=True):
+        if leaf.matrix:
             assert float(jnp.sqrt(jnp.mean(x**2))) == pytest.approx(0.2, rel=0.25), leaf.name
 
 
@@ -149,7 +154,7 @@ def test_updates_are_the_same_on_every_mesh(mesh, tiny, name):
     placed = jax.device_put(grads, sharding.shardings(mesh, sharding.param_specs(grads)))
     updates, state = update(OPTIMIZERS[name], placed, placed)
     for leaf, got, expected in zip(
-        kinds.leaves_of(grads), jax.tree.leaves(updates), jax.tree.leaves(on_one_device(name, tiny)), strict=True
+        param_groups.infos_of(grads), jax.tree.leaves(updates), jax.tree.leaves(on_one_device(name, tiny)), strict=True
     ):
         np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=str(leaf))
     there = lambda p, x: x.shape != p.shape or x.sharding.is_equivalent_to(p.sharding, p.ndim)
@@ -173,9 +178,9 @@ def test_bfloat16_products_are_nearly_the_same(tiny):
         update(optim.muon_adamw(lambda step: 1.0, **{**MUON, 'dtype': d}), grads, grads)[0]
         for d in ('bfloat16', 'float32')
     )
-    for leaf, a, b in zip(kinds.leaves_of(grads), jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+    for leaf, a, b in zip(param_groups.infos_of(grads), jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
         assert a.dtype == b.dtype == jnp.float32
-        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < (0.05 if leaf.kind.matrix else 1e-6), leaf
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < (0.05 if leaf.matrix else 1e-6), leaf
 
 
 @struct.dataclass
@@ -197,7 +202,7 @@ class Adapter:
 
 def test_the_factors_of_an_adapter_are_trained_by_adamw(one_device):
     params = {'layers': {'wq_DNH': Adapter(jnp.asarray(normal(0, 2, 8, 4)), jnp.asarray(normal(1, 2, 4, 2, 4)))}}
-    assert [leaf.dims for leaf in kinds.leaves_of(params)] == ['DR', 'RNH']
+    assert [leaf.dims for leaf in param_groups.infos_of(params)] == ['DR', 'RNH']
     got, expected = (
         update(make(lambda step: 0.1, **options), params, params)[0]
         for make, options in ((optim.muon_adamw, MUON), (optim.adamw, ADAMW))
@@ -236,9 +241,7 @@ def test_adafactor_is_adafactor():
 
 def test_adafactor_keeps_the_sides_of_each_matrix(tiny):
     """Bytes of the state: a few parts in a hundred of AdamW's, and no layer or word shares with another."""
-    params = jax.eval_shape(
-        lambda: transformer.init(jax.random.key(0), dataclasses.replace(tiny, dim=256, ffn_dim=512))
-    )
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), dataclasses.replace(tiny, dim=256, ffn_dim=512)))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     state = jax.eval_shape(optim.adafactored(lambda step: 0.1, weight_decay=0.1).init, params)
     adam = jax.eval_shape(optim.adamw(lambda step: 0.1, **ADAMW).init, params)

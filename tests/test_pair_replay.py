@@ -13,7 +13,7 @@ from lm.data.packing import PackedRows
 from lm.data.pairs import PairRows, TextRows
 from lm.data.prepare import Prepared, PreparedSource
 from lm.data.store import TokenStore
-from lm.model import transformer
+from lm.model import parameters
 from lm.stages import dpo, language
 
 SEQ_LEN = 16
@@ -70,7 +70,7 @@ def test_pairs_and_text_do_not_see_each_other_in_the_loss(tmp_path, tiny, one_de
     assert {source for source, _ in rows} == {0, 1}
     batch = pipeline.stack([row for _, row in rows])
     of_pairs, of_text = (pipeline.stack([row for source, row in rows if source == k]) for k in range(2))
-    params, key = transformer.init(jax.random.key(0), tiny), jax.random.key(0)
+    params, key = parameters.init(jax.random.key(0), tiny), jax.random.key(0)
     loss = lambda replay: dpo.Dpo(ConfigDict(SETTINGS | {'data': {'replay': replay}}), tiny).loss()
     found, _ = jax.jit(loss(0.4).terms)({'policy': params}, batch, key)
     alone, _ = jax.jit(loss(0.0).terms)({'policy': params}, of_pairs, key)

@@ -20,7 +20,7 @@ from lm.data.pairs import SIDES, PairBatches
 from lm.data.prepare import Prepared, PreparedSource, prepare
 from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import parameters
 from lm.sharding import use_mesh
 from lm.stages import dpo
 from lm.stages import pairs as stage
@@ -273,7 +273,7 @@ def test_microbatches_give_the_same_update(tmp_path, tiny, one_device, loss):
     settings = ConfigDict({'data': {'replay': 0.0}, 'loss': loss, 'nll': 0.2, **nothing})
     tiny = dataclasses.replace(tiny, layers=1)
     optimizer = optax.sgd(1.0)
-    params = transformer.init(jax.random.key(0), tiny)
+    params = parameters.init(jax.random.key(0), tiny)
 
     def updated(microbatches):
         batch = found.batch(0, range(-(-found.rows // microbatches) * microbatches))

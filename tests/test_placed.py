@@ -12,8 +12,8 @@ from lm import sharding
 from lm.errors import UsageError
 from lm.interop import placed
 from lm.interop.huggingface import open_folder, write_folder
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters, transformer
+from lm.model.config import ModelConfig
 from lm.training import at_rest, runs
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / 'golden' / 'families'
 
 def abstract_of(cfg: ModelConfig, mesh=None, dtype=jnp.float32):
     """The parameters of a run, with their shardings on the mesh."""
-    tree = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
+    tree = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     if mesh is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
     places = sharding.shardings(mesh, sharding.param_specs(tree))
@@ -43,7 +43,7 @@ def test_the_logits_are_those_of_transformers_however_they_are_split(name):
             assert found.sharding == spec.sharding and found.dtype == jnp.float32
     host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     assert host['embed_VD'].shape[0] == 128 and not host['embed_VD'][96:].any()
-    found = transformer.logits(host, cfg, transformer.forward(host, cfg, jnp.asarray(tokens)))
+    found = transformer.logits(host, cfg, transformer.forward(host, cfg, jnp.asarray(tokens))[0])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_a_folder_is_loaded_onto_the_mesh_and_answers(tmp_path, dialogues):
         for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(wanted.params), strict=True):
             assert (a.sharding, a.shape) == (b.sharding, b.shape)
         ids_BT = jnp.array([wanted.tokenizer.encode('a fish in the sea')])
-        says = jax.jit(lambda p: transformer.logits(p, found.cfg, transformer.forward(p, found.cfg, ids_BT)))
+        says = jax.jit(lambda p: transformer.logits(p, found.cfg, transformer.forward(p, found.cfg, ids_BT)[0]))
         np.testing.assert_array_equal(says(found.params), says(wanted.params))
     assert found.tokenizer.encode('a fish') == wanted.tokenizer.encode('a fish')
     assert (found.config['stage'], found.config['model']['dim']) == ('sft', found.cfg.dim)

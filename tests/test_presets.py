@@ -9,7 +9,7 @@ from running import load_config
 
 from lm import presets
 from lm.errors import UsageError
-from lm.model import transformer
+from lm.model import parameters
 from lm.stages import find
 from lm.training import runs
 
@@ -43,7 +43,7 @@ PARAMETERS = {
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_a_known_model_has_its_parameters(name):
     cfg = runs.model_config(load_config(arg=name))
-    shapes = jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))
+    shapes = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     padding = (cfg.sizes['V'] - cfg.vocab_size) * cfg.dim * (1 if cfg.tied else 2)
     assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == PARAMETERS[name]
 

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.errors import UsageError
-from lm.model import seam, transformer
+from lm.model import parameters, seam, transformer
+from lm.model.config import ModelConfig
 
 SIZES = {'B': 8, 'T': 8, 'D': 16, 'N': 4, 'K': 2, 'H': 4, 'F': 8, 'V': 32}
 EQUATIONS = ('BTD,DNH->BTNH', 'BTD,DKH->BTKH', 'BTNH,NHD->BTD', 'BTD,DF->BTF', 'BTF,FD->BTD', 'BTD,DV->BTV')
@@ -179,7 +180,7 @@ def materialised(params):
 
 
 def loss(params, cfg, tokens_BT):
-    h_BTD = transformer.forward(params, cfg, tokens_BT)
+    h_BTD, _ = transformer.forward(params, cfg, tokens_BT)
     return transformer.nll(params, cfg, h_BTD, tokens_BT[:, ::-1], jnp.ones(tokens_BT.shape), z_coef=1e-2)[0]
 
 
@@ -189,10 +190,8 @@ value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
 @pytest.fixture(scope='module')
 def toy():
     """(configuration, parameters with toy weights, tokens, loss and gradients of the dense equivalent)."""
-    cfg = transformer.ModelConfig(
-        vocab_size=60, vocab_multiple=64, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=32
-    )
-    params = wrapped(jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg))
+    cfg = ModelConfig(vocab_size=60, vocab_multiple=64, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=32)
+    params = wrapped(jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), cfg))
     tokens_BT = np.random.default_rng(0).integers(0, 60, (4, 8), dtype=np.int32)
     expected = jax.jit(jax.value_and_grad(lambda p: loss(materialised(p), cfg, tokens_BT)))(params)
     return cfg, params, tokens_BT, jax.device_get(expected)
@@ -230,11 +229,11 @@ def test_the_fields_of_a_weight_lie_as_their_letters_say(toy, mesh):
 @pytest.mark.parametrize('mesh', ['fsdp2-seq2-tensor2'], indirect=True)
 def test_parameters_are_born_where_they_stay(toy, mesh):
     cfg = toy[0]
-    params = transformer.init_sharded(jax.random.key(0), cfg)
+    params = parameters.init_sharded(jax.random.key(0), cfg)
     here = math.prod(mesh.shape[a] for a in ('fsdp', 'seq', 'tensor'))
     assert params['layers']['wq_DNH'].addressable_shards[0].data.size * here == params['layers']['wq_DNH'].size
     with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
-        assert_close(params, transformer.init_sharded(jax.random.key(0), cfg), rtol=1e-6)
+        assert_close(params, parameters.init_sharded(jax.random.key(0), cfg), rtol=1e-6)
 
 
 @pytest.mark.parametrize('mesh', ['one', 'tensor4'], indirect=True)
@@ -244,3 +243,17 @@ def test_the_gradient_of_a_frequent_word_is_not_summed_in_bfloat16(mesh):
     loss = lambda table_VD: jnp.sum(seam.lookup(table_VD, tokens_BT, dtype=jnp.bfloat16).astype(jnp.float32))
     gradient_VD = jax.jit(jax.grad(loss))(table_VD)
     np.testing.assert_array_equal(np.asarray(gradient_VD)[0], 8192.0)
+
+
+def test_a_program_is_that_of_the_meshs_devices():
+    """A CPU's transposes are made in memory; a mesh of TPUs, though none is here, has none of that."""
+
+    def operations():
+        x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        return str(jax.make_jaxpr(lambda x: seam.materialized_transpose(x) @ x)(x))
+
+    tpu = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+    mesh = sharding.make_mesh({}, jax.devices()[:1]).abstract_mesh.update(abstract_device=tpu)
+    assert sharding.platform() == 'cpu' and 'optimization_barrier' in operations()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharding.platform() == 'tpu' and 'optimization_barrier' not in operations()

@@ -11,8 +11,8 @@ from stores import pair_store
 
 from lm import sharding
 from lm.data import pairs, pipeline
-from lm.model import sequences, transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters, sequences, transformer
+from lm.model.config import ModelConfig
 
 SEQ_LEN = 16
 CFG = ModelConfig(
@@ -48,8 +48,8 @@ def packed(tmp_path_factory):
 @pytest.fixture(scope='module')
 def params():
     key = jax.random.key(0)
-    own = sequences.init_scores(jax.random.key(1), CFG)
-    return transformer.init(key, CFG) | own | {'bias_score': jnp.float32(0.3)}
+    own = parameters.init_scores(jax.random.key(1), CFG)
+    return parameters.init(key, CFG) | own | {'bias_score': jnp.float32(0.3)}
 
 
 def placed(params):
@@ -95,7 +95,7 @@ def alone(packed, params):
     last_B1 = np.array([len(ids) - 1 for ids, _ in sides])[:, None]
 
     def total(params):
-        h_BTD = transformer.forward(params, CFG, tokens_BT)
+        h_BTD, _ = transformer.forward(params, CFG, tokens_BT)
         logp_BTV = jax.nn.log_softmax(transformer.logits(params, CFG, h_BTD)[..., : CFG.vocab_size])
         logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=2)[..., 0]
         logp_B = jnp.sum(jnp.where(trained_BT[:, 1:], logp_BT, 0), axis=1)
@@ -145,12 +145,12 @@ def test_a_score_is_read_at_the_last_token_alone(one_device, packed, params):
 
 def test_scores_begin_at_random_and_without_a_bias():
     wide = dataclasses.replace(CFG, dim=4096)
-    found = sequences.init_scores(jax.random.key(0), wide)
+    found = parameters.init_scores(jax.random.key(0), wide)
     assert found['score_D'].shape == (4096,) and found['score_D'].dtype == jnp.float32
     assert float(found['score_D'].std()) == pytest.approx(4097**-0.5, rel=0.04)
     assert abs(float(found['score_D'].mean())) < 4 * 4097**-0.5 / 64
     assert found['bias_score'] == 0 and found['bias_score'].shape == ()
     narrow = np.concatenate(
-        [sequences.init_scores(jax.random.key(i), dataclasses.replace(CFG, dim=3))['score_D'] for i in range(800)]
+        [parameters.init_scores(jax.random.key(i), dataclasses.replace(CFG, dim=3))['score_D'] for i in range(800)]
     )
     assert narrow.std() == pytest.approx(0.5, rel=0.06), 'D + 1, not D'

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from lm import sharding
 from lm.errors import UsageError
 from lm.losses.objective import measured, normalised
-from lm.model import transformer
+from lm.model import parameters
 from lm.stages.language import next_token_loss
 from lm.training import flops
 from lm.training import optimizer as optim
@@ -32,7 +32,7 @@ def toy_loss():
 
     def terms(models, batch, key):
         del key
-        out_BT = jnp.tanh(jnp.einsum('BTD,D->BT', batch['x_BTD'], models['policy']['w_D'])) + models['reference']
+        out_BT = jnp.tanh(jnp.einsum('BTD,D->BT', batch['x_BTD'], models['policy']['score_D'])) + models['reference']
         fit = jnp.sum(batch['weights_BT'] * (out_BT - batch['y_BT']) ** 2)
         size = jnp.sum(batch['rows_B'] * jnp.sum(out_BT**2, axis=1))
         return {'fit': fit, 'size': size}, {'mean': jnp.sum(batch['weights_BT'] * out_BT)}
@@ -58,7 +58,7 @@ def toy_batch(masked_rows=()):
 
 
 def toy_state(optimizer):
-    policy = {'w_D': jnp.arange(1.0, 4.0)}
+    policy = {'score_D': jnp.arange(1.0, 4.0)}
     return training.create({'policy': policy}, {'reference': jnp.float32(0.1)}, optimizer, 0)
 
 
@@ -97,7 +97,7 @@ def test_the_objective_is_what_it_says():
 
 def test_a_batch_in_which_nothing_counts_changes_nothing():
     state, metrics = run(toy_loss(), toy_batch(range(8)), microbatches=2)
-    np.testing.assert_array_equal(state.trainable['policy']['w_D'], [1, 2, 3])
+    np.testing.assert_array_equal(state.trainable['policy']['score_D'], [1, 2, 3])
     assert metrics['loss'] == metrics['grad_norm'] == metrics['skipped'] == 0 and np.isnan(metrics['fit'])
     assert jax.grad(lambda x: normalised(x, x * 0))(1.0) == 0
     assert np.isnan(measured(jnp.zeros(()), jnp.zeros(()))) and measured(jnp.ones(()), jnp.full((), 4.0)) == 0.25
@@ -105,7 +105,9 @@ def test_a_batch_in_which_nothing_counts_changes_nothing():
 
 def test_each_microbatch_and_each_step_has_a_key_of_its_own():
     def terms(models, batch, key):
-        return {'fit': jnp.sum(models['policy']['w_D']) * 0}, {'mean': jax.random.uniform(key) * batch['rows_B'].size}
+        return {'fit': jnp.sum(models['policy']['score_D']) * 0}, {
+            'mean': jax.random.uniform(key) * batch['rows_B'].size
+        }
 
     loss = training.Loss(terms, lambda batch: {'fit': jnp.float32(1), 'mean': jnp.float32(8)}, {'fit': 1.0})
     step = jax.jit(training.make_step(loss, optax.sgd(0.1), clip=1.0, microbatches=2))
@@ -137,12 +139,14 @@ def test_a_step_that_is_not_finite_changes_no_bit(poison):
         np.testing.assert_array_equal, *jax.device_get(((after.trainable, after.opt), (state.trainable, state.opt)))
     )
     again, metrics = step(after, toy_batch())
-    assert metrics['skipped'] == 0 and np.any(again.trainable['policy']['w_D'] != after.trainable['policy']['w_D'])
+    assert metrics['skipped'] == 0 and np.any(
+        again.trainable['policy']['score_D'] != after.trainable['policy']['score_D']
+    )
 
 
 def test_the_global_norm_is_clipped_and_logged_as_it_was():
     (free, metrics), (clipped, same) = (run(toy_loss(), toy_batch(), clip=c) for c in (1e9, 0.05))
-    moved = [np.linalg.norm(s.trainable['policy']['w_D'] - np.arange(1.0, 4.0)) / 0.1 for s in (free, clipped)]
+    moved = [np.linalg.norm(s.trainable['policy']['score_D'] - np.arange(1.0, 4.0)) / 0.1 for s in (free, clipped)]
     assert metrics['grad_norm'] == same['grad_norm'] == pytest.approx(moved[0], rel=1e-4)
     assert metrics['grad_norm'] > 0.05 and moved[1] == pytest.approx(0.05, rel=1e-4)
     grads = {'a': jnp.array([3.0]), 'b': jnp.array([[4.0]])}
@@ -182,7 +186,7 @@ def model_batch(cfg, rows=8, T=16):
 
 
 def new_state(cfg, optimizer=OPTIMIZER):
-    params = transformer.init_sharded(jax.random.key(0), cfg)
+    params = parameters.init_sharded(jax.random.key(0), cfg)
     return jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, 0))(params)
 
 
@@ -324,11 +328,11 @@ def test_a_skipped_step_leaves_the_rate_where_it_is_logged():
 
 def test_flops_are_six_a_weight_plus_the_half_of_attention_that_is_seen(tiny):
     cfg, T = dataclasses.replace(tiny, tied=False), 32
-    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), cfg))
     matrices = {p[-1].key: x.size for p, x in jax.tree.leaves_with_path(params) if 'norm' not in p[-1].key}
     del matrices['embed_VD']
     attention = lambda seen: 3 * cfg.layers * 2 * (2 * cfg.heads * cfg.head_dim * seen)  # q·k and p·v, thrice
-    count = lambda window=None: flops.per_token(cfg.sizes, windows=(window,) * cfg.layers, seq_len=T)
+    count = lambda window=None: flops.per_token(dataclasses.replace(cfg, window=window), seq_len=T)
     assert count() == 6 * sum(matrices.values()) + attention(T / 2)
     seen = np.mean([min(t + 0.5, 8) for t in range(T)])  # a window of 8: the triangle, then a band
     assert count(window=8) == pytest.approx(6 * sum(matrices.values()) + attention(seen), rel=1e-3)

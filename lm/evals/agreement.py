@@ -16,7 +16,7 @@ from lm.errors import UsageError
 from lm.interop import tokenizer_files
 from lm.interop.opened import Opened
 from lm.model import sequences, transformer
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 
 WORDS = 1 << 12  # of the vocabulary whose logits are made at once
 TEXT = """\
@@ -85,7 +85,7 @@ def logits_of(opened: Opened, ids: Sequence[int]) -> np.ndarray:
     h_BTD, cfg = hidden(opened, ids), config_of(opened.model)
     parts = []
     for w, name in _head(opened, cfg):
-        words = w.shape[0 if name == 'embed_VD' else 1]
+        words = w.shape[0 if cfg.tied else 1]
         some = dataclasses.replace(cfg, vocab_size=words, vocab_multiple=1)
         parts.append(np.asarray(_logits({name: w}, some, h_BTD)[0]))
     return np.concatenate(parts, axis=-1)

@@ -9,7 +9,7 @@ from lm.data.chats import Question
 from lm.data.decline import is_decline
 from lm.data.heldout import normalized
 from lm.data.tokenizer import Tokenizer
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.sampling.generate import GREEDY, Generation, Sampling, generate
 
 BATCH = 64  # questions answered at once

@@ -12,12 +12,13 @@ import numpy as np
 from lm import progress, sharding
 from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 
 @partial(jax.jit, static_argnames='cfg')
 def _sums(params: Params, batch: Mapping[str, jax.Array], *, cfg: ModelConfig) -> dict[str, jax.Array]:
-    h_BTD = transformer.forward(
+    h_BTD, _ = transformer.forward(
         params, cfg, batch['tokens_BT'], segments_BT=batch['segments_BT'], positions_BT=batch['positions_BT']
     )
     h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 from lm.sampling.generate import Sampling, likeliest, stream
 
 TOKENS_A_DEVICE = 1 << 13  # at once, of padded rows
@@ -90,7 +91,7 @@ def _batch(parts: Sequence[tuple[int, list[int], int]], rows: int, width: int) -
 @partial(jax.jit, static_argnames='cfg')
 def _row_sums(params: Params, batch: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(Σ weight·log p(target), whether all targets that weigh something are the likeliest) of each row."""
-    h_BTD = transformer.forward(params, cfg, batch['tokens_BT'])
+    h_BTD, _ = transformer.forward(params, cfg, batch['tokens_BT'])
     scaled_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
     logp_BT, _, _ = head.logp(scaled_BTD, w, batch['targets_BT'], **options)
     hit_BT = _likeliest(params, cfg, h_BTD) == batch['targets_BT']

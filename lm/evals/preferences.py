@@ -13,7 +13,8 @@ from lm import progress, sharding
 from lm.data import pairs, pipeline
 from lm.data.pairs import PairStore
 from lm.model import sequences
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 BINS = 10  # of the probability, for calibration
 Batches = Iterable[tuple[np.ndarray, Mapping[str, jax.Array]]]

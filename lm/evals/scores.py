@@ -11,6 +11,7 @@ from lm.config import split_run
 from lm.errors import UsageError
 from lm.evals.tasks import Subject
 from lm.model import sequences, transformer
+from lm.model.config import ModelConfig
 from lm.training import normalisation
 
 
@@ -40,7 +41,7 @@ def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
     return found | {'cut': len(ids) > seq_len}
 
 
-def _last_score(params: Any, cfg: transformer.ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+def _last_score(params: Any, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
     """The score at the last place of one row."""
-    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT))
+    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
     return jnp.sum(score_BT * (jnp.arange(tokens_BT.shape[1]) == tokens_BT.shape[1] - 1))

@@ -12,8 +12,9 @@ from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import tokenizer_files
 from lm.interop.gguf_arch import ARCHS, Arch
-from lm.interop.graph import PLAIN, shapes
+from lm.interop.graph import PLAIN, from_stored, shapes
 from lm.interop.opened import Leaf, Opened
+from lm.model import parameters
 
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 
@@ -111,10 +112,10 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
 
 def to_ours(tensor: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
     """A parameter of this name and shape, from a file's tensor; a view where that is possible."""
-    ours = (tensor.T if tensor.ndim == 2 and name != 'embed_VD' else tensor).reshape(shape)
+    ours = from_stored(tensor, name, shape)
     if arch.interleaved and name in tables.ROTATED:  # neighbours -> halves
         ours = ours.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
-    return ours - ours.dtype.type(1) if 'norm' in name and arch.graph.get('norm_plus_one') else ours
+    return ours - ours.dtype.type(1) if parameters.row(name).is_norm and arch.graph.get('norm_plus_one') else ours
 
 
 class _Keys:

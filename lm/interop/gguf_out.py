@@ -21,6 +21,7 @@ from lm.interop import gguf_file as file
 from lm.interop import gguf_in, graph, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.opened import Leaf, Opened
+from lm.model import parameters
 from lm.model.layers import RopeScaling
 
 # Names of --quantize: general.file_type.
@@ -232,9 +233,9 @@ def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -
     if arch.interleaved and name in tables.ROTATED:  # halves -> neighbours
         *lead, wide = ours.shape
         ours = ours.reshape(*lead, 2, wide // 2).swapaxes(-1, -2).reshape(*lead, wide)
-    if 'norm' in name and arch.graph.get('norm_plus_one'):
+    if parameters.row(name).is_norm and arch.graph.get('norm_plus_one'):
         ours = ours.astype(np.float32) + 1
-    return ours.reshape(shape[::-1]).T if len(shape) == 2 and name != 'embed_VD' else ours.reshape(shape)
+    return graph.to_stored(ours, name, shape)
 
 
 def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.model import parameters
+
 # What a graph is where its architecture says nothing else.
 PLAIN: dict[str, Any] = {
     'norms': 'pre', 'norm_plus_one': False, 'qk_norm': False, 'qk_norm_joint': False, 'qkv_bias': False,
@@ -25,15 +27,23 @@ def sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(a parameter's shape as we have it, as a file has it: [out, in], or one dim)."""
-    name = leaf.rpartition('/')[2]
-    dims = name.rpartition('_')[2]
-    shape = tuple(sizes(model)[letter] for letter in dims)
-    if name == 'embed_VD':
+    row = parameters.row(leaf)
+    shape, fan_in = row.shape(sizes(model)), len(row.contracted)
+    if row.init == 'embedding':
         return shape, shape
-    if 'norm' in name or 'bias' in name:
+    if not fan_in:
         return shape, (math.prod(shape),)
-    contracted = 2 if name == 'wo_NHD' else 1
-    return shape, (math.prod(shape[contracted:]), math.prod(shape[:contracted]))
+    return shape, (math.prod(shape[fan_in:]), math.prod(shape[:fan_in]))
+
+
+def from_stored(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter of this shape, of a file's tensor [out, in]: a view."""
+    return (tensor.T if parameters.row(leaf).contracted else tensor).reshape(shape)
+
+
+def to_stored(ours: np.ndarray, leaf: str, stored: tuple[int, ...]) -> np.ndarray:
+    """`from_stored`, back: a view."""
+    return ours.reshape(stored[::-1]).T if parameters.row(leaf).contracted else ours.reshape(stored)
 
 
 def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:

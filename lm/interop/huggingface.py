@@ -20,7 +20,7 @@ from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
 from lm.interop.generation_config import IDS
-from lm.interop.graph import shapes
+from lm.interop.graph import from_stored, shapes, to_stored
 from lm.interop.opened import Leaf, Opened
 from lm.interop.safetensors_file import Info
 
@@ -193,7 +193,7 @@ def _leaf(
     names: Mapping[str, Info], model: Mapping[str, Any], where: str, leaf: str, places: Sequence[str], fetch: Fetch
 ) -> Leaf:
     """One parameter, of the tensors of these names."""
-    shape, stored = _shapes(leaf, model)
+    shape, stored = shapes(leaf, model)
     infos = []
     for place in places:
         info = names.get(place)
@@ -208,24 +208,9 @@ def _leaf(
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read(layer: int) -> np.ndarray:
-        return to_ours(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
+        return from_stored(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
 
     return Leaf(shape, dtype, len(places) if leaf.startswith('layers/') else None, read)
-
-
-def _shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(a parameter's shape as we have it, as a folder has it)."""
-    return ((model['dim'],), (1, model['dim'])) if leaf == 'score_D' else shapes(leaf, model)
-
-
-def to_ours(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter, from a folder's tensor [out, in]: a view."""
-    return (tensor.T if tensor.ndim == 2 and leaf != 'embed_VD' else tensor).reshape(shape)
-
-
-def to_theirs(ours: np.ndarray, leaf: str, stored: tuple[int, ...]) -> np.ndarray:
-    """`to_ours`, back: a view."""
-    return ours.reshape(stored[::-1]).T if len(stored) == 2 and leaf != 'embed_VD' else ours.reshape(stored)
 
 
 def _settle_head(
@@ -349,7 +334,7 @@ def _plan(opened: Opened, family: Family) -> list[Tensor]:
     for leaf, places in _places(family, model, scored=opened.scored).items():
         if leaf not in opened.leaves:
             raise UsageError(f'{opened.where}: has no parameter {leaf}')
-        kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), _shapes(leaf, model)
+        kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), shapes(leaf, model)
         plan += [Tensor(name, kind, stored, leaf, layer) for layer, name in enumerate(places)]
     zeros = _zeros(family, opened.model)
     return plan + [Tensor(name, 'F32', (opened.model['dim'],), '', 0) for name in zeros]
@@ -425,7 +410,7 @@ def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     if not tensor.leaf:
         yield bytes(tensor.nbytes)
         return
-    stored = to_theirs(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+    stored = to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
     row = max(1, tensor.nbytes // tensor.shape[0])
     step = max(1, PIECE_BYTES // row)
     for at in range(0, tensor.shape[0], step):

@@ -22,7 +22,8 @@ from flax import nnx
 from lm.errors import UsageError
 from lm.interop.opened import Leaf, Opened, by_path
 from lm.model import transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 
 class Decoder(nnx.Module):
@@ -39,7 +40,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, **rows: Any) -> jax.Array:
         """Float32 logits [B, T, vocab_size]; `rows` as for `transformer.forward`: segments_BT, positions_BT."""
         params = from_nnx(self)
-        return transformer.logits(params, self.cfg, transformer.forward(params, self.cfg, tokens_BT, **rows))
+        return transformer.logits(params, self.cfg, transformer.forward(params, self.cfg, tokens_BT, **rows)[0])
 
 
 def to_nnx(params: Params, cfg: ModelConfig) -> Decoder:

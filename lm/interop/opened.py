@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Leaf(NamedTuple):
-    """One parameter, as `lm.model.transformer` names it and lays it out.
+    """One parameter, as `lm.model.parameters` names it and lays it out.
 
     Attributes:
       shape: of one layer's, without L.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import sharding
 from lm.errors import UsageError
 from lm.interop.opened import Leaf, Opened, by_path
 
@@ -37,7 +38,8 @@ def _own(leaf: Leaf) -> tuple[int, ...]:
 def _check(opened: Opened, path: str, spec: Any) -> None:
     """The shapes agree but for the padding of the vocabulary."""
     own, wanted = _own(opened.leaves[path]), tuple(spec.shape)
-    padded = {'embed_VD': 0, 'head_DV': 1}.get(path)
+    dims = sharding.dims_of(path)
+    padded = dims.index('V') if 'V' in dims else None  # no layer has it
     fits = len(own) == len(wanted) and all(
         have == want or (axis == padded and have < want)
         for axis, (have, want) in enumerate(zip(own, wanted, strict=True))
@@ -49,8 +51,8 @@ def _check(opened: Opened, path: str, spec: Any) -> None:
 def _array(leaf: Leaf, spec: Any) -> jax.Array:
     """One parameter on its devices, each of which gets its part of each layer as that is read."""
     shape, dtype = tuple(spec.shape), np.dtype(spec.dtype)
-    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = sharding.addressable_devices_indices_map(shape)
+    where = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = where.addressable_devices_indices_map(shape)
     spans = {device: _span(index or (), shape) for device, index in places.items()}
     parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in set(spans.values())}
     for layer in range(leaf.layers or 1):
@@ -58,7 +60,7 @@ def _array(leaf: Leaf, spec: Any) -> jax.Array:
         if wanted:
             _fill(leaf.read(layer), layer, leaf.layers is not None, {span: parts[span] for span in wanted})
     pieces = [jax.device_put(parts[span], device) for device, span in spans.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+    return jax.make_array_from_single_device_arrays(shape, where, pieces)
 
 
 def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -17,7 +17,7 @@ from lm import sharding
 from lm.model import attention_kernels as kernels
 from lm.model.causal_blocks import NEGATIVE, causal_blocks
 
-EMPTY = np.iinfo(np.int32).max  # the position of a slot that holds no token: after every query
+INVALID = np.iinfo(np.int32).max  # the position of a slot that holds no token: after every query
 
 
 def attention(
@@ -112,8 +112,8 @@ def _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
     return jnp.einsum('BKTS,BKSH->BKTH', probs_BKTS, v_BKSH).reshape(B, K, T, J, H)
 
 
-class Places(NamedTuple):
-    """Where the tokens of `cached_attention` stand in their texts; EMPTY is a token that nobody sees."""
+class CachePositions(NamedTuple):
+    """Where the tokens of `cached_attention` stand in their texts; INVALID is a token that nobody sees."""
 
     query_BT: Any
     new_BT: Any  # of the keys that are read with the queries
@@ -121,7 +121,7 @@ class Places(NamedTuple):
     slot: Any  # the first slot to write to
 
 
-def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places: Places, *, window=None, softcap=None):
+def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions: CachePositions, *, window=None, softcap=None):
     """Attention to a cache and to the T tokens after it, which it then writes: ([B, T, N, H], k_BKSH, v_BKSH).
 
     Reads the cache as it was and takes the new tokens from its arguments, so that the cache is written in place: a
@@ -130,18 +130,18 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places: Places, *, 
     """
     local = partial(_cached, window=window, softcap=softcap)
     if not sharding.axis_sizes():
-        return local(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places)
+        return local(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions)
     (B, T, _, _), K = q_BTNH.shape, k_BKSH.shape[1]
     taken = sharding.assign({'B': B, 'K': K, 'T': T})
     q_spec, kv_spec, cache_spec = (sharding.spec(dims, taken) for dims in ('BTKH', 'BSKH', 'BKSH'))
     row, all_rows = sharding.spec('BT', taken), sharding.spec('BS', taken)
-    specs = (q_spec, kv_spec, kv_spec, cache_spec, cache_spec, Places(row, all_rows, all_rows, P()))
-    args = jax.tree.map(jax.reshard, (q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places), specs)
+    specs = (q_spec, kv_spec, kv_spec, cache_spec, cache_spec, CachePositions(row, all_rows, all_rows, P()))
+    args = jax.tree.map(jax.reshard, (q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions), specs)
     out_specs = (q_spec, cache_spec, cache_spec)
     return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
 
-def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, *, window, softcap):
+def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions, *, window, softcap):
     """One device's `cached_attention`: one softmax, in float32, over two sets of keys that lie apart."""
     q_BKTJH, *new = _lead_heads(q_BTNH, k_BTKH, v_BTKH)
     B, K, T, J, H = q_BKTJH.shape
@@ -152,12 +152,12 @@ def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, *, window, softcap):
         x_BKTS = jnp.einsum('BKTH,BKSH->BKTS', q_BKTH, keys_BKSH, preferred_element_type=jnp.float32)
         if softcap is not None:
             x_BKTS = softcap * jnp.tanh(x_BKTS / softcap)
-        mask_BTS = position_BS[:, None] <= places.query_BT[..., None]
+        mask_BTS = position_BS[:, None] <= positions.query_BT[..., None]
         if window is not None:
-            mask_BTS &= position_BS[:, None] > places.query_BT[..., None] - window
+            mask_BTS &= position_BS[:, None] > positions.query_BT[..., None] - window
         return jnp.where(jnp.repeat(mask_BTS, J, axis=1)[:, None], x_BKTS, NEGATIVE)
 
-    old_BKTS, new_BKTT = logits(k_BKSH, places.cached_BS), logits(new_k_BKTH, places.new_BT)
+    old_BKTS, new_BKTT = logits(k_BKSH, positions.cached_BS), logits(new_k_BKTH, positions.new_BT)
     top_BKT1 = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (old_BKTS, new_BKTT)))
     old_BKTS, new_BKTT = jnp.exp(old_BKTS - top_BKT1), jnp.exp(new_BKTT - top_BKT1)
     total_BKT1 = sum(jnp.sum(x, axis=-1, keepdims=True) for x in (old_BKTS, new_BKTT))
@@ -165,7 +165,7 @@ def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, places, *, window, softcap):
     out_BKTH = product(old_BKTS.astype(v_BKSH.dtype), v_BKSH) + product(new_BKTT.astype(v_BKSH.dtype), new_v_BKTH)
     out_BKTH = (out_BKTH / total_BKT1).astype(q_BTNH.dtype)
     # 0 that XLA cannot know: the write waits for the reads above, else XLA copies the cache to be safe
-    start = (0, 0, places.slot + jnp.isinf(out_BKTH[0, 0, 0, 0]), 0)
+    start = (0, 0, positions.slot + jnp.isinf(out_BKTH[0, 0, 0, 0]), 0)
     k_BKSH, v_BKSH = (jax.lax.dynamic_update_slice(*x, start) for x in ((k_BKSH, new_k_BKTH), (v_BKSH, new_v_BKTH)))
     return _follow_heads(out_BKTH.reshape(q_BKTJH.shape)), k_BKSH, v_BKSH
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm import sharding
 from lm.errors import UsageError
 
 NAMES = ('blocks', 'dense', 'cudnn', 'splash')
@@ -44,8 +45,8 @@ class Choice(NamedTuple):
 
 
 def this_device() -> Device:
-    """The device that JAX computes on."""
-    device = jax.local_devices()[0]
+    """A device of the current mesh, or where there is none the one that JAX computes on. Not while tracing."""
+    device = sharding.first_device()
     if device.platform != 'gpu':
         return Device(device.platform, device.device_kind)
     if 'cuda' not in device.client.platform_version.lower():

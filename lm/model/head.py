@@ -126,7 +126,7 @@ def _run(local, h_BTD, w, per_token, dims, returns):
 
 def _chunks(m: int, v: int) -> tuple[int, int]:
     """(number of chunks, tokens a chunk) for m tokens and v words."""
-    budget = CHUNK_BYTES.get(jax.default_backend(), ACCELERATOR_CHUNK_BYTES) // (4 * v)
+    budget = CHUNK_BYTES.get(sharding.platform(), ACCELERATOR_CHUNK_BYTES) // (4 * v)
     size = min(m, max(MIN_CHUNK, budget // CHUNK_MULTIPLE * CHUNK_MULTIPLE))
     n = math.ceil(m / size)
     return n, math.ceil(m / n)
@@ -203,7 +203,7 @@ def _back(dx_CV, slope_CV, h_CD, w_VD):
     dw is made as [D, V], the layout in which a CPU adds up its chunks a quarter faster than as [V, D]."""
     dx_CV = (dx_CV if slope_CV is None else dx_CV * slope_CV).astype(h_CD.dtype)
     dh_CD = jnp.einsum('CV,VD->CD', dx_CV, w_VD, preferred_element_type=jnp.float32)
-    return dh_CD, jnp.einsum('DC,CV->DV', seam.turned(h_CD), dx_CV, preferred_element_type=jnp.float32)
+    return dh_CD, jnp.einsum('DC,CV->DV', seam.materialized_transpose(h_CD), dx_CV, preferred_element_type=jnp.float32)
 
 
 def _nll_sums(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes):

@@ -99,8 +99,8 @@ def _matmul_backward(dtype, saved, dy):
     dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, w, (((1,), (1,)), ((), ())))
     if x.shape[1] <= dy.shape[1]:
-        return dx, turned(x) @ dy
-    return dx, (turned(dy) @ x).T
+        return dx, materialized_transpose(x) @ dy
+    return dx, (materialized_transpose(dy) @ x).T
 
 
 # [M, I] · [I, O] whose weight gradient is fast on CPU, too.
@@ -108,13 +108,13 @@ _matmul: Any = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def turned(x: jax.Array) -> jax.Array:
+def materialized_transpose(x: jax.Array) -> jax.Array:
     """The transpose of a matrix that is about to be multiplied; a CPU's is turned around in memory.
 
     XLA would fold it into the product, and on CPU it has a slow kernel for products over the leading dimension of both
     operands (0.6 of the speed of the others).
     """
-    return jax.lax.optimization_barrier(x.T) if jax.default_backend() == 'cpu' else x.T
+    return jax.lax.optimization_barrier(x.T) if sharding.platform() == 'cpu' else x.T
 
 
 def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.model import head, seam, transformer
-from lm.model.transformer import ModelConfig, Params
+from lm.model.config import ModelConfig
+from lm.model.parameters import Params
 
 Batch = Mapping[str, jax.Array]
 
@@ -39,12 +40,6 @@ def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     return by_side(score_BT * batch['last_BT'], batch)
 
 
-def init_scores(key: jax.Array, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """The parameters of a reward model beside the decoder's: N(0, 1/(D + 1)) and 0 (Stiennon et al., 2020, B.1)."""
-    std = (cfg.dim + 1) ** -0.5
-    return {'score_D': std * jax.random.normal(key, (cfg.dim,), jnp.float32), 'bias_score': jnp.zeros((), jnp.float32)}
-
-
 def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
     """The score that each place would have as the last one, float32 [B, T]."""
     w_D = seam.gather(seam.dense(params['score_D']), 'D').astype(jnp.float32)
@@ -53,7 +48,7 @@ def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
 
 def _hidden(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
     rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
-    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)[0]
 
 
 def by_side(x_BT: jax.Array, batch: Batch) -> list[jax.Array]:

@@ -12,8 +12,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.model import transformer
-from lm.model.transformer import Cache, ModelConfig, Params
+from lm.model import kv_cache, parameters, transformer
+from lm.model.config import ModelConfig
+from lm.model.kv_cache import Cache
+from lm.model.parameters import Params
 
 PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
 ROUND = 64  # caches are rounded up to this many tokens, so that few shapes are compiled
@@ -112,7 +114,7 @@ def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
 @partial(jax.jit, static_argnames=('cfg', 'batch', 'slots', 'room'))
 def _begin(seed, seen_BV, *, cfg, batch, slots, room) -> State:
     """Rows of which nothing is read yet."""
-    cache, last_BD = transformer.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.dim), cfg.dtype)
+    cache, last_BD = kv_cache.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.dim), cfg.dtype)
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
     next_B, done_B, out_BT = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jnp.zeros((batch, room), jnp.int32)
     return State(cache, last_BD, next_B, done_B, key_B, jnp.zeros((), jnp.int32), out_BT, seen_BV)
@@ -121,7 +123,7 @@ def _begin(seed, seen_BV, *, cfg, batch, slots, room) -> State:
 @partial(jax.jit, static_argnames='cfg', donate_argnums=1)
 def _read(params, state: State, tokens_BT, count_B, *, cfg) -> State:
     """Reads a piece of the prompts, of which each row has its first `count_B` tokens."""
-    h_BTD, cache = transformer.forward_cached(params, cfg, tokens_BT, state.cache, count_B=count_B)
+    h_BTD, cache = kv_cache.forward_cached(params, cfg, tokens_BT, state.cache, count_B=count_B)
     one_hot_BT = jax.nn.one_hot(count_B - 1, tokens_BT.shape[1], dtype=h_BTD.dtype)
     picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
     return state._replace(cache=cache, last_BD=jnp.where(count_B[:, None] > 0, picked_BD, state.last_BD))
@@ -172,14 +174,14 @@ def _decode(params, state: State, until, sampling, stop_ids, allowed_V, *, cfg, 
     """Draws tokens until `until` are drawn or every row is done."""
 
     def body(state: State) -> State:
-        h_BTD, cache = transformer.forward_cached(params, cfg, state.next_B[:, None], state.cache)
+        h_BTD, cache = kv_cache.forward_cached(params, cfg, state.next_B[:, None], state.cache)
         return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, allowed_V, how)
 
     return jax.lax.while_loop(lambda s: (s.drawn < until) & ~jnp.all(s.done_B), body, state)
 
 
 # Once for all that is generated with these parameters; without it `stream` does it at each call.
-prepare = jax.jit(transformer.unstacked, static_argnames=('cfg', 'batch'))
+prepare = jax.jit(parameters.unstacked, static_argnames=('cfg', 'batch'))
 
 
 def lay_out(params: Params, cfg: ModelConfig) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def lay_out(params: Params, cfg: ModelConfig) -> dict[str, Any]:
 @partial(jax.jit, static_argnames='slots')
 def _grow(state: State, *, slots: int) -> State:
     """The state with a cache of so many slots."""
-    return state._replace(cache=transformer.grow_cache(state.cache, slots))
+    return state._replace(cache=kv_cache.grow_cache(state.cache, slots))
 
 
 class Programs(NamedTuple):
@@ -250,7 +252,7 @@ def _described(tree: Any) -> Any:
 
 def laid_out(abstract: Any, cfg: ModelConfig) -> Any:
     """What `lay_out` makes of parameters, given as shapes and shardings."""
-    return _described(jax.eval_shape(partial(transformer.unstacked, cfg=cfg, batch=1), abstract))
+    return _described(jax.eval_shape(partial(parameters.unstacked, cfg=cfg, batch=1), abstract))
 
 
 def stream(

@@ -10,7 +10,7 @@ import numpy as np
 from lm import presets
 from lm.config import Config, base
 from lm.errors import RunError, UsageError
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.stages import plan
 from lm.training import microbatch, runs
 from lm.training.recorder import Recorder

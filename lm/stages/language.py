@@ -18,8 +18,9 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import heldout
 from lm.model import transformer
+from lm.model.config import ModelConfig
+from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
-from lm.model.transformer import ModelConfig
 from lm.sampling.generate import Sampling, generate
 from lm.stages import plan
 from lm.stages.spec import Batch, Say, Source, Task
@@ -131,18 +132,19 @@ def next_token_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) ->
         del key
         params = models['policy']
         rows = {name: batch.get(name) for name in ('segments_BT', 'positions_BT')}  # without: one segment a row
-        h_BTD = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+        h_BTD, aux = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
         with jax.named_scope('head'):
             targets = (batch['targets_BT'], batch['weights_BT'])
             total, parts = transformer.nll(params, cfg, h_BTD, *targets, z_coef=z_loss, sparse=sparse)
-        return {'loss': total}, {
+        return {'loss': total, **aux}, {
             'cross_entropy': parts['nll'], 'z_loss': z_loss * parts['z'], 'accuracy': parts['correct']
         }  # fmt: skip
 
     def denominators(batch: Batch) -> training.Sums:
-        return dict.fromkeys(('loss', 'cross_entropy', 'z_loss', 'accuracy'), jnp.sum(batch['weights_BT']))
+        names = ('loss', 'cross_entropy', 'z_loss', 'accuracy')
+        return dict.fromkeys(names, jnp.sum(batch['weights_BT'])) | aux_weights(cfg, batch)
 
-    return training.Loss(terms, denominators, {'loss': 1.0})
+    return training.Loss(terms, denominators, {'loss': 1.0, **aux_coefficients(cfg)})
 
 
 # ---- evaluation ----

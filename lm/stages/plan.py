@@ -17,8 +17,8 @@ from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
 from lm.data.sources import has_default
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
+from lm.model.config import ModelConfig
 from lm.model.roles import Roles
-from lm.model.transformer import ModelConfig
 from lm.training import checkpoint, microbatch
 from lm.training import optimizer as optim
 from lm.training import step as training

@@ -21,7 +21,7 @@ from lm.data import pairs as pair_data
 from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
 from lm.evals import answers, preferences
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.stages import pairs
 from lm.stages.pairs import PairData, PairTask
 from lm.stages.spec import Say

@@ -11,7 +11,7 @@ from lm.data.pairs import PairStore
 from lm.errors import UsageError
 from lm.evals import preferences
 from lm.losses import reward
-from lm.model import sequences
+from lm.model import parameters, sequences
 from lm.model.roles import Roles
 from lm.stages import pairs
 from lm.stages.spec import Batch, StageSpec
@@ -37,10 +37,10 @@ class Reward(pairs.PairTask):
         """The body of the run it starts from, and a new score; of a reward model, both."""
         if runs.about(runs.read_config(self.config.init_from)).output == 'scores':
             return super().first_weights(abstract)
-        own = jax.eval_shape(lambda: sequences.init_scores(jax.random.key(0), self.cfg))
+        own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), self.cfg))
         body, parent = super().first_weights({k: v for k, v in abstract.items() if k not in own})
         where = {name: abstract[name].sharding for name in own}
-        init = jax.jit(sequences.init_scores, static_argnums=1, out_shardings=where)
+        init = jax.jit(parameters.init_scores, static_argnums=1, out_shardings=where)
         return body | init(jax.random.key(self.config.seed), self.cfg), parent
 
     def loss(self) -> training.Loss:

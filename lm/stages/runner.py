@@ -16,8 +16,8 @@ from lm.config import Config
 from lm.data import chat_template
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
-from lm.model import transformer
-from lm.model.transformer import ModelConfig
+from lm.model import parameters
+from lm.model.config import ModelConfig
 from lm.runtime import StopRequest
 from lm.stages import fitting, plan
 from lm.stages.spec import Batch, StageSpec, Task
@@ -169,7 +169,7 @@ def _fit(
 def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
     planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
-    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(transformer.init, cfg=cfg), jax.random.key(0))))
+    count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     choice = runs.attention_choice(config)
     return [

@@ -17,9 +17,9 @@ from lm.config import Config
 from lm.data.prompts import Prompt
 from lm.data.records import Kind
 from lm.data.tokenizer import Tokenizer
-from lm.model import transformer
+from lm.model import parameters
 from lm.model.adapters import ADAPTERS
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.stages import plan
 from lm.training import flops, runs
 from lm.training import step as training
@@ -105,7 +105,7 @@ class Task:
             where = jax.tree.map(lambda x: x.sharding, abstract)
             return jax.jit(lambda key: init(key, base), out_shardings=where)(jax.random.key(self.config.seed)), None
         if not self.config.init_from:
-            return transformer.init_sharded(jax.random.key(self.config.seed), self.cfg), None
+            return parameters.init_sharded(jax.random.key(self.config.seed), self.cfg), None
         weights, parent = runs.weights(self.config.init_from, abstract, warn=self.recorder.say)
         self.recorder.say(f'weights from {self.config.init_from} at step {parent.step}')
         return weights, parent
@@ -117,7 +117,7 @@ class Task:
     def lm_cost(self, *, head: bool = True, forwards: int = 0) -> flops.Cost:
         """Model FLOPs of training a language model, see `flops.cost`."""
         width = self.batch()['tokens_BT'].shape[1]
-        return flops.cost(self.cfg.sizes, windows=self.cfg.windows, seq_len=width, head=head, forwards=forwards)
+        return flops.cost(self.cfg, seq_len=width, head=head, forwards=forwards)
 
     # ---- around the steps ----
 

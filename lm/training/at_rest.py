@@ -25,7 +25,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
 from lm.interop.opened import Leaf, Opened, by_path
-from lm.model.transformer import ModelConfig
+from lm.model.config import ModelConfig
 from lm.training import checkpoint, normalisation, runs
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
@@ -127,9 +127,8 @@ def _url(path: epath.Path) -> str:
 
 def _leaf(array: Any, names: Sequence[str], vocab_size: int) -> Leaf:
     """A leaf that reads itself, a layer at a time, without the vocabulary's padding."""
-    stacked, letters = len(names) > 1, names[-1].rsplit('_', 1)[-1]
-    cut = tuple(slice(vocab_size if letter == 'V' else None) for letter in letters if letter.isupper())
-    cut = cut if names[-1] != 'bias_score' else ()
+    stacked, letters = len(names) > 1, sharding.dims_of(names[-1])
+    cut = tuple(slice(vocab_size if letter == 'V' else None) for letter in letters)
     layers = int(array.shape[0]) if stacked else None
 
     def read(layer: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
+from lm.model import parameters
+from lm.model.config import ModelConfig
 
 AGAIN = 30.0  # seconds between two measurements of a CPU
 # Dense peak of one device in FLOP/s, bfloat16, from the makers' data sheets; the first name that fits counts.
@@ -31,32 +33,30 @@ class Cost(NamedTuple):
         return tokens * self.token + targets * self.target
 
 
-def cost(
-    sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int, head: bool = True, forwards: int = 0
-) -> Cost:
-    """6N a token plus the causal half of attention, N what is multiplied: the layers' matrices, and for a target the
-    head; not the embedding's rows nor the norms.
+def cost(cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0) -> Cost:
+    """6N a token plus the causal half of attention, N what is multiplied: the layers' parameters that have contracted
+    letters, and for a target the head; not the embedding's rows nor the norms.
 
     Attention is 6·H·N·T a layer: two products, forward and backward twice, over the half of T that is seen (less under
     a window). What is computed again (remat, the logits of `head.logp`) is not counted, as in PaLM, appendix B.
 
     Args:
-      windows: of each layer, how far it sees; None: all.
       seq_len: tokens a row.
       head: whether there is one over the vocabulary; a reward model has none.
-      forwards: how often more the tokens pass a model forward alone, as the live reference of DPO.
+      forwards: how often more the tokens pass a model forward only, as the live reference of DPO.
     """
-    D, N, K, H, F, V = (sizes[d] for d in 'DNKHFV')
-    matrices = len(windows) * (D * N * H * 2 + D * K * H * 2 + 3 * D * F)
-    reaches = [min(window or seq_len, seq_len) for window in windows]
+    D, N, H, V = (cfg.sizes[d] for d in 'DNHV')
+    _, layer = parameters.rows(cfg)
+    matrices = cfg.layers * sum(math.prod(row.shape(cfg.sizes)) for row in layer if row.contracted)
+    reaches = [min(window or seq_len, seq_len) for window in cfg.windows]
     seen = sum(reach - reach * reach / (2 * seq_len) for reach in reaches)  # keys, on average: a triangle, then a band
     times = 1 + forwards / 3  # a forward pass is a third of a step
     return Cost(times * (6 * matrices + 12 * N * H * seen), times * 6 * V * D if head else 0.0)
 
 
-def per_token(sizes: Mapping[str, int], *, windows: Sequence[int | None], seq_len: int) -> float:
+def per_token(cfg: ModelConfig, *, seq_len: int) -> float:
     """Model FLOPs of a step of pretraining per token, each of which is a target."""
-    return sum(cost(sizes, windows=windows, seq_len=seq_len))
+    return sum(cost(cfg, seq_len=seq_len))
 
 
 class Ceiling:
@@ -92,7 +92,9 @@ def _cpu_ceiling() -> Ceiling:
 
 def ceiling() -> Ceiling:
     """That of all devices of this run."""
-    found = _cpu_ceiling() if jax.default_backend() == 'cpu' else Ceiling(sum(map(peak, jax.devices())))
+    mesh = jax.sharding.get_mesh()
+    devices = jax.devices() if mesh.empty else mesh.devices.flat
+    found = _cpu_ceiling() if sharding.platform() == 'cpu' else Ceiling(sum(map(peak, devices)))
     found.refresh()
     return found
 

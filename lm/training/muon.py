@@ -2,8 +2,8 @@
 
 A direction USVᵀ becomes UVᵀ, so that what the gradient says softly is learnt as fast as what it says loudly. It is done
 by five steps of a Newton–Schulz iteration, which is nothing but products. They want a matrix whole, and the layers'
-matrices lie in pieces all over the mesh; so equal ones are laid on one pile, the pile is dealt out to the devices, each
-does its own, and the pieces go back where they were. No device ever holds all of them.
+matrices lie in pieces all over the mesh; so equal ones are stacked, the stack is resharded over its first dimension,
+each device does its own, and the pieces go back where they were. No device ever holds all of them.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.training.kinds import Leaf
+from lm.training.param_groups import ParamInfo
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: the steepest at 0 that keep the rest within 0.7 to 1.2
@@ -36,40 +36,40 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def orthogonal(directions: Sequence[jax.Array], leaves: Sequence[Leaf], *, dtype: Any) -> list[jax.Array]:
+def orthogonal(directions: Sequence[jax.Array], infos: Sequence[ParamInfo], *, dtype: Any) -> list[jax.Array]:
     """Each direction made orthogonal, matrix by matrix, its elements of RMS 0.2; shapes, layouts and dtypes stay.
 
     Args:
-      leaves: what the directions are, all of kind `matrix`.
+      infos: what the directions are, all of them a `matrix`.
       dtype: of the products, and of what travels.
     """
-    laid = [_rows_first(x.astype(dtype), leaf) for x, leaf in zip(directions, leaves, strict=True)]
-    piles: dict[Any, list[int]] = {}
+    laid = [_rows_first(x.astype(dtype), info) for x, info in zip(directions, infos, strict=True)]
+    stacks: dict[Any, list[int]] = {}
     for i, x in enumerate(laid):
-        piles.setdefault((x.shape[1:], leaves[i].counts, jax.typeof(x).sharding), []).append(i)
+        stacks.setdefault((x.shape[1:], infos[i].counts, jax.typeof(x).sharding), []).append(i)
     out = list(directions)
-    for (_, counts, _), members in piles.items():
-        pile = _pile(jnp.concatenate([laid[i] for i in members]), max(1, counts))
+    for (_, counts, _), members in stacks.items():
+        stack = _orthogonal_stack(jnp.concatenate([laid[i] for i in members]), max(1, counts))
         ends = list(accumulate(laid[i].shape[0] for i in members))
-        for i, x in zip(members, jnp.split(pile, ends[:-1]), strict=True):
-            out[i] = _rows_back(x, leaves[i]).astype(directions[i].dtype)
+        for i, x in zip(members, jnp.split(stack, ends[:-1]), strict=True):
+            out[i] = _rows_back(x, infos[i]).astype(directions[i].dtype)
     return out
 
 
-def _rows_first(x: jax.Array, leaf: Leaf) -> jax.Array:
+def _rows_first(x: jax.Array, info: ParamInfo) -> jax.Array:
     """[L, E?, D, …] of whatever order D and the other side had; L is 1 where nothing counts matrices."""
-    assert leaf.rows is not None
-    x = jnp.moveaxis(x, leaf.rows, leaf.counts)
-    return x if leaf.counts else x[None]
+    assert info.rows is not None
+    x = jnp.moveaxis(x, info.rows, info.counts)
+    return x if info.counts else x[None]
 
 
-def _rows_back(x: jax.Array, leaf: Leaf) -> jax.Array:
-    assert leaf.rows is not None
-    x = x if leaf.counts else x[0]
-    return jnp.moveaxis(x, leaf.counts, leaf.rows)
+def _rows_back(x: jax.Array, info: ParamInfo) -> jax.Array:
+    assert info.rows is not None
+    x = x if info.counts else x[0]
+    return jnp.moveaxis(x, info.counts, info.rows)
 
 
-def _pile(x: jax.Array, counts: int) -> jax.Array:
+def _orthogonal_stack(x: jax.Array, counts: int) -> jax.Array:
     """[n, E?, D, …], laid out as it comes, made orthogonal."""
     n, path = x.shape[0], _path(x)
     parts = math.prod(sharding.axis_sizes().values())
@@ -85,7 +85,7 @@ def _pile(x: jax.Array, counts: int) -> jax.Array:
 
 
 def _path(x: jax.Array) -> list[P]:
-    """The layouts from the one that x has to the one that deals its first dimension out to all devices. One dimension's
+    """The layouts from the one that x has to the one that splits its first dimension over all devices. One dimension's
     axes move at a time: each move is an all-to-all, where all at once would be a gathering of everything."""
     axes = sharding.axis_sizes()
     if not axes:

@@ -10,7 +10,7 @@ import optax
 from lm.config import SCHEDULES, nearest
 from lm.errors import UsageError
 from lm.training import adafactor, muon
-from lm.training.kinds import Leaf, leaves_of
+from lm.training.param_groups import ParamInfo, infos_of
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Moments: TypeAlias = dict[str, jax.Array]
@@ -56,40 +56,40 @@ def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
 class Rule(NamedTuple):
     """How a leaf's gradient becomes a direction, still to be multiplied by −rate.
 
-    `init(param, leaf) -> moments`; `update(grad, moments, leaf, count) -> (direction, moments)`, count being the number
+    `init(param, info) -> moments`; `update(grad, moments, info, count) -> (direction, moments)`, count being the number
     of updates up to this one.
     """
 
-    init: Callable[[jax.Array, Leaf], Moments]
-    update: Callable[[jax.Array, Moments, Leaf, jax.Array], tuple[jax.Array, Moments]]
+    init: Callable[[jax.Array, ParamInfo], Moments]
+    update: Callable[[jax.Array, Moments, ParamInfo, jax.Array], tuple[jax.Array, Moments]]
 
 
 def adam(*, b1: float, b2: float, eps: float) -> Rule:
     """Adam (Kingma and Ba, 2015), its bias corrected."""
 
-    def update(grad: jax.Array, moments: Moments, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, Moments]:
+    def update(grad: jax.Array, moments: Moments, info: ParamInfo, count: jax.Array) -> tuple[jax.Array, Moments]:
         mu = b1 * moments['mu'] + (1 - b1) * grad
         nu = b2 * moments['nu'] + (1 - b2) * grad * grad
         mu_hat, nu_hat = mu / (1 - b1**count), nu / (1 - b2**count)
         return mu_hat / (jnp.sqrt(nu_hat) + eps), {'mu': mu, 'nu': nu}
 
-    return Rule(lambda param, leaf: {'mu': jnp.zeros_like(param), 'nu': jnp.zeros_like(param)}, update)
+    return Rule(lambda param, info: {'mu': jnp.zeros_like(param), 'nu': jnp.zeros_like(param)}, update)
 
 
 def nesterov(*, momentum: float) -> Rule:
     """An average of the gradients that looks a step ahead: what Muon makes orthogonal."""
 
-    def update(grad: jax.Array, moments: Moments, leaf: Leaf, count: jax.Array) -> tuple[jax.Array, Moments]:
+    def update(grad: jax.Array, moments: Moments, info: ParamInfo, count: jax.Array) -> tuple[jax.Array, Moments]:
         mu = momentum * moments['mu'] + (1 - momentum) * grad
         return momentum * mu + (1 - momentum) * grad, {'mu': mu}
 
-    return Rule(lambda param, leaf: {'mu': jnp.zeros_like(param)}, update)
+    return Rule(lambda param, info: {'mu': jnp.zeros_like(param)}, update)
 
 
 def adamw(rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float) -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019)."""
     rule = adam(b1=b1, b2=b2, eps=eps)
-    return assemble(lambda leaf: rule, rate, weight_decay=weight_decay)
+    return assemble(lambda info: rule, rate, weight_decay=weight_decay)
 
 
 def muon_adamw(
@@ -102,28 +102,28 @@ def muon_adamw(
     """
     matrices, rest = nesterov(momentum=momentum), adam(b1=b1, b2=b2, eps=eps)
 
-    def finish(directions: list[jax.Array], leaves: list[Leaf]) -> list[jax.Array]:
-        own = [i for i, leaf in enumerate(leaves) if leaf.kind.matrix]
-        made = muon.orthogonal([directions[i] for i in own], [leaves[i] for i in own], dtype=dtype)
+    def finish(directions: list[jax.Array], infos: list[ParamInfo]) -> list[jax.Array]:
+        own = [i for i, info in enumerate(infos) if info.matrix]
+        made = muon.orthogonal([directions[i] for i in own], [infos[i] for i in own], dtype=dtype)
         made = dict(zip(own, made, strict=True))
         return [made.get(i, x) for i, x in enumerate(directions)]
 
-    choose = lambda leaf: matrices if leaf.kind.matrix else rest
+    choose = lambda info: matrices if info.matrix else rest
     return assemble(choose, rate, weight_decay=weight_decay, finish=finish)
 
 
 def adafactored(rate: optax.Schedule, *, weight_decay: float) -> Optimizer:
     """Adafactor for every leaf, with AdamW's decay."""
     rule = Rule(adafactor.init, adafactor.update)
-    return assemble(lambda leaf: rule, rate, weight_decay=weight_decay)
+    return assemble(lambda info: rule, rate, weight_decay=weight_decay)
 
 
 def assemble(
-    choose: Callable[[Leaf], Rule],
+    choose: Callable[[ParamInfo], Rule],
     rate: optax.Schedule,
     *,
     weight_decay: float,
-    finish: Callable[[list[jax.Array], list[Leaf]], list[jax.Array]] = lambda directions, leaves: directions,
+    finish: Callable[[list[jax.Array], list[ParamInfo]], list[jax.Array]] = lambda directions, infos: directions,
 ) -> Optimizer:
     """The optimizer whose update of a leaf is −rate·(direction + weight_decay·parameter): decay is decoupled from the
     gradient and follows the rate.
@@ -137,16 +137,16 @@ def assemble(
 
     def init(params: Any) -> Any:
         values, tree = jax.tree.flatten(params)
-        moments = [choose(leaf).init(x, leaf) for x, leaf in zip(values, leaves_of(params), strict=True)]
+        moments = [choose(info).init(x, info) for x, info in zip(values, infos_of(params), strict=True)]
         return {'count': jnp.zeros((), jnp.int32), 'moments': tree.unflatten(moments)}
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         values, tree = jax.tree.flatten(params)
-        leaves, count = leaves_of(params), state['count'] + 1
-        given = zip(tree.flatten_up_to(updates), tree.flatten_up_to(state['moments']), leaves, strict=True)
-        made = [choose(leaf).update(g, m, leaf, count) for g, m, leaf in given]
-        directions, factor = finish([d for d, _ in made], leaves), -jnp.asarray(rate(extra['step']))
-        decays = [weight_decay if leaf.kind.decays else 0.0 for leaf in leaves]
+        infos, count = infos_of(params), state['count'] + 1
+        given = zip(tree.flatten_up_to(updates), tree.flatten_up_to(state['moments']), infos, strict=True)
+        made = [choose(info).update(g, m, info, count) for g, m, info in given]
+        directions, factor = finish([d for d, _ in made], infos), -jnp.asarray(rate(extra['step']))
+        decays = [weight_decay if info.decays else 0.0 for info in infos]
         moves = [factor * (d + w * x) for d, w, x in zip(directions, decays, values, strict=True)]
         return tree.unflatten(moves), {'count': count, 'moments': tree.unflatten([m for _, m in made])}
 

@@ -19,10 +19,10 @@ from lm.config import Config, base, differences, leaves, split_run
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import folders
-from lm.model import attention_kernels, sequences, transformer
+from lm.model import attention_kernels, parameters
 from lm.model.adapters import ADAPTERS
+from lm.model.config import ModelConfig
 from lm.model.roles import SCORED, assemble
-from lm.model.transformer import ModelConfig
 from lm.training import checkpoint
 
 LOCK = '.lock'
@@ -453,8 +453,7 @@ def abstract_model(saved: Mapping[str, Any], cfg: ModelConfig) -> Any:
 
 def shapes(cfg: ModelConfig, role: str = 'policy') -> Any:
     """The parameters of a role as shapes and dtypes."""
-    scores = sequences.init_scores if role in SCORED else lambda key, cfg: {}
-    return jax.eval_shape(lambda key: {**transformer.init(key, cfg), **scores(key, cfg)}, jax.random.key(0))
+    return parameters.shapes(cfg, scored=role in SCORED)
 
 
 def about(saved: Mapping[str, Any]) -> About:

@@ -1,0 +1,129 @@
+"""The shape of a decoder and how it is run: `ModelConfig`, its checks, and what its words stand for."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+
+from lm.errors import UsageError
+from lm.model import attention_kernels as kernels
+from lm.model.attention import BACKENDS
+from lm.model.layers import RopeScaling
+
+
+def _with_cudnn(policy: Any) -> Any:
+    """The policy, which also keeps what cuDNN's attention gives: its backward pass reads more of that than has a name,
+    and without this the kernel is run again."""
+
+    def keeps(prim: Any, *avals: Any, **options: Any) -> bool:
+        return prim.name.startswith('dot_product_attention_fwd') or policy(prim, *avals, **options)
+
+    return keeps
+
+
+REMAT = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': _with_cudnn(
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(kernels.NAME),
+        )
+    ),
+    'names': _with_cudnn(jax.checkpoint_policies.save_only_these_names(kernels.NAME, 'gated')),
+}
+
+
+NORMS = ('pre', 'post', 'both')  # of what a sub-layer reads, of what it adds (OLMo 2), or both (Gemma 2)
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': partial(jax.nn.gelu, approximate=True)}
+# Attention of the last `window` tokens, of all, and of all without positions (Yang et al., 2025, RNoPE).
+KINDS_OF_LAYER = ('local', 'global', 'nope')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Raises UsageError if the sizes do not fit each other."""
+
+    vocab_size: int  # real ids; the table is padded to a multiple of `vocab_multiple`
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    tied: bool = True
+    window: int | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    norms: str = 'pre'  # of NORMS
+    norm_plus_one: bool = False  # norms multiply by 1 + their weight
+    qk_norm_joint: bool = False  # qk_norm over all heads at once
+    qkv_bias: bool = False
+    activation: str = 'silu'  # of ACTIVATIONS
+    feed_forward: str = 'gated'  # of feed_forward.FEED_FORWARDS
+    query_scale: float | None = None  # of q·k; None: head_dim**-0.5
+    embed_scale: float | None = None
+    residual_scale: float | None = None  # of what is added to the residual stream
+    logit_scale: float | None = None  # before the soft-cap
+    pattern: str | None = None  # of layers, repeated over the depth: words of KINDS_OF_LAYER
+    rope_theta_local: float | None = None  # of local layers; None: rope_theta
+    rope_scaling: str | None = None  # of global layers, see `layers.RopeScaling`
+    context: int | None = None  # tokens that it was made to read at once
+    vocab_multiple: int = 128
+    scan: bool = False
+    remat: str = 'none'
+    attention: str = 'blocks'  # one of attention_kernels.NAMES
+    dtype: str = 'float32'  # of activations and products; parameters are float32
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise UsageError(f'model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}')
+        if self.head_dim % 2:
+            raise UsageError(f'model.head_dim={self.head_dim} is odd: rotary positions pair its halves')
+        if self.remat not in REMAT:
+            raise UsageError(f'remat={self.remat!r} is not one of {", ".join(REMAT)}')
+        if self.attention not in BACKENDS:
+            raise UsageError(f'attention={self.attention!r} is not one of {", ".join(BACKENDS)}')
+        for name, known in (('norms', NORMS), ('activation', ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f'model.{name}={getattr(self, name)} is not one of {", ".join(known)}')
+        for word in self.kinds:
+            if word not in KINDS_OF_LAYER:
+                raise UsageError(f'model.pattern={self.pattern}: {word!r} is not one of {", ".join(KINDS_OF_LAYER)}')
+        if 'local' in self.kinds and self.window is None:
+            raise UsageError(f'model.pattern={self.pattern} has local layers: set model.window')
+        RopeScaling.parse(self.rope_scaling)
+        for name in ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim'):
+            if getattr(self, name) < 1:
+                raise UsageError(f'model.{name}={getattr(self, name)} must be at least 1')
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter."""
+        padded = math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+        return {'D': self.dim, 'N': self.heads, 'K': self.kv_heads, 'H': self.head_dim, 'F': self.ffn_dim, 'V': padded}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layer that repeat over the depth."""
+        if self.pattern is None:
+            return ('global' if self.window is None else 'local',)
+        return tuple(word.strip() for word in self.pattern.split(','))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far each layer sees."""
+        return tuple(self.window_of(self.kind(i)) for i in range(self.layers))
+
+    def window_of(self, kind: str) -> int | None:
+        """How many tokens a layer of a kind sees, its own included; None: all."""
+        return self.window if kind == 'local' else None
+
+    def kind(self, layer: int) -> str:
+        """The kind of a layer."""
+        return self.kinds[layer % len(self.kinds)]
