@@ -103,6 +103,12 @@ class ModelConfig:
                 raise UsageError(f'model.{name}={getattr(self, name)} must be at least 1')
 
     @property
+    def key(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, for caches: a field that is added later changes no key."""
+        fields = dataclasses.fields(self)
+        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter."""
         padded = math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple

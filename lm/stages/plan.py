@@ -178,7 +178,7 @@ def autotune_microbatch(
     if timed and batch is not None:
         time_them = lambda steps: microbatch.time_steps(steps, abstract, {m: batch(m) for m in steps})
         key = {
-            'stage': config.stage, 'batch': [config.batch_size, config.seq_len], 'model': repr(cfg),
+            'stage': config.stage, 'batch': [config.batch_size, config.seq_len], 'model': cfg.key,
             'optimizer': config.optim.name, 'device': device.device_kind, 'cpus': os.cpu_count(),
             'mesh': dict(mesh.shape), 'jax': jax.__version__,
         }  # fmt: skip

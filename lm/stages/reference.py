@@ -88,7 +88,7 @@ def add(task: PairTask, parents: Mapping[str, Parent]) -> tuple[PairData, Parent
         return weights
 
     key = {
-        'recipe': RECIPE, 'weights': known.digest, 'data': data.own.fingerprint, 'model': repr(cfg),
+        'recipe': RECIPE, 'weights': known.digest, 'data': data.own.fingerprint, 'model': cfg.key,
         'seq_len': config.seq_len,
     }  # fmt: skip
     if task.cached:
