@@ -31,7 +31,7 @@ from lm.errors import Parser, UsageError, run_command
 from lm.evals import agreement
 from lm.interop.opened import Leaf, Opened
 from lm.presets import PRESETS
-from lm.training import runs
+from lm.runs import loading
 
 SIGN_AND_MANTISSA, EXPONENT = 0x81FF, 0x3C00  # random sign and mantissa, four sizes of number from 2⁻⁷ up
 TINY = {'model.dim': 64, 'model.layers': 3, 'model.heads': 4, 'model.kv_heads': 2, 'model.head_dim': 16}
@@ -46,7 +46,7 @@ def model(size: str) -> Opened:
         *parents, last = key.split('.')
         (config[parents[0]] if parents else config)[last] = value
     settings = {k: v for k, v in dict(config.model).items() if k != 'scan'} | {'context': config.seq_len}
-    flat = jax.tree_util.tree_leaves_with_path(runs.shapes(agreement.config_of(settings)))
+    flat = jax.tree_util.tree_leaves_with_path(loading.shapes(agreement.config_of(settings)))
     named = {'/'.join(key.key for key in path): x.shape for path, x in flat}
     leaves = {name: leaf(name, shape, settings['vocab_size']) for name, shape in named.items()}
     words = train_tokenizer(agreement.TEXT.splitlines(), vocab_size=384)

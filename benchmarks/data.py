@@ -27,8 +27,8 @@ from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.errors import Parser, run_command
 from lm.model import parameters
+from lm.runs import loading
 from lm.stages import plan, pretrain, runner
-from lm.training import runs
 from lm.training import step as training
 
 SHAPES = ((8, 1024), (32, 1024))
@@ -53,9 +53,9 @@ def batches(prepared: Prepared, shape: tuple[int, int], *, seed: int, start: int
 
 def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     """Takes one training step after the other on a batch."""
-    cfg = runs.model_config(config)
+    cfg = loading.model_config(config)
     optimizer, schedule = plan.make_optimizer(config)
-    abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    abstract = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
     rows = config.microbatch or config.batch_size
     step = runner.compile_step(pretrain.Pretrain(config, cfg), optimizer, schedule, abstract, rows)
     params = parameters.init_sharded(jax.random.key(config.seed), cfg)

@@ -23,7 +23,8 @@ from lm import config as configs
 from lm import files
 from lm import main as lm_main
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.training import flops, runs
+from lm.runs import loading, rundir
+from lm.training import flops
 
 Result = dict[str, Any]
 
@@ -71,8 +72,8 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
     name = f'depth{key["depth"]}-rate{key["rate"]:g}-horizon{key["horizon"]:g}'
     workdir = files.absolute(flags.out) / name
     last = lm_main.train([*command, f'--workdir={workdir}'])
-    config = runs.read_config(str(workdir))['config']
-    cfg = runs.model_config(config)
+    config = rundir.read_config(str(workdir))['config']
+    cfg = loading.model_config(config)
     tokens = config['steps'] * config['batch_size'] * config['seq_len']
     return {
         'benchmark': 'dial', **key, 'lr': config['optim']['lr'], 'weight_decay': config['optim']['weight_decay'],

@@ -32,9 +32,10 @@ from lm.errors import Parser, RunError, run_command  # noqa: E402
 from lm.model import parameters  # noqa: E402
 from lm.model.config import ModelConfig  # noqa: E402
 from lm.presets import UNROLLED  # noqa: E402
+from lm.runs import loading  # noqa: E402
 from lm.sampling.generate import stream  # noqa: E402
 from lm.stages import plan, pretrain  # noqa: E402
-from lm.training import flops, runs  # noqa: E402
+from lm.training import flops  # noqa: E402
 from lm.training import step as training  # noqa: E402
 
 # The preset, what differs from it, and llm.c's tokens per second on one H100.
@@ -84,7 +85,7 @@ def settings(size: str, flags: Any) -> configs.Config:
 def compile_step(config: configs.Config, cfg: ModelConfig, batch: Any, microbatch: int) -> tuple[Any, Any]:
     """(the compiled step, its optimizer)."""
     optimizer, rate = plan.make_optimizer(config)
-    state = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    state = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
     fn = training.make_step(
         pretrain.Pretrain(config, cfg).loss(), optimizer, clip=config.optim.clip, rate=rate,
         microbatches=config.batch_size // microbatch,
@@ -171,7 +172,7 @@ def decode(cfg: ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: 
 def measure(size: str, flags: Any) -> dict[str, Any]:
     """The figures of one size."""
     config = settings(size, flags)
-    cfg, choice, device = runs.model_config(config), runs.attention_choice(config), jax.devices()[0]
+    cfg, choice, device = loading.model_config(config), loading.attention_choice(config), jax.devices()[0]
     with sharding.use_mesh({}, [device]):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=flags.segments)
         microbatch, tried = (flags.microbatch, {}) if flags.microbatch else fastest(config, cfg, batch)

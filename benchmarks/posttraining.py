@@ -20,9 +20,9 @@ from lm import runtime, sharding
 from lm.config import Config
 from lm.errors import Parser, UsageError
 from lm.model.config import ModelConfig
+from lm.runs import loading
 from lm.stages import language, plan, runner
 from lm.stages.spec import StageSpec, Task
-from lm.training import runs
 
 SIZES = {
     '6M': {'dim': 256, 'layers': 6, 'heads': 4, 'kv_heads': 4, 'head_dim': 64, 'ffn_dim': 768},
@@ -90,7 +90,7 @@ def prepare(spec: StageSpec, config: Config) -> Task:
     with tempfile.TemporaryDirectory() as folder:
         language.prepare_text(text, None, to_stderr).tokenizer.save(folder)
         data = spec.prepare(config, folder, to_stderr)
-    return spec.open(config, runs.model_config(config), data)
+    return spec.open(config, loading.model_config(config), data)
 
 
 def ours(
@@ -107,7 +107,7 @@ def ours(
     """
     config = task.config
     plan.resolve(config, None, epoch=task.epoch())
-    cfg = task.cfg = runs.model_config(config)
+    cfg = task.cfg = loading.model_config(config)
     optimizer, rate = plan.make_optimizer(config)
     abstract = runner.abstract_state(task, optimizer)
     build = partial(runner.compile_step, task, optimizer, rate, abstract)

@@ -24,8 +24,9 @@ from common import fixed_batch, fresh_state, median_seconds
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser, run_command
+from lm.runs import loading
 from lm.stages import plan, pretrain, runner
-from lm.training import flops, runs
+from lm.training import flops
 
 PEER_SETTINGS = [
     ('model.dim', '256'), ('model.layers', '6'), ('model.heads', '4'), ('model.kv_heads', '4'),
@@ -85,11 +86,11 @@ def main() -> None:
     flags, config = parse()
     runtime.setup()
     cpu, peer = jax.default_backend() == 'cpu', None
-    cfg = runs.model_config(config)
+    cfg = loading.model_config(config)
     with sharding.use_mesh(config.mesh):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=1)
         optimizer, rate = plan.make_optimizer(config)
-        abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+        abstract = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
         build = partial(runner.compile_step, pretrain.Pretrain(config, cfg), optimizer, rate, abstract)
         step, _ = plan.autotune_microbatch(config, cfg, abstract, build, lambda microbatch: batch)
         state = fresh_state(cfg, optimizer)

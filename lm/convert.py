@@ -138,7 +138,7 @@ def gguf_file(src: str) -> str:
 def open_model(src: str, form: str) -> Opened:
     """Opens what lies at SRC."""
     if form == 'run':
-        from lm.training.at_rest import open_run
+        from lm.runs.lazy_checkpoint import open_run
 
         return open_run(src)
     if form == 'huggingface':
@@ -157,7 +157,7 @@ def open_model(src: str, form: str) -> Opened:
 def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: Callable[[str], None]) -> None:
     """Writes it as `form`."""
     if form == 'run':
-        from lm.training.at_rest import write_run
+        from lm.runs.lazy_checkpoint import write_run
 
         return write_run(opened, dst)
     if form == 'huggingface':

@@ -37,7 +37,7 @@ from lm.errors import Parser, UsageError, checked, install, leave, run_command
 from lm.evals import scores, tasks
 from lm.evals.tasks import Limits, Subject
 from lm.progress import say, task
-from lm.training import checkpoint, runs
+from lm.runs import checkpoint, loading, rundir, saved_config
 
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
@@ -95,7 +95,7 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     """The metrics of the runs. Raises UsageError for an unknown task, a bad mixture or no such run."""
     check(flags)
     named, harness = asked(flags)
-    saved = {run: runs.read_config(run) for run in flags.runs}
+    saved = {run: rundir.read_config(run) for run in flags.runs}
     for run in flags.runs:
         checkpoint.locate(run)
     if flags.score:
@@ -124,7 +124,7 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
 def loaded(run: str) -> Subject:
     """The run, on the current mesh."""
     with task(f'loading {run}'):
-        return Subject(run, runs.load(run, warn=say), say)
+        return Subject(run, loading.load(run, warn=say), say)
 
 
 def score(flags: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +149,10 @@ def ask_harness(subject: Subject, names: Sequence[str], flags: argparse.Namespac
 
 def unlike(saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Says what keeps the rows of several runs from comparing."""
-    for name, of in (('seq_len', lambda s: s['config']['seq_len']), ('text of pretraining', runs.pretraining_of)):
+    for name, of in (
+        ('seq_len', lambda s: s['config']['seq_len']),
+        ('text of pretraining', saved_config.pretraining_of),
+    ):
         if len(values := {of(run) for run in saved.values()}) > 1:
             say(f'these runs differ in their {name} ({", ".join(map(str, values))}): not all of their rows compare')
 

@@ -22,8 +22,8 @@ from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.progress import say, task
+from lm.runs import lineage
 from lm.stages import find, plan
-from lm.training import runs
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
 OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
@@ -178,7 +178,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     if not 0 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
     spec = find(config.stage)
-    runs.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
+    lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)
     with task('preparing the data'):
         data: Any = spec.prepare(config, config.data.tokenizer, say)

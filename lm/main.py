@@ -52,20 +52,20 @@ def train(argv: Sequence[str]) -> dict:
     flags, settings = parse(argv)
     config, arg = configs.load(flags.config, settings)
     runtime.setup()
+    from lm.runs import lineage, rundir
     from lm.stages import find, runner
-    from lm.training import runs
 
     spec = find(config.stage)
     workdir = files.absolute(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
-    facts = {} if place is None else {**runs.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
+    facts = {} if place is None else {**rundir.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
     with (
         contextlib.nullcontext(runtime.StopRequest()) if flags.dry_run else runtime.stop_request() as stop,
         processes.joined(place, facts, wait=flags.wait),
-        contextlib.nullcontext() if flags.dry_run else runs.claimed(workdir),
+        contextlib.nullcontext() if flags.dry_run else rundir.claimed(workdir),
     ):
         runtime.start_jax()
-        runs.inherit_model(config, spec.about, configs.chosen(flags.config, settings), workdir)
+        lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), workdir)
         last = runner.run(spec, config, workdir, stop=stop, dry_run=flags.dry_run)
         return last if processes.first() else {}
 

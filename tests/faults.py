@@ -35,8 +35,8 @@ from etils import epath  # noqa: E402
 
 from lm import config as configs  # noqa: E402
 from lm import runtime, sharding  # noqa: E402
+from lm.runs import checkpoint, loading, rundir  # noqa: E402
 from lm.stages import plan  # noqa: E402
-from lm.training import checkpoint, runs  # noqa: E402
 from lm.training.loop import saved  # noqa: E402
 
 STEPS = 16
@@ -113,7 +113,7 @@ class Bench:
         """What a checkpoint holds, as shapes."""
         config, _ = configs.load(running.CONFIG, configs.split_settings(self.lab.argv(None, **SETTINGS))[1])
         config.precision.compute = runtime.compute_dtype(config.precision.compute)
-        params = runs.abstract_params(runs.model_config(config))
+        params = loading.abstract_params(loading.model_config(config))
         return saved(plan.abstract_state({'policy': params}, plan.make_optimizer(config)[0], config.seed))
 
     def start(self, workdir: Path) -> subprocess.Popen:
@@ -374,7 +374,7 @@ def compare(found: Bench, workdir: Path) -> None:
     check(running.status(workdir)['state'] == 'done', 'status.json does not say done')
     check(read(found, workdir, STEPS) == read(found, whole, STEPS), 'the last checkpoint holds something else')
     left = [p.name for p in (*workdir.iterdir(), *(workdir / 'checkpoints').iterdir()) if 'tmp' in p.name]
-    check(not left and not (workdir / runs.LOCK).exists(), f'left behind: {left}')
+    check(not left and not (workdir / rundir.LOCK).exists(), f'left behind: {left}')
     log = contents(workdir / 'log.txt').decode(errors='replace')
     found.seen['damage, named'] += log.count('is damaged: ')
     check(not any(what.startswith(NAMED) for what in found.done) or 'is damaged: ' in log, 'damage was not named')

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from lm import config as configs
 from lm import hub, sharding
 from lm import main as lm_main
-from lm.training import runs
+from lm.runs import loading
 from lm.training.recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def params(workdir: Path):
     with all_devices():
-        return jax.tree.map(np.asarray, runs.load(str(workdir), warn=pytest.fail).params)
+        return jax.tree.map(np.asarray, loading.load(str(workdir), warn=pytest.fail).params)
 
 
 def assert_same(a: Path, b: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from lm import sharding
 from lm.errors import RunError, UsageError
-from lm.training import checkpoint
-from lm.training.checkpoint import Writer
+from lm.runs import checkpoint
+from lm.runs.checkpoint import Writer
 
 MESHES = {'fsdp8': {'fsdp': 8}, 'data2-fsdp2-tensor2': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'seq8': {'seq': 8}}
 

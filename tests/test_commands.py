@@ -16,10 +16,10 @@ import running
 from checks import refused
 
 from lm import chat, inspect
+from lm.runs import checkpoint
 from lm.sampling import conversation
 from lm.sampling.generate import Sampling
 from lm.stages import find, language, plan, runner
-from lm.training import checkpoint
 
 COMMANDS = ('main', 'chat', 'evaluate', 'inspect')
 

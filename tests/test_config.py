@@ -12,7 +12,7 @@ from lm import config as configs
 from lm import presets
 from lm.errors import UsageError
 from lm.model import parameters
-from lm.training import runs
+from lm.runs import loading
 
 
 def write(path, text):
@@ -216,7 +216,7 @@ def test_a_stage_may_add_settings(tmp_path):
     ('arg', 'millions'), [('124m', 124), ('350m', 355), ('1b', 1236), ('8b', 8030), ('70b', 70_554)]
 )
 def test_a_preset_has_the_parameters_that_its_name_says(arg, millions):
-    cfg = runs.model_config(load_config(arg=arg))
+    cfg = loading.model_config(load_config(arg=arg))
     shapes = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.03)
 
@@ -230,7 +230,7 @@ def test_depth_moves_width_rate_batch_horizon_and_decay(n):
     laptop, other = load_config(), load_config(arg=f'depth={n}')
     assert (other.model.layers, other.model.dim, other.model.heads, other.model.head_dim) == (n, 32 * n, n, 32)
     assert other.optim.lr == pytest.approx(laptop.optim.lr / (n / 4) ** 0.5, rel=5e-3)
-    count = lambda c: jax.eval_shape(partial(parameters.init, cfg=runs.model_config(c)), jax.random.key(0))
+    count = lambda c: jax.eval_shape(partial(parameters.init, cfg=loading.model_config(c)), jax.random.key(0))
     size, tokens = (lambda c: sum(x.size for x in jax.tree.leaves(count(c)))), (lambda c: c.steps * c.batch_size)
     assert tokens(other) / tokens(laptop) == pytest.approx(size(other) / size(laptop), rel=0.02)
     assert other.batch_size % 8 == 0 and other.batch_size >= laptop.batch_size

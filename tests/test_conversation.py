@@ -6,10 +6,10 @@ import pytest
 
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import train_tokenizer
+from lm.runs.loading import Model
 from lm.sampling import conversation
 from lm.sampling.conversation import Talker, answer, fitting, forget
 from lm.sampling.generate import Generation
-from lm.training.runs import Model
 
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 

@@ -19,7 +19,7 @@ from lm.errors import RunError, UsageError
 from lm.evals import agreement
 from lm.interop import gguf_out
 from lm.interop.opened import Leaf, Opened
-from lm.training import at_rest, checkpoint, runs
+from lm.runs import checkpoint, lazy_checkpoint, loading, rundir
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def same(a: Opened, b: Opened) -> None:
 
 def test_a_run_opens_as_it_loads(dialogues):
     run = str(dialogues.run('reward'))
-    opened = at_rest.open_run(run)
+    opened = lazy_checkpoint.open_run(run)
     with sharding.use_mesh():
-        model = runs.load(run, warn=pytest.fail)
+        model = loading.load(run, warn=pytest.fail)
     assert opened.scored and opened.model['context'] == made.OPTIONS['seq_len']
     for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(model.params)):
         leaf = opened.leaves['/'.join(key.key for key in path)]
@@ -65,13 +65,13 @@ def test_a_run_opens_as_it_loads(dialogues):
     'dtype', ['bfloat16', *(pytest.param(t, marks=pytest.mark.slow) for t in ('float32', 'float16'))]
 )
 def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dtype):
-    source = at_rest.open_run(str(dialogues.run('sft')))
+    source = lazy_checkpoint.open_run(str(dialogues.run('sft')))
     cast = lambda leaf: Leaf(leaf.shape, np.dtype(dtype), leaf.layers, lambda i: leaf.read(i).astype(dtype))
     source = Opened('source', source.model, {n: cast(x) for n, x in source.leaves.items()}, source.tokenizer)
-    at_rest.write_run(source, tmp_path / 'run')
-    same(source, at_rest.open_run(str(tmp_path / 'run')))
+    lazy_checkpoint.write_run(source, tmp_path / 'run')
+    same(source, lazy_checkpoint.open_run(str(tmp_path / 'run')))
     with sharding.use_mesh():
-        model = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
+        model = loading.load(str(tmp_path / 'run'), warn=pytest.fail)
     assert model.step == 0 and model.config['stage'] == 'sft'
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {np.dtype('float32')}
     np.testing.assert_array_equal(
@@ -81,7 +81,7 @@ def test_a_run_that_is_written_opens_and_loads_the_same(dialogues, tmp_path, dty
 
 @pytest.mark.slow
 def test_a_written_run_is_trained_further(dialogues, tmp_path):
-    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
+    lazy_checkpoint.write_run(lazy_checkpoint.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
     last = dialogues.train('sft', tmp_path / 'on', init_from=str(tmp_path / 'run'), steps=2)
     assert last['step'] == 2
 
@@ -94,24 +94,24 @@ def test_checksums_of_pieces_add_up():
 
 
 def test_a_flipped_byte_of_a_written_run_is_noticed(dialogues, tmp_path):
-    at_rest.write_run(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
+    lazy_checkpoint.write_run(lazy_checkpoint.open_run(str(dialogues.run('sft'))), tmp_path / 'run')
     data = max((tmp_path / 'run' / 'checkpoints' / '0' / 'state').rglob('*'), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(bytes(content))
     with pytest.raises(RunError, match='no checkpoint in .* can be read'):
-        at_rest.open_run(str(tmp_path / 'run'))
+        lazy_checkpoint.open_run(str(tmp_path / 'run'))
 
 
 def test_a_run_that_could_not_be_written_leaves_nothing(dialogues, tmp_path):
-    source = at_rest.open_run(str(dialogues.run('sft')))
+    source = lazy_checkpoint.open_run(str(dialogues.run('sft')))
 
     def fails(layer):
         raise OSError(28, 'No space left on device')
 
     leaves = {**source.leaves, 'layers/wq_DNH': source.leaves['layers/wq_DNH']._replace(read=fails)}
     with pytest.raises(RunError, match='No space left on device'):
-        at_rest.write_run(Opened('source', source.model, leaves, source.tokenizer), tmp_path / 'run')
+        lazy_checkpoint.write_run(Opened('source', source.model, leaves, source.tokenizer), tmp_path / 'run')
     assert not list(tmp_path.iterdir())
 
 
@@ -123,7 +123,7 @@ def test_from_a_run_to_a_gguf_file_and_back(call, dialogues):
     assert status == 0 and told['largest'] < 1e-5 and told['kl'] < 1e-9, err
     status, told, err = call('model.gguf', 'again')
     assert (status, told['form'], told['largest']) == (0, 'run', 0.0), err
-    same(at_rest.open_run(str(dialogues.run('sft'))), at_rest.open_run('again'))
+    same(lazy_checkpoint.open_run(str(dialogues.run('sft'))), lazy_checkpoint.open_run('again'))
 
 
 @pytest.mark.parametrize('stage', ['reward', *(pytest.param(s, marks=pytest.mark.slow) for s in ('pretrain', 'sft'))])
@@ -133,10 +133,10 @@ def test_a_run_out_and_back_is_the_same_run(call, dialogues, stage):
     for words in ((run, 'folder'), ('folder', 'again')):
         status, told, err = call(*words)
         assert (status, told['largest']) == (0, 0), err
-    first, again = at_rest.open_run(run), at_rest.open_run('again')
+    first, again = lazy_checkpoint.open_run(run), lazy_checkpoint.open_run('again')
     same(first, again)
     assert (again.scored, again.scale, again.model) == (first.scored, first.scale, first.model)
-    assert runs.read_config('again')['config']['stage'] == stage
+    assert rundir.read_config('again')['config']['stage'] == stage
     assert (first.scale is not None) == (stage == 'reward')
 
 
@@ -163,7 +163,7 @@ def test_a_check_that_fails_deletes_nothing_and_says_so(call, dialogues, monkeyp
 
 
 def test_another_tokenizer_is_noticed(dialogues):
-    a, b = (at_rest.open_run(str(dialogues.run('sft'))) for _ in range(2))
+    a, b = (lazy_checkpoint.open_run(str(dialogues.run('sft'))) for _ in range(2))
     b.tokenizer['tokenizer.model'] = _other_tokenizer()
     with pytest.raises(UsageError, match='gives other ids than'):
         agreement.compare(a, b, tokens=64)
@@ -176,12 +176,12 @@ def _other_tokenizer() -> bytes:
 
 
 def test_agreement_is_the_difference_of_the_models(dialogues):
-    a = at_rest.open_run(str(dialogues.run('pretrain')))
-    b = at_rest.open_run(str(dialogues.run('sft')))
+    a = lazy_checkpoint.open_run(str(dialogues.run('pretrain')))
+    b = lazy_checkpoint.open_run(str(dialogues.run('sft')))
     found, again = agreement.compare(a, b, tokens=32), agreement.compare(a, a, tokens=32)
     assert (again.largest, again.kl) == (0, 0) and again.perplexity_before == again.perplexity_after
     with sharding.use_mesh():
-        models = [runs.load(str(dialogues.run(stage)), warn=pytest.fail) for stage in ('pretrain', 'sft')]
+        models = [loading.load(str(dialogues.run(stage)), warn=pytest.fail) for stage in ('pretrain', 'sft')]
         words = models[0].tokenizer
         ids = [words.bos_id, *words.encode(agreement.TEXT)][:32]
         from lm.model import transformer

@@ -12,7 +12,7 @@ from running import measured
 
 from lm import evaluate
 from lm.errors import UsageError
-from lm.training import checkpoint, runs
+from lm.runs import checkpoint, loading, rundir
 from lm.training import step as training
 
 SHORT = {'steps': 6, 'checkpoint__every': 3}
@@ -29,13 +29,13 @@ def averaging(lab, tmp_path_factory):
 def saved(workdir, item='trainable'):
     """One item of a run's newest checkpoint."""
     with running.all_devices():
-        abstract = {'policy': runs.abstract_params(runs.model_config(runs.read_config(str(workdir))['config']))}
+        abstract = {'policy': loading.abstract_params(loading.model_config(rundir.read_config(str(workdir))['config']))}
         return jax.device_get(checkpoint.find(str(workdir), {item: abstract}, warn=pytest.fail)[1][item]['policy'])
 
 
 def loaded(workdir):
     with running.all_devices():
-        return jax.device_get(runs.load(str(workdir), warn=pytest.fail).params)
+        return jax.device_get(loading.load(str(workdir), warn=pytest.fail).params)
 
 
 def same(a, b):

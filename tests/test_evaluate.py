@@ -9,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 import running
+from etils import epath
 
 from lm.data import pairs
 from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import prepare
 from lm.errors import UsageError
 from lm.evals import preferences, tasks
+from lm.runs import loading, reward_scale, rundir
 from lm.stages import find
-from lm.training import normalisation, runs
 
 CONFIGS = running.ROOT / 'configs'
 STAGES = ('pretrain', 'sft', 'reward', 'dpo')
@@ -47,11 +48,11 @@ def chain(lab, trained, tmp_path_factory):
     shutil.copytree(trained, folder / 'pretrain')
     train(lab, folder / 'reward', folder / 'pretrain', pair)
     for stage, mixture in (('sft', chat), ('dpo', pair)):
-        saved = runs.read_config(str(folder / 'pretrain'))
+        saved = rundir.read_config(str(folder / 'pretrain'))
         saved['config'] |= {'stage': stage, 'init_from': str(folder / 'pretrain')}
         saved['about'] = find(stage).about._asdict()
         saved['config']['data'] |= {'mixture': mixture, 'pretraining': lab.mixture}
-        parent = runs.read_config(str(folder / 'reward'))['parents']['reward']
+        parent = rundir.read_config(str(folder / 'reward'))['parents']['reward']
         saved['parents'] = {'policy': parent} | ({'reference': parent} if stage == 'dpo' else {})
         copy(folder / 'pretrain', folder / stage, saved)
     return {name: str(folder / name) for name in STAGES} | {'chats': chat, 'pairs': pair}
@@ -109,7 +110,7 @@ def test_runs_on_their_own_data_are_asked_about_those(call, chain):
 
 
 def test_an_implicit_reward_needs_its_reference(call, chain, tmp_path):
-    saved = runs.read_config(chain['dpo'])
+    saved = rundir.read_config(chain['dpo'])
     saved['parents']['reference']['path'] = str(tmp_path / 'gone')
     copy(chain['dpo'], tmp_path / 'dpo', saved)
     status, out, err = call(tmp_path / 'dpo', '--tasks=preferences', f'--pairs={chain["pairs"]}', '--rows=2')
@@ -203,13 +204,13 @@ def test_a_package_that_is_not_installed_is_one_line(monkeypatch):
 def test_the_score_is_that_of_training_on_its_scale(call, chain, lab):
     status, out, err = call(chain['reward'], '--score', 'the bucket', 'returns a table')
     found = running.one_object(out)
-    scale = normalisation.read(runs.epath.Path(chain['reward']), 2)
+    scale = reward_scale.read(epath.Path(chain['reward']), 2)
     assert status == 0 and not err and not found['cut']
     assert found['score'] == pytest.approx((found['raw'] - scale.mean) / scale.std)
     # The same answer among pairs, as evaluation reads them.
     with running.all_devices():
-        model = runs.load(chain['reward'], warn=print)
-        folder = runs.tokenizer_folder(chain['reward'])
+        model = loading.load(chain['reward'], warn=print)
+        folder = rundir.tokenizer_folder(chain['reward'])
         form = pairs.form(ChatTemplate.load(folder, model.tokenizer))
         records = [{'prompt': p, 'chosen': 'returns a table', 'rejected': 'no'} for p in ('the bucket', 'a role')]
         path = write(lab.folder / 'score.jsonl', records)

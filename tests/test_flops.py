@@ -11,8 +11,9 @@ from running import lines
 
 from lm import config as configs
 from lm.model import head
+from lm.runs import loading, rundir
 from lm.stages import STAGES, find, plan, runner
-from lm.training import flops, runs
+from lm.training import flops
 from lm.training import step as training
 
 SIZES = {
@@ -31,7 +32,7 @@ def step_of(name, **changes):
     given = {**SIZES, **CASES[name], **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
     file = running.ROOT / 'configs' / f'{name if name in STAGES else "dpo"}.py'
     config, _ = configs.load(str(file), [(k, str(v)) for k, v in given.items()])
-    config.microbatch, config.model.scan, cfg = config.batch_size, False, runs.model_config(config)
+    config.microbatch, config.model.scan, cfg = config.batch_size, False, loading.model_config(config)
     task = find(config.stage).open(config, cfg)
     optimizer, rate = plan.make_optimizer(config)
     state = runner.abstract_state(task, optimizer)
@@ -112,7 +113,7 @@ def test_lines_say_when_and_after_how_many_tokens_and_a_resumed_run_counts_on(la
 def test_a_stage_counts_no_padding(dialogues, stage):
     """Conversations and pairs do not fill their rows."""
     workdir = dialogues.run(stage)
-    saved = runs.read_config(str(workdir))['config']
+    saved = rundir.read_config(str(workdir))['config']
     last = lines(workdir)[-1]
     assert last['tokens'] > 0 and all(0 < r['perf/mfu'] <= 1 for r in lines(workdir) if 'perf/mfu' in r)
     if stage == 'sft':

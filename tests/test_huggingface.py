@@ -19,7 +19,7 @@ from lm.interop.huggingface import open_folder, write_folder
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.config import ModelConfig
-from lm.training import at_rest
+from lm.runs import lazy_checkpoint
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -530,7 +530,7 @@ def test_a_folder_that_could_not_be_written_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize('stage', ['sft', 'reward'])
 def test_a_runs_symbols_are_named(dialogues, tmp_path, stage):
-    first = at_rest.open_run(str(dialogues.run(stage)))
+    first = lazy_checkpoint.open_run(str(dialogues.run(stage)))
     write_folder(first, tmp_path / 'out', say=QUIET)
     config, ends = (json.loads((tmp_path / 'out' / n).read_text()) for n in ('config.json', 'generation_config.json'))
     ids = {'bos_token_id': 1, 'pad_token_id': 0, 'eos_token_id': [2, 7]}
@@ -547,7 +547,7 @@ def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):
 
 def test_padding_that_ends_an_answer_is_not_named_with_a_reward_model(dialogues, tmp_path):
     """transformers reads the score at the last token that is not padding, which would be the one before the end."""
-    first = at_rest.open_run(str(dialogues.run('reward')))
+    first = lazy_checkpoint.open_run(str(dialogues.run('reward')))
     files_of_it = tokenizers.to_huggingface(first.tokenizer, context=None)
     named, other = b'"pad_token": "<pad>"', b'"pad_token": "<eos>"'
     files_of_it = {name: content.replace(named, other) for name, content in files_of_it.items()}

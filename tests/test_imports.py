@@ -14,6 +14,7 @@ ROOMS = (
     {'evals'},
     {'sampling'},
     {'training'},
+    {'runs'},
     {'interop'},
     {'data'},
     {'losses', 'advantages', 'model'},

@@ -11,8 +11,9 @@ import running
 
 from lm import config as configs
 from lm.errors import RunError, UsageError
+from lm.runs import loading
 from lm.stages import plan, pretrain, runner
-from lm.training import microbatch, runs
+from lm.training import microbatch
 
 
 def divisors(n, parts=1):
@@ -139,9 +140,9 @@ def accelerator(monkeypatch):
 def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, model__layers=1))[1])
     config.precision.compute = 'float32'
-    cfg = runs.model_config(config)
+    cfg = loading.model_config(config)
     optimizer, rate = plan.make_optimizer(config)
-    abstract = plan.abstract_state({'policy': runs.abstract_params(cfg)}, optimizer, config.seed)
+    abstract = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
     own = (pretrain.Pretrain(config, cfg), optimizer, rate, abstract)
     build = functools.cache(functools.partial(runner.compile_step, *own))
     sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}

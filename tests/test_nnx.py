@@ -14,7 +14,7 @@ from lm import sharding
 from lm.errors import UsageError
 from lm.interop.nnx import from_nnx, opened, to_nnx
 from lm.model import parameters, transformer
-from lm.training import at_rest, runs
+from lm.runs import lazy_checkpoint, loading
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -65,10 +65,10 @@ def test_what_came_back_is_written_as_a_run(dialogues, tmp_path):
     """Trained, and with its vocabulary's padding."""
     run = str(dialogues.run('sft'))
     with sharding.use_mesh():
-        model = runs.load(run, warn=pytest.fail)
+        model = loading.load(run, warn=pytest.fail)
         more = jax.tree.map(lambda x: x + 1, model.params)
-        at_rest.write_run(opened(to_nnx(more, model.cfg), at_rest.open_run(run)), tmp_path / 'run')
-        back = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
+        lazy_checkpoint.write_run(opened(to_nnx(more, model.cfg), lazy_checkpoint.open_run(run)), tmp_path / 'run')
+        back = loading.load(str(tmp_path / 'run'), warn=pytest.fail)
     rows = model.cfg.vocab_size
     assert rows < len(more['embed_VD']), 'a padded vocabulary'
     found, wanted = dict(back.params), dict(more)
@@ -80,7 +80,7 @@ def test_a_module_of_another_graph_is_no_run_of_this_one(params, tiny, dialogues
     cfg = dataclasses.replace(tiny, qkv_bias=True)
     module = to_nnx(parameters.init(jax.random.key(0), cfg), cfg)
     with pytest.raises(UsageError, match='not of one graph: layers/bias_k_KH'):
-        opened(module, at_rest.open_run(str(dialogues.run('sft'))))
+        opened(module, lazy_checkpoint.open_run(str(dialogues.run('sft'))))
 
 
 def test_it_splits_and_merges_as_modules_do(params, tiny):

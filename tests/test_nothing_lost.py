@@ -10,8 +10,8 @@ import running
 from running import lines, measured, status, steps_saved
 
 from lm.errors import RunError, UsageError
+from lm.runs import checkpoint
 from lm.stages import runner
-from lm.training import checkpoint
 
 
 @pytest.fixture(scope='module')

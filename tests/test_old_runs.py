@@ -19,7 +19,7 @@ import running
 from checks import refused
 
 from lm import sharding
-from lm.training import checkpoint, runs
+from lm.runs import checkpoint, loading
 
 ARCHIVE = Path(__file__).parent / 'data' / 'old_runs.tar.xz'
 # By run, the digest of the weights for use: with optim.ema their average.
@@ -95,7 +95,7 @@ def last(run: str, kind: str) -> dict[str, float]:
 @old_runs
 def test_the_weights_are_those_that_were_saved(run):
     with sharding.use_mesh():
-        model = runs.load(run, warn=pytest.fail)
+        model = loading.load(run, warn=pytest.fail)
         assert checkpoint.digest(model.params) == DIGESTS[run]
     assert model.step == 2 and {x.dtype.name for x in jax.tree.leaves(model.params)} == {'float32'}
 

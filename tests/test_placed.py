@@ -14,7 +14,7 @@ from lm.interop import placed
 from lm.interop.huggingface import open_folder, write_folder
 from lm.model import parameters, transformer
 from lm.model.config import ModelConfig
-from lm.training import at_rest, runs
+from lm.runs import lazy_checkpoint, loading
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families'
 
@@ -48,10 +48,10 @@ def test_the_logits_are_those_of_transformers_however_they_are_split(name):
 
 
 def test_a_folder_is_loaded_onto_the_mesh_and_answers(tmp_path, dialogues):
-    write_folder(at_rest.open_run(str(dialogues.run('sft'))), tmp_path / 'folder', say=lambda line: None)
+    write_folder(lazy_checkpoint.open_run(str(dialogues.run('sft'))), tmp_path / 'folder', say=lambda line: None)
     with sharding.use_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4]):
-        found = at_rest.load(open_folder(tmp_path / 'folder'))
-        wanted = runs.load(str(dialogues.run('sft')), warn=pytest.fail)
+        found = lazy_checkpoint.load(open_folder(tmp_path / 'folder'))
+        wanted = loading.load(str(dialogues.run('sft')), warn=pytest.fail)
         for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(wanted.params), strict=True):
             assert (a.sharding, a.shape) == (b.sharding, b.shape)
         ids_BT = jnp.array([wanted.tokenizer.encode('a fish in the sea')])

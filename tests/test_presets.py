@@ -10,8 +10,8 @@ from running import load_config
 from lm import presets
 from lm.errors import UsageError
 from lm.model import parameters
+from lm.runs import lineage, loading
 from lm.stages import find
-from lm.training import runs
 
 # As published, without the padding of the vocabulary; Granite's counted by hand: embedding, layers, last norm.
 PARAMETERS = {
@@ -42,7 +42,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_a_known_model_has_its_parameters(name):
-    cfg = runs.model_config(load_config(arg=name))
+    cfg = loading.model_config(load_config(arg=name))
     shapes = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     padding = (cfg.sizes['V'] - cfg.vocab_size) * cfg.dim * (1 if cfg.tied else 2)
     assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == PARAMETERS[name]
@@ -59,9 +59,9 @@ def test_a_run_older_than_a_setting_of_the_model_has_its_default(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'config': old}))
     child = load_config(f'--config.init_from={tmp_path}')
     child.model.norms = 'post'  # as a stage's own file may have it
-    runs.inherit_model(child, find(child.stage).about, {'init_from'}, weights=False)
+    lineage.inherit_model(child, find(child.stage).about, {'init_from'}, weights=False)
     assert child.model.norms == 'pre'
-    runs.inherit_model(child, find(child.stage).about, {'init_from', 'model.norms'}, weights=False)
+    lineage.inherit_model(child, find(child.stage).about, {'init_from', 'model.norms'}, weights=False)
     child.model.norms = 'post'
     with pytest.raises(UsageError, match='model.norms=post differs from .*, which has pre: leave it out'):
-        runs.inherit_model(child, find(child.stage).about, {'init_from', 'model.norms'}, weights=False)
+        lineage.inherit_model(child, find(child.stage).about, {'init_from', 'model.norms'}, weights=False)

@@ -389,7 +389,7 @@ def test_processes_without_a_shared_cache_prepare_their_own(lab, one, tmp_path, 
 BLIND = """
 import sys
 from lm import errors, main
-from lm.training import checkpoint
+from lm.runs import checkpoint
 real = checkpoint._restore
 def restore(path, abstract):
     if path.name == '12' and '--process_id=1' in sys.argv:

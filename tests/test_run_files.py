@@ -20,9 +20,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from lm import files, sharding
 from lm import main as lm_main
 from lm.errors import Preempted, RunError
+from lm.runs import checkpoint, loading
 from lm.runtime import StopRequest
 from lm.stages import pretrain
-from lm.training import checkpoint, flops, loop, runs
+from lm.training import flops, loop
 from lm.training import ledger as ledgers
 from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, Meter
@@ -169,7 +170,7 @@ def test_the_choice_of_attention_is_told_and_is_the_platforms_own(lab, tmp_path)
     file = tmp_path / 'run/config.json'
     file.write_text(file.read_text().replace('"attention": "dense"', '"attention": "cudnn"'))
     with sharding.use_mesh():
-        assert runs.load(str(tmp_path / 'run'), warn=pytest.fail).cfg.attention == 'blocks'
+        assert loading.load(str(tmp_path / 'run'), warn=pytest.fail).cfg.attention == 'blocks'
     lab.train(tmp_path / 'run', steps=4)
     assert 'attention: blocks (cpu)' in (tmp_path / 'run/log.txt').read_text()
 
@@ -452,7 +453,7 @@ def test_a_full_disk_ends_the_run_with_one_line(lab, four_steps, tmp_path, monke
 FULL = {
     'in the background': """
 import resource, signal
-from lm.training.checkpoint import Writer
+from lm.runs.checkpoint import Writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = Writer.save
 def limited(self, step, tree, **meta):

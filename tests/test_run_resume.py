@@ -17,8 +17,9 @@ from running import assert_same, lines, measured, params, signal_at, status, ste
 from lm import main as lm_main
 from lm import runtime
 from lm.errors import Preempted, RunError, UsageError
+from lm.runs import checkpoint, loading, rundir
 from lm.stages import pretrain, runner
-from lm.training import checkpoint, loop, runs
+from lm.training import loop
 from lm.training.recorder import Recorder
 
 DEVICES = 8  # so that what runs in a process of its own can be compared with what runs in this one
@@ -32,7 +33,7 @@ def whole(trained) -> Path:
 
 def digest_of(workdir: Path) -> str:
     with running.all_devices():
-        return checkpoint.digest(runs.load(str(workdir), warn=pytest.fail).params)
+        return checkpoint.digest(loading.load(str(workdir), warn=pytest.fail).params)
 
 
 # ---- stopped ----
@@ -153,7 +154,7 @@ def test_killed_during_a_save(lab, whole, tmp_path):
     """A process dies inside its second save; the rest is done here. Random moments: tests/faults.py."""
     workdir = tmp_path / 'run'
     die = (
-        'import os, sys\nfrom lm import main\nfrom lm.training.checkpoint import Writer\nsave = Writer.save\n'
+        'import os, sys\nfrom lm import main\nfrom lm.runs.checkpoint import Writer\nsave = Writer.save\n'
         'def dying(self, step, tree, **meta):\n'
         '    save(self, step, tree, **meta)\n'
         '    if step >= 6: os.kill(os.getpid(), 9)\n'
@@ -255,13 +256,13 @@ def test_two_at_once_do_not_train_in_one_workdir(lab, tmp_path):
         lab.train(workdir)
     assert first.poll() is None and (workdir / 'config.json').read_bytes() == before
     running.kill(first)
-    assert (workdir / runs.LOCK).exists()
+    assert (workdir / rundir.LOCK).exists()
     assert lab.train(workdir, steps=max(12, *steps_saved(workdir), 0) + 1)['step'] >= 12
-    assert not (workdir / runs.LOCK).exists()
+    assert not (workdir / rundir.LOCK).exists()
 
 
 def test_a_lock_left_in_an_empty_folder_is_no_other_run(lab, tmp_path):
-    (tmp_path / runs.LOCK).write_text('')
+    (tmp_path / rundir.LOCK).write_text('')
     assert lab.train(tmp_path, steps=1)['step'] == 1
 
 
@@ -353,9 +354,9 @@ def test_init_from_starts_at_0_with_the_weights_and_outlives_its_parent(lab, who
     found = measured(child)
     assert {step for step, _ in found} == set(range(1, 13))
     assert found[1, 'train/loss'] < measured(whole)[1, 'train/loss'] - 0.5
-    saved = runs.read_config(str(child))
+    saved = rundir.read_config(str(child))
     assert saved['parents'] == {'policy': {'path': str(parent), 'step': 12, 'digest': digest_of(whole)}}
-    assert saved['config']['model'] == runs.read_config(str(whole))['config']['model']
+    assert saved['config']['model'] == rundir.read_config(str(whole))['config']['model']
     model = 'tokenizer/tokenizer.model'
     assert (child / model).read_bytes() == (whole / model).read_bytes()
     shutil.rmtree(parent)

@@ -25,9 +25,9 @@ from lm.data import cache
 from lm.errors import Preempted, UsageError
 from lm.evals import preferences
 from lm.losses.preference import LOSSES
+from lm.runs import lineage, loading, reward_scale
 from lm.stages import find, reference, runner
 from lm.stages import pairs as pair_stage
-from lm.training import normalisation, runs
 
 LN2 = math.log(2)
 
@@ -114,9 +114,9 @@ def test_a_reward_model_keeps_the_scale_of_its_scores(dialogues):
     kept = json.loads((workdir / 'normalisation.json').read_text())
     assert list(kept) == ['3', '6'] and not (workdir / 'samples.jsonl').exists()
     assert found[6, 'eval/reward_mean'] == kept['6']['mean']
-    scale = normalisation.read(workdir, 6)
+    scale = reward_scale.read(workdir, 6)
     with running.all_devices():
-        model = runs.load(str(workdir), warn=pytest.fail)
+        model = loading.load(str(workdir), warn=pytest.fail)
         config, store = reread(dialogues, workdir)
         scores = preferences.scores(model.params, model.cfg, pair_stage.in_order(config, store, 4), store.pairs)
     scores = (scores[~np.isnan(scores[:, 0])] - scale.mean) / scale.std
@@ -131,7 +131,7 @@ def reread(dialogues, workdir):
     flags, settings = lm_main.parse(argv)
     config, _ = configs.load(flags.config, settings)
     with contextlib.chdir(dialogues.lab.folder):
-        runs.inherit_model(
+        lineage.inherit_model(
             config, find(config.stage).about, configs.chosen(flags.config, settings), epath.Path(workdir)
         )
         data = pair_stage.prepare(config, str(workdir / 'tokenizer'), lambda line: None)

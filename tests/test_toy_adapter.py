@@ -14,8 +14,8 @@ from running import ROOT, all_devices, assert_same, measured, params, signal_at
 from lm.errors import Preempted
 from lm.model import seam
 from lm.model.adapters import ADAPTERS
+from lm.runs import checkpoint, loading, rundir
 from lm.stages import STAGES, sft
-from lm.training import checkpoint, runs
 
 
 @struct.dataclass
@@ -44,7 +44,7 @@ def init(key, base):
 
 
 def config_of(workdir):
-    return runs.read_config(str(workdir))
+    return rundir.read_config(str(workdir))
 
 
 class Adapted(sft.Sft):
@@ -116,4 +116,4 @@ def test_another_base_is_refused(adapted, dialogues, monkeypatch):
     file = adapted.folder / 'run' / 'config.json'
     file.write_text(file.read_text().replace(config_of(file.parent)['parents']['base']['digest'], 'another'))
     with pytest.raises(Exception, match='has other weights than when this run began'), all_devices():
-        runs.load(str(file.parent), warn=pytest.fail)
+        loading.load(str(file.parent), warn=pytest.fail)

@@ -10,10 +10,10 @@ from running import ROOT, measured, one_object, params, signal_at, status
 from lm import sharding
 from lm.data import chats, pipeline
 from lm.errors import Preempted, RunError
+from lm.runs import rundir, saved_config
 from lm.sampling.generate import Sampling, generate
 from lm.stages import STAGES, language, sft
 from lm.stages.spec import StageSpec, Task
-from lm.training import runs
 
 
 class Imitate(Task):
@@ -122,7 +122,7 @@ def test_it_ends_with_a_reason_and_what_it_had_is_saved(toy):
 def test_the_commands_know_it(toy, dialogues, call, monkeypatch):
     toy('run')
     run = toy.folder / 'run'
-    assert runs.about(runs.read_config(str(run))) == TOY.about
+    assert saved_config.about(rundir.read_config(str(run))) == TOY.about
     monkeypatch.chdir(dialogues.lab.folder)
     status, out, _ = call('chat', run, '--prompt=the bucket', '--max_new_tokens=2')
     assert status == 0 and out

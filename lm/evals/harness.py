@@ -29,9 +29,9 @@ from lm.errors import UsageError
 from lm.evals import likelihood
 from lm.evals.likelihood import Request
 from lm.evals.tasks import Subject
+from lm.runs import loading, rundir, saved_config
 from lm.sampling.conversation import room_to_ask
 from lm.sampling.generate import Sampling
-from lm.training import runs
 
 MARK = '\U0010fffd'  # stands around the name of a control symbol; twice, where texts are encoded apart
 MAX_NEW_TOKENS = 256  # where a task does not say: the harness's own
@@ -57,11 +57,11 @@ class Harness(LM):
 
     def __init__(self, run: str, *, subject: Subject | None = None) -> None:
         super().__init__()
-        if runs.about(runs.read_config(run)).output == 'scores':
+        if saved_config.about(rundir.read_config(run)).output == 'scores':
             raise UsageError(f'{run} is a reward model and gives scores, not text')
         self.mesh = sharding.make_mesh({'fsdp': -1}) if subject is None else jax.sharding.get_mesh()
         with jax.set_mesh(self.mesh):
-            self.subject = subject or Subject(run, runs.load(run, warn=progress.say), progress.say)
+            self.subject = subject or Subject(run, loading.load(run, warn=progress.say), progress.say)
 
     # ---- what it is asked ----
 

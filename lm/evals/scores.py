@@ -12,7 +12,7 @@ from lm.errors import UsageError
 from lm.evals.tasks import Subject
 from lm.model import sequences, transformer
 from lm.model.config import ModelConfig
-from lm.training import normalisation
+from lm.runs import reward_scale
 
 
 def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
     ids, trained = subject.template.encode(model.tokenizer, messages)
     if not any(trained[:seq_len]):
         raise UsageError(f'--score: the prompt alone fills the {seq_len} tokens that {subject.run} was trained on')
-    scale = normalisation.read(epath.Path(split_run(subject.run)[0]), model.step)
+    scale = reward_scale.read(epath.Path(split_run(subject.run)[0]), model.step)
     row_BT = np.array([ids[:seq_len]], np.int32)
     raw = float(jax.jit(_last_score, static_argnums=1)(model.params, model.cfg, row_BT))
     found = {'score': (raw - scale.mean) / scale.std, 'raw': raw, **scale._asdict(), 'tokens': row_BT.size}

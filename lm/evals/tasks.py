@@ -26,8 +26,8 @@ from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.training import runs
-from lm.training.runs import Model
+from lm.runs import loading, rundir, saved_config
+from lm.runs.loading import Model
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 Say = Callable[[str], None]
@@ -68,7 +68,7 @@ class Subject:
 
 def template_of(run: str, model: Model) -> ChatTemplate:
     """The chat template of a run. Raises UsageError if its tokenizer has none."""
-    return ChatTemplate.load(runs.tokenizer_folder(run), model.tokenizer)
+    return ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer)
 
 
 def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
@@ -132,12 +132,12 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
 
 def reference_of(subject: Subject) -> Any:
     """The weights that preference optimisation began with; None for other runs, and where they are gone or others."""
-    began = runs.parents(runs.read_config(subject.run)).get('reference')
+    began = saved_config.parents(rundir.read_config(subject.run)).get('reference')
     if began is None:
         return None
     try:
-        params, now = runs.weights(began.path, runs.abstract_params(subject.model.cfg), warn=subject.say)
-        runs.check_unchanged(began, params, now)
+        params, now = loading.weights(began.path, loading.abstract_params(subject.model.cfg), warn=subject.say)
+        loading.check_unchanged(began, params, now)
         return params
     except UsageError as error:
         subject.say(f'{subject.run}: no implicit rewards without its reference ({error})')
@@ -210,7 +210,7 @@ def plan(
 def _mixture(task: str, saved: Mapping[str, Mapping[str, Any]], given: str | None) -> str | None:
     """The mixture of a task. Raises UsageError if there is none, or one of its sources cannot be opened."""
     mixture = given or _usual(task, saved)
-    texts = [runs.pretraining_of(run) for run in saved.values() if runs.about(run).output != 'scores']
+    texts = [saved_config.pretraining_of(run) for run in saved.values() if saved_config.about(run).output != 'scores']
     for part in [mixture] if mixture else filter(None, dict.fromkeys(texts)):
         for name in _sources(part):
             open_source(name, TASKS[task].kind)
@@ -222,7 +222,7 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     known, kind = TASKS[task], TASKS[task].kind
     if known.mixture is None:
         return None
-    trained = [run['config']['data']['mixture'] for run in saved.values() if runs.about(run).data == kind]
+    trained = [run['config']['data']['mixture'] for run in saved.values() if saved_config.about(run).data == kind]
     own = [mixture for mixture in trained if known.own and not has_default(mixture)]
     if own and len(own) == len(trained):
         return own[0]
@@ -246,7 +246,7 @@ def fitting(names: Sequence[str] | None, run: str, saved: Mapping[str, Any]) -> 
 
     Raises UsageError if others are asked for, and none is left.
     """
-    fit = [task for task in names or TASKS if task == 'preferences' or runs.about(saved).output != 'scores']
+    fit = [task for task in names or TASKS if task == 'preferences' or saved_config.about(saved).output != 'scores']
     if names and not fit:
         raise UsageError(f'{run} is a reward model, which gives scores: --tasks=preferences is what it can be asked')
     return fit
@@ -257,7 +257,7 @@ def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits)
     had."""
     metrics = {}
     for name, mixture in planned.items():
-        mixture = mixture or runs.pretraining_of(subject.model.saved)
+        mixture = mixture or saved_config.pretraining_of(subject.model.saved)
         if mixture is None:
             subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
             continue
@@ -272,14 +272,14 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
     options = {'vocab_size': subject.model.cfg.vocab_size, 'heldout': data['heldout'], 'progress': subject.say}
     if kind == 'text' and data['tokenizer'] is None and mixture == data['mixture']:
         # As the run prepared it, most likely still in the cache.
-        asked = runs.read_config(subject.run).get('asked_vocab_size', subject.model.cfg.vocab_size)
+        asked = rundir.read_config(subject.run).get('asked_vocab_size', subject.model.cfg.vocab_size)
         found = prepare(mixture=mixture, tokenizer=None, **(options | {'vocab_size': asked}))
         if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
             return found
     # A run that learned from single answers is asked about such.
     unpaired = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
     return prepare(
-        mixture=mixture, tokenizer=runs.tokenizer_folder(subject.run), form=_form(subject, kind), unpaired=unpaired,
+        mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), form=_form(subject, kind), unpaired=unpaired,
         **options,
     )  # fmt: skip
 

@@ -4,10 +4,10 @@ The module is a view: its parameters have the names that they have in a run, lay
 `lm.model.transformer` does.
 
     with sharding.use_mesh():
-        model = runs.load('runs/a', warn=print)
+        model = loading.load('runs/a', warn=print)
         module = to_nnx(model.params, model.cfg)
         …
-        at_rest.write_run(opened(module, at_rest.open_run('runs/a')), 'runs/b')
+        lazy_checkpoint.write_run(opened(module, lazy_checkpoint.open_run('runs/a')), 'runs/b')
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
     def __init__(self, params: Params, cfg: ModelConfig) -> None:
         """
         Args:
-          params: arrays, as `runs.load(run, warn=print).params`, loaded under `sharding.use_mesh()`.
+          params: arrays, as `loading.load(run, warn=print).params`, loaded under `sharding.use_mesh()`.
         """
         self.cfg = cfg
         self.parameters = nnx.data(_wrapped(params))

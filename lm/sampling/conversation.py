@@ -14,10 +14,10 @@ from lm.data.chat_shape import Message
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
+from lm.runs import loading, rundir, saved_config
+from lm.runs.loading import Model
 from lm.sampling import generate
 from lm.sampling.generate import Programs, fixed_slots, lay_out, stream
-from lm.training import runs
-from lm.training.runs import Model
 
 
 @dataclass
@@ -83,7 +83,7 @@ def can_chat(run: str) -> bool:
 
     Raises UsageError if it is a reward model, or there is no such run.
     """
-    output = runs.about(runs.read_config(run)).output
+    output = saved_config.about(rundir.read_config(run)).output
     if output == 'scores':
         raise UsageError(
             f'{run} is a reward model and gives scores, not answers: python -m lm.evaluate {run} --score PROMPT ANSWER'
@@ -99,13 +99,13 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
       max_new_tokens: of an answer, to compile for.
     """
     chats = can_chat(run) and not raw
-    whole = runs.read_config(run)
+    whole = rundir.read_config(run)
     saved = whole['config']
-    cfg = runs.model_config(saved | {'attention': None})
-    ahead = Ahead(generate.laid_out(runs.abstract_model(whole, cfg), cfg), cfg)
+    cfg = loading.model_config(saved | {'attention': None})
+    ahead = Ahead(generate.laid_out(loading.abstract_model(whole, cfg), cfg), cfg)
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
-    model = runs.load(run, warn=warn)
-    template = ChatTemplate.load(runs.tokenizer_folder(run), model.tokenizer) if chats else None
+    model = loading.load(run, warn=warn)
+    template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
     talker = Talker(run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
     if system is not None:
         talker.turns.append({'role': 'system', 'content': system})

@@ -12,12 +12,12 @@ from lm.losses import preference
 from lm.losses.preference import LOSSES, Pairs, Response
 from lm.model import sequences
 from lm.model.roles import Roles
+from lm.runs.saved_config import Parent
 from lm.stages import language, pairs, reference
 from lm.stages.pairs import PairData
 from lm.stages.spec import Batch, Say, StageSpec
 from lm.training import flops
 from lm.training import step as training
-from lm.training.runs import Parent
 
 REPLAY = 1.0  # the coefficient of the replayed text's cross-entropy
 

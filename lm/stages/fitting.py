@@ -11,8 +11,9 @@ from lm import presets
 from lm.config import Config, base
 from lm.errors import RunError, UsageError
 from lm.model.config import ModelConfig
+from lm.runs import loading
 from lm.stages import plan
-from lm.training import microbatch, runs
+from lm.training import microbatch
 from lm.training.recorder import Recorder
 from lm.training.step import TrainState
 
@@ -120,7 +121,7 @@ def _smaller_models(config: Config, state: TrainState, part: float) -> Iterator[
     if config.init_from or config.branch_from:
         return
     most = part * _count(state.trainable)
-    sizes = ((name, _count(runs.shapes(_model_of(name)))) for name in presets.SIZES)
+    sizes = ((name, _count(loading.shapes(_model_of(name)))) for name in presets.SIZES)
     fitting = [name for name, count in sizes if count <= most]
     yield f'configs/pretrain.py:{fitting[-1]} or smaller' if fitting else f'a model of {most:,.0f} parameters at most'
 

@@ -19,7 +19,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.config import ModelConfig
 from lm.model.roles import Roles
-from lm.training import checkpoint, microbatch
+from lm.runs import checkpoint
+from lm.training import microbatch
 from lm.training import optimizer as optim
 from lm.training import step as training
 from lm.training.ledger import Ledger

@@ -22,11 +22,11 @@ from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
 from lm.evals import answers, preferences
 from lm.model.config import ModelConfig
+from lm.runs import loading
+from lm.runs.saved_config import Parent
 from lm.stages import pairs
 from lm.stages.pairs import PairData, PairTask
 from lm.stages.spec import Say
-from lm.training import runs
-from lm.training.runs import Parent
 
 RECIPE = 2  # part of the cache's key: raise it when what the reference says changes
 
@@ -84,7 +84,7 @@ def add(task: PairTask, parents: Mapping[str, Parent]) -> tuple[PairData, Parent
     def params() -> Any:
         say('what the reference makes of the pairs')
         weights, now = load()
-        runs.check_unchanged(known, weights, now)
+        loading.check_unchanged(known, weights, now)
         return weights
 
     key = {
@@ -101,7 +101,7 @@ def add(task: PairTask, parents: Mapping[str, Parent]) -> tuple[PairData, Parent
 
 def _load(config: Config, cfg: ModelConfig, say: Say, *, goes_on: bool) -> tuple[Any, Parent]:
     try:
-        return runs.weights(config.init_from, runs.abstract_params(cfg), warn=say)
+        return loading.weights(config.init_from, loading.abstract_params(cfg), warn=say)
     except UsageError as error:
         if not goes_on:
             raise

@@ -13,11 +13,12 @@ from lm.evals import preferences
 from lm.losses import reward
 from lm.model import parameters, sequences
 from lm.model.roles import Roles
+from lm.runs import reward_scale, rundir, saved_config
+from lm.runs.saved_config import Parent
 from lm.stages import pairs
 from lm.stages.spec import Batch, StageSpec
-from lm.training import flops, normalisation, runs
+from lm.training import flops
 from lm.training import step as training
-from lm.training.runs import Parent
 
 
 def check(config: Config) -> None:
@@ -35,7 +36,7 @@ class Reward(pairs.PairTask):
 
     def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
         """The body of the run it starts from, and a new score; of a reward model, both."""
-        if runs.about(runs.read_config(self.config.init_from)).output == 'scores':
+        if saved_config.about(rundir.read_config(self.config.init_from)).output == 'scores':
             return super().first_weights(abstract)
         own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), self.cfg))
         body, parent = super().first_weights({k: v for k, v in abstract.items() if k not in own})
@@ -63,9 +64,9 @@ class Reward(pairs.PairTask):
         """Held-out pairs, beside what lengths alone would say; and the scale of the scores, which is kept with the
         run."""
         model, sources = state.models['reward'], self.data.own.sources
-        scale = normalisation.of_pairs(np.concatenate([self._scores(model, s.train) for s in sources]))
+        scale = reward_scale.of_pairs(np.concatenate([self._scores(model, s.train) for s in sources]))
         if self.recorder.workdir is not None:
-            normalisation.write(self.recorder.workdir, step, scale)
+            reward_scale.write(self.recorder.workdir, step, scale)
         metrics = {'eval/reward_mean': scale.mean, 'eval/reward_std': scale.std}
         for s in sources:
             scores = self._scores(model, s.heldout)

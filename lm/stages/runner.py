@@ -18,15 +18,16 @@ from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
+from lm.runs import checkpoint, loading, rundir, saved_config
+from lm.runs.saved_config import Parent
 from lm.runtime import StopRequest
 from lm.stages import fitting, plan
 from lm.stages.spec import Batch, StageSpec, Task
-from lm.training import checkpoint, flops, runs
+from lm.training import flops
 from lm.training import step as training
 from lm.training.ledger import Ledger
 from lm.training.loop import Hooks, run_loop, saved
 from lm.training.recorder import Recorder
-from lm.training.runs import Parent
 
 OTHER_DATA = 'was trained on other data: the sources changed, or how they are prepared'
 
@@ -39,10 +40,10 @@ def run(
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
     spec.check(config)
-    found = runs.open_workdir(config, workdir)
+    found = rundir.open_workdir(config, workdir)
     with sharding.use_mesh(config.mesh) as mesh:
         plan.restore_resolved(config, found, mesh)
-        cfg = runs.model_config(config)
+        cfg = loading.model_config(config)
         plan.check_mesh(config, mesh)
         if dry_run:
             return _dry_run(spec.open(config, cfg))
@@ -66,12 +67,12 @@ def _train(
     processes.same('prepared data', data.fingerprint)
     if found and found['data'] != data.fingerprint:
         raise UsageError(f'{workdir} {OTHER_DATA}; name another --workdir')
-    if config.branch_from and not found and runs.read_config(config.branch_from)['data'] != data.fingerprint:
+    if config.branch_from and not found and rundir.read_config(config.branch_from)['data'] != data.fingerprint:
         raise UsageError(f'{config.branch_from} {OTHER_DATA}; use init_from')
     for line in xla.lines():
         recorder.say(line)
     recorder.say(f'data ready in {ledger.seconds["prepare"]:.1f} s')
-    parents = runs.parents(found)
+    parents = saved_config.parents(found)
     kept = {'asked_vocab_size': found['asked_vocab_size']} if found and 'asked_vocab_size' in found else {}
     kept |= plan.shrink_vocabulary(config, data.tokenizer, recorder.say)
     task = dataclasses.replace(task, cfg=dataclasses.replace(cfg, vocab_size=config.model.vocab_size), data=data)
@@ -84,7 +85,7 @@ def _train(
     recorder.checkpointed(checkpoint.newest_sealed(checkpoints) if found else None)
     kept |= {'data': data.fingerprint, 'tokenizer': data.tokenizer.fingerprint}
     kept |= {'about': spec.about._replace(adapter=task.adapter)._asdict()}
-    runs.write_config(workdir, config, parents, **kept)
+    rundir.write_config(workdir, config, parents, **kept)
     recorder.open(workdir)
     with plan.log_failure(recorder, ledger):
         if processes.first():
@@ -150,7 +151,7 @@ def _fit(
     recorder.say(told)
     with progress.task('loading the weights'):
         state, parents = start(task, workdir, abstract, optimizer, parents)
-    runs.write_config(workdir, config, parents, **kept)
+    rundir.write_config(workdir, config, parents, **kept)
 
     # ---- loop ----
     source = task.source(int(state.step))
@@ -171,7 +172,7 @@ def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
     count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
-    choice = runs.attention_choice(config)
+    choice = loading.attention_choice(config)
     return [
         f'attention: {choice.name} ({choice.why})',
         f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
@@ -207,7 +208,7 @@ def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
     """The state as shapes and shardings."""
     ema = task.config.optim.ema is not None
     state = plan.abstract_state({task.trains: task.abstract()}, optimizer, task.config.seed, ema=ema)
-    return dataclasses.replace(state, frozen={role: runs.abstract_params(task.cfg, role) for role in task.frozen})
+    return dataclasses.replace(state, frozen={role: loading.abstract_params(task.cfg, role) for role in task.frozen})
 
 
 def abstract_saved(task: Task, abstract: training.TrainState) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def start(
     frozen, read = {}, {}
     for role, setting in task.frozen.items():
         known = (config[setting], abstract.frozen[role], parents.get(role))
-        frozen[role], read[role] = runs.read_unchanged(*known, warn=recorder.say)
+        frozen[role], read[role] = loading.read_unchanged(*known, warn=recorder.say)
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', wanted, warn=partial(recorder.say, style='red'), set_aside=True
     )
@@ -251,7 +252,7 @@ def start(
         return training.TrainState(frozen=frozen, **tree), {**parents, **read}
     recorder.rewind(0)
     if config.branch_from:
-        step, tree, meta = runs.branch(config.branch_from, wanted, warn=recorder.say)
+        step, tree, meta = loading.branch(config.branch_from, wanted, warn=recorder.say)
         recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'branched from {config.branch_from} at step {step}')
         task.load(jax.device_get(tree.pop('task', {})))
@@ -277,7 +278,7 @@ def _dry_run(task: Task) -> dict[str, Any]:
     optimizer, rate = plan.make_optimizer(config)
     abstract = abstract_state(task, optimizer)
     build = partial(compile_step, task, optimizer, rate, abstract)
-    recorder, choice = task.recorder, runs.attention_choice(config)
+    recorder, choice = task.recorder, loading.attention_choice(config)
     recorder.say(f'attention   {choice.name} ({choice.why})')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):

@@ -20,11 +20,12 @@ from lm.data.tokenizer import Tokenizer
 from lm.model import parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
+from lm.runs import loading, saved_config
+from lm.runs.saved_config import Parent
 from lm.stages import plan
-from lm.training import flops, runs
+from lm.training import flops
 from lm.training import step as training
 from lm.training.recorder import Recorder
-from lm.training.runs import Parent
 
 Batch = Mapping[str, jax.Array]
 Source = Callable[[Any, int], Batch]  # (state, i) -> batch i; only an online task looks at the state
@@ -94,19 +95,19 @@ class Task:
     def abstract(self) -> Any:
         """What is trained, as shapes and shardings."""
         if self.adapter is not None:
-            return runs.abstract_adapter(self.adapter, runs.abstract_params(self.cfg, 'base'))
-        return runs.abstract_params(self.cfg, self.trains)
+            return loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))
+        return loading.abstract_params(self.cfg, self.trains)
 
     def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
         """(the weights to begin with, the run they come from): those of init_from, else random ones and None; of an
         adapter those that it begins with."""
         if self.adapter is not None:
-            init, base = ADAPTERS[self.adapter], runs.abstract_params(self.cfg, 'base')
+            init, base = ADAPTERS[self.adapter], loading.abstract_params(self.cfg, 'base')
             where = jax.tree.map(lambda x: x.sharding, abstract)
             return jax.jit(lambda key: init(key, base), out_shardings=where)(jax.random.key(self.config.seed)), None
         if not self.config.init_from:
             return parameters.init_sharded(jax.random.key(self.config.seed), self.cfg), None
-        weights, parent = runs.weights(self.config.init_from, abstract, warn=self.recorder.say)
+        weights, parent = loading.weights(self.config.init_from, abstract, warn=self.recorder.say)
         self.recorder.say(f'weights from {self.config.init_from} at step {parent.step}')
         return weights, parent
 
@@ -178,5 +179,5 @@ class StageSpec(NamedTuple):
     check: Callable[[Config], None] = lambda config: None
 
     @property
-    def about(self) -> runs.About:
-        return runs.About(self.data, self.output)
+    def about(self) -> saved_config.About:
+        return saved_config.About(self.data, self.output)

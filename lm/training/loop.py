@@ -8,8 +8,8 @@ import jax
 
 from lm import progress
 from lm.errors import Preempted, RunError
+from lm.runs.checkpoint import Writer
 from lm.runtime import StopRequest
-from lm.training.checkpoint import Writer
 from lm.training.flops import Ceiling, Cost
 from lm.training.ledger import Ledger
 from lm.training.recorder import Recorder

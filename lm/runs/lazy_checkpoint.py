@@ -3,7 +3,7 @@
 Orbax keeps a tree as arrays of TensorStore's in one key-value store (OCDBT), each under the dotted path of its leaf,
 and a list of them beside it (`_METADATA`). Training reads and writes whole trees through Orbax. Here arrays are opened
 one by one, so that a model of any size is converted within the memory of its largest leaf; what is written is what
-Orbax restores (0.12), with the checksums of `lm.training.checkpoint`.
+Orbax restores (0.12), with the checksums of `lm.runs.checkpoint`.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
 from lm.interop.opened import Leaf, Opened, by_path
 from lm.model.config import ModelConfig
-from lm.training import checkpoint, normalisation, runs
+from lm.runs import checkpoint, loading, reward_scale, rundir, saved_config
+from lm.runs.saved_config import About
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
 CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
@@ -44,9 +45,9 @@ def open_run(run: str) -> Opened:
     Every leaf is read once to verify its checksum. Raises UsageError if there is no such run or checkpoint, RunError if
     nothing in it can be read.
     """
-    saved, notes = runs.read_config(run), []
-    if (adapter := runs.about(saved).adapter) is not None:
-        base = runs.parents(saved)['base'].path
+    saved, notes = rundir.read_config(run), []
+    if (adapter := saved_config.about(saved).adapter) is not None:
+        base = saved_config.parents(saved)['base'].path
         raise UsageError(f'{run} is an adapter ({adapter}) over {base}: it cannot be converted, name {base}')
     step = checkpoint.locate(run)
     folder, asked = split_run(run)
@@ -61,13 +62,13 @@ def open_run(run: str) -> Opened:
 
 
 def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step: int, notes: list[str]) -> Opened:
-    config, about = saved['config'], runs.about(saved)
+    config, about = saved['config'], saved_config.about(saved)
     known = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
     model = {name: value for name, value in known.items() if name != 'scan'}
     model['context'] = model.get('context') or config['seq_len']
-    folder, scored, scale = epath.Path(runs.tokenizer_folder(run)), about.output == 'scores', None
+    folder, scored, scale = epath.Path(rundir.tokenizer_folder(run)), about.output == 'scores', None
     try:
-        scale = normalisation.read(folder.parent, step) if scored else None
+        scale = reward_scale.read(folder.parent, step) if scored else None
     except RunError as error:  # it was not evaluated yet
         notes.append(str(error))
     try:
@@ -84,8 +85,8 @@ def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step
 
 def _verified(path: epath.Path, saved: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of one checkpoint. Raises ValueError for what is missing or damaged, by name."""
-    meta, leaves, item = checkpoint.read_meta(path), {}, runs.weights_item(saved['config'])
-    inside = (item,) if meta['layout'] == 1 else (item, runs.about(saved).role)
+    meta, leaves, item = checkpoint.read_meta(path), {}, saved_config.weights_item(saved['config'])
+    inside = (item,) if meta['layout'] == 1 else (item, saved_config.about(saved).role)
     store = _Store(path / 'state')
     for key in (k for k in meta['checksums'] if k.startswith(checkpoint.leaf_key(inside))):
         names = checkpoint.leaf_names(key)[len(inside) :]
@@ -155,16 +156,16 @@ def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return max(1, min(shape[0], CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize)))
 
 
-def load(opened: Opened) -> runs.Model:
+def load(opened: Opened) -> loading.Model:
     """A model of any form on the current mesh, its weights straight to their devices: no run is written.
 
     Raises UsageError if it has settings that we do not know, or is no model of its settings.
     """
     config = _config(opened)
-    cfg = runs.model_config(config)
-    params = placed.arrays(opened, runs.abstract_params(cfg, _about(opened).role))
+    cfg = loading.model_config(config)
+    params = placed.arrays(opened, loading.abstract_params(cfg, _about(opened).role))
     saved = {'config': config.to_dict(), 'about': _about(opened)._asdict()}
-    return runs.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
+    return loading.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
 
 
 # ---- writing ----
@@ -185,16 +186,16 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
             files.write_bytes(made / 'tokenizer' / name, content)
         fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
         more = {'about': _about(opened)._asdict(), 'converted_from': opened.where}
-        runs.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
+        rundir.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
-            normalisation.write(made, 0, normalisation.Scale(*(opened.scale or (0.0, 1.0))))
-        _write_checkpoint(opened, runs.model_config(config), made / 'checkpoints' / '0')
+            reward_scale.write(made, 0, reward_scale.Scale(*(opened.scale or (0.0, 1.0))))
+        _write_checkpoint(opened, loading.model_config(config), made / 'checkpoints' / '0')
 
 
-def _about(opened: Opened) -> runs.About:
+def _about(opened: Opened) -> About:
     if opened.scored:
-        return runs.About('pairs', 'scores')
-    return runs.About('chat', 'answers') if TEMPLATE_FILE in opened.tokenizer else runs.About('text', 'text')
+        return About('pairs', 'scores')
+    return About('chat', 'answers') if TEMPLATE_FILE in opened.tokenizer else About('text', 'text')
 
 
 def _config(opened: Opened) -> Config:
@@ -248,7 +249,7 @@ def _tree_entry(leaf: _Written) -> dict[str, Any]:
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    wanted = {name: x.shape for name, x in by_path(runs.shapes(cfg, _about(opened).role)).items()}
+    wanted = {name: x.shape for name, x in by_path(loading.shapes(cfg, _about(opened).role)).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
         raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')

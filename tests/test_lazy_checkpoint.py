@@ -17,7 +17,7 @@ from lm.data.tokenizer import train_tokenizer
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
 from lm.interop.opened import Leaf, Opened
-from lm.training import at_rest, checkpoint, runs
+from lm.runs import checkpoint, lazy_checkpoint, loading
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -40,7 +40,7 @@ def make(words):
         shape = {'vocab_size': 390, 'dim': 32, 'layers': 3, 'heads': 4, 'kv_heads': 2, 'head_dim': 8, 'ffn_dim': 48}
         config.model.update(shape | {'tied': False, 'context': 64} | changed)
         model = {k: v for k, v in dict(config.model).items() if k != 'scan'}
-        shapes = runs.shapes(agreement.config_of(model), 'reward' if scored else 'policy')
+        shapes = loading.shapes(agreement.config_of(model), 'reward' if scored else 'policy')
         flat = jax.tree_util.tree_leaves_with_path(shapes)
         draw = np.random.default_rng(0)
         leaves = {}
@@ -58,12 +58,12 @@ def make(words):
 
 @pytest.mark.parametrize('scored', [False, True], ids=['plain', 'reward'])
 def test_what_is_written_in_pieces_is_what_orbax_restores_on_a_mesh(make, monkeypatch, tmp_path, scored):
-    monkeypatch.setattr(at_rest, 'CHUNK_BYTES', 1000)  # many chunks a leaf, the last of them ragged
+    monkeypatch.setattr(lazy_checkpoint, 'CHUNK_BYTES', 1000)  # many chunks a leaf, the last of them ragged
     monkeypatch.setattr(checkpoint, 'PIECE', 512)
     source = make(scored=scored)
-    at_rest.write_run(source, tmp_path / 'run')
+    lazy_checkpoint.write_run(source, tmp_path / 'run')
     with sharding.use_mesh({'fsdp': 2, 'tensor': 4}):
-        model = runs.load(str(tmp_path / 'run'), warn=pytest.fail)
+        model = loading.load(str(tmp_path / 'run'), warn=pytest.fail)
         params = jax.device_get(model.params)
     assert model.config['stage'] == ('reward' if scored else 'sft') and model.config['seq_len'] == 64
     for name, leaf in source.leaves.items():
@@ -72,7 +72,7 @@ def test_what_is_written_in_pieces_is_what_orbax_restores_on_a_mesh(make, monkey
         padded = [(0, n - m) for n, m in zip(found.shape, wanted.shape, strict=True)]
         wanted = np.pad(wanted, padded) if padded else wanted
         np.testing.assert_array_equal(found, wanted.astype(np.float32), err_msg=name)
-    again = at_rest.open_run(str(tmp_path / 'run'))
+    again = lazy_checkpoint.open_run(str(tmp_path / 'run'))
     assert again.model == source.model and again.tokenizer.items() >= source.tokenizer.items()
     assert {n: (x.shape, x.dtype, x.layers) for n, x in again.leaves.items()} == {
         n: (x.shape, x.dtype, x.layers) for n, x in source.leaves.items()
@@ -82,29 +82,29 @@ def test_what_is_written_in_pieces_is_what_orbax_restores_on_a_mesh(make, monkey
 
 def test_a_damaged_checkpoint_is_passed_by_and_told(make, tmp_path):
     with sharding.use_mesh({}, jax.devices()[:1]):
-        at_rest.write_run(make(), tmp_path / 'run')
-        params = runs.load(str(tmp_path / 'run'), warn=pytest.fail).params
+        lazy_checkpoint.write_run(make(), tmp_path / 'run')
+        params = loading.load(str(tmp_path / 'run'), warn=pytest.fail).params
         with checkpoint.Writer(tmp_path / 'run' / 'checkpoints', keep=3) as writer:  # as training goes on from it
             writer.save(1, {'trainable': {'policy': params}})
             writer.save(2, {'trainable': {'policy': jax.tree.map(lambda x: x + 1, params)}})
     folder = tmp_path / 'run' / 'checkpoints' / '2' / 'state'
     data = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
     data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))
-    opened = at_rest.open_run(str(tmp_path / 'run'))
+    opened = lazy_checkpoint.open_run(str(tmp_path / 'run'))
     np.testing.assert_array_equal(opened.leaves['final_norm_D'].read(0), params['final_norm_D'])
     (note,) = opened.notes
     assert 'checkpoints/2 is damaged' in note
     with pytest.raises(RunError, match='checkpoints/2 is damaged'):
-        at_rest.open_run(f'{tmp_path / "run"}@2')
-    assert not at_rest.open_run(f'{tmp_path / "run"}@0').notes
+        lazy_checkpoint.open_run(f'{tmp_path / "run"}@2')
+    assert not lazy_checkpoint.open_run(f'{tmp_path / "run"}@0').notes
 
 
 def test_a_damaged_tokenizer_is_named_by_its_path(make, tmp_path):
-    at_rest.write_run(make(), tmp_path / 'run')
+    lazy_checkpoint.write_run(make(), tmp_path / 'run')
     path = tmp_path / 'run' / 'tokenizer' / 'tokenizer.model'
     path.write_bytes(path.read_bytes()[:99])
     with pytest.raises(UsageError, match=f'the tokenizer {path} .*damaged: restore it'):
-        at_rest.open_run(str(tmp_path / 'run'))
+        lazy_checkpoint.open_run(str(tmp_path / 'run'))
 
 
 def test_writing_and_opening_hold_one_layer(make, tmp_path):
@@ -113,8 +113,8 @@ def test_writing_and_opening_hold_one_layer(make, tmp_path):
     layer = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in source.leaves.values() if leaf.layers)
     tracemalloc.start()
     try:
-        at_rest.write_run(source, tmp_path / 'run')
-        at_rest.open_run(str(tmp_path / 'run'))
+        lazy_checkpoint.write_run(source, tmp_path / 'run')
+        lazy_checkpoint.open_run(str(tmp_path / 'run'))
         assert tracemalloc.get_traced_memory()[1] < 4 * layer
     finally:
         tracemalloc.stop()
@@ -136,10 +136,10 @@ def test_a_leaf_is_read_a_layer_at_a_time(make, monkeypatch, tmp_path):
             sizes.append(math.prod(self.shape))
             return self.array.read()
 
-    at_rest.write_run(make(), tmp_path / 'run')
-    plain = at_rest._Store.open
-    monkeypatch.setattr(at_rest._Store, 'open', lambda store, name: Counted(plain(store, name)))
-    opened = at_rest.open_run(str(tmp_path / 'run'))
+    lazy_checkpoint.write_run(make(), tmp_path / 'run')
+    plain = lazy_checkpoint._Store.open
+    monkeypatch.setattr(lazy_checkpoint._Store, 'open', lambda store, name: Counted(plain(store, name)))
+    opened = lazy_checkpoint.open_run(str(tmp_path / 'run'))
     assert sizes
     for leaf in opened.leaves.values():
         sizes.clear()
@@ -161,11 +161,11 @@ def test_what_does_not_fit_together_is_one_line_and_writes_nothing(make, tmp_pat
     if change == 'setting':
         model['nonesuch'] = 1
     with pytest.raises(UsageError if change == 'setting' else RunError, match='a random one'):
-        at_rest.write_run(dataclasses.replace(source, leaves=leaves, model=model), tmp_path / 'run')
+        lazy_checkpoint.write_run(dataclasses.replace(source, leaves=leaves, model=model), tmp_path / 'run')
     assert not list(tmp_path.iterdir())
-    at_rest.write_run(source, tmp_path / 'run')
+    lazy_checkpoint.write_run(source, tmp_path / 'run')
     with pytest.raises(UsageError, match='exists'):
-        at_rest.write_run(source, tmp_path / 'run')
+        lazy_checkpoint.write_run(source, tmp_path / 'run')
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(make, tmp_path):
@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
     try:
         with pytest.raises(RunError, match=r'state cannot be written \(.*File too large') as caught:
-            at_rest.write_run(make(), tmp_path / 'run')
+            lazy_checkpoint.write_run(make(), tmp_path / 'run')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
