@@ -23,7 +23,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.progress import say, task
 from lm.runs import lineage
-from lm.stages import find, plan
+from lm.stages import check_settings, find, plan
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
 OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
@@ -178,6 +178,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
     if not 0 <= flags.rows <= configs.INT32_MAX:
         raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
     spec = find(config.stage)
+    check_settings(spec, [key for key, _ in settings])
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)
     with task('preparing the data'):

@@ -367,6 +367,10 @@ BAD = [
     ('reward', {'data__replay': 0.5}, 'data.replay=0.5: a reward model writes no text to forget, set it to 0'),
     ('reward', {'optim__batch_warmup': 2, 'batch_size': 16, 'microbatch': 8}, 'a batch of pairs does not grow'),
     ('sft', {'data__replay': 1.0}, 'data.replay=1.0 must be from 0 to 0.9'),
+    ('sft', {'beta': 0.5}, 'beta is a setting of stage dpo: stage sft has no use for it'),
+    ('reward', {'margin': 0.5}, 'margin is a setting of stage dpo: stage reward has no use for it'),
+    ('dpo', {'margins': 0.5}, 'margins is a setting of stage reward: stage dpo has no use for it'),
+    ('dpo', {'z_loss': 0.1}, 'z_loss is a setting of stage pretrain and sft: stage dpo has no use for it'),
 ]
 
 

@@ -59,7 +59,7 @@ class Imitate(Task):
         self.rows = dict(arrays)
 
 
-TOY = StageSpec('toy', 'chat', 'answers', sft.prepare, Imitate, sft.check)
+TOY = StageSpec('toy', 'chat', 'answers', sft.prepare, Imitate, ('data.replay', 'margins'), sft.check)
 
 
 # ---- what the runner, the loop and the commands make of it ----

@@ -142,4 +142,5 @@ class Dpo(pairs.PairTask):
         return metrics
 
 
-SPEC = StageSpec('dpo', 'pairs', 'answers', prepare, Dpo, check)
+SETTINGS = ('loss', 'reference', 'nll', *preference.SETTINGS, *language.AFTER_PRETRAINING)
+SPEC = StageSpec('dpo', 'pairs', 'answers', prepare, Dpo, SETTINGS, check)
