@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from lm import config as configs
-from lm import files, presets, processes, runtime
+from lm import files, presets, runtime
 from lm.errors import Parser, leave, run_command
+from lm.multihost import processes
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

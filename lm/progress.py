@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lm import processes
+from lm.multihost import processes
 
 FIRST = 5.0  # seconds of silence until a line says what takes so long
 AGAIN = 15.0  # and between two such lines

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
-from lm import interrupts, processes, progress, sharding, xla
+from lm import interrupts, progress, sharding, xla
 from lm.errors import Preempted, RunError, UsageError
 from lm.interrupts import Ending, Interrupted
+from lm.multihost import processes
 
 # By default glibc hands each step's large buffers back to the system and takes them again, and the page faults cost a
 # CPU a quarter of its time. M_MMAP_MAX: none, M_TRIM_THRESHOLD: never, M_ARENA_MAX: one, so that all threads share what

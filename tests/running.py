@@ -20,8 +20,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from lm import config as configs
-from lm import hub, sharding
 from lm import main as lm_main
+from lm import sharding
+from lm.multihost import hub
 from lm.runs import loading
 from lm.training.recorder import Recorder
 

@@ -22,8 +22,7 @@ ROOMS = (
     {'config'},
     {'runtime', 'files', 'sharding', 'terminal'},
     {'progress'},
-    {'processes', 'xla'},
-    {'hub'},
+    {'multihost', 'xla'},
     {'errors'},
     {'interrupts', 'locks'},
 )

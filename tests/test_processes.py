@@ -14,20 +14,21 @@ import pytest
 import running
 from running import lines, measured, status, steps_saved
 
-from lm import hub, processes, sharding
+from lm import sharding
 from lm.errors import Preempted, RunError, UsageError
-from lm.processes import Member, Place
+from lm.multihost import hub, processes, rank
+from lm.multihost.rank import Rank, Topology
 
 N = 3
 
 
-made: list[Member] = []
+made: list[Rank] = []
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No long grace, and no connection that outlives its test."""
-    monkeypatch.setattr(processes, 'GRACE', 0.2)
+    monkeypatch.setattr(rank, 'GRACE', 0.2)
     yield
     for member in made:
         member._leaving = True  # or it would end this process
@@ -39,8 +40,8 @@ def quick(monkeypatch):
     made.clear()
 
 
-def new_member(where: str, count: int, index: int, wait: int = 20) -> Member:
-    made.append(Member(Place(where, count, index), wait))
+def new_member(where: str, count: int, index: int, wait: int = 20) -> Rank:
+    made.append(Rank(Topology(where, count, index), wait))
     return made[-1]
 
 
@@ -48,7 +49,7 @@ def new_member(where: str, count: int, index: int, wait: int = 20) -> Member:
 
 
 def meet(*, facts=({}, {}, {}), ids=(0, 1, 2), counts=(N, N, N), wait=20):
-    """What each of the processes that come is told: a Member, or the UsageError's line."""
+    """What each of the processes that come is told: a Rank, or the UsageError's line."""
     where = running.coordinator()
 
     def come(facts, index, count):
@@ -70,7 +71,7 @@ def refusal(told: list) -> str:
 
 
 def test_processes_that_fit_meet():
-    assert all(isinstance(member, Member) for member in meet(facts=[{'jax': '1', 'optim.lr': 0.1}] * N))
+    assert all(isinstance(member, Rank) for member in meet(facts=[{'jax': '1', 'optim.lr': 0.1}] * N))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_flags_that_name_no_place(words, line):
 
 def test_alone():
     assert processes.place(None, None, None, wait=1) is None is processes.place('localhost:1', 1, 0, wait=1)
-    assert processes.first() and processes.exchange(3) == [3] and processes.stops_after(4, None) is None
+    assert processes.first() and processes.all_gather(3) == [3] and processes.stops_after(4, None) is None
 
 
 # ---- agreeing ----
@@ -176,7 +177,7 @@ def members():
 def test_each_knows_what_every_one_said(members):
     with ThreadPoolExecutor(N) as pool:
         for number in range(3):
-            told = list(pool.map(lambda m: m.exchange([m.place.index, number]), members))  # noqa: B023
+            told = list(pool.map(lambda m: m.all_gather([m.topology.index, number]), members))  # noqa: B023
             assert told == [[[0, number], [1, number], [2, number]]] * N
 
 
@@ -187,7 +188,7 @@ def test_all_stop_after_the_same_step(members, who):
     paces = [0.001, 0.003, 0.0005]
 
     def run(member):
-        index = member.place.index
+        index = member.topology.index
         for step in range(1, 2_000):
             time.sleep(paces[index])
             if why := member.stops_after(step, 'SIGTERM' if index == who and step >= 40 else None):

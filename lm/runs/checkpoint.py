@@ -26,10 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import files, processes
+from lm import files
 from lm.config import split_run
 from lm.data import cache
 from lm.errors import RunError, UsageError
+from lm.multihost import processes
 
 PIECE = 1 << 22  # elements of which a checksum is taken at once, on the host
 FULL = os.strerror(errno.ENOSPC)
@@ -350,7 +351,7 @@ def _set_aside(paths: Sequence[epath.Path]) -> None:
         while target.exists():
             target, n = path.parent / f'{path.name}.damaged.{n}', n + 1
         path.rename(target)
-    processes.exchange('set aside')  # until it is done
+    processes.all_gather('set aside')  # until it is done
 
 
 def _first_line(error: BaseException) -> str:

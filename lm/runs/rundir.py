@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import files, interrupts, locks, processes
+from lm import files, interrupts, locks
 from lm.config import Config, differences, leaves, split_run
 from lm.errors import UsageError
 from lm.interop import folders
+from lm.multihost import processes
 from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
 
@@ -173,8 +174,8 @@ def write_config(workdir: epath.Path, config: Config, parents: Mapping[str, Pare
     value = {'config': config.to_dict(), 'parents': named, 'versions': versions(), 'commit': commit(), **more}
     if processes.first():
         files.write_json(workdir / 'config.json', value)
-    processes.exchange('written')
-    seen = processes.exchange((workdir / 'config.json').exists())
+    processes.all_gather('written')
+    seen = processes.all_gather((workdir / 'config.json').exists())
     if not all(seen):
         raise UsageError(
             f'process {seen.index(False)} does not see {workdir} of process 0: name a folder that all share'

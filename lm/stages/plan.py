@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm import interrupts, processes, runtime, sharding
+from lm import interrupts, runtime, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
@@ -19,6 +19,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, RunError, UsageError
 from lm.model.config import ModelConfig
 from lm.model.roles import Roles
+from lm.multihost import processes
 from lm.runs import checkpoint
 from lm.training import microbatch
 from lm.training import optimizer as optim
@@ -111,7 +112,7 @@ def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
         ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
 
     try:
-        processes.last_words(ended)
+        processes.farewell(ended)
         with interrupts.undoing(failed):
             yield
     except BaseException as error:
@@ -171,7 +172,7 @@ def autotune_microbatch(
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
     part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
-    memory = min((m for m in processes.exchange(memory_limit(device)) if m), default=None)  # hosts may be unequal
+    memory = min((m for m in processes.all_gather(memory_limit(device)) if m), default=None)  # hosts may be unequal
     limit = memory and memory * part
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm import files, processes
+from lm import files
 from lm.config import Config
 from lm.data import cache, store
 from lm.data import pairs as pair_data
@@ -22,6 +22,7 @@ from lm.data.prepare import PreparedSource
 from lm.errors import UsageError
 from lm.evals import answers, preferences
 from lm.model.config import ModelConfig
+from lm.multihost import processes
 from lm.runs import loading
 from lm.runs.saved_config import Parent
 from lm.stages import pairs
@@ -113,7 +114,7 @@ def _load(config: Config, cfg: ModelConfig, say: Say, *, goes_on: bool) -> tuple
 def _kept(key: Mapping[str, Any], compute: Callable[[], Sequence[Measured]]) -> list[Measured]:
     """What the cache has under a key, else what all processes compute together and keep there."""
     here = cache.find('reference', dict(key)) is not None
-    made = [] if all(processes.exchange(here)) else compute()
+    made = [] if all(processes.all_gather(here)) else compute()
     with processes.in_turn():
         folder = cache.build('reference', dict(key), lambda path: _write(path, made))
     try:

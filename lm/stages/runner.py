@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import processes, progress, sharding, xla
+from lm import progress, sharding, xla
 from lm.config import Config
 from lm.data import chat_template
 from lm.data.tokenizer import Tokenizer, find_tokenizer
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
+from lm.multihost import processes
 from lm.runs import checkpoint, loading, rundir, saved_config
 from lm.runs.saved_config import Parent
 from lm.runtime import StopRequest
@@ -64,7 +65,7 @@ def _train(
     # The other processes find it in a cache that they share, or make their own.
     with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
         data = spec.prepare(config, tokenizer, recorder.say)
-    processes.same('prepared data', data.fingerprint)
+    processes.assert_equal('prepared data', data.fingerprint)
     if found and found['data'] != data.fingerprint:
         raise UsageError(f'{workdir} {OTHER_DATA}; name another --workdir')
     if config.branch_from and not found and rundir.read_config(config.branch_from)['data'] != data.fingerprint:

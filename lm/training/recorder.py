@@ -13,7 +13,8 @@ from etils import epath
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
 
-from lm import files, processes, progress
+from lm import files, progress
+from lm.multihost import processes
 
 # Their fields are declared at run time, where no type checker sees them.
 Event: Any = vars(event_pb2)['Event']

@@ -1,6 +1,6 @@
 """The connections between several processes: lines of JSON, the hub in process 0, and the relay to JAX's service.
 
-See `lm/processes.py` for what they are for.
+See `lm/multihost/processes.py` for what they are for.
 """
 
 import contextlib
