@@ -24,6 +24,7 @@ from lm import files
 from lm import main as lm_main
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.runs import loading, rundir
+from lm.settings import INT32_MAX
 from lm.training import flops
 
 Result = dict[str, Any]
@@ -58,7 +59,7 @@ def plan(flags: argparse.Namespace, given: list[tuple[str, str]]) -> Iterator[tu
                 'optim.weight_decay': config.optim.weight_decay / rate / flags.horizon,
                 'optim.warmup': round(config.optim.warmup * flags.horizon),
                 'steps': max(1, round(config.steps * flags.horizon)),
-                'eval.every': configs.INT32_MAX,  # the last step is evaluated all the same
+                'eval.every': INT32_MAX,  # the last step is evaluated all the same
                 'checkpoint.keep': 1,
             }
             key = {'depth': depth, 'rate': rate, 'horizon': flags.horizon, 'settings': dict(given)}

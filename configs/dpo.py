@@ -10,12 +10,11 @@ held-out pairs 95 % are right by reward and 91 % per token (80 % before), the ch
 A run goes to runs/dpo, and the same command goes on where it stopped.
 """
 
-from lm import config, presets
+from lm import config, presets, settings
 
 
 def get_config(arg: str = '') -> config.Config:
-    c = config.base()
-    c.stage = 'dpo'
+    c = config.base(settings.Dpo)
     source, arg = presets.own(arg, ('ratings', 'decline'))
     c.init_from = presets.parent('sft', arg)
     c.steps = 450 if source == 'decline' else None  # None: one epoch

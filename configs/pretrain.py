@@ -9,11 +9,11 @@ byte 1.33 (botocore) and 1.75 (chitchat). 16 GiB of memory are plenty: it takes 
 A run goes to runs/pretrain, and the same command goes on where it stopped.
 """
 
-from lm import config, presets
+from lm import config, presets, settings
 
 
 def get_config(arg: str = '') -> config.Config:
-    c = config.base()
+    c = config.base(settings.Pretrain)
     c.steps = 1350
     c.optim.name, c.optim.lr = 'muon', 2.4e-2
     c.data.mixture = 'botocore:0.5,chitchat:0.5'

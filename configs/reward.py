@@ -7,12 +7,11 @@ Two cores (Intel Xeon with AVX-512, beside other work): 108 s; right of 91 % of 
 A run goes to runs/reward, and the same command goes on where it stopped.
 """
 
-from lm import config, presets
+from lm import config, presets, settings
 
 
 def get_config(arg: str = '') -> config.Config:
-    c = config.base()
-    c.stage = 'reward'
+    c = config.base(settings.Reward)
     source, arg = presets.own(arg, ('ratings', 'decline'))
     c.init_from = presets.parent('sft', arg)
     c.steps = None  # one epoch

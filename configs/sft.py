@@ -10,12 +10,11 @@ parameters, a run takes 5.8 GB at most, and an evaluation 83 s (Intel Xeon with 
 A run goes to runs/sft, and the same command goes on where it stopped.
 """
 
-from lm import config, presets
+from lm import config, presets, settings
 
 
 def get_config(arg: str = '') -> config.Config:
-    c = config.base()
-    c.stage = 'sft'
+    c = config.base(settings.Sft)
     c.init_from = presets.parent('pretrain', arg)
     c.steps = 750
     c.batch_size = 16

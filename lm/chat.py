@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.config import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX, whole
+from lm.config import whole
 from lm.errors import Parser, UsageError, checked, leave, run_command
+from lm.settings import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX
 
 if TYPE_CHECKING:  # else imported when the flags are known to make sense: it takes a second
     from lm.sampling.conversation import Talker

@@ -1,31 +1,33 @@
-"""Settings: a ConfigDict declares them, `--config.KEY=VALUE` changes them, and every mistake is one line.
+"""A run's settings as files and the command line say them: a ConfigDict of what `lm.settings` declares, which
+`configs/*.py` and `--config.KEY=VALUE` change; every mistake is one line.
 
 `--config.*` is read here and not by absl, which answers an unknown key with a traceback, cannot set a field whose value
 is None, and makes the string 'None' of None (ml_collections 1.1).
 """
 
+import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from lm.errors import UsageError
+from lm.settings import INT32_MAX, Bound, Settings
 
 # A ConfigDict. Its fields are declared at run time, by `base`, where no type checker sees them.
 Config: TypeAlias = Any
 
 # What may differ when a run is resumed; a key or a whole branch.
 MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
-OPTIONAL = ('optim.clip', 'beta', 'margin', 'label_smoothing', 'nll')  # may be none, though they have a default
-OPTIMIZERS = ('adamw', 'muon', 'adafactor')
-SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 # Settings by the names that other trainers give them, and ours.
 ELSEWHERE = {
     **dict.fromkeys(('learning_rate', 'peak_lr', 'max_lr'), 'optim.lr'),
@@ -56,121 +58,58 @@ ELSEWHERE = {
     **dict.fromkeys(('logging_steps', 'log_interval', 'log_every'), 'log.every'),
     **dict.fromkeys(('dtype', 'bf16', 'mixed_precision', 'torch_dtype'), 'precision.compute'),
 }
-INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
-SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
-FLOAT32_END = 2.0**128  # the first number that float32 has no room for
-MAX_BATCH_WARMUP = 10**6  # the batch of each of these steps is in a table
-MAX_NEW_TOKENS = 10**6  # the cache has a place for each
 
 
-def base() -> Config:
-    """The settings common to all stages, at the sizes of the laptop run. `placeholder(type)` is None until set.
+class Field(NamedTuple):
+    """A setting, as its class declares it."""
 
-    It is locked: a stage that adds settings says so (`with c.unlocked():`), and a slip of the pen is an error.
-    """
-    c = ConfigDict()
-    c.stage = 'pretrain'
-    c.seed = 0
-    c.steps = placeholder(int)  # optimizer steps; None: one epoch
-    c.batch_size = 8  # sequences a step, over all devices
-    c.seq_len = 256  # tokens a sequence
-    c.microbatch = placeholder(int)  # sequences in memory at once; None: all of the batch
-    c.init_from = placeholder(str)  # DIR[@STEP]: start from that run's weights, model and tokenizer
-    c.branch_from = placeholder(str)  # DIR[@STEP]: as init_from, with the optimizer and the position in the data
-    c.remat = 'none'  # none | full | dots | names: what the backward pass computes again instead of keeping
-    c.attention = placeholder(str)  # blocks | dense | cudnn | splash; None: the platform's own, said when a run starts
-    c.loss = 'dpo'  # dpo | cdpo | robust | ipo | simpo | orpo | kto: stage dpo's
-    c.beta = placeholder(float)  # how strongly it holds to the reference; None, here and below: the loss's own
-    c.margin = placeholder(float)  # by how much simpo has the chosen response lead
-    c.label_smoothing = placeholder(float)  # cdpo and robust: the part of labels that are wrong
-    c.lambda_d = placeholder(float)  # kto: what a good answer weighs
-    c.lambda_u = placeholder(float)  # kto: what a bad answer weighs
-    c.nll = placeholder(float)  # coefficient of the chosen responses' own loss beside it
-    c.reference = 'cached'  # cached: its log-probs are computed once; live: at each step, beside the model
-    c.centring = 1e-2  # stage reward's: coefficient of (chosen + rejected)²
-    c.margins = 0.0  # stage reward's: what a pair's margin is multiplied by; 0: the better one need only lead
-    c.z_loss = 1e-4  # coefficient of the squared logsumexp
-    c.precision = ConfigDict()
-    c.precision.compute = placeholder(str)  # dtype of activations; None: bfloat16, on CPU float32
-
-    c.model = _model()
-
-    c.optim = ConfigDict()
-    c.optim.name = 'adamw'  # adamw | muon (for matrices, AdamW for the rest) | adafactor
-    c.optim.lr = 6e-3
-    c.optim.schedule = 'linear'  # cosine | wsd | linear | constant, each after the warmup
-    c.optim.warmup = 100  # steps
-    c.optim.batch_warmup = 0  # steps over which the batch grows from one microbatch to batch_size
-    c.optim.decay = 0.2  # wsd: the last part of the run over which the rate falls to the final one
-    c.optim.final = 0.0  # the last rate, as a fraction of lr
-    c.optim.weight_decay = 0.1  # not on norms and embeddings
-    c.optim.clip = placeholder(float)
-    c.optim.clip = 1.0  # global gradient norm; None: off
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
-    c.optim.momentum = 0.95  # muon's, of the matrices
-    c.optim.ema = placeholder(float)  # decay of an average of the weights, which is then what is evaluated and used
-    c.optim.max_skips = 5  # non-finite steps in a row that are skipped before the run stops
-
-    c.data = ConfigDict()
-    c.data.mixture = ''  # 'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py
-    c.data.tokenizer = placeholder(str)  # folder or tokenizer.json; None: trained on the mixture, or init_from's
-    c.data.pretraining = placeholder(str)  # after pretraining: its mixture, '' none; None: that of the run before
-    c.data.replay = 0.0  # after pretraining: share of the rows that are its text, against forgetting
-    c.data.strict = False  # a malformed record ends the run with a line that names it; else it is left out and counted
-    c.data.heldout = 0.02  # part of each source's documents that is kept out for evaluation
-
-    c.mesh = ConfigDict({'data': 1, 'fsdp': -1, 'seq': 1, 'tensor': 1, 'expert': 1})  # -1 takes the devices left
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 100  # steps
-    c.checkpoint.keep = 3
-
-    c.eval = ConfigDict()
-    c.eval.every = 250  # steps; the last step is always evaluated
-    c.eval.rows = 256  # held-out rows of each source
-    c.eval.prompts = placeholder(str)  # a .jsonl file; None: configs/prompts.jsonl, of own data its held-out beginnings
-    c.eval.max_new_tokens = 48
-
-    c.log = ConfigDict()
-    c.log.every = 10  # steps between lines of metrics.jsonl
-    c.log.profile = placeholder(int)  # step from which three steps are traced into DIR/profile
-    return c.lock()
+    default: Any
+    kind: type
+    optional: bool  # it may be None
+    bound: Bound | None
 
 
-def _model() -> ConfigDict:
-    """The graph, and its sizes: the fields of `lm.model.config.ModelConfig`."""
-    m = ConfigDict()
-    m.vocab_size = 4096
-    m.dim = 128
-    m.layers = 4
-    m.heads = 4
-    m.kv_heads = 4
-    m.head_dim = 32
-    m.ffn_dim = 384
-    m.rope_theta = 10_000.0
-    m.norm_eps = 1e-6
-    m.qk_norm = True  # RMS-normalise queries and keys per head
-    m.qk_norm_joint = False  # … over all heads at once (OLMo 2)
-    m.tied = True  # one matrix for the embedding and the head
-    m.qkv_bias = False  # Qwen 2
-    m.norms = 'pre'  # pre | post (OLMo 2) | both (Gemma 2 and 3): of what a sub-layer reads, of what it adds
-    m.norm_plus_one = False  # norms multiply by 1 + their weight (Gemma)
-    m.activation = 'silu'  # silu | gelu
-    m.window = placeholder(int)  # attend to this many last tokens in local layers; None: all
-    m.pattern = placeholder(str)  # 'local,global', with nope: repeated over the layers; None: all by window
-    m.rope_theta_local = placeholder(float)  # of a pattern's local layers; None: rope_theta
-    m.rope_scaling = placeholder(str)  # 'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'
-    m.query_scale = placeholder(float)  # what q·k is multiplied by; None: 1/√head_dim
-    m.embed_scale = placeholder(float)  # Gemma, Granite
-    m.residual_scale = placeholder(float)  # of what is added to the residual stream (Granite)
-    m.logit_scale = placeholder(float)  # Granite
-    m.context = placeholder(int)  # tokens that it was made to read at once; None: seq_len
-    m.attn_softcap = placeholder(float)
-    m.logit_softcap = placeholder(float)
-    m.scan = False  # scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)
-    return m
+def base(kind: type[Settings] = Settings) -> Config:
+    """The settings of a class with their defaults. It is locked: a slip of the pen is an error."""
+    config: Any = ConfigDict()
+    for key, field in fields_of(kind).items():
+        *parents, last = key.split('.')
+        node = config
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
+        if field.optional:  # None until it is set
+            node[last] = placeholder(field.kind)
+        if field.default is not None:
+            node[last] = field.default
+    return config.lock()
+
+
+@functools.cache
+def fields_of(kind: type, prefix: str = '') -> Mapping[str, Field]:
+    """{dotted key: setting} of a class of settings."""
+    found, types = {}, typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key, alternatives = prefix + field.name, typing.get_args(types[field.name])
+        if dataclasses.is_dataclass(field.default):
+            found |= fields_of(type(field.default), f'{key}.')
+        else:
+            one = alternatives[0] if alternatives else types[field.name]
+            found[key] = Field(field.default, one, type(None) in alternatives, field.metadata['bound'])
+    return found
+
+
+def known() -> dict[str, Field]:
+    """{dotted key: setting} of all classes of settings that there are."""
+    return {key: field for kind in _kinds() for key, field in fields_of(kind).items()}
+
+
+def _kinds() -> list[type[Settings]]:
+    kinds: list[type[Settings]] = [Settings]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return kinds
 
 
 # ---- reading the command line ----
@@ -237,23 +176,28 @@ def whole(flag: str) -> Callable[[str], int]:
 
 def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
-    known = dict(leaves(config))
-    if key not in known:
-        raise UsageError(f'unknown setting {key}{_nearest_setting(key, list(known))}')
+    own = dict(leaves(config))
+    if key not in own:
+        owners = [kind().stage for kind in _kinds() if key in fields_of(kind)]
+        if owners:
+            raise UsageError(
+                f'{key} is a setting of stage {" and ".join(owners)}: stage {config.stage} has no use for it'
+            )
+        raise UsageError(f'unknown setting {key}{_nearest_setting(key, list(own))}')
     *parents, last = key.split('.')
     node = config
     for parent in parents:
         node = node[parent]
-    optional = key in OPTIONAL or dict(leaves(base())).get(key, known[key]) is None
-    node[last] = parse_value(key, text, node.get_type(last), optional)
+    field = known().get(key) or Field(None, node.get_type(last), own[key] is None, None)  # a config file may add some
+    node[last] = parse_value(key, text, field.kind, field.optional)
 
 
-def _nearest_setting(key: str, known: Sequence[str]) -> str:
+def _nearest_setting(key: str, keys: Sequence[str]) -> str:
     """As `nearest`, of a setting: first by the last part of its name, then by its name elsewhere."""
     last = key.lower().rsplit('.', 1)[-1].replace('-', '_')
     last = ELSEWHERE.get(last, last)
-    by_last = [k for k in known if last in (k, k.rsplit('.', 1)[-1])]
-    return f' (did you mean {by_last[0]}?)' if by_last else nearest(key, known)
+    by_last = [k for k in keys if last in (k, k.rsplit('.', 1)[-1])]
+    return f' (did you mean {by_last[0]}?)' if by_last else nearest(key, keys)
 
 
 def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[Config, str]:
@@ -312,45 +256,15 @@ def _line_in(file: Path, error: Exception) -> str:
 
 def check(config: Config) -> None:
     """Raises UsageError for values that no run can have, whatever its data and devices."""
-    values = dict(leaves(config))
-    bounds = {
-        f'from 1 to {INT32_MAX}': (
-            lambda x: 1 <= x <= INT32_MAX,
-            'batch_size seq_len steps microbatch checkpoint.every checkpoint.keep eval.every eval.rows '
-            'log.every model.window model.context model.vocab_size model.dim model.layers model.heads '
-            'model.kv_heads model.head_dim model.ffn_dim',
-        ),
-        f'from 0 to {INT32_MAX}': (lambda x: 0 <= x <= INT32_MAX, 'optim.warmup optim.max_skips log.profile'),
-        f'from 0 to {MAX_BATCH_WARMUP}': (lambda x: 0 <= x <= MAX_BATCH_WARMUP, 'optim.batch_warmup'),
-        f'from 1 to {MAX_NEW_TOKENS}': (lambda x: 1 <= x <= MAX_NEW_TOKENS, 'eval.max_new_tokens'),
-        'positive and finite': (
-            lambda x: 0 < x < FLOAT32_END,
-            'optim.lr optim.clip optim.eps model.norm_eps model.attn_softcap model.logit_softcap beta '
-            'model.query_scale model.embed_scale model.residual_scale model.logit_scale',
-        ),
-        'at least 1 and finite': (lambda x: 1 <= x < FLOAT32_END, 'model.rope_theta model.rope_theta_local'),
-        'at least 0 and finite': (
-            lambda x: 0 <= x < FLOAT32_END,
-            'z_loss optim.weight_decay margin nll centring margins lambda_d lambda_u',
-        ),
-        'from 0 to 1': (lambda x: 0 <= x <= 1, 'optim.decay optim.final'),
-        'from 0 to below 1': (lambda x: 0 <= x < 1, 'optim.b1 optim.b2 optim.momentum'),
-        'from 0 to 0.9': (lambda x: 0 <= x <= 0.9, 'data.replay'),
-        'between 0 and 1': (lambda x: 0 < x < 1, 'data.heldout optim.ema'),
-        f'from 0 to {SEED_MAX}': (lambda x: 0 <= x <= SEED_MAX, 'seed'),
-    }
-    for words, (holds, keys) in bounds.items():
-        for key in keys.split():
-            if values[key] is not None and not holds(values[key]):
-                raise UsageError(f'{key}={values[key]} must be {words}')
-    choices = {
-        'precision.compute': (None, 'float32', 'bfloat16'), 'optim.name': OPTIMIZERS, 'optim.schedule': SCHEDULES,
-        'attention': (None, 'blocks', 'dense', 'cudnn', 'splash'),
-    }  # fmt: skip
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            hint = nearest(str(values[key]), [a for a in allowed if a])
-            raise UsageError(f'{key}={values[key]}{hint} is not one of {", ".join(map(str, allowed))}')
+    declared = known()
+    for key, value in leaves(config):
+        bound = declared[key].bound if key in declared else None
+        if bound is None or (value is None and declared[key].optional) or bound.holds(value):
+            continue
+        if bound.choices:
+            told = ', '.join(('None',) * declared[key].optional + bound.choices)
+            raise UsageError(f'{key}={value}{nearest(str(value), bound.choices)} is not one of {told}')
+        raise UsageError(f'{key}={value} must be {bound.words}')
     if config.batch_size * config.seq_len > INT32_MAX:
         raise UsageError(
             f'batch_size={config.batch_size} × seq_len={config.seq_len} must be at most {INT32_MAX} tokens a step'
@@ -375,15 +289,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     What the run resolved for itself (None in `new`) stays as it is saved; None for `attention` is the choice of the
     platform that the run goes on on.
     """
-    a, b = dict(leaves(base())) | dict(leaves(old)), dict(leaves(new))  # a setting newer than the run has its default
-    fixed = [k for k in a | b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
+    defaults = {key: field.default for key, field in known().items()}
+    a, b = defaults | dict(leaves(old)), dict(leaves(new))  # a setting newer than the run has its default
+    fixed = [k for k in b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
     plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
     resolved = ('microbatch', 'precision.compute', 'attention')
-    return {
-        k: (a.get(k), b.get(k))
-        for k in fixed
-        if plain(a.get(k)) != plain(b.get(k)) and not (k in resolved and b.get(k) is None)
-    }
+    differ = lambda k: plain(a.get(k)) != plain(b[k]) and not (k in resolved and b[k] is None)
+    return {k: (a.get(k), b[k]) for k in fixed if differ(k)}
 
 
 # ---- a run by name ----

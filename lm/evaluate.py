@@ -32,12 +32,12 @@ from rich.table import Table
 
 from lm import config as configs
 from lm import runtime, sharding
-from lm.config import INT32_MAX, MAX_NEW_TOKENS
 from lm.errors import Parser, UsageError, checked, install, leave, run_command
 from lm.evals import scores, tasks
 from lm.evals.tasks import Limits, Subject
 from lm.progress import say, task
 from lm.runs import checkpoint, loading, rundir, saved_config
+from lm.settings import INT32_MAX, MAX_NEW_TOKENS
 
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.

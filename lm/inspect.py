@@ -23,7 +23,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, UsageError, leave, run_command
 from lm.progress import say, task
 from lm.runs import lineage
-from lm.stages import check_settings, find, plan
+from lm.settings import INT32_MAX
+from lm.stages import find, plan
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
 OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
@@ -175,10 +176,9 @@ def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
     """Prints the counts, and the first rows or pairs of the mixture."""
     config, _ = configs.load(flags.config, settings)
-    if not 0 <= flags.rows <= configs.INT32_MAX:
-        raise UsageError(f'--rows={flags.rows} must be from 0 to {configs.INT32_MAX}')
+    if not 0 <= flags.rows <= INT32_MAX:
+        raise UsageError(f'--rows={flags.rows} must be from 0 to {INT32_MAX}')
     spec = find(config.stage)
-    check_settings(spec, [key for key, _ in settings])
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)
     with task('preparing the data'):

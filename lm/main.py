@@ -54,10 +54,9 @@ def train(argv: Sequence[str]) -> dict:
     config, arg = configs.load(flags.config, settings)
     runtime.setup()
     from lm.runs import lineage, rundir
-    from lm.stages import check_settings, find, runner
+    from lm.stages import find, runner
 
     spec = find(config.stage)
-    check_settings(spec, [key for key, _ in settings])
     workdir = files.absolute(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**rundir.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}

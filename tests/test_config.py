@@ -1,5 +1,6 @@
 """Settings: how they are read, what is refused, what may differ when a run is resumed."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from running import CONFIG, load_config
 
 from lm import config as configs
-from lm import presets
+from lm import presets, settings
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.runs import loading
@@ -132,7 +133,7 @@ def test_a_setting_without_a_value_is_refused():
         'steps=3e9', 'batch_size=2147483648', 'model.vocab_size=1e12', 'eval.rows=1e10', 'eval.max_new_tokens=1e7',
         'optim.warmup=1e10', 'log.profile=1e10', 'model.rope_theta=0.5', 'model.rope_theta=inf', 'z_loss=inf',
         'optim.lr=1e39', 'optim.clip=inf', 'optim.eps=nan', 'model.attn_softcap=inf',
-        'optim.max_skips=-1', 'z_loss=-1', 'data.replay=0.95', 'data.heldout=0', 'data.heldout=1',
+        'optim.max_skips=-1', 'z_loss=-1', 'data.heldout=0', 'data.heldout=1',
         'seed=-1', 'seed=4294967296',
     ],
 )  # fmt: skip
@@ -201,6 +202,15 @@ def test_a_config_file_that_is_not_there(tmp_path):
         configs.load('configs/pretrian.py:124m')
     with pytest.raises(UsageError, match='not a Python file'):
         configs.load(write(tmp_path / 'a.txt', ''))
+
+
+def test_every_setting_of_every_stage_is_declared_once_with_a_meaning():
+    for kind in configs._kinds():
+        for field in dataclasses.fields(kind):
+            assert dataclasses.is_dataclass(field.default) or len(field.metadata['meaning']) > 3
+        assert len(configs.fields_of(kind)) < 90
+    assert 'beta' in configs.fields_of(settings.Dpo) and 'beta' not in configs.fields_of(settings.Sft)
+    assert dict(configs.leaves(configs.base(settings.Sft))).keys() == configs.fields_of(settings.Sft).keys()
 
 
 def test_a_stage_may_add_settings(tmp_path):

@@ -20,6 +20,7 @@ ROOMS = (
     {'losses', 'advantages', 'model'},
     {'presets'},
     {'config'},
+    {'settings'},
     {'runtime', 'files', 'sharding', 'terminal'},
     {'progress'},
     {'multihost', 'xla'},

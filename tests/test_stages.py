@@ -370,7 +370,7 @@ BAD = [
     ('sft', {'beta': 0.5}, 'beta is a setting of stage dpo: stage sft has no use for it'),
     ('reward', {'margin': 0.5}, 'margin is a setting of stage dpo: stage reward has no use for it'),
     ('dpo', {'margins': 0.5}, 'margins is a setting of stage reward: stage dpo has no use for it'),
-    ('dpo', {'z_loss': 0.1}, 'z_loss is a setting of stage pretrain and sft: stage dpo has no use for it'),
+    ('dpo', {'z_loss': 0.1}, 'z_loss is a setting of stage pretrain and sft'),
 ]
 
 

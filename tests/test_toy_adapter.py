@@ -63,7 +63,7 @@ def adapted(dialogues, tmp_path, monkeypatch):
     monkeypatch.setitem(ADAPTERS, 'scaled', init)
     monkeypatch.setitem(STAGES, 'adapted', sft.SPEC._replace(name='adapted', open=Adapted))
     file = tmp_path / 'adapted.py'
-    file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace("c.stage = 'sft'", "c.stage = 'adapted'"))
+    file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace('c.steps =', "c.stage = 'adapted'; c.steps ="))
 
     def train(workdir, **settings):
         return dialogues.train('sft', tmp_path / workdir, config=str(file), optim__lr=0.1, **settings)

@@ -1,19 +1,26 @@
 """A stage in one file: it rolls out from its own policy, learns from each batch twice, and ends itself."""
 
 import signal
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import pytest
-from running import ROOT, measured, one_object, params, signal_at, status
+from running import measured, one_object, params, signal_at, status
 
-from lm import sharding
+from lm import settings, sharding
 from lm.data import chats, pipeline
 from lm.errors import Preempted, RunError
 from lm.runs import rundir, saved_config
 from lm.sampling.generate import Sampling, generate
 from lm.stages import STAGES, language, sft
 from lm.stages.spec import StageSpec, Task
+
+
+@dataclass(frozen=True)
+class Settings(settings.Sft):
+    stage: str = settings.setting('toy', 'of lm.stages')
+    enough: float = settings.setting(0.0, 'the accuracy at which it ends; 0: none', settings.PART)
 
 
 class Imitate(Task):
@@ -50,7 +57,7 @@ class Imitate(Task):
         return {'eval/rolled_out': float(np.sum(self.rows['weights_BT']))}
 
     def alarm(self, metrics):
-        return 'it has learned enough' if metrics.get('accuracy', 0) > self.config.margins > 0 else None
+        return 'it has learned enough' if metrics.get('accuracy', 0) > self.config.enough > 0 else None
 
     def state_dict(self):
         return self.rows
@@ -59,7 +66,7 @@ class Imitate(Task):
         self.rows = dict(arrays)
 
 
-TOY = StageSpec('toy', 'chat', 'answers', sft.prepare, Imitate, ('data.replay', 'margins'), sft.check)
+TOY = StageSpec('toy', 'chat', 'answers', sft.prepare, Imitate, sft.check)
 
 
 # ---- what the runner, the loop and the commands make of it ----
@@ -71,7 +78,12 @@ def toy(dialogues, tmp_path, monkeypatch):
     monkeypatch.setitem(STAGES, 'toy', TOY)
     dialogues.run('sft')
     file = tmp_path / 'toy.py'
-    file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace("c.stage = 'sft'", "c.stage = 'toy'"))
+    told = (
+        'from lm import config',
+        'from test_toy_stage import Settings',
+        'get_config = lambda arg: config.base(Settings)',
+    )
+    file.write_text('\n'.join(told))
     own = {
         'config': str(file),
         'steps': 8,
@@ -114,7 +126,7 @@ def test_what_it_keeps_is_in_the_checkpoint(toy, monkeypatch):
 
 def test_it_ends_with_a_reason_and_what_it_had_is_saved(toy):
     with pytest.raises(RunError, match=r'it has learned enough: stopped at step \d'):
-        toy('run', margins=1e-6)
+        toy('run', enough=1e-6)
     found = status(toy.folder / 'run')
     assert found['state'] == 'failed' and 'it has learned enough' in found['reason'] and 0 < found['saved'] < 8
 

@@ -21,10 +21,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lm.config import FLOAT32_END
 from lm.data.messages import Malformed, Unused, is_empty, number_of, read_messages, read_tools, side_of, text_of
 from lm.data.records import Chat, Counts, Kind, Message, Pair, Role
 from lm.errors import UsageError
+from lm.settings import FLOAT32_END
 
 # Part of what a source is: raise it when other records come out of the same rows.
 RECIPE = 3

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 
 from lm import config as configs
-from lm.config import INT32_MAX
 from lm.data import chats, pairs, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import TEXT, Form, Prepared, prepare
@@ -28,6 +27,7 @@ from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
 from lm.runs import loading, rundir, saved_config
 from lm.runs.loading import Model
+from lm.settings import INT32_MAX
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 Say = Callable[[str], None]

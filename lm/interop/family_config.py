@@ -8,11 +8,11 @@ reader: its settings are written for one, read back, and compared.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.config import INT32_MAX
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
 from lm.interop.graph import PLAIN, differences, kinds
 from lm.model.layers import RopeScaling
+from lm.settings import INT32_MAX
 
 SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
 MOST_LAYERS = 4096  # a hostile file's number is a loop of ours

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import INT32_MAX
 from lm.errors import UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
@@ -15,6 +14,7 @@ from lm.interop.gguf_arch import ARCHS, Arch
 from lm.interop.graph import PLAIN, from_stored, shapes
 from lm.interop.opened import Leaf, Opened
 from lm.model import parameters
+from lm.settings import INT32_MAX
 
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 

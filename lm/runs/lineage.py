@@ -51,7 +51,7 @@ def inherit_model(
         if key.startswith('model.') and config.model[name] != model[name]:
             raise UsageError(f'{key}={config.model[name]} differs from {parent}, which has {model[name]}: leave it out')
     config.model.update(model)
-    if config.data.pretraining is None and own.data != 'text':
+    if own.data != 'text' and config.data.pretraining is None:
         config.data.pretraining = saved_config.pretraining_of(whole)
     if config.data.tokenizer is None:
         config.data.tokenizer = rundir.tokenizer_folder(parent)

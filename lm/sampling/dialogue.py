@@ -9,11 +9,12 @@ import jax
 from rich.console import Console
 
 from lm import files, interrupts, terminal
-from lm.config import SEED_MAX, nearest
+from lm.config import nearest
 from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 from lm.sampling.conversation import Talker, answer, forget, instruct, needs
 from lm.sampling.generate import Sampling, fixed_slots
+from lm.settings import SEED_MAX
 
 COMMANDS = {
     '/help': 'lists these',

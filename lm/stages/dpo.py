@@ -142,5 +142,4 @@ class Dpo(pairs.PairTask):
         return metrics
 
 
-SETTINGS = ('loss', 'reference', 'nll', *preference.SETTINGS, *language.AFTER_PRETRAINING)
-SPEC = StageSpec('dpo', 'pairs', 'answers', prepare, Dpo, SETTINGS, check)
+SPEC = StageSpec('dpo', 'pairs', 'answers', prepare, Dpo, check)

@@ -27,7 +27,6 @@ from lm.stages.spec import Batch, Say, Source, Task
 from lm.training import step as training
 
 TEMPERATURES = (0.0, 0.7)
-AFTER_PRETRAINING = ('data.pretraining', 'data.replay')  # settings of the stages that begin with a model
 FEW_TOKENS = 500  # to be measured on
 
 # ---- data ----

@@ -36,4 +36,4 @@ class Pretrain(Task):
         return metrics
 
 
-SPEC = StageSpec('pretrain', 'text', 'text', language.prepare_text, Pretrain, settings=('z_loss',))
+SPEC = StageSpec('pretrain', 'text', 'text', language.prepare_text, Pretrain)

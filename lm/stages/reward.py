@@ -15,7 +15,7 @@ from lm.model import parameters, sequences
 from lm.model.roles import Roles
 from lm.runs import reward_scale, rundir, saved_config
 from lm.runs.saved_config import Parent
-from lm.stages import language, pairs
+from lm.stages import pairs
 from lm.stages.spec import Batch, StageSpec
 from lm.training import flops
 from lm.training import step as training
@@ -80,5 +80,4 @@ class Reward(pairs.PairTask):
         return preferences.scores(params, self.cfg, in_order, store.pairs)
 
 
-SETTINGS = ('centring', 'margins', *language.AFTER_PRETRAINING)
-SPEC = StageSpec('reward', 'pairs', 'scores', pairs.prepare, Reward, SETTINGS, check)
+SPEC = StageSpec('reward', 'pairs', 'scores', pairs.prepare, Reward, check)

@@ -87,4 +87,4 @@ class Sft(Task):
         return metrics
 
 
-SPEC = StageSpec('sft', 'chat', 'answers', prepare, Sft, settings=('z_loss', *language.AFTER_PRETRAINING), check=check)
+SPEC = StageSpec('sft', 'chat', 'answers', prepare, Sft, check)

@@ -175,8 +175,6 @@ class StageSpec(NamedTuple):
     prepare: Callable[[Config, str | None, Say], Any]
     # (config, cfg, data, prompts, recorder) -> the task
     open: Callable[..., Task]
-    # beside those that all stages have
-    settings: tuple[str, ...] = ()
     # config -> None. Raises UsageError for settings that make no sense, before anything is read
     check: Callable[[Config], None] = lambda config: None
 

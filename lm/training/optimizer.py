@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config import SCHEDULES, nearest
+from lm.config import nearest
 from lm.errors import UsageError
+from lm.settings import SCHEDULES
 from lm.training import adafactor, muon
 from lm.training.param_groups import ParamInfo, infos_of
 

@@ -1,0 +1,235 @@
+"""Every setting: its default, what it may be, and what it means, in one place.
+
+A stage takes the settings of its class, here or beside the stage: `Settings`, which all have, and its own. `lm.config`
+makes a ConfigDict of a class, reads the command line, and says in one line what is wrong.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+INT32_MAX = 2**31 - 1  # counts and places are int32 on the device
+SEED_MAX = 2**32 - 1  # a larger seed would be cut to these bits
+FLOAT32_END = 2.0**128  # the first number that float32 has no room for
+MAX_BATCH_WARMUP = 10**6  # the batch of each of these steps is in a table
+MAX_NEW_TOKENS = 10**6  # the cache has a place for each
+
+
+class Bound(NamedTuple):
+    """What a value may be, in words and as a test; `choices`: it is one of these."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+def one_of(*names: str) -> Bound:
+    return Bound('', lambda x: x in names, names)
+
+
+def up_to(most: int, least: int = 0) -> Bound:
+    return Bound(f'from {least} to {most}', lambda x: least <= x <= most)
+
+
+COUNT, COUNT_OR_0 = up_to(INT32_MAX, 1), up_to(INT32_MAX)
+POSITIVE = Bound('positive and finite', lambda x: 0 < x < FLOAT32_END)
+FROM_1 = Bound('at least 1 and finite', lambda x: 1 <= x < FLOAT32_END)
+FROM_0 = Bound('at least 0 and finite', lambda x: 0 <= x < FLOAT32_END)
+PART = Bound('from 0 to 1', lambda x: 0 <= x <= 1)
+DECAY = Bound('from 0 to below 1', lambda x: 0 <= x < 1)
+INNER = Bound('between 0 and 1', lambda x: 0 < x < 1)
+REPLAYED = Bound('from 0 to 0.9', lambda x: 0 <= x <= 0.9)
+
+
+def setting(default: Any, meaning: str, bound: Bound | None = None) -> Any:
+    """A field of a class of settings. One that may be none says so by its type (`float | None`)."""
+    return dataclasses.field(default=default, metadata={'meaning': meaning, 'bound': bound})
+
+
+# ---- what all stages have ----
+
+
+@dataclass(frozen=True)
+class Precision:
+    compute: str | None = setting(
+        None, 'dtype of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16')
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """The graph, and its sizes: fields of `lm.model.config.ModelConfig`."""
+
+    vocab_size: int = setting(4096, 'ids, before padding', COUNT)
+    dim: int = setting(128, 'width of the residual stream', COUNT)
+    layers: int = setting(4, 'depth', COUNT)
+    heads: int = setting(4, 'query heads', COUNT)
+    kv_heads: int = setting(4, 'key and value heads; heads is a multiple of them', COUNT)
+    head_dim: int = setting(32, 'width of a head', COUNT)
+    ffn_dim: int = setting(384, 'width of the feed-forward', COUNT)
+    rope_theta: float = setting(10_000.0, 'base of the rotary frequencies', FROM_1)
+    norm_eps: float = setting(1e-6, 'added to the mean square in a norm', POSITIVE)
+    qk_norm: bool = setting(True, 'RMS-normalise queries and keys per head')
+    qk_norm_joint: bool = setting(False, 'RMS-normalise queries and keys over all heads at once (OLMo 2)')
+    tied: bool = setting(True, 'one matrix for the embedding and the head')
+    qkv_bias: bool = setting(False, 'biases of queries, keys and values (Qwen 2)')
+    norms: str = setting('pre', 'of what a sub-layer reads (pre), of what it adds (post, OLMo 2), or both (Gemma 2, 3)')
+    norm_plus_one: bool = setting(False, 'norms multiply by 1 + their weight (Gemma)')
+    activation: str = setting('silu', 'silu | gelu: of the gate')
+    window: int | None = setting(None, 'attend to this many last tokens in local layers; None: all', COUNT)
+    pattern: str | None = setting(
+        None, "'local,global', with nope: kinds of layer, repeated over the depth; None: all by window"
+    )
+    rope_theta_local: float | None = setting(None, "of a pattern's local layers; None: rope_theta", FROM_1)
+    rope_scaling: str | None = setting(None, "'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'")
+    query_scale: float | None = setting(None, 'what q·k is multiplied by; None: 1/√head_dim', POSITIVE)
+    embed_scale: float | None = setting(None, 'of the embedding (Gemma, Granite)', POSITIVE)
+    residual_scale: float | None = setting(None, 'of what is added to the residual stream (Granite)', POSITIVE)
+    logit_scale: float | None = setting(None, 'of the logits (Granite)', POSITIVE)
+    context: int | None = setting(None, 'tokens that it was made to read at once; None: seq_len', COUNT)
+    attn_softcap: float | None = setting(None, 'attention logits stay within ± this (Gemma 2)', POSITIVE)
+    logit_softcap: float | None = setting(None, 'logits stay within ± this (Gemma 2)', POSITIVE)
+    scan: bool = setting(
+        False, 'scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)'
+    )
+
+
+OPTIMIZERS = ('adamw', 'muon', 'adafactor')
+SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: str = setting('adamw', 'adamw | muon (for matrices, AdamW for the rest) | adafactor', one_of(*OPTIMIZERS))
+    lr: float = setting(6e-3, 'peak learning rate', POSITIVE)
+    schedule: str = setting('linear', 'cosine | wsd | linear | constant, each after the warmup', one_of(*SCHEDULES))
+    warmup: int = setting(100, 'steps', COUNT_OR_0)
+    batch_warmup: int = setting(
+        0, 'steps over which the batch grows from one microbatch to batch_size', up_to(MAX_BATCH_WARMUP)
+    )
+    decay: float = setting(0.2, 'wsd: the last part of the run over which the rate falls to the final one', PART)
+    final: float = setting(0.0, 'the last rate, as a fraction of lr', PART)
+    weight_decay: float = setting(0.1, 'not on norms and embeddings', FROM_0)
+    clip: float | None = setting(1.0, 'global gradient norm; None: off', POSITIVE)
+    b1: float = setting(0.9, "AdamW's decay of the first moment", DECAY)
+    b2: float = setting(0.95, "AdamW's decay of the second moment", DECAY)
+    eps: float = setting(1e-8, "AdamW's, added to the root of the second moment", POSITIVE)
+    momentum: float = setting(0.95, "Muon's, of the matrices", DECAY)
+    ema: float | None = setting(None, 'decay of an average of the weights, which is then evaluated and used', INNER)
+    max_skips: int = setting(5, 'non-finite steps in a row that are skipped before the run stops', COUNT_OR_0)
+
+
+@dataclass(frozen=True)
+class Data:
+    mixture: str = setting('', "'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py")
+    tokenizer: str | None = setting(
+        None, "folder or tokenizer.json; None: trained on the mixture, or that of init_from's run"
+    )
+    heldout: float = setting(0.02, "part of each source's documents that is kept out for evaluation", INNER)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes those that are left."""
+
+    data: int = setting(1, 'copies of the weights, each with rows of its own')
+    fsdp: int = setting(-1, 'rows, with the weights split over the same devices')
+    seq: int = setting(1, 'parts of a sequence')
+    tensor: int = setting(1, 'parts of a matrix')
+    expert: int = setting(1, 'experts')
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = setting(100, 'steps', COUNT)
+    keep: int = setting(3, 'the newest that stay', COUNT)
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = setting(250, 'steps; the last step is always evaluated', COUNT)
+    rows: int = setting(256, 'held-out rows of each source', COUNT)
+    prompts: str | None = setting(
+        None, 'a .jsonl file; None: configs/prompts.jsonl, of own data its held-out beginnings'
+    )
+    max_new_tokens: int = setting(48, 'of an answer', up_to(MAX_NEW_TOKENS, 1))
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = setting(10, 'steps between lines of metrics.jsonl', COUNT)
+    profile: int | None = setting(None, 'step from which three steps are traced into DIR/profile', COUNT_OR_0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages have, at the sizes of the laptop run."""
+
+    stage: str = setting('pretrain', 'of lm.stages')
+    seed: int = setting(0, 'of everything that is drawn', up_to(SEED_MAX))
+    steps: int | None = setting(None, 'optimizer steps; None: one epoch', COUNT)
+    batch_size: int = setting(8, 'sequences a step, over all devices', COUNT)
+    seq_len: int = setting(256, 'tokens a sequence', COUNT)
+    microbatch: int | None = setting(None, 'sequences in memory at once; None: measured', COUNT)
+    init_from: str | None = setting(None, "DIR[@STEP]: start from that run's weights, model and tokenizer")
+    branch_from: str | None = setting(None, 'DIR[@STEP]: as init_from, with the optimizer and the position in the data')
+    remat: str = setting('none', 'none | full | dots | names: what the backward pass computes again instead of keeping')
+    attention: str | None = setting(
+        None, "blocks | dense | cudnn | splash; None: the platform's own, said when a run starts",
+        one_of('blocks', 'dense', 'cudnn', 'splash'),
+    )  # fmt: skip
+    precision: Precision = Precision()
+    model: Model = Model()
+    optim: Optim = Optim()
+    data: Data = Data()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+
+# ---- what a stage has beside them ----
+
+
+@dataclass(frozen=True)
+class Pretrain(Settings):
+    stage: str = setting('pretrain', 'of lm.stages')
+    z_loss: float = setting(1e-4, 'coefficient of the squared logsumexp', FROM_0)
+
+
+@dataclass(frozen=True)
+class DialogueData(Data):
+    pretraining: str | None = setting(None, "the mixture of pretraining, '' none; None: that of the run before")
+    replay: float = setting(0.0, 'share of the rows that are text of pretraining, against forgetting', REPLAYED)
+    strict: bool = setting(False, 'a malformed record ends the run with a line that names it; else it is left out')
+
+
+@dataclass(frozen=True)
+class Sft(Pretrain):
+    stage: str = setting('sft', 'of lm.stages')
+    data: DialogueData = DialogueData()
+
+
+@dataclass(frozen=True)
+class Reward(Settings):
+    stage: str = setting('reward', 'of lm.stages')
+    data: DialogueData = DialogueData()
+    centring: float = setting(1e-2, 'coefficient of (chosen + rejected)²', FROM_0)
+    margins: float = setting(0.0, "what a pair's margin is multiplied by; 0: the better one need only lead", FROM_0)
+
+
+@dataclass(frozen=True)
+class Dpo(Settings):
+    stage: str = setting('dpo', 'of lm.stages')
+    data: DialogueData = DialogueData()
+    loss: str = setting('dpo', 'dpo | cdpo | robust | ipo | simpo | orpo | kto')
+    reference: str = setting('cached', 'cached: its log-probs are computed once; live: at each step, beside the model')
+    beta: float | None = setting(
+        None, "how strongly it holds to the reference; None, here and below: the loss's own", POSITIVE
+    )
+    margin: float | None = setting(None, 'by how much simpo has the chosen response lead', FROM_0)
+    label_smoothing: float | None = setting(None, 'cdpo and robust: the part of labels that are wrong')
+    lambda_d: float | None = setting(None, 'kto: what a good answer weighs', FROM_0)
+    lambda_u: float | None = setting(None, 'kto: what a bad answer weighs', FROM_0)
+    nll: float | None = setting(None, "coefficient of the chosen responses' own loss beside it", FROM_0)
