@@ -379,6 +379,34 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
     refused(call('main', *lab.argv(tmp_path / 'a')), 'is damaged')
 
 
+@pytest.mark.parametrize(
+    ('change', 'wanted'),
+    [
+        ({'about': []}, 'is damaged'), ({'about': None}, 'is damaged'), ({'about': {}}, 'is damaged'),
+        ({'about': {'data': 'text', 'output': 'text', 'voice': 'low'}}, 'about.voice, which this version'),
+        ({'about': {'data': 'text', 'output': 'sing'}}, 'which this version does not know'),
+        ({'about': {'data': 'text', 'output': ['x']}}, 'which this version does not know'),
+        ({'about': {'data': 'text', 'output': 'text', 'adapter': 'new'}}, 'has an adapter (new)'),
+        ({'parents': 'x'}, 'is damaged'), ({'parents': {'reference': 'x'}}, 'is damaged'),
+        ({'parents': {'reference': {'path': 'x'}}}, 'is damaged'), ({'config.optim': 3}, 'config.optim'),
+        ({'config.data': []}, 'config.data'), ({'config.precision': None}, 'config.precision'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_json_of_another_form_is_one_line(call, lab, trained, tmp_path, change, wanted):
+    saved = json.loads((trained / 'config.json').read_text())
+    for key, value in change.items():
+        group, _, name = key.rpartition('.')
+        (saved[group] if group else saved)[name] = value
+    shutil.copytree(trained, tmp_path / 'run')
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(saved))
+    for words in (
+        ['chat', tmp_path / 'run', '--raw', '--prompt=x'], ['evaluate', tmp_path / 'run'],
+        ['convert', tmp_path / 'run', tmp_path / 'out'], ['main', *lab.argv(tmp_path / 'run')],
+    ):  # fmt: skip
+        refused(call(*words), wanted, None)
+
+
 @pytest.mark.usefixtures('nothing_allocated')
 def test_a_workdir_that_cannot_be_written(call, lab, tmp_path, monkeypatch):
     """Seen before the data are read, and nothing is left behind."""

@@ -153,9 +153,10 @@ def test_a_folder_reads_what_is_text_and_counts_the_rest_by_kind(shown, tmp_path
     (tmp_path / '.git' / 'config').write_text('not a document')
     (tmp_path / 'deep' / '.DS_Store').write_text('nor this')
     (tmp_path / 'deep' / 'link.txt').symlink_to('gone.txt')
+    (tmp_path / 'elsewhere').symlink_to('deep')
     out = shown(tmp_path)
-    assert row_of(out)[:2] == ['411', '405']
-    assert '.png 2, .zip 1, dangling link 1, hidden 2' in out
+    assert row_of(out)[:2] == ['412', '405']
+    assert '.png 2, .zip 1, dangling link 1, hidden 2, linked folder 1' in out
 
 
 def test_a_folder_of_conversations_counts_what_is_no_table(lab, dialogues, shown, tmp_path):

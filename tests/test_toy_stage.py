@@ -124,11 +124,33 @@ def test_what_it_keeps_is_in_the_checkpoint(toy, monkeypatch):
     assert {step for step, name in measured(toy.folder / 'run') if name == 'train/accuracy'} == {1, 2, 3, 5, 6, 7, 8}
 
 
-def test_it_ends_with_a_reason_and_what_it_had_is_saved(toy):
+def test_it_ends_with_a_reason(toy):
     with pytest.raises(RunError, match=r'it has learned enough: stopped at step \d'):
         toy('run', enough=1e-6)
     found = status(toy.folder / 'run')
-    assert found['state'] == 'failed' and 'it has learned enough' in found['reason'] and 0 < found['saved'] < 8
+    assert found['state'] == 'failed' and 'it has learned enough' in found['reason'] and found['saved'] is None
+
+
+def test_an_alarm_at_the_end_is_no_end(toy, monkeypatch):
+    """Nothing of the step is saved, so the same command comes to the same alarm."""
+    monkeypatch.setattr(Imitate, 'alarm', lambda self, metrics: 'no' if 'eval/rolled_out' in metrics else None)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r'no: stopped at step 3'):
+            toy('run')
+    assert status(toy.folder / 'run')['saved'] == 2
+
+
+def test_what_is_set_before_the_loss_is_there_in_it(toy, monkeypatch):
+    real = Imitate.loss
+    monkeypatch.setattr(Imitate, 'precompute', lambda self, parents: setattr(self, 'known', 1) or {})
+    monkeypatch.setattr(Imitate, 'loss', lambda self: self.known and real(self))
+    toy('run', steps=1)
+
+
+def test_a_branch_into_it_begins_what_it_keeps(toy, dialogues):
+    text = {'data__pretraining': 'one.jsonl:0.7,two.jsonl:0.3', 'data__replay': 0.25}
+    toy('run', init_from=None, branch_from=str(dialogues.run('sft')), **text)
+    assert measured(toy.folder / 'run')[8, 'eval/rolled_out'] > 8
 
 
 def test_the_commands_know_it(toy, dialogues, call, monkeypatch):

@@ -9,11 +9,14 @@ from lm.data import record_files
 
 
 def walk(folder: str) -> Iterator[str]:
-    """What is not a folder below a folder, sorted; a hidden folder (.git) is one thing, whatever is in it."""
-    for root, folders, names in os.walk(folder):
-        hidden = [name for name in folders if name.startswith('.')]
-        folders[:] = sorted(set(folders) - set(hidden))
-        yield from (os.path.join(root, name) for name in sorted(names + hidden))
+    """What is not a folder below a folder, sorted; a folder that is hidden (.git), a link, or closed to us is one of
+    these, whatever is in it."""
+    closed: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=closed.append):
+        apart = {name for name in folders if name.startswith('.') or os.path.islink(os.path.join(root, name))}
+        folders[:] = sorted(set(folders) - apart)
+        yield from (os.path.join(root, name) for name in sorted([*names, *apart]))
+    yield from (error.filename for error in closed)
 
 
 def is_file(path: str) -> bool:
@@ -38,6 +41,8 @@ def kind_of(path: str) -> str:
     """Of which kind a path is, as it is counted where it is left out: '.png', 'hidden'."""
     if os.path.basename(path).startswith('.'):
         return 'hidden'
+    if os.path.isdir(path):
+        return 'linked folder' if os.path.islink(path) else 'closed folder'
     if not os.path.isfile(path):
         return 'dangling link' if os.path.islink(path) else 'no file'
     return Path(path).suffix.lower() or 'without suffix'

@@ -184,6 +184,8 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     meta = json.loads(file.read_text())
     if not isinstance(meta, dict) or meta != sealed({k: v for k, v in meta.items() if k != 'seal'}):
         raise ValueError('the seal of meta/metadata is wrong')
+    if type(meta.get('layout')) is not int:
+        raise ValueError('its layout is no number')
     if meta['layout'] > LAYOUT:
         raise UsageError(f'{path} has layout {meta["layout"]}, this version reads up to {LAYOUT}: use a newer lm')
     if str(meta['step']) != path.name:
@@ -343,6 +345,14 @@ def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, 
         return step, *read(directory / str(step), abstract)
     except ValueError as error:
         raise RunError(f'checkpoint {run} is damaged: {error}') from error
+
+
+def holds(run: str, item: str) -> bool:
+    """Whether the checkpoint that 'DIR' or 'DIR@STEP' names has a part of its tree, as far as its meta can be read."""
+    with contextlib.suppress(ValueError):
+        meta = read_meta(epath.Path(split_run(run)[0]) / 'checkpoints' / str(locate(run)))
+        return any(key.startswith(leaf_key((item,))) for key in meta['checksums'])
+    return True
 
 
 def _set_aside(paths: Sequence[epath.Path]) -> None:

@@ -96,11 +96,10 @@ def branch(
     run: str, abstract: Mapping[str, Any], *, warn: Callable[[str], None]
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """(step, a checkpoint's tree to go on from, its meta). An average that the run did not keep begins with its
-    weights."""
-    begins = 'ema' in abstract and not saved_config.averages(rundir.read_config(run)['config'])
-    asked = {k: v for k, v in abstract.items() if not (begins and k == 'ema')}
-    step, tree, meta = checkpoint.find(run, asked, warn=warn)
-    tree = tree | ({'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if begins else {})
+    weights; what the task keeps begins anew."""
+    begin = {item for item in ('ema', 'task') if item in abstract and not checkpoint.holds(run, item)}
+    step, tree, meta = checkpoint.find(run, {k: v for k, v in abstract.items() if k not in begin}, warn=warn)
+    tree |= {'ema': jax.tree.map(jax.numpy.copy, tree['trainable'])} if 'ema' in begin else {}
     return step, tree, meta
 
 
@@ -116,9 +115,9 @@ def read_unchanged(
 def check_unchanged(before: Parent | None, params: Any, now: Parent) -> None:
     """Raises UsageError if weights that were read now are not those that a run began with. Older versions took the
     digest of converted models after the cast."""
-    if before is not None and before.digest != now.digest and checkpoint.digest(params) != before.digest:
+    if before is not None and before.digest not in ('', now.digest) and checkpoint.digest(params) != before.digest:
         raise UsageError(
-            f'{now.path} has other weights than when this run began: bring them back, or name another --workdir'
+            f'{now.path} has other weights than when this run began: bring them back, or begin another run'
         )
 
 

@@ -18,7 +18,7 @@ from lm.config import Config, differences, leaves, split_run
 from lm.errors import UsageError
 from lm.interop import folders
 from lm.multihost import processes
-from lm.runs import checkpoint
+from lm.runs import checkpoint, saved_config
 from lm.runs.saved_config import Parent
 
 LOCK = '.lock'
@@ -55,6 +55,10 @@ def read_config(run: str) -> dict[str, Any]:
         raise UsageError(f'{folder} is not a run: {what}')
     if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
         raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
+    try:
+        saved_config.check(saved)
+    except UsageError as error:
+        raise UsageError(f'{file} {error}') from None
     return saved
 
 

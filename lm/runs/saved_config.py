@@ -1,7 +1,11 @@
 """What a run's config.json says of it beside its settings: its stage, and the runs that its weights came from."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
+
+from lm.data.records import Kind
+from lm.errors import UsageError
+from lm.model.adapters import ADAPTERS
 
 
 class Parent(NamedTuple):
@@ -9,10 +13,11 @@ class Parent(NamedTuple):
 
     path: str
     step: int  # of its checkpoint; UNKNOWN where an older version did not say
-    digest: str  # of its weights, see `checkpoint.digest`
+    digest: str  # of its weights, see `checkpoint.digest`; '' where an older version did not say
 
 
 UNKNOWN = -1
+OUTPUTS = ('text', 'answers', 'scores')
 
 
 class About(NamedTuple):
@@ -39,6 +44,32 @@ _BEFORE_ABOUT = {
 }  # fmt: skip
 
 
+def check(saved: Mapping[str, Any]) -> None:
+    """Raises UsageError, as the rest of a sentence on a config.json, for what is not of the form that it should be, or
+    of a newer version."""
+    config = saved['config']
+    for name in ('model', 'optim', 'data', 'precision'):
+        if not isinstance(config.get(name), Mapping):
+            raise UsageError(f'is damaged (config.{name} is missing or no group): restore it, or name another run')
+    told = saved.get('about', {})
+    if not isinstance(told, Mapping) or not isinstance(saved.get('parents', {}), Mapping | list):
+        raise UsageError('is damaged (about and parents are to be objects): restore it, or name another run')
+    if unknown := set(told) - set(About._fields):
+        raise UsageError(f'has about.{min(unknown)}, which this version does not know: use a newer lm')
+    try:
+        own, known = about(saved), parents(saved)
+        sound = all(isinstance(p.path, str) and isinstance(p.digest, str) for p in known.values())
+    except (TypeError, IndexError):
+        sound, own, known = False, About('text', 'text'), {}
+    if not sound:
+        raise UsageError('is damaged (about or parents): restore it, or name another run')
+    if own.output not in OUTPUTS or own.data not in get_args(Kind) or not isinstance(own.adapter, str | None):
+        raise UsageError(f'has a run of {own.data} that gives {own.output}, which this version does not know')
+    if own.adapter is not None and (own.adapter not in ADAPTERS or 'base' not in known):
+        why = 'which this version does not know' if own.adapter not in ADAPTERS else 'and no base under it'
+        raise UsageError(f'has an adapter ({own.adapter}), {why}')
+
+
 def about(saved: Mapping[str, Any]) -> About:
     """What a run with this config.json learns from and puts out."""
     if 'about' in saved:
@@ -52,8 +83,10 @@ def parents(saved: Mapping[str, Any] | None) -> dict[str, Parent]:
     found = (saved or {}).get('parents', {})
     if isinstance(found, Mapping):
         return {role: Parent(**parent) for role, parent in found.items()}
-    digest = (saved or {}).get('reference')
-    return {'reference': Parent(found[0], UNKNOWN, digest)} if digest else {}
+    if saved is None or not found:
+        return {}
+    digests = {about(saved).trains: '', 'reference': saved.get('reference')}
+    return {role: Parent(found[0], UNKNOWN, digest) for role, digest in digests.items() if digest is not None}
 
 
 def pretraining_of(saved: Mapping[str, Any]) -> str | None:

@@ -66,7 +66,7 @@ def _train(
     with ledger('prepare'), progress.task('preparing the data'), processes.in_turn():
         data = spec.prepare(config, tokenizer, recorder.say)
     processes.assert_equal('prepared data', data.fingerprint)
-    if found and found['data'] != data.fingerprint:
+    if found and found.get('data') != data.fingerprint:
         raise UsageError(f'{workdir} {OTHER_DATA}; name another --workdir')
     if config.branch_from and not found and rundir.read_config(config.branch_from)['data'] != data.fingerprint:
         raise UsageError(f'{config.branch_from} {OTHER_DATA}; use init_from')
@@ -240,7 +240,10 @@ def start(
     frozen, read = {}, {}
     for role, setting in task.frozen.items():
         known = (config[setting], abstract.frozen[role], parents.get(role))
-        frozen[role], read[role] = loading.read_unchanged(*known, warn=recorder.say)
+        try:
+            frozen[role], read[role] = loading.read_unchanged(*known, warn=recorder.say)
+        except UsageError as error:
+            raise UsageError(f'{error} (it is the {role} of this run, which each step reads)') from None
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', wanted, warn=partial(recorder.say, style='red'), set_aside=True
     )

@@ -4,7 +4,7 @@ A new stage is one file: a `Task` with its loss and where its batches come from,
 registry (`lm.stages.STAGES`). The runner, the loop and the commands know no stage by name.
 """
 
-import dataclasses
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -162,7 +162,9 @@ class Task:
 
     def at(self, microbatch: int) -> 'Task':
         """The same task with its microbatch resolved."""
-        return dataclasses.replace(self, config=plan.with_microbatch(self.config, microbatch))
+        task = copy.copy(self)
+        task.config = plan.with_microbatch(self.config, microbatch)
+        return task
 
 
 class StageSpec(NamedTuple):

@@ -55,7 +55,7 @@ def run_loop(
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
       RunError: more than `max_skips` non-finite steps in a row, nothing saved since and what was saved just before
-        them set aside, because its parameters may be the cause; the task's alarm, the state saved; or a save failed.
+        them set aside, because its parameters may be the cause; the task's alarm; or a save failed.
     """
     stop.patient = True
     meter, profile = Meter(hooks), Profile(hooks)
@@ -75,7 +75,7 @@ def run_loop(
             hooks.writer.check()
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
             # The signal is asked for once: one that comes below is for the next step.
-            stops = (stop.after(i) and i < steps) or meter.alarm is not None
+            stops = stop.after(i) and i < steps
             if evaluates or saves or stops:
                 with hooks.ledger('step'):
                     meter.read(*pending, steps=steps)
@@ -84,16 +84,13 @@ def run_loop(
                 with hooks.ledger('eval'), progress.task(f'evaluating at step {i}'):
                     found = hooks.evaluate(state, i)
                     hooks.recorder.metrics(i, found)
-                    meter.listen(found)
+                    meter.listen(i, found)
                     hooks.ceiling.refresh()
-            stops = stops or meter.alarm is not None
             if (saves or stops) and not meter.skipping:  # what gives no finite loss does not push out what did
                 save(state, i, hooks)
             if stops:
                 with hooks.ledger('checkpoint'), progress.task('saving'):
                     hooks.writer.wait()
-                if meter.alarm is not None:
-                    raise RunError(f'{meter.alarm}: stopped at step {i}')
                 kept = 'stopped among skipped steps' if meter.skipping else 'saved'
                 raise Preempted(f'{kept} at step {i} after {stop.signal}: run the same command again to go on')
     profile.stop()
@@ -125,7 +122,6 @@ class Meter:
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._skipped_in_a_row = 0
-        self.alarm: str | None = None  # why training has to end
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -138,7 +134,7 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._count_tokens(step, int(values.pop('tokens')), int(values.pop('targets')))
         self._count(step, values)
-        self.listen(values)
+        self.listen(step, values)
         if step % self._hooks.log_every and step != steps:
             return
         hooks = self._hooks
@@ -154,9 +150,11 @@ class Meter:
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
         hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
 
-    def listen(self, metrics: Mapping[str, float]) -> None:
-        """Asks the task whether these metrics are a reason to end."""
-        self.alarm = self.alarm or self._hooks.alarm(metrics)
+    def listen(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Asks the task whether these metrics are a reason to end. Nothing that came of them is saved: whoever goes on
+        from the last checkpoint comes here again."""
+        if (why := self._hooks.alarm(metrics)) is not None:
+            raise RunError(f'{why}: stopped at step {step}; the last checkpoint is from before it')
 
     def _count_tokens(self, step: int, tokens: int, targets: int) -> None:
         self._hooks.recorder.tokens = (self._hooks.recorder.tokens or 0) + tokens
