@@ -75,7 +75,7 @@ def test_fine_tuning_learns_to_answer_and_measures_what_is_forgotten(dialogues):
 def test_replay_is_off_and_said_where_nothing_is_known_of_pretraining(dialogues, tmp_path):
     parent = shutil.copytree(dialogues.run('pretrain'), tmp_path / 'parent')
     saved = config_of(parent)
-    saved['config'] |= {'stage': 'import'}  # as of a model from elsewhere
+    saved['about'] |= {'data': 'chat'}  # as of a model from elsewhere
     (parent / 'config.json').write_text(json.dumps(saved))
     dialogues.train('sft', tmp_path / 'run', init_from=str(parent), steps=2)
     log = (tmp_path / 'run' / 'log.txt').read_text()
@@ -473,4 +473,4 @@ def test_two_processes_train_what_one_trains(dialogues, tmp_path, monkeypatch):
     told = running.ended(started)
     assert [code for code, _, _ in told] == [0, 0], told
     running.assert_measured_alike(tmp_path / 'run', whole)
-    assert config_of(tmp_path / 'run')['reference'] == config_of(whole)['reference']
+    assert config_of(tmp_path / 'run')['parents'] == config_of(whole)['parents']

@@ -145,6 +145,7 @@ def _fit(
     with ledger('compile'), progress.task('compiling the step'):
         step, told = plan.autotune_microbatch(config, cfg, abstract, build, partial(first_batch, task))
     fitting.check_compiled(config, cfg, abstract, step)
+    rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
     tokens, grown = _tokens(task.batch()), plan.growth(config)
     for line in describe_run(config, cfg, tokens=tokens):
@@ -152,7 +153,7 @@ def _fit(
     recorder.say(told)
     with progress.task('loading the weights'):
         state, parents = start(task, workdir, abstract, optimizer, parents)
-    rundir.write_config(workdir, config, parents, **kept)
+    rundir.write_config(workdir, config, parents, **kept)  # with what was read just now
 
     # ---- loop ----
     source = task.source(int(state.step))
@@ -252,20 +253,26 @@ def start(
         recorder.rewind(step)
         recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'resumed at step {step}')
-        task.load(jax.device_get(tree.pop('task', {})))
+        _give_back(task, tree)
         return training.TrainState(frozen=frozen, **tree), {**parents, **read}
     recorder.rewind(0)
     if config.branch_from:
         step, tree, meta = loading.branch(config.branch_from, wanted, warn=recorder.say)
         recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
         recorder.say(f'branched from {config.branch_from} at step {step}')
-        task.load(jax.device_get(tree.pop('task', {})))
+        _give_back(task, tree)
         whole = Parent(config.branch_from, step, checkpoint.saved_digest(meta, 'trainable', task.trains))
         return training.TrainState(frozen=frozen, **tree), {**parents, task.trains: whole, **read}
     create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
     weights, parent = task.first_weights(abstract.trainable[task.trains])
     state = dataclasses.replace(create({task.trains: weights}), frozen=frozen)
     return state, {**parents, **({task.trains: parent} if parent else {}), **read}
+
+
+def _give_back(task: Task, tree: dict[str, Any]) -> None:
+    """Gives the task what a checkpoint of it keeps; a checkpoint of another stage has none."""
+    if 'task' in tree:
+        task.load(jax.device_get(tree.pop('task')))
 
 
 def _tokens_before(config: Config, step: int) -> int:
