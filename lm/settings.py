@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 10**6  # the cache has a place for each
 
 
 class Bound(NamedTuple):
-    """What a value may be, in words and as a test; `choices`: it is one of these."""
+    """The values that a setting may have, in words and as a test; `choices`: it is one of these."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -164,7 +164,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all stages have, at the sizes of the laptop run."""
+    """The settings of all stages, at the sizes of the laptop run."""
 
     stage: str = setting('pretrain', 'of lm.stages')
     seed: int = setting(0, 'of everything that is drawn', up_to(SEED_MAX))

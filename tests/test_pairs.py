@@ -22,7 +22,7 @@ from lm.data.tokenizer import train_tokenizer
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.sharding import use_mesh
-from lm.stages import dpo
+from lm.stages import dpo, reward
 from lm.stages import pairs as stage
 from lm.training import step as training
 
@@ -233,7 +233,7 @@ def data_of(store):
 def test_rows_are_shared_by_microbatches_and_devices(tmp_path, microbatch, mesh, parts):
     data, settings = data_of(pair_store(tmp_path / 'p', drawn(64))), config()
     settings.microbatch = microbatch
-    task: Any = stage.PairTask(settings, None, data)
+    task: Any = reward.Reward(settings, None, data)
     with use_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.values())))]):
         needed = task.batches().rows
         shapes = task.batch()

@@ -145,6 +145,7 @@ def test_what_is_set_before_the_loss_is_there_in_it(toy, monkeypatch):
     monkeypatch.setattr(Imitate, 'precompute', lambda self, parents: setattr(self, 'known', 1) or {})
     monkeypatch.setattr(Imitate, 'loss', lambda self: self.known and real(self))
     toy('run', steps=1)
+    assert (1, 'train/loss') in measured(toy.folder / 'run')
 
 
 def test_a_branch_into_it_begins_what_it_keeps(toy, dialogues):

@@ -9,8 +9,8 @@ from lm.data import record_files
 
 
 def walk(folder: str) -> Iterator[str]:
-    """What is not a folder below a folder, sorted; a folder that is hidden (.git), a link, or closed to us is one of
-    these, whatever is in it."""
+    """Yields the files below a folder, sorted, and, as one path each, folders that are not entered: those that are
+    hidden (.git), links, or closed to us."""
     closed: list[OSError] = []
     for root, folders, names in os.walk(folder, onerror=closed.append):
         apart = {name for name in folders if name.startswith('.') or os.path.islink(os.path.join(root, name))}
@@ -20,7 +20,7 @@ def walk(folder: str) -> Iterator[str]:
 
 
 def is_file(path: str) -> bool:
-    """Whether a path of a folder is a file to be read: not hidden, and there."""
+    """Tells whether a path of a folder is a file to be read: it exists, and is not hidden."""
     return not os.path.basename(path).startswith('.') and os.path.isfile(path)
 
 
@@ -38,7 +38,7 @@ def is_binary(path: str) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """Of which kind a path is, as it is counted where it is left out: '.png', 'hidden'."""
+    """The kind of a path, under which it is counted where it is left out: '.png', 'hidden'."""
     if os.path.basename(path).startswith('.'):
         return 'hidden'
     if os.path.isdir(path):

@@ -113,7 +113,7 @@ def _block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, *, softcap):
 
 
 class CachePositions(NamedTuple):
-    """Where the tokens of `cached_attention` stand in their texts; INVALID is a token that nobody sees."""
+    """The positions of the tokens of `cached_attention` in their texts; INVALID is a token that nobody sees."""
 
     query_BT: Any
     new_BT: Any  # of the keys that are read with the queries

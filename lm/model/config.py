@@ -123,11 +123,11 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """How far each layer sees."""
+        """The attention window of each layer; None: all tokens."""
         return tuple(self.window_of(self.kind(i)) for i in range(self.layers))
 
     def window_of(self, kind: str) -> int | None:
-        """How many tokens a layer of a kind sees, its own included; None: all."""
+        """The attention window of a kind of layer, in tokens, the token itself included; None: all."""
         return self.window if kind == 'local' else None
 
     def kind(self, layer: int) -> str:

@@ -16,7 +16,7 @@ Aux = dict[str, jax.Array]
 
 
 class FeedForward(NamedTuple):
-    """What a layer does after attention.
+    """A feed-forward sub-layer.
 
     Attributes:
       rows: its parameters in each layer.
@@ -32,7 +32,7 @@ class FeedForward(NamedTuple):
 
 
 def gated(y_BTD: jax.Array, layer: Mapping[str, Any], cfg: ModelConfig, real_BT: jax.Array | None):
-    """What the gated feed-forward adds (SwiGLU; Shazeer, 2020)."""
+    """Returns the output of a gated feed-forward (SwiGLU; Shazeer, 2020), and no auxiliary sums."""
     del real_BT
     gate_BTF = ACTIVATIONS[cfg.activation](seam.einsum('BTD,DF->BTF', y_BTD, layer['w_gate_DF']))
     gated_BTF = checkpoint_name(gate_BTF * seam.einsum('BTD,DF->BTF', y_BTD, layer['w_up_DF']), 'gated')

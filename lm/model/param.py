@@ -41,7 +41,7 @@ class Param(NamedTuple):
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is a norm's scale."""
+        """True for the scale of a norm."""
         return self.init == 'norm'
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:

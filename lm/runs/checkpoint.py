@@ -348,7 +348,7 @@ def find(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[int, 
 
 
 def holds(run: str, item: str) -> bool:
-    """Whether the checkpoint that 'DIR' or 'DIR@STEP' names has a part of its tree, as far as its meta can be read."""
+    """Tells whether the checkpoint of 'DIR' or 'DIR@STEP' has an item in its tree; True if its meta cannot be read."""
     with contextlib.suppress(ValueError):
         meta = read_meta(epath.Path(split_run(run)[0]) / 'checkpoints' / str(locate(run)))
         return any(key.startswith(leaf_key((item,))) for key in meta['checksums'])

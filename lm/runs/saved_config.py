@@ -21,7 +21,7 @@ OUTPUTS = ('text', 'answers', 'scores')
 
 
 class About(NamedTuple):
-    """What there is to know of a run's stage without the code of the stage."""
+    """Facts about a run's stage that need no code of the stage."""
 
     data: str  # kind of records that it learns from: 'text', 'chat', 'pairs'
     output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
@@ -71,7 +71,7 @@ def check(saved: Mapping[str, Any]) -> None:
 
 
 def about(saved: Mapping[str, Any]) -> About:
-    """What a run with this config.json learns from and puts out."""
+    """The kind of data and the output of a run with this config.json."""
     if 'about' in saved:
         return About(**saved['about'])
     return _BEFORE_ABOUT.get(saved['config']['stage'], About('pairs', 'answers'))
@@ -95,7 +95,7 @@ def pretraining_of(saved: Mapping[str, Any]) -> str | None:
 
 
 def weights_item(saved: Mapping[str, Any]) -> str:
-    """Where in a checkpoint of a run with these saved settings the weights for use are."""
+    """The item of a checkpoint, of a run with these saved settings, that has the weights for use."""
     return 'ema' if averages(saved) else 'trainable'
 
 

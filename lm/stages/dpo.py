@@ -48,7 +48,7 @@ class Dpo(pairs.PairTask):
 
     @property
     def _taken(self) -> preference.Preference:
-        """What the loss takes."""
+        """The entry of the loss in the table of losses."""
         return LOSSES[self.config.loss]
 
     @property
@@ -84,7 +84,7 @@ class Dpo(pairs.PairTask):
         return [*lines, told]
 
     def cost(self) -> flops.Cost:
-        """With the forward passes beside the one that is differentiated."""
+        """Model FLOPs of a step, with the forward passes beside the one that is differentiated."""
         return self.lm_cost(forwards=(1 + self._taken.baseline) * (1 + len(self.frozen)) - 1)
 
     def loss(self) -> training.Loss:

@@ -214,7 +214,7 @@ def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
 
 
 def abstract_saved(task: Task, abstract: training.TrainState) -> dict[str, Any]:
-    """What a checkpoint holds, as shapes and shardings; what the task keeps is whole on every device."""
+    """The tree of a checkpoint as shapes and shardings; the arrays that the task keeps are whole on every device."""
     everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
     whole = lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=everywhere)
     return saved(abstract, jax.tree.map(whole, task.state_dict()))

@@ -1,9 +1,10 @@
-"""What a stage is: a spec, which the registry lists, and a task, which is what it does in one run.
+"""A stage: a spec, which the registry lists, and a task, which does its work in one run.
 
 A new stage is one file: a `Task` with its loss and where its batches come from, a `StageSpec`, and a line in the
 registry (`lm.stages.STAGES`). The runner, the loop and the commands know no stage by name.
 """
 
+import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ ROWS = {
 
 
 class Data(Protocol):
-    """What a stage trains on; `fingerprint` changes with all that it is made of."""
+    """The data that a stage trains on; `fingerprint` changes with all that it is made of."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -51,8 +52,8 @@ class Data(Protocol):
 
 
 @dataclass(eq=False)
-class Task:
-    """What a stage does in one run. It closes over its data and what it was asked for.
+class Task(abc.ABC):
+    """The work of a stage in one run. It closes over its data and what it was asked for.
 
     Attributes:
       config: resolved but for what the plan finds out (the microbatch). data: None in a dry run, which reads none.
@@ -69,7 +70,7 @@ class Task:
     adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
     online: ClassVar[bool] = False  # whether batches depend on the state
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 (most keep nothing)
         """Makes what the task keeps between steps."""
 
     # ---- what a step is made of ----
@@ -79,21 +80,21 @@ class Task:
         """{role of what the step reads and does not train: the setting that names the run it comes from}."""
         return MappingProxyType({})
 
+    @abc.abstractmethod
     def loss(self) -> training.Loss:
         """The loss, a function of the models by their role and a batch."""
-        raise NotImplementedError
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes and shardings, at most these in a dry run: `tokens_BT`, `segments_BT`, `weights_BT` and
         what else the loss takes."""
         return plan.abstract_batch(ROWS, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
 
+    @abc.abstractmethod
     def source(self, start: int) -> Source:
         """source(state, i): batch i, from `start` on, on this process's devices."""
-        raise NotImplementedError
 
     def abstract(self) -> Any:
-        """What is trained, as shapes and shardings."""
+        """The parameters that are trained, as shapes and shardings."""
         if self.adapter is not None:
             return loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))
         return loading.abstract_params(self.cfg, self.trains)
@@ -122,9 +123,9 @@ class Task:
 
     # ---- around the steps ----
 
+    @abc.abstractmethod
     def epoch(self) -> int:
         """Steps in one epoch of the data."""
-        raise NotImplementedError
 
     def describe(self) -> list[str]:
         """Lines on what is about to be trained on."""
@@ -157,7 +158,7 @@ class Task:
         """Arrays that resuming needs beside the state and the step, at any time of the same shapes."""
         return {}
 
-    def load(self, arrays: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, Any]) -> None:  # noqa: B027 (most keep nothing)
         """Takes up what `state_dict` gave when the checkpoint was saved."""
 
     def at(self, microbatch: int) -> 'Task':
