@@ -27,7 +27,7 @@ from lm.data import pipeline
 from lm.data.prepare import Prepared, prepare
 from lm.errors import Parser, run_command
 from lm.model import parameters
-from lm.runs import loading
+from lm.runs import execution, loading
 from lm.stages import plan, pretrain, runner
 from lm.training import step as training
 
@@ -53,10 +53,10 @@ def batches(prepared: Prepared, shape: tuple[int, int], *, seed: int, start: int
 
 def steps(config: configs.Config, batch: Any) -> Callable[[], Any]:
     """Takes one training step after the other on a batch."""
-    cfg = loading.model_config(config)
+    cfg = execution.model_config(config)
     optimizer, schedule = plan.make_optimizer(config)
     abstract = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
-    rows = config.microbatch or config.batch_size
+    rows = config.execution.microbatch or config.batch_size
     step = runner.compile_step(pretrain.Pretrain(config, cfg), optimizer, schedule, abstract, rows)
     params = parameters.init_sharded(jax.random.key(config.seed), cfg)
     state = jax.jit(lambda p: training.create({'policy': p}, {}, optimizer, config.seed))(params)

@@ -23,7 +23,7 @@ from lm import config as configs
 from lm import files
 from lm import main as lm_main
 from lm.errors import Parser, UsageError, leave, run_command
-from lm.runs import loading, rundir
+from lm.runs import execution, rundir
 from lm.settings import INT32_MAX
 from lm.training import flops
 
@@ -74,7 +74,7 @@ def measure(key: Result, arguments: list[str], flags: argparse.Namespace) -> Res
     workdir = files.absolute(flags.out) / name
     last = lm_main.train([*command, f'--workdir={workdir}'])
     config = rundir.read_config(str(workdir))['config']
-    cfg = loading.model_config(config)
+    cfg = execution.model_config(config)
     tokens = config['steps'] * config['batch_size'] * config['seq_len']
     return {
         'benchmark': 'dial', **key, 'lr': config['optim']['lr'], 'weight_decay': config['optim']['weight_decay'],

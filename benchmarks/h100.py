@@ -31,8 +31,7 @@ from lm import runtime, sharding  # noqa: E402
 from lm.errors import Parser, RunError, run_command  # noqa: E402
 from lm.model import parameters  # noqa: E402
 from lm.model.config import ModelConfig  # noqa: E402
-from lm.presets import UNROLLED  # noqa: E402
-from lm.runs import loading  # noqa: E402
+from lm.runs import execution, loading  # noqa: E402
 from lm.sampling.generate import stream  # noqa: E402
 from lm.stages import plan, pretrain  # noqa: E402
 from lm.training import flops  # noqa: E402
@@ -57,7 +56,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument('--rounds', type=configs.whole('--rounds'), default=10, help='timed steps')
     parser.add_argument('--microbatch', type=configs.whole('--microbatch'), help='sequences; default: try')
     parser.add_argument('--attention', help='blocks, dense, cudnn or splash; default: the platform decides')
-    parser.add_argument('--remat', help='none, names, dots or full; default: dots in a scan, else none')
+    parser.add_argument('--remat', help='none, names, dots or full; default: the memory decides')
     parser.add_argument('--unroll', action='store_true', help='layers one after the other at every size')
     parser.add_argument('--segments', type=configs.whole('--segments'), help='documents a row, masked from each other')
     parser.add_argument('--decode_batch', type=configs.whole('--decode_batch'), default=1, help='rows decoded at once')
@@ -71,10 +70,9 @@ def settings(size: str, flags: Any) -> configs.Config:
     """The run's settings of a size."""
     preset, differs, _ = SIZES[size]
     shape = TINY if flags.tiny else differs
-    scan = shape.get('layers', 0) > UNROLLED and not flags.unroll
     given = {f'model.{key}': value for key, value in shape.items()}
-    given |= {'model.scan': scan, 'remat': flags.remat or ('dots' if scan else 'none')}
-    given |= {'seq_len': 64 if flags.tiny else SEQ_LEN, 'attention': flags.attention or 'none'}
+    given |= {'execution.scan': 'false' if flags.unroll else 'none', 'execution.remat': flags.remat or 'auto'}
+    given |= {'seq_len': 64 if flags.tiny else SEQ_LEN, 'execution.attention': flags.attention or 'none'}
     given |= {'batch_size': 8 if flags.tiny else STEP_TOKENS // SEQ_LEN}
     return configs.load(f'configs/pretrain.py:{preset}', [(key, str(value)) for key, value in given.items()])[0]
 
@@ -172,7 +170,7 @@ def decode(cfg: ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: 
 def measure(size: str, flags: Any) -> dict[str, Any]:
     """The figures of one size."""
     config = settings(size, flags)
-    cfg, choice, device = loading.model_config(config), loading.attention_choice(config), jax.devices()[0]
+    cfg, choice, device = execution.model_config(config), execution.resolve(config).attention, jax.devices()[0]
     with sharding.use_mesh({}, [device]):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=flags.segments)
         microbatch, tried = (flags.microbatch, {}) if flags.microbatch else fastest(config, cfg, batch)

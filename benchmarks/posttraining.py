@@ -20,7 +20,7 @@ from lm import runtime, sharding
 from lm.config import Config
 from lm.errors import Parser, UsageError
 from lm.model.config import ModelConfig
-from lm.runs import loading
+from lm.runs import execution
 from lm.stages import language, plan, runner
 from lm.stages.spec import StageSpec, Task
 
@@ -90,7 +90,7 @@ def prepare(spec: StageSpec, config: Config) -> Task:
     with tempfile.TemporaryDirectory() as folder:
         language.prepare_text(text, None, to_stderr).tokenizer.save(folder)
         data = spec.prepare(config, folder, to_stderr)
-    return spec.open(config, loading.model_config(config), data)
+    return spec.open(config, execution.model_config(config), data)
 
 
 def ours(
@@ -107,7 +107,7 @@ def ours(
     """
     config = task.config
     plan.resolve(config, None, epoch=task.epoch())
-    cfg = task.cfg = loading.model_config(config)
+    cfg = task.cfg = execution.model_config(config)
     optimizer, rate = plan.make_optimizer(config)
     abstract = runner.abstract_state(task, optimizer)
     build = partial(runner.compile_step, task, optimizer, rate, abstract)
@@ -128,7 +128,7 @@ def ours(
     found = list(map(read, jax.device_get(batches)))
     places = sum(batch['tokens_BT'].size for batch in batches[:steps])
     padding = float(np.mean([np.mean(jax.device_get(batch['segments_BT']) == 0) for batch in batches[:steps]]))
-    side = Side(f'microbatch {config.microbatch}', train, tokens(sum(found[:steps], [])), places, padding)
+    side = Side(f'microbatch {config.execution.microbatch}', train, tokens(sum(found[:steps], [])), places, padding)
     return Ours(side, sum(found, []), jax.device_get(batches), params, cfg)
 
 

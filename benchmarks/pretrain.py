@@ -24,7 +24,7 @@ from common import fixed_batch, fresh_state, median_seconds
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser, run_command
-from lm.runs import loading
+from lm.runs import execution, loading
 from lm.stages import plan, pretrain, runner
 from lm.training import flops
 
@@ -86,7 +86,7 @@ def main() -> None:
     flags, config = parse()
     runtime.setup()
     cpu, peer = jax.default_backend() == 'cpu', None
-    cfg = loading.model_config(config)
+    cfg = execution.model_config(config)
     with sharding.use_mesh(config.mesh):
         batch = fixed_batch(cfg, config.batch_size, config.seq_len, segments=1)
         optimizer, rate = plan.make_optimizer(config)
@@ -120,7 +120,7 @@ def main() -> None:
         'benchmark': 'pretrain', 'tokens_per_s': speed, 'flops_per_s': speed * per_token,
         'ceiling_flops_per_s': ceiling, 'ratio': speed * per_token / ceiling, 'device': jax.devices()[0].device_kind,
         'devices': jax.device_count(), 'jax': jax.__version__, 'batch': [config.batch_size, config.seq_len],
-        'microbatch': config.microbatch, 'optimizer': config.optim.name, 'config': flags.config,
+        'microbatch': config.execution.microbatch, 'optimizer': config.optim.name, 'config': flags.config,
     }  # fmt: skip
     if peer:
         import torch

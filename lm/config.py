@@ -27,7 +27,15 @@ from lm.settings import INT32_MAX, Bound, Settings
 Config: TypeAlias = Any
 
 # What may differ when a run is resumed; a key or a whole branch.
-MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh')
+MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh', 'execution.scan', 'execution.remat')
+# Names that settings had before: commands still say them, and the runs of then.
+RENAMED = {
+    'microbatch': 'execution.microbatch',
+    'remat': 'execution.remat',
+    'attention': 'execution.attention',
+    'precision.compute': 'execution.dtype',
+    'model.scan': 'execution.scan',
+}
 # Settings by the names that other trainers give them, and ours.
 ELSEWHERE = {
     **dict.fromkeys(('learning_rate', 'peak_lr', 'max_lr'), 'optim.lr'),
@@ -41,12 +49,12 @@ ELSEWHERE = {
     **dict.fromkeys(('batch', 'bsz', 'global_batch_size', 'train_batch_size'), 'batch_size'),
     **dict.fromkeys(
         ('per_device_train_batch_size', 'per_device_batch_size', 'micro_batch_size', 'gradient_accumulation_steps'),
-        'microbatch',
+        'execution.microbatch',
     ),
     **dict.fromkeys(
         ('max_length', 'max_seq_length', 'max_seq_len', 'sequence_length', 'context_length', 'block_size'), 'seq_len'
     ),
-    **dict.fromkeys(('gradient_checkpointing', 'activation_checkpointing'), 'remat'),
+    **dict.fromkeys(('gradient_checkpointing', 'activation_checkpointing'), 'execution.remat'),
     **dict.fromkeys(('data', 'dataset', 'datasets', 'dataset_name', 'data_path', 'train_file'), 'data.mixture'),
     **dict.fromkeys(('model_name', 'model_name_or_path', 'init_checkpoint', 'pretrained'), 'init_from'),
     **dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'emb_dim', 'width'), 'model.dim'),
@@ -56,7 +64,7 @@ ELSEWHERE = {
     **dict.fromkeys(('save_steps', 'save_interval', 'save_every'), 'checkpoint.every'),
     **dict.fromkeys(('eval_steps', 'eval_interval', 'eval_every'), 'eval.every'),
     **dict.fromkeys(('logging_steps', 'log_interval', 'log_every'), 'log.every'),
-    **dict.fromkeys(('dtype', 'bf16', 'mixed_precision', 'torch_dtype'), 'precision.compute'),
+    **dict.fromkeys(('dtype', 'bf16', 'mixed_precision', 'torch_dtype', 'precision'), 'execution.dtype'),
 }
 
 
@@ -176,7 +184,7 @@ def whole(flag: str) -> Callable[[str], int]:
 
 def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
-    own = dict(leaves(config))
+    key, own = RENAMED.get(key, key), dict(leaves(config))
     if key not in own:
         owners = [kind().stage for kind in _kinds() if key in fields_of(kind)]
         if owners:
@@ -217,7 +225,7 @@ def chosen(path_and_arg: str, overrides: Sequence[tuple[str, str]]) -> set[str]:
     """The settings that the command line names, or that its ARG moves."""
     path, arg = _split_arg(path_and_arg)
     plain, moved = (dict(leaves(_run_file(path, a))) for a in ('', arg))
-    return {key for key, _ in overrides} | {key for key in moved if moved[key] != plain.get(key)}
+    return {RENAMED.get(key, key) for key, _ in overrides} | {key for key in moved if moved[key] != plain.get(key)}
 
 
 def _split_arg(path_and_arg: str) -> tuple[str, str]:
@@ -269,12 +277,13 @@ def check(config: Config) -> None:
         raise UsageError(
             f'batch_size={config.batch_size} × seq_len={config.seq_len} must be at most {INT32_MAX} tokens a step'
         )
-    if config.microbatch and config.batch_size % config.microbatch:
-        raise UsageError(f'batch_size={config.batch_size} is not a multiple of microbatch={config.microbatch}')
-    if config.optim.batch_warmup and (config.microbatch or config.batch_size) == config.batch_size:
+    microbatch = config.execution.microbatch or config.batch_size
+    if config.batch_size % microbatch:
+        raise UsageError(f'batch_size={config.batch_size} is not a multiple of execution.microbatch={microbatch}')
+    if config.optim.batch_warmup and microbatch == config.batch_size:
         raise UsageError(
-            f'optim.batch_warmup={config.optim.batch_warmup} grows the batch by microbatches: set microbatch below '
-            f'batch_size={config.batch_size}'
+            f'optim.batch_warmup={config.optim.batch_warmup} grows the batch by microbatches: set execution.microbatch '
+            f'below batch_size={config.batch_size}'
         )
     if config.init_from and config.branch_from:
         raise UsageError('init_from and branch_from are two ways to start: set one of them')
@@ -283,17 +292,29 @@ def check(config: Config) -> None:
 # ---- a run's saved settings ----
 
 
+def with_todays_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of a config.json with its settings where they stand today."""
+    new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
+    for old, today in RENAMED.items():
+        (*parents, name), (group, field) = old.split('.'), today.split('.')
+        node = new.get(parents[0]) if parents else new
+        if isinstance(node, dict) and name in node:
+            new.setdefault(group, {})[field] = node.pop(name)
+    new.pop('precision', None)
+    return new
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{key: (old, new)} of the settings that differ and must not when a run is resumed.
 
-    What the run resolved for itself (None in `new`) stays as it is saved; None for `attention` is the choice of the
-    platform that the run goes on on.
+    What the run resolved for itself (None in `new`) stays as it is saved; None for `execution.attention` is the choice
+    of the platform that the run goes on on.
     """
     defaults = {key: field.default for key, field in known().items()}
     a, b = defaults | dict(leaves(old)), dict(leaves(new))  # a setting newer than the run has its default
     fixed = [k for k in b if k.split('.')[0] not in MAY_DIFFER and k not in MAY_DIFFER]
     plain: Callable[[Any], Any] = lambda v: json.loads(json.dumps(v))
-    resolved = ('microbatch', 'precision.compute', 'attention')
+    resolved = ('execution.microbatch', 'execution.dtype', 'execution.attention')
     differ = lambda k: plain(a.get(k)) != plain(b[k]) and not (k in resolved and b[k] is None)
     return {k: (a.get(k), b[k]) for k in fixed if differ(k)}
 

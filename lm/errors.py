@@ -87,7 +87,10 @@ def _run(command: Callable[[], None]) -> int:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        return _told(f'out of memory ({reason}): a smaller microbatch, more fsdp or remat=full', RunError.status)
+        return _told(
+            f'out of memory ({reason}): a smaller execution.microbatch, more mesh.fsdp or execution.remat=full',
+            RunError.status,
+        )
     except KeyboardInterrupt:  # a library's
         return _told('interrupted', Interrupted().status)
 

@@ -7,21 +7,16 @@ from lm.errors import UsageError
 
 GPT2_VOCAB = 50_304  # 50,257 ids padded to a multiple of 128
 LLAMA3_VOCAB = 128_256
-# Layers one after the other are faster than in a scan, which copies what it keeps for the backward pass, and keeps more
-# unless told to keep products alone: of 12 on an H200 they were 1.16 times as fast as a scan with remat=dots, 1.5 times
-# as a scan without. They compile in proportion: 24 in a minute.
-UNROLLED = 24
 
 
 def _size(
     dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int, **more: Any
 ) -> dict[str, Any]:
-    scan = layers > UNROLLED
     shape = {
         'dim': dim, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': dim // heads,
-        'ffn_dim': ffn_dim, 'vocab_size': vocab_size, 'scan': scan,
+        'ffn_dim': ffn_dim, 'vocab_size': vocab_size,
     }  # fmt: skip
-    return {f'model.{k}': v for k, v in shape.items()} | ({'remat': 'dots'} if scan else {}) | more
+    return {f'model.{k}': v for k, v in shape.items()} | more
 
 
 def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:
@@ -41,11 +36,11 @@ def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) 
 PRESETS: dict[str, dict[str, Any]] = {
     '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
     '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),
-    '1b': _size(2048, 16, 32, 8, 8192, LLAMA3_VOCAB) | _cluster(3e-4, 512, 4096, 12_000, **{'remat': 'names'}),
+    '1b': _size(2048, 16, 32, 8, 8192, LLAMA3_VOCAB) | _cluster(3e-4, 512, 4096, 12_000),
     '8b': _size(4096, 32, 32, 8, 14336, LLAMA3_VOCAB)
-    | _cluster(3e-4, 1024, 8192, 19_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
+    | _cluster(3e-4, 1024, 8192, 19_000, **{'model.rope_theta': 5e5, 'model.tied': False}),
     '70b': _size(8192, 80, 64, 8, 28672, LLAMA3_VOCAB)
-    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full', 'model.rope_theta': 5e5, 'model.tied': False}),
+    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'model.rope_theta': 5e5, 'model.tied': False}),
 }  # fmt: skip
 
 
@@ -72,8 +67,8 @@ _GEMMA2 = _GEMMA | {'norms': 'both', 'query_scale': 256**-0.5}
 _UNTIED = {'tied': False}
 _LLAMA32 = {'rope_scaling': 'llama3,factor=32,low=1,high=4,original=8192'}
 _SMALL = _cluster(1e-3, 512, 2048, 10_000)  # below a billion parameters
-_MIDDLE = _cluster(3e-4, 512, 4096, 30_000, **{'remat': 'names'})
-_LARGE = _cluster(3e-4, 1024, 4096, 40_000, **{'remat': 'full'})
+_MIDDLE = _cluster(3e-4, 512, 4096, 30_000)
+_LARGE = _cluster(3e-4, 1024, 4096, 40_000)
 
 # Known models by name, to train one of that shape: the numbers of the config.json of each one's repository (Mistral's
 # v0.1, Qwen 2's without -Instruct, OLMo 2's of November 2024, Granite's 3.1). Rates and batches are not of their papers
@@ -81,9 +76,9 @@ _LARGE = _cluster(3e-4, 1024, 4096, 40_000, **{'remat': 'full'})
 PRESETS |= {
     'llama2-7b': _like(4096, 32, '32/32·128', 11008, 32_000, 4096, 1e4, **_UNTIED) | _LARGE,
     'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
-    | _cluster(3e-4, 1024, 8192, 19_000, **{'remat': 'full'}),
+    | _cluster(3e-4, 1024, 8192, 19_000),
     'llama3-70b': _like(8192, 80, '64/8·128', 28672, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
-    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'remat': 'full'}),
+    | _cluster(1.5e-4, 2048, 8192, 84_000),
     'llama3.2-1b': _like(2048, 16, '32/8·64', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
     'llama3.2-3b': _like(3072, 28, '24/8·128', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
     'smollm2-135m': _like(576, 30, '9/3·64', 1536, 49_152, 8192, 1e5) | _SMALL,
@@ -128,7 +123,7 @@ _GENTLY = {
     'optim.warmup': 4,
     'optim.weight_decay': 0.0,
     'eval.rows': 16,
-    'remat': 'names',  # thirty layers' activations of a batch are most of 14 GB
+    'execution.remat': 'names',  # thirty layers' activations of a batch are most of 14 GB
 }
 CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
     'smollm2': {
@@ -167,7 +162,7 @@ def depth(n: int, config: Config) -> dict[str, Any]:
     rate = (LAPTOP_DEPTH / n) ** 0.5
     return {
         'model.dim': dim, 'model.layers': n, 'model.heads': dim // HEAD_DIM, 'model.kv_heads': dim // HEAD_DIM,
-        'model.head_dim': HEAD_DIM, 'model.ffn_dim': FFN_PER_DIM * dim, 'model.scan': n > 8, 'batch_size': batch_size,
+        'model.head_dim': HEAD_DIM, 'model.ffn_dim': FFN_PER_DIM * dim, 'batch_size': batch_size,
         'steps': ('×', steps), 'optim.warmup': ('×', steps), 'optim.lr': ('×', rate),
         'optim.weight_decay': ('×', 1 / (rate * steps)),
     }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from lm import interrupts, progress, sharding, xla
+from lm import interrupts, progress, xla
 from lm.errors import Preempted, RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 from lm.multihost import processes
@@ -58,11 +58,6 @@ def start_jax() -> None:
         raise UsageError(f'JAX_PLATFORMS={asked} cannot be had here ({reason}): correct or unset it') from error
     if jax.default_backend() == 'cpu' and jax.device_count() > 1:
         jax.config.update('jax_enable_compilation_cache', False)
-
-
-def compute_dtype(asked: str | None) -> str:
-    """The dtype of activations: as asked, else bfloat16 on accelerators and float32 on CPU, which emulates it."""
-    return asked or ('float32' if sharding.platform() == 'cpu' else 'bfloat16')
 
 
 class StopRequest:

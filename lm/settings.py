@@ -51,10 +51,21 @@ def setting(default: Any, meaning: str, bound: Bound | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class Precision:
-    compute: str | None = setting(
-        None, 'dtype of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16')
-    )
+class Execution:
+    """How the program runs, which changes rounding, time and memory alone. None: decided for the platform, the model
+    and the memory, see `lm.runs.execution`."""
+
+    dtype: str | None = setting(None, 'of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16'))
+    attention: str | None = setting(
+        None, "blocks | dense | cudnn | splash; None: the platform's own, said when a run starts",
+        one_of('blocks', 'dense', 'cudnn', 'splash'),
+    )  # fmt: skip
+    scan: bool | None = setting(None, 'one layer compiled and repeated, or all of them; None: by depth')
+    remat: str = setting(
+        'auto', 'none | dots | names | full: what the backward pass computes again instead of keeping; auto: what fits',
+        one_of('auto', 'none', 'dots', 'names', 'full'),
+    )  # fmt: skip
+    microbatch: int | None = setting(None, 'sequences in memory at once; None: measured', COUNT)
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,6 @@ class Model:
     context: int | None = setting(None, 'tokens that it was made to read at once; None: seq_len', COUNT)
     attn_softcap: float | None = setting(None, 'attention logits stay within ± this (Gemma 2)', POSITIVE)
     logit_softcap: float | None = setting(None, 'logits stay within ± this (Gemma 2)', POSITIVE)
-    scan: bool = setting(
-        False, 'scan over layers (compiles faster, for deep models) or unroll them (runs faster on CPU)'
-    )
 
 
 OPTIMIZERS = ('adamw', 'muon', 'adafactor')
@@ -171,15 +179,9 @@ class Settings:
     steps: int | None = setting(None, 'optimizer steps; None: one epoch', COUNT)
     batch_size: int = setting(8, 'sequences a step, over all devices', COUNT)
     seq_len: int = setting(256, 'tokens a sequence', COUNT)
-    microbatch: int | None = setting(None, 'sequences in memory at once; None: measured', COUNT)
     init_from: str | None = setting(None, "DIR[@STEP]: start from that run's weights, model and tokenizer")
     branch_from: str | None = setting(None, 'DIR[@STEP]: as init_from, with the optimizer and the position in the data')
-    remat: str = setting('none', 'none | full | dots | names: what the backward pass computes again instead of keeping')
-    attention: str | None = setting(
-        None, "blocks | dense | cudnn | splash; None: the platform's own, said when a run starts",
-        one_of('blocks', 'dense', 'cudnn', 'splash'),
-    )  # fmt: skip
-    precision: Precision = Precision()
+    execution: Execution = Execution()
     model: Model = Model()
     optim: Optim = Optim()
     data: Data = Data()

@@ -34,15 +34,15 @@ import running  # noqa: E402
 from etils import epath  # noqa: E402
 
 from lm import config as configs  # noqa: E402
-from lm import runtime, sharding  # noqa: E402
-from lm.runs import checkpoint, loading, rundir  # noqa: E402
+from lm import sharding  # noqa: E402
+from lm.runs import checkpoint, execution, loading, rundir  # noqa: E402
 from lm.stages import plan  # noqa: E402
 from lm.training.loop import saved  # noqa: E402
 
 STEPS = 16
 SETTINGS = {
-    'steps': STEPS, 'model__layers': 1, 'batch_size': 8, 'microbatch': 4, 'seq_len': 64, 'checkpoint__every': 2,
-    'eval__every': 8, 'eval__rows': 4, 'eval__max_new_tokens': 2,
+    'steps': STEPS, 'model__layers': 1, 'batch_size': 8, 'execution__microbatch': 4, 'seq_len': 64,
+    'checkpoint__every': 2,    'eval__every': 8, 'eval__rows': 4, 'eval__max_new_tokens': 2,
 }  # fmt: skip
 PATIENCE = 120.0  # seconds after which a process is taken for hung
 DISK = 48 << 20  # bytes of the tmpfs
@@ -112,8 +112,7 @@ class Bench:
     def abstract(self) -> Any:
         """What a checkpoint holds, as shapes."""
         config, _ = configs.load(running.CONFIG, configs.split_settings(self.lab.argv(None, **SETTINGS))[1])
-        config.precision.compute = runtime.compute_dtype(config.precision.compute)
-        params = loading.abstract_params(loading.model_config(config))
+        params = loading.abstract_params(execution.model_config(config))
         return saved(plan.abstract_state({'policy': params}, plan.make_optimizer(config)[0], config.seed))
 
     def start(self, workdir: Path) -> subprocess.Popen:

@@ -32,7 +32,7 @@ CONFIG = str(ROOT / 'configs' / 'pretrain.py')
 SETTINGS = {
     'steps': 12, 'batch_size': 8, 'seq_len': 32,
     'model.vocab_size': 300, 'model.dim': 32, 'model.layers': 2, 'model.heads': 4, 'model.kv_heads': 2,
-    'model.head_dim': 8, 'model.ffn_dim': 64, 'model.scan': True,  # one layer to trace
+    'model.head_dim': 8, 'model.ffn_dim': 64, 'execution.scan': True,  # one layer to trace
     'optim.name': 'adamw', 'optim.lr': 3e-3, 'optim.schedule': 'cosine', 'optim.final': 0.1, 'optim.warmup': 2,
     'data.heldout': 0.1, 'checkpoint.every': 4, 'log.every': 1,
     'eval.every': 6, 'eval.rows': 8, 'eval.max_new_tokens': 4,

@@ -47,7 +47,7 @@ MODEL = {'dtype': 'bfloat16', 'head_dim': 64, 'softcap': None}
         (A100, {'head_dim': 256}, 'blocks', 'cudnn takes heads of a multiple of 8 up to 128, model.head_dim is 256'),
         (H100, {'head_dim': 36}, 'blocks', 'cudnn takes heads of a multiple of 8 up to 256, model.head_dim is 36'),
         (H100, {'softcap': 50.0}, 'blocks', 'cudnn has no soft-cap, model.attn_softcap is 50.0'),
-        (H100, {'dtype': 'float32'}, 'blocks', 'cudnn computes in bfloat16, precision.compute is float32'),
+        (H100, {'dtype': 'float32'}, 'blocks', 'cudnn computes in bfloat16, execution.dtype is float32'),
         (T4, {}, 'blocks', 'cudnn needs compute capability 8.0 (Ampere), Tesla T4 has 7.5'),
     ],
 )

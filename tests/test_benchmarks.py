@@ -38,7 +38,7 @@ def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
     counts = {}
     for size in h100.SIZES:
         config = h100.settings(size, h100.parse(['--attention=blocks']))
-        cfg = h100.loading.model_config(config)
+        cfg = h100.execution.model_config(config)
         assert (config.seq_len, cfg.vocab_size, cfg.head_dim, cfg.dim) == (1024, 50_304, 64, 64 * cfg.heads)
         counts[size] = h100.flops.per_token(cfg, seq_len=1) / 6e6
     assert counts == pytest.approx({'124M': 124, '350M': 355, '1.5B': 1558}, rel=0.02)

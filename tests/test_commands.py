@@ -16,10 +16,10 @@ import running
 from checks import refused
 
 from lm import chat, inspect
-from lm.runs import checkpoint
+from lm.runs import checkpoint, execution
 from lm.sampling import conversation
 from lm.sampling.generate import Sampling
-from lm.stages import find, language, plan, runner
+from lm.stages import find, language, runner
 
 COMMANDS = ('main', 'chat', 'evaluate', 'inspect')
 
@@ -274,7 +274,7 @@ def test_a_dry_run_counts_a_devices_share(call, lab, monkeypatch):
 
 
 def test_a_dry_run_that_does_not_fit(call, lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, 'memory_limit', lambda device: 1000)
+    monkeypatch.setattr(execution, 'memory_limit', lambda device: 1000)
     status, out, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run'))
     assert status == 1 and not out and err.splitlines()[-1].startswith('lm: does not fit: ')
     assert not (tmp_path / 'run').exists()
@@ -292,8 +292,8 @@ BAD_SETTINGS = [
     ({'steps': 'many'}, 'steps=many: must be a whole number or none'),
     ({'model.heads': 3}, 'model.heads=3 is not a multiple of model.kv_heads=2'),
     ({'model.head_dim': 7}, 'model.head_dim=7 is odd'),
-    ({'remat': 'some'}, "remat='some' is not one of"),
-    ({'attention': 'cudnn'}, 'attention=cudnn needs an NVIDIA GPU, this is cpu: '),
+    ({'execution__remat': 'some'}, 'execution.remat=some (did you mean none?) is not one of auto, none'),
+    ({'execution__attention': 'cudnn'}, 'execution.attention=cudnn needs an NVIDIA GPU, this is cpu: '),
     ({'stage': 'pretrian'}, 'stage=pretrian (did you mean pretrain?)'),
     ({'mesh.data': 3}, 'mesh data=3, fsdp=-1 does not divide 8 devices'),
     ({'mesh.data': 4, 'mesh.fsdp': 1}, 'this job has 8: make them divide'),
@@ -301,7 +301,7 @@ BAD_SETTINGS = [
     ({'mesh.data': -1}, 'at most one is -1'),
     ({'mesh.data': 0}, 'sizes at least 1'),
     ({'batch_size': 6}, 'batch_size=6 is not a multiple of mesh.data × mesh.fsdp=8'),
-    ({'microbatch': 4}, 'microbatch=4 is not a multiple of mesh.data × mesh.fsdp=8'),
+    ({'execution__microbatch': 4}, 'execution.microbatch=4 is not a multiple of mesh.data × mesh.fsdp=8'),
     ({'mesh.seq': 8, 'seq_len': 12}, 'seq_len=12 is not a multiple of mesh.seq=8'),
     ({'mesh.tensor': 8}, 'model.heads=4 is not a multiple of mesh.tensor=8'),
     ({'optim.schedule': 'cosin'}, 'optim.schedule=cosin (did you mean cosine?) is not one of'),
@@ -389,7 +389,7 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
         ({'about': {'data': 'text', 'output': 'text', 'adapter': 'new'}}, 'has an adapter (new)'),
         ({'parents': 'x'}, 'is damaged'), ({'parents': {'reference': 'x'}}, 'is damaged'),
         ({'parents': {'reference': {'path': 'x'}}}, 'is damaged'), ({'config.optim': 3}, 'config.optim'),
-        ({'config.data': []}, 'config.data'), ({'config.precision': None}, 'config.precision'),
+        ({'config.data': []}, 'config.data'), ({'config.execution': 3}, 'config.execution'),
     ],
     ids=str,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from lm import config as configs
 from lm import presets, settings
 from lm.errors import UsageError
 from lm.model import parameters
-from lm.runs import loading
+from lm.runs import execution
 
 
 def write(path, text):
@@ -31,7 +31,7 @@ def write(path, text):
         ('steps=250', 'steps', 250),
         ('steps=none', 'steps', None),
         ('steps=None', 'steps', None),
-        ('microbatch=4', 'microbatch', 4),
+        ('microbatch=4', 'execution.microbatch', 4),
         ('optim.lr=1e-3', 'optim.lr', 0.001),
         ('optim.lr=1', 'optim.lr', 1.0),
         ('model.window=128', 'model.window', 128),
@@ -39,14 +39,14 @@ def write(path, text):
         ('model.attn_softcap=50', 'model.attn_softcap', 50.0),
         ('model.tied=false', 'model.tied', False),
         ('model.tied=True', 'model.tied', True),
-        ('model.scan=1', 'model.scan', True),
-        ('model.scan=0', 'model.scan', False),
+        ('execution.scan=1', 'execution.scan', True),
+        ('model.scan=0', 'execution.scan', False),
         ('data.mixture=botocore:0.7,chitchat:0.3', 'data.mixture', 'botocore:0.7,chitchat:0.3'),
         ('data.mixture=a=b.jsonl', 'data.mixture', 'a=b.jsonl'),
         ('init_from=runs/a@10', 'init_from', 'runs/a@10'),
         ('init_from=none', 'init_from', None),
         ('mesh.fsdp=-1', 'mesh.fsdp', -1),
-        ('precision.compute=bfloat16', 'precision.compute', 'bfloat16'),
+        ('precision.compute=bfloat16', 'execution.dtype', 'bfloat16'),
         ('optim.clip=none', 'optim.clip', None),
         ('optim.clip=2', 'optim.clip', 2.0),
     ],
@@ -124,7 +124,8 @@ def test_a_setting_without_a_value_is_refused():
 @pytest.mark.parametrize(
     'text',
     [
-        'steps=0', 'steps=-1', 'batch_size=0', 'seq_len=0', 'microbatch=0', 'checkpoint.every=0', 'checkpoint.keep=0',
+        'steps=0', 'steps=-1', 'batch_size=0', 'seq_len=0', 'execution.microbatch=0', 'checkpoint.every=0',
+        'checkpoint.keep=0',
         'eval.every=0', 'eval.rows=0', 'eval.max_new_tokens=0', 'log.every=0', 'log.profile=-1',
         'model.window=0', 'model.vocab_size=0', 'model.dim=0', 'model.layers=0', 'model.kv_heads=0', 'model.heads=0',
         'model.head_dim=0', 'model.ffn_dim=0', 'model.norm_eps=0', 'model.rope_theta=-1', 'model.attn_softcap=0',
@@ -143,7 +144,14 @@ def test_a_value_that_no_run_can_have_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    'text', ['optim.schedule=cosin', 'optim.name=adam', 'precision.compute=float16', 'attention=flash']
+    'text',
+    [
+        'optim.schedule=cosin',
+        'optim.name=adam',
+        'execution.dtype=float16',
+        'execution.attention=flash',
+        'execution.remat=some',
+    ],
 )
 def test_a_choice_names_what_there_is(text):
     with pytest.raises(UsageError, match=f'^{text}.* is not one of'):
@@ -157,9 +165,9 @@ def test_the_tokens_of_a_step_are_counted_in_int32():
 
 
 def test_microbatch_divides_the_batch():
-    assert load_config('--config.batch_size=6', '--config.microbatch=3').microbatch == 3
-    with pytest.raises(UsageError, match='batch_size=6 is not a multiple of microbatch=4'):
-        load_config('--config.batch_size=6', '--config.microbatch=4')
+    assert load_config('--config.batch_size=6', '--config.execution.microbatch=3').execution.microbatch == 3
+    with pytest.raises(UsageError, match='batch_size=6 is not a multiple of execution.microbatch=4'):
+        load_config('--config.batch_size=6', '--config.execution.microbatch=4')
 
 
 def test_a_run_starts_from_one_other():
@@ -226,7 +234,7 @@ def test_a_stage_may_add_settings(tmp_path):
     ('arg', 'millions'), [('124m', 124), ('350m', 355), ('1b', 1236), ('8b', 8030), ('70b', 70_554)]
 )
 def test_a_preset_has_the_parameters_that_its_name_says(arg, millions):
-    cfg = loading.model_config(load_config(arg=arg))
+    cfg = execution.model_config(load_config(arg=arg))
     shapes = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=0.03)
 
@@ -240,7 +248,7 @@ def test_depth_moves_width_rate_batch_horizon_and_decay(n):
     laptop, other = load_config(), load_config(arg=f'depth={n}')
     assert (other.model.layers, other.model.dim, other.model.heads, other.model.head_dim) == (n, 32 * n, n, 32)
     assert other.optim.lr == pytest.approx(laptop.optim.lr / (n / 4) ** 0.5, rel=5e-3)
-    count = lambda c: jax.eval_shape(partial(parameters.init, cfg=loading.model_config(c)), jax.random.key(0))
+    count = lambda c: jax.eval_shape(partial(parameters.init, cfg=execution.model_config(c)), jax.random.key(0))
     size, tokens = (lambda c: sum(x.size for x in jax.tree.leaves(count(c)))), (lambda c: c.steps * c.batch_size)
     assert tokens(other) / tokens(laptop) == pytest.approx(size(other) / size(laptop), rel=0.02)
     assert other.batch_size % 8 == 0 and other.batch_size >= laptop.batch_size
@@ -302,7 +310,17 @@ def test_a_saved_config_is_the_same_config(arg):
 
 @pytest.mark.parametrize(
     'text',
-    ['steps=9', 'log.every=3', 'eval.rows=5', 'checkpoint.keep=9', 'mesh.data=2', 'eval.prompts=x', 'log.profile=3'],
+    [
+        'steps=9',
+        'log.every=3',
+        'eval.rows=5',
+        'checkpoint.keep=9',
+        'mesh.data=2',
+        'eval.prompts=x',
+        'log.profile=3',
+        'execution.scan=1',
+        'execution.remat=full',
+    ],
 )
 def test_what_may_differ_when_a_run_is_resumed(text):
     assert configs.differences(saved(load_config()), load_config(f'--config.{text}').to_dict()) == {}
@@ -311,8 +329,8 @@ def test_what_may_differ_when_a_run_is_resumed(text):
 @pytest.mark.parametrize(
     'text',
     ['seed=1', 'batch_size=4', 'seq_len=64', 'model.dim=64', 'model.window=9', 'optim.lr=1', 'data.mixture=x',
-     'z_loss=0', 'remat=full', 'microbatch=2', 'init_from=a', 'stage=x',
-     'precision.compute=bfloat16', 'data.tokenizer=x', 'model.scan=1', 'attention=dense'],
+     'z_loss=0', 'execution.microbatch=2', 'init_from=a', 'stage=x',
+     'execution.dtype=bfloat16', 'data.tokenizer=x', 'execution.attention=dense'],
 )  # fmt: skip
 def test_what_must_not_differ_is_named(text):
     key = text.partition('=')[0]
@@ -320,9 +338,13 @@ def test_what_must_not_differ_is_named(text):
 
 
 def test_what_a_run_resolved_stays():
-    old = load_config('--config.microbatch=4', '--config.precision.compute=bfloat16', '--config.attention=cudnn')
+    old = load_config(
+        '--config.execution.microbatch=4', '--config.execution.dtype=bfloat16', '--config.execution.attention=cudnn'
+    )
     assert configs.differences(saved(old), load_config().to_dict()) == {}
-    assert list(configs.differences(saved(old), load_config('--config.microbatch=2').to_dict())) == ['microbatch']
+    assert list(configs.differences(saved(old), load_config('--config.execution.microbatch=2').to_dict())) == [
+        'execution.microbatch'
+    ]
 
 
 def test_what_the_command_line_chose():

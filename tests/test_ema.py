@@ -12,7 +12,7 @@ from running import measured
 
 from lm import evaluate
 from lm.errors import UsageError
-from lm.runs import checkpoint, loading, rundir
+from lm.runs import checkpoint, execution, loading, rundir
 from lm.training import step as training
 
 SHORT = {'steps': 6, 'checkpoint__every': 3}
@@ -29,7 +29,9 @@ def averaging(lab, tmp_path_factory):
 def saved(workdir, item='trainable'):
     """One item of a run's newest checkpoint."""
     with running.all_devices():
-        abstract = {'policy': loading.abstract_params(loading.model_config(rundir.read_config(str(workdir))['config']))}
+        abstract = {
+            'policy': loading.abstract_params(execution.model_config(rundir.read_config(str(workdir))['config']))
+        }
         return jax.device_get(checkpoint.find(str(workdir), {item: abstract}, warn=pytest.fail)[1][item]['policy'])
 
 

@@ -24,7 +24,7 @@ STAGES = ('pretrain', 'sft', 'reward', 'dpo')
 # One microbatch: none is timed.
 SHORT = {
     'steps': 2,
-    'microbatch': 8,
+    'execution__microbatch': 8,
     'optim__warmup': 1,
     'eval__every': 2,
     'eval__rows': 4,

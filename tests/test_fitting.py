@@ -5,7 +5,8 @@ import running
 
 from lm import main as lm_main
 from lm.errors import RunError, UsageError
-from lm.stages import plan, runner
+from lm.runs import execution
+from lm.stages import runner
 
 PRESET = f'{running.CONFIG}:8b'
 
@@ -19,7 +20,7 @@ def limit(monkeypatch):
     """limit(bytes) sets what a device has, and makes an error of reading data and of compiling."""
 
     def to(size):
-        monkeypatch.setattr(plan, 'memory_limit', lambda device: size)
+        monkeypatch.setattr(execution, 'memory_limit', lambda device: size)
         monkeypatch.setattr(runner, 'compile_step', lambda *args: pytest.fail('it was to be seen before'))
 
     return to
@@ -45,12 +46,12 @@ def test_the_number_of_devices_is_one_that_fits(lab, tmp_path, limit):
 
 
 def test_the_dry_run_has_the_same_figures(lab, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, 'memory_limit', lambda device: 10_000)
+    monkeypatch.setattr(execution, 'memory_limit', lambda device: 10_000)
     with pytest.raises(RunError, match='does not fit: .*what would fit: '):
-        lm_main.train(lab.argv(tmp_path / 'run', '--dry_run', microbatch=8))
+        lm_main.train(lab.argv(tmp_path / 'run', '--dry_run', execution__microbatch=8))
     told = capsys.readouterr().err
     with pytest.raises(UsageError) as refused:
-        lm_main.train(lab.argv(tmp_path / 'run', microbatch=8))
+        lm_main.train(lab.argv(tmp_path / 'run', execution__microbatch=8))
     at_least = float(next(line.split()[2] for line in told.splitlines() if line.startswith('at least')))
     assert float(str(refused.value).split()[5]) == pytest.approx(at_least, rel=0.01, abs=5e-4)
     in_all = float(next(line.split()[2] for line in told.splitlines() if line.startswith('in all')))
@@ -60,7 +61,7 @@ def test_the_dry_run_has_the_same_figures(lab, tmp_path, monkeypatch, capsys):
 def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path):
     (tmp_path / 'max').write_text('max')
     (tmp_path / 'bytes').write_text('8000')
-    monkeypatch.setattr(plan, 'CONTAINER_LIMITS', (str(tmp_path / 'max'), str(tmp_path / 'bytes')))
+    monkeypatch.setattr(execution, 'CONTAINER_LIMITS', (str(tmp_path / 'max'), str(tmp_path / 'bytes')))
     import jax
 
-    assert plan.memory_limit(jax.devices()[0]) == 1000
+    assert execution.memory_limit(jax.devices()[0]) == 1000

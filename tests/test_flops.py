@@ -11,13 +11,14 @@ from running import lines
 
 from lm import config as configs
 from lm.model import head
-from lm.runs import loading, rundir
+from lm.runs import execution, rundir
 from lm.stages import STAGES, find, plan, runner
 from lm.training import flops
 from lm.training import step as training
 
 SIZES = {
-    'steps': 4, 'batch_size': 4, 'seq_len': 128, 'attention': 'dense', 'optim.name': 'adamw', 'model.vocab_size': 2048,
+    'steps': 4, 'batch_size': 4, 'seq_len': 128, 'execution.attention': 'dense', 'optim.name': 'adamw',
+    'model.vocab_size': 2048,
     'model.dim': 512, 'model.layers': 2, 'model.heads': 8, 'model.kv_heads': 4, 'model.head_dim': 64,
     'model.ffn_dim': 1024,
 }  # fmt: skip
@@ -32,7 +33,7 @@ def step_of(name, **changes):
     given = {**SIZES, **CASES[name], **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
     file = running.ROOT / 'configs' / f'{name if name in STAGES else "dpo"}.py'
     config, _ = configs.load(str(file), [(k, str(v)) for k, v in given.items()])
-    config.microbatch, config.model.scan, cfg = config.batch_size, False, loading.model_config(config)
+    config.execution.microbatch, config.execution.scan, cfg = config.batch_size, False, execution.model_config(config)
     task = find(config.stage).open(config, cfg)
     optimizer, rate = plan.make_optimizer(config)
     state = runner.abstract_state(task, optimizer)

@@ -79,7 +79,7 @@ def test_a_step_of_fewer_microbatches_is_one_of_a_smaller_batch_and_does_not_loo
 
 GROWING = {
     'optim__name': 'muon',
-    'microbatch': 2,
+    'execution__microbatch': 2,
     'optim__batch_warmup': 6,
     'mesh__data': 2,
     'mesh__fsdp': 1,
@@ -129,9 +129,9 @@ def test_an_epoch_is_as_many_steps_as_its_rows_make(lab, tmp_path, monkeypatch):
 
 
 def test_what_cannot_grow_is_refused(lab, trained, tmp_path):
-    for more in ([], [('microbatch', '8')]):
+    for more in ([], [('execution.microbatch', '8')]):
         with pytest.raises(
-            UsageError, match='optim.batch_warmup=5 grows the batch by microbatches: set microbatch below'
+            UsageError, match='optim.batch_warmup=5 grows the batch by microbatches: set execution.microbatch below'
         ):
             configs.load('configs/pretrain.py', [('optim.batch_warmup', '5'), ('batch_size', '8'), *more])
     growing = shutil.copytree(trained, tmp_path / 'growing')  # it is refused by what the settings say
@@ -140,7 +140,7 @@ def test_what_cannot_grow_is_refused(lab, trained, tmp_path):
         group, _, name = key.rpartition('__')
         (saved['config'][group] if group else saved['config'])[name] = value
     (growing / 'config.json').write_text(json.dumps(saved))
-    for change in ({'microbatch': 4}, {'optim__batch_warmup': 5}):
+    for change in ({'execution__microbatch': 4}, {'optim__batch_warmup': 5}):
         key = next(iter(change)).replace('__', '.')
         with pytest.raises(UsageError, match=f'has other data: {key} '):
             lab.train(tmp_path / 'run', **(GROWING | lab.inherited | change), branch_from=f'{growing}@4')

@@ -35,7 +35,7 @@ def model(tokenizer, tmp_path_factory):
     """A harness on an untrained model, of 32 tokens."""
     folder = tmp_path_factory.mktemp('run')
     tokenizer.save(folder / 'tokenizer')
-    config = {'stage': 'sft', 'seq_len': 32, 'microbatch': 8}
+    config = {'stage': 'sft', 'seq_len': 32, 'execution': {'microbatch': 8}}
     (folder / 'config.json').write_text(json.dumps({'config': config}))
     cfg = ModelConfig(vocab_size=320, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, ffn_dim=64)
     with sharding.use_mesh({}, jax.devices()[:1]):

@@ -39,7 +39,7 @@ def make(words):
         config = configs.base()
         shape = {'vocab_size': 390, 'dim': 32, 'layers': 3, 'heads': 4, 'kv_heads': 2, 'head_dim': 8, 'ffn_dim': 48}
         config.model.update(shape | {'tied': False, 'context': 64} | changed)
-        model = {k: v for k, v in dict(config.model).items() if k != 'scan'}
+        model = dict(config.model)
         shapes = loading.shapes(agreement.config_of(model), 'reward' if scored else 'policy')
         flat = jax.tree_util.tree_leaves_with_path(shapes)
         draw = np.random.default_rng(0)

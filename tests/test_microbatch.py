@@ -11,7 +11,7 @@ import running
 
 from lm import config as configs
 from lm.errors import RunError, UsageError
-from lm.runs import loading
+from lm.runs import execution, loading
 from lm.stages import plan, pretrain, runner
 from lm.training import microbatch
 
@@ -122,7 +122,7 @@ def test_a_choice_is_remembered(tmp_path, monkeypatch):
 
 
 def saved_microbatch(workdir):
-    return json.loads((workdir / 'config.json').read_text())['config']['microbatch']
+    return json.loads((workdir / 'config.json').read_text())['config']['execution']['microbatch']
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def accelerator(monkeypatch):
     """Pretends that the devices are accelerators with so many bytes of memory."""
 
     def pretend(limit):
-        monkeypatch.setattr(plan, 'memory_limit', lambda device: limit)
+        monkeypatch.setattr(execution, 'memory_limit', lambda device: limit)
         monkeypatch.setattr(microbatch, 'candidates', lambda found, seq_len: found[-1:])
 
     return pretend
@@ -139,17 +139,17 @@ def accelerator(monkeypatch):
 @pytest.mark.slow
 def test_the_compiled_steps_say_what_fits(lab, one_device, accelerator):
     config, _ = configs.load(running.CONFIG, configs.split_settings(lab.argv(None, model__layers=1))[1])
-    config.precision.compute = 'float32'
-    cfg = loading.model_config(config)
+    config.execution.dtype = 'float32'
+    cfg = execution.model_config(config)
     optimizer, rate = plan.make_optimizer(config)
     abstract = plan.abstract_state({'policy': loading.abstract_params(cfg)}, optimizer, config.seed)
     own = (pretrain.Pretrain(config, cfg), optimizer, rate, abstract)
     build = functools.cache(functools.partial(runner.compile_step, *own))
     sizes = {m: microbatch.step_bytes(build(m)) for m in (2, 4, 8)}
     assert sizes[2] < sizes[4] < sizes[8]
-    accelerator((sizes[4] + 1000) / microbatch.USED['cpu'])
+    accelerator((sizes[4] + 1000) / execution.USED['cpu'])
     step, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
-    assert config.microbatch == 4 and step is build(4) and told.startswith('microbatch 4 (of 8, what fits')
+    assert config.execution.microbatch == 4 and step is build(4) and told.startswith('microbatch 4 (of 8, what fits')
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_small_memory_takes_a_small_microbatch_and_a_resumed_run_keeps_it(lab,
     assert 'microbatch 16 (the whole batch)' in (tmp_path / 'large' / 'log.txt').read_text()
     taken, real = [], microbatch.step_bytes
     monkeypatch.setattr(microbatch, 'step_bytes', lambda compiled: taken.append(real(compiled)) or taken[-1])
-    lab.train(None, '--dry_run', steps=4, batch_size=16, microbatch=8)
+    lab.train(None, '--dry_run', steps=4, batch_size=16, execution__microbatch=8)
     accelerator(max(taken) + 1)
     small = tmp_path / 'small'
     lab.train(small, steps=4, batch_size=16)
@@ -194,7 +194,7 @@ def test_on_a_cpu_the_quickest_is_timed_once(lab, tmp_path, monkeypatch):
     assert saved_microbatch(tmp_path / 'run') == 8
     lab.train(tmp_path / 'run', steps=2, batch_size=32)
     assert [list(seconds) for seconds in asked] == [[32, 8]] and min(asked[0].values()) > 0
-    lab.train(tmp_path / 'fixed', steps=2, batch_size=32, microbatch=8)
+    lab.train(tmp_path / 'fixed', steps=2, batch_size=32, execution__microbatch=8)
     assert running.measured(tmp_path / 'run') == running.measured(tmp_path / 'fixed')
 
 

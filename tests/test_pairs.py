@@ -219,7 +219,9 @@ def test_the_shape_of_a_batch_is_a_property_of_the_data(tmp_path):
 
 def config(**more):
     own = SimpleNamespace(replay=0.0)
-    return SimpleNamespace(seq_len=SEQ_LEN, batch_size=16, seed=0, steps=4, microbatch=None, data=own, **more)
+    return SimpleNamespace(
+        seq_len=SEQ_LEN, batch_size=16, seed=0, steps=4, execution=SimpleNamespace(microbatch=None), data=own, **more
+    )
 
 
 def data_of(store):
@@ -232,7 +234,7 @@ def data_of(store):
 )
 def test_rows_are_shared_by_microbatches_and_devices(tmp_path, microbatch, mesh, parts):
     data, settings = data_of(pair_store(tmp_path / 'p', drawn(64))), config()
-    settings.microbatch = microbatch
+    settings.execution.microbatch = microbatch
     task: Any = reward.Reward(settings, None, data)
     with use_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.values())))]):
         needed = task.batches().rows

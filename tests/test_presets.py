@@ -10,7 +10,7 @@ from running import load_config
 from lm import presets
 from lm.errors import UsageError
 from lm.model import parameters
-from lm.runs import lineage, loading
+from lm.runs import execution, lineage
 from lm.stages import find
 
 # As published, without the padding of the vocabulary; Granite's counted by hand: embedding, layers, last norm.
@@ -42,7 +42,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_a_known_model_has_its_parameters(name):
-    cfg = loading.model_config(load_config(arg=name))
+    cfg = execution.model_config(load_config(arg=name))
     shapes = jax.eval_shape(partial(parameters.init, cfg=cfg), jax.random.key(0))
     padding = (cfg.sizes['V'] - cfg.vocab_size) * cfg.dim * (1 if cfg.tied else 2)
     assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == PARAMETERS[name]

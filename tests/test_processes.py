@@ -316,7 +316,7 @@ def test_what_one_saved_two_resume(lab, one, tmp_path):
 @pytest.mark.parametrize('axis', ['data', 'seq', 'tensor'])
 def test_an_axis_that_crosses_the_processes(lab, tmp_path, axis):
     """Along seq and tensor both read the same rows, and each puts its part of them on its devices."""
-    settings = {'mesh__fsdp': 1, f'mesh__{axis}': 2, 'steps': 3, 'microbatch': 4}
+    settings = {'mesh__fsdp': 1, f'mesh__{axis}': 2, 'steps': 3, 'execution__microbatch': 4}
     assert_done(start(lab, tmp_path / 'two', **settings))
     assert_done([lab.start(tmp_path / 'one', devices=2, **settings)])
     running.assert_measured_alike(tmp_path / 'two', tmp_path / 'one')

@@ -63,10 +63,10 @@ def test_the_directory_is_the_model(whole):
     assert {'config', 'parents', 'versions', 'commit', 'data', 'tokenizer'} <= set(saved)
     assert (
         saved['config']['steps'] == 12
-        and saved['config']['microbatch'] == 8
+        and saved['config']['execution']['microbatch'] == 8
         and saved['versions']['jax'] == jax.__version__
     )
-    assert saved['config']['precision']['compute'] == 'float32'
+    assert saved['config']['execution']['dtype'] == 'float32'
 
 
 def test_metrics(whole):

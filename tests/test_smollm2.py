@@ -27,7 +27,8 @@ pytestmark = [
 ]
 ASKED = 'What is the capital of France?'
 FEW = [
-    '--config.steps=2', '--config.seq_len=64', '--config.batch_size=2', '--config.microbatch=2', '--config.eval.rows=2',
+    '--config.steps=2', '--config.seq_len=64', '--config.batch_size=2', '--config.execution.microbatch=2',
+    '--config.eval.rows=2',
     '--config.eval.max_new_tokens=4', '--config.optim.warmup=1', '--config.checkpoint.every=2',
     f'--config.eval.prompts={ROOT / "configs" / "prompts.jsonl"}',
 ]  # fmt: skip

@@ -212,7 +212,9 @@ def test_the_reference_is_asked_once_and_again_when_something_else_is_asked(dial
 def test_every_loss_trains(dialogues, tmp_path, loss):
     """With microbatches, too: twice the devices' rows."""
     workdir = tmp_path / 'run'
-    dialogues.train('dpo', workdir, loss=loss, steps=2, batch_size=16, microbatch=8, eval__every=2, nll='none')
+    dialogues.train(
+        'dpo', workdir, loss=loss, steps=2, batch_size=16, execution__microbatch=8, eval__every=2, nll='none'
+    )
     found = measured(workdir)
     terms = {'dpo': LN2, 'cdpo': LN2, 'robust': LN2, 'ipo': 25.0, 'kto': 0.5}
     assert found[1, 'train/preference'] == pytest.approx(terms.get(loss, found[1, 'train/preference']), rel=1e-4)
@@ -326,7 +328,7 @@ def test_a_damaged_reference_is_one_line(dialogues, tmp_path):
 def test_a_dry_run_of_a_stage(dialogues, call, tmp_path, stage):
     dialogues.run('sft')
     more, stage = ({'reference': 'live'}, 'dpo') if stage == 'live' else ({}, stage)
-    argv = dialogues.argv(stage, tmp_path / 'run', '--dry_run', microbatch=8, **more)
+    argv = dialogues.argv(stage, tmp_path / 'run', '--dry_run', execution__microbatch=8, **more)
     gc.collect()  # what tests before this one left
     live = len(jax.live_arrays())
     code, out, err = call(argv)
@@ -365,7 +367,11 @@ BAD = [
     ('dpo', {'nll': -1}, 'nll=-1.0 must be at least 0 and finite'),
     ('reward', {'centring': -1}, 'centring=-1.0 must be at least 0 and finite'),
     ('reward', {'data__replay': 0.5}, 'data.replay=0.5: a reward model writes no text to forget, set it to 0'),
-    ('reward', {'optim__batch_warmup': 2, 'batch_size': 16, 'microbatch': 8}, 'a batch of pairs does not grow'),
+    (
+        'reward',
+        {'optim__batch_warmup': 2, 'batch_size': 16, 'execution__microbatch': 8},
+        'a batch of pairs does not grow',
+    ),
     ('sft', {'data__replay': 1.0}, 'data.replay=1.0 must be from 0 to 0.9'),
     ('sft', {'beta': 0.5}, 'beta is a setting of stage dpo: stage sft has no use for it'),
     ('reward', {'margin': 0.5}, 'margin is a setting of stage dpo: stage reward has no use for it'),

@@ -89,7 +89,7 @@ def toy(dialogues, tmp_path, monkeypatch):
         'steps': 8,
         'init_from': str(dialogues.run('sft')),
         'data__replay': 0.0,
-        'microbatch': 8,
+        'execution__microbatch': 8,
     }
 
     def train(workdir, **settings):

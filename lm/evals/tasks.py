@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def rows_at_once(self) -> int:
-        return rows_at_once(self.model.config['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
+        return rows_at_once(self.model.config['execution']['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
 
 
 def template_of(run: str, model: Model) -> ChatTemplate:

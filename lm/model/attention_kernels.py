@@ -61,12 +61,14 @@ def choose(device: Device, *, dtype: str, head_dim: int, softcap: float | None, 
     """
     name = asked or PREFERRED.get(device.platform, 'blocks')
     if name not in NAMES:
-        raise UsageError(f'attention={name} is not one of {", ".join(NAMES)}')
+        raise UsageError(f'execution.attention={name} is not one of {", ".join(NAMES)}')
     obstacle = _obstacle(name, device, dtype=dtype, head_dim=head_dim, softcap=softcap)
     if not obstacle:
         return Choice(name, 'as set' if asked else device.kind or device.platform)
     if asked:
-        raise UsageError(f'attention={name} {obstacle}: leave it out, the platform then decides, or set blocks')
+        raise UsageError(
+            f'execution.attention={name} {obstacle}: leave it out, the platform then decides, or set blocks'
+        )
     return Choice('blocks', f'{name} {obstacle}')
 
 
@@ -81,7 +83,7 @@ def _obstacle(name: str, device: Device, *, dtype: str, head_dim: int, softcap: 
     if device.capability < 8:
         return f'needs compute capability 8.0 (Ampere), {device.kind} has {device.capability}'
     if dtype not in ('bfloat16', 'float16'):
-        return f'computes in bfloat16, precision.compute is {dtype}'
+        return f'computes in bfloat16, execution.dtype is {dtype}'
     if softcap is not None:
         return f'has no soft-cap, model.attn_softcap is {softcap}'
     if head_dim % 8 or head_dim > largest:
@@ -142,8 +144,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, *, offset, window, 
         segments_BT, segments_BS = (None if x is None else _pad(x, extra) for x in (segments_BT, segments_BS))
     elif T % LANES:
         raise UsageError(
-            f'attention=splash: {S} tokens in {S // T} parts are {T} each, not a multiple of {LANES}: change seq_len '
-            'or mesh.seq, or set attention=blocks'
+            f'execution.attention=splash: {S} tokens in {S // T} parts are {T} each, not a multiple of {LANES}: change '
+            'seq_len or mesh.seq, or set execution.attention=blocks'
         )
     ops = _splash_ops()
     kernel = _splash_kernel(ops, q_BTNH.shape, k_BSKH.shape[1], offset, window, softcap)

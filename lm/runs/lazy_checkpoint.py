@@ -26,13 +26,12 @@ from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
 from lm.interop.opened import Leaf, Opened, by_path
 from lm.model.config import ModelConfig
-from lm.runs import checkpoint, loading, reward_scale, rundir, saved_config
+from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config
 from lm.runs.saved_config import About
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
 CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
 MOST_SEQ_LEN = 2048  # of a converted run's own setting; what the model can read is model.context
-SCAN_FROM = 12  # layers from which a converted run scans: compiling them one by one takes longer than it wins
 ITEM = 'trainable'  # what training saves its weights as
 
 
@@ -162,7 +161,7 @@ def load(opened: Opened) -> loading.Model:
     Raises UsageError if it has settings that we do not know, or is no model of its settings.
     """
     config = _config(opened)
-    cfg = loading.model_config(config)
+    cfg = execution.model_config(config)
     params = placed.arrays(opened, loading.abstract_params(cfg, _about(opened).role))
     saved = {'config': config.to_dict(), 'about': _about(opened)._asdict()}
     return loading.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
@@ -189,7 +188,7 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         rundir.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
             reward_scale.write(made, 0, reward_scale.Scale(*(opened.scale or (0.0, 1.0))))
-        _write_checkpoint(opened, loading.model_config(config), made / 'checkpoints' / '0')
+        _write_checkpoint(opened, execution.model_config(config), made / 'checkpoints' / '0')
 
 
 def _about(opened: Opened) -> About:
@@ -206,7 +205,6 @@ def _config(opened: Opened) -> Config:
         if unknown:
             raise UsageError(f'{opened.where} has model.{unknown[0]}, which this version does not know: use a newer lm')
         config.model.update(dict(opened.model))
-    config.model.scan = config.model.layers >= SCAN_FROM
     config.seq_len = min(config.model.context or config.seq_len, MOST_SEQ_LEN)
     configs.check(config)
     config.steps = 0

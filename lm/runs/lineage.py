@@ -66,7 +66,7 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
         raise UsageError(
             f'{config.branch_from} has the state of optim.name={old["optim.name"]}: set it so, or start with init_from'
         )
-    position = ['optim.batch_warmup', 'microbatch'] if new['optim.batch_warmup'] else ['optim.batch_warmup']
+    position = ['optim.batch_warmup', 'execution.microbatch'] if new['optim.batch_warmup'] else ['optim.batch_warmup']
     keys = [
         'batch_size',
         'seq_len',

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import runtime, sharding
+from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import attention_kernels, parameters
+from lm.model import parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
 from lm.model.roles import SCORED, assemble
-from lm.runs import checkpoint, rundir, saved_config
+from lm.runs import checkpoint, execution, rundir, saved_config
 from lm.runs.saved_config import About, Parent
 
 
@@ -36,30 +36,13 @@ class Model(NamedTuple):
         return saved_config.about(self.saved)
 
 
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The frozen shape of the model that a config (a ConfigDict, or a saved one) describes, as this platform runs it.
-
-    Raises UsageError for sizes that do not fit each other, and an attention that the platform lacks.
-    """
-    dtype = runtime.compute_dtype(config['precision']['compute'])
-    attention = attention_choice(config).name
-    return ModelConfig(**dict(config['model']), remat=config['remat'], attention=attention, dtype=dtype)
-
-
-def attention_choice(config: Mapping[str, Any]) -> attention_kernels.Choice:
-    """The attention that a config gets here, and why."""
-    model, dtype = config['model'], runtime.compute_dtype(config['precision']['compute'])
-    needs = {'dtype': dtype, 'head_dim': model['head_dim'], 'softcap': model['attn_softcap']}
-    return attention_kernels.choose(attention_kernels.this_device(), asked=config['attention'], **needs)
-
-
 def load(run: str, *, warn: Callable[[str], None]) -> Model:
     """Loads 'DIR' (its newest checkpoint that holds) or 'DIR@STEP' onto the current mesh, parameters alone.
 
     Raises UsageError if there is no such run or checkpoint, RunError if nothing in it can be read.
     """
     saved = rundir.read_config(run)
-    cfg = model_config(saved['config'] | {'attention': None})  # what it was trained with, this platform may lack
+    cfg = execution.model_config(saved['config'], training=False)
     with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
         reading = beside.submit(Tokenizer.load, rundir.tokenizer_folder(run))
         params, parent = weights(run, abstract_params(cfg, saved_config.about(saved).role), warn=warn)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from lm import config as configs
 from lm import files, interrupts, locks
 from lm.config import Config, differences, leaves, split_run
 from lm.errors import UsageError
@@ -55,6 +56,7 @@ def read_config(run: str) -> dict[str, Any]:
         raise UsageError(f'{folder} is not a run: {what}')
     if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
         raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
+    saved['config'] = configs.with_todays_names(saved['config'])
     try:
         saved_config.check(saved)
     except UsageError as error:

@@ -14,7 +14,7 @@ from lm.data.chat_shape import Message
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
-from lm.runs import loading, rundir, saved_config
+from lm.runs import execution, loading, rundir, saved_config
 from lm.runs.loading import Model
 from lm.sampling import generate
 from lm.sampling.generate import Programs, fixed_slots, lay_out, stream
@@ -101,7 +101,7 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
     chats = can_chat(run) and not raw
     whole = rundir.read_config(run)
     saved = whole['config']
-    cfg = loading.model_config(saved | {'attention': None})
+    cfg = execution.model_config(saved, training=False)
     ahead = Ahead(generate.laid_out(loading.abstract_model(whole, cfg), cfg), cfg)
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
     model = loading.load(run, warn=warn)

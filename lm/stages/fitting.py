@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from lm import presets
 from lm.config import Config, base
 from lm.errors import RunError, UsageError
 from lm.model.config import ModelConfig
-from lm.runs import loading
+from lm.runs import execution, loading
 from lm.stages import plan
 from lm.training import microbatch
 from lm.training.recorder import Recorder
@@ -24,14 +23,14 @@ def check(config: Config, cfg: ModelConfig, state: TrainState) -> None:
     Args:
       state: as shapes and shardings.
     """
-    needed, limit = at_least(config, cfg, state), plan.memory_limit(_device())
+    needed, limit = at_least(config, cfg, state), execution.memory_limit(_device())
     if limit and needed > limit:
         raise UsageError(f'does not fit: {_told(needed, limit, at_least=True)}; {hints(config, cfg, state, limit)}')
 
 
 def check_compiled(config: Config, cfg: ModelConfig, state: TrainState, compiled: Any) -> None:
     """Raises UsageError where a compiled step does not fit a device."""
-    needed, limit = microbatch.step_bytes(compiled), plan.memory_limit(_device())
+    needed, limit = microbatch.step_bytes(compiled), execution.memory_limit(_device())
     if limit and needed > limit:
         raise UsageError(f'does not fit: {_told(needed, limit)}; {hints(config, cfg, state, limit)}')
 
@@ -54,15 +53,10 @@ def parts_of(state: TrainState) -> dict[str, Any]:
 
 
 def _kept_bytes(config: Config, cfg: ModelConfig) -> int:
-    """Of each token and layer the residual stream; without remat also queries, keys, values and both parts of the
-    feed-forward."""
+    """What the backward pass keeps at least of the smallest microbatch."""
     mesh = jax.sharding.get_mesh().shape
-    rows = max(1, (config.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
-    width = cfg.dim
-    if config.remat == 'none':
-        width += cfg.heads * cfg.head_dim + 2 * cfg.kv_heads * cfg.head_dim + 2 * cfg.ffn_dim
-    places = rows * config.seq_len * cfg.layers * width // (mesh['seq'] * mesh['tensor'])
-    return places * np.dtype(cfg.dtype).itemsize
+    rows = max(1, (config.execution.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
+    return rows * config.seq_len * execution.kept_bytes(cfg, cfg.remat) // (mesh['seq'] * mesh['tensor'])
 
 
 def _bytes(tree: Any) -> int:
@@ -102,8 +96,8 @@ def _ways(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> It
             yield f'optim.name=adafactor ({_gib(n)})'
         yield from _smaller_models(config, state, limit / weights)
     else:
-        yield from ('remat=full',) * (config.remat != 'full')
-        yield from ('a smaller microbatch',) * ((config.microbatch or 1) > 1)
+        yield from ('execution.remat=full',) * (cfg.remat != 'full')
+        yield from ('a smaller microbatch',) * ((config.execution.microbatch or 1) > 1)
         yield 'a shorter seq_len'
     devices = jax.sharding.get_mesh().size * at_least(config, cfg, state) / limit
     yield f'{math.ceil(devices * 1.1):,} or more such devices (mesh.fsdp)'  # a tenth for what compiling adds
@@ -166,6 +160,6 @@ def report_plan(
     )
     planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
     recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
-    limit = plan.memory_limit(_device())
+    limit = execution.memory_limit(_device())
     if limit and total > limit:
         raise RunError(f'does not fit: {_told(total, limit)}; {hints(config, cfg, state, limit)}')

@@ -152,7 +152,7 @@ def next_token_loss(cfg: ModelConfig, *, z_loss: float, sparse: bool = False) ->
 
 def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: Any) -> dict[str, float]:
     """Loss, perplexity and bits per byte of each source's held-out text."""
-    shape = {'batch_size': config.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
+    shape = {'batch_size': config.execution.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
     batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
     return heldout.by_source(params, cfg, batches, prepared.tokenizer)
 

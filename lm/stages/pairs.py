@@ -101,7 +101,7 @@ def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, replay: f
 
 
 def _rows_of_run(config: Config, needed: int) -> int:
-    return preferences.rows_shared(needed, config.batch_size // config.microbatch)
+    return preferences.rows_shared(needed, config.batch_size // config.execution.microbatch)
 
 
 def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -4,13 +4,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from lm import interrupts, runtime, sharding
+from lm import interrupts, sharding
 from lm.config import Config
 from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
@@ -20,14 +19,12 @@ from lm.errors import Preempted, RunError, UsageError
 from lm.model.config import ModelConfig
 from lm.model.roles import Roles
 from lm.multihost import processes
-from lm.runs import checkpoint
+from lm.runs import checkpoint, execution
 from lm.training import microbatch
 from lm.training import optimizer as optim
 from lm.training import step as training
 from lm.training.ledger import Ledger
 from lm.training.recorder import Recorder
-
-CONTAINER_LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')  # cgroups 2 and 1
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -36,10 +33,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     if size['expert'] > 1:
         raise UsageError(f'mesh.expert={size["expert"]}: no parameter has experts to split, leave it at 1')
     batch = size['data'] * size['fsdp']
-    micro = config.microbatch or config.batch_size
+    micro = config.execution.microbatch or config.batch_size
     needs = (
         ('batch_size', config.batch_size, 'data × mesh.fsdp', batch),
-        ('microbatch', micro, 'data × mesh.fsdp', batch),
+        ('execution.microbatch', micro, 'data × mesh.fsdp', batch),
         ('seq_len', config.seq_len, 'seq', size['seq']),
         ('model.heads', config.model.heads, 'tensor', size['tensor']),
         ('model.ffn_dim', config.model.ffn_dim, 'tensor', size['tensor']),
@@ -49,17 +46,17 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
             raise UsageError(f'{key}={value} is not a multiple of mesh.{axis}={parts}: change one of them')
 
 
-def resolve(config: Config, saved: Mapping[str, Any] | None, *, epoch: int) -> None:
+def resolve(config: Config, saved: Mapping[str, Any] | None, dtype: str, *, epoch: int) -> None:
     """Fills in what the user left to us, the microbatch aside.
 
     Args:
-      epoch: steps in one epoch of the data.
+      dtype: of the activations. epoch: steps in one epoch of the data.
 
     Raises:
       UsageError: a branch that begins after its end.
     """
     config.steps = config.steps or max(1, epoch)
-    config.precision.compute = runtime.compute_dtype(config.precision.compute)
+    config.execution.dtype = dtype
     if config.branch_from and not saved and (begins := checkpoint.locate(config.branch_from)) >= config.steps:
         raise UsageError(f'steps={config.steps}: {config.branch_from} is at step {begins} already, set more steps')
 
@@ -91,9 +88,10 @@ def restore_resolved(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh
     """Fills in what the user left to us and a saved run has resolved: another device must not change the run. Its
     microbatch is found anew where the mesh cannot share it."""
     if saved:
-        shared = saved['config']['microbatch'] % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
-        config.microbatch = config.microbatch or (saved['config']['microbatch'] if shared else None)
-        config.precision.compute = config.precision.compute or saved['config']['precision']['compute']
+        own, theirs = config.execution, saved['config']['execution']
+        shared = theirs['microbatch'] % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+        own.microbatch = own.microbatch or (theirs['microbatch'] if shared else None)
+        own.dtype = own.dtype or theirs['dtype']
 
 
 @contextlib.contextmanager
@@ -127,13 +125,13 @@ def with_microbatch(config: Config, microbatch: int) -> Config:
     """A copy of the config with its microbatch resolved. `ConfigDict(config)` would not do: a copy made so shares the
     references that placeholders are, and setting one sets the other (ml_collections 1.1)."""
     config = config.copy_and_resolve_references()
-    config.microbatch = microbatch
+    config.execution.microbatch = microbatch
     return config
 
 
 def growth(config: Config) -> Growth:
     """How the batch of a config grows, its microbatch resolved."""
-    microbatch = config.microbatch or config.batch_size
+    microbatch = config.execution.microbatch or config.batch_size
     return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
 
 
@@ -143,7 +141,7 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
     options = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'weight_decay': o.weight_decay}
     if o.name == 'muon':
-        dtype = runtime.compute_dtype(config.precision.compute)
+        dtype = execution.resolve(config).dtype
         return optim.muon_adamw(rate, momentum=o.momentum, dtype=dtype, **options), rate
     if o.name == 'adafactor':
         return optim.adafactored(rate, weight_decay=o.weight_decay), rate
@@ -160,20 +158,20 @@ def autotune_microbatch(
     config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
     batch: Callable[[int], training.Batch] | None,
 ) -> tuple[Any, str]:  # fmt: skip
-    """(the compiled step, the microbatch in words), with config.microbatch filled in if the user left it to us.
+    """(the compiled step, the microbatch in words), with execution.microbatch filled in if the user left it to us.
 
     Args:
       build: microbatch -> the compiled step.
       batch: microbatch -> a batch to time its step with; None in a dry run, which times nothing.
     """
-    if config.microbatch:
-        return build(config.microbatch), f'microbatch {config.microbatch}'
+    if config.execution.microbatch:
+        return build(config.execution.microbatch), f'microbatch {config.execution.microbatch}'
     build, mesh = functools.cache(build), jax.sharding.get_mesh()
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
-    part = microbatch.USED.get(device.platform, microbatch.USED_ELSEWHERE)
-    memory = min((m for m in processes.all_gather(memory_limit(device)) if m), default=None)  # hosts may be unequal
-    limit = memory and memory * part
+    hosts = processes.all_gather(execution.memory_limit(device))  # which may be unequal
+    memory = min((m for m in hosts if m), default=None)
+    limit = memory and memory * execution.used(device.platform)
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
     timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
@@ -187,9 +185,9 @@ def autotune_microbatch(
         choice = microbatch.remembered(key, lambda: search(time_them=time_them))
     else:
         choice = search()
-    config.microbatch = choice.microbatch
+    config.execution.microbatch = choice.microbatch
     later = '; timed at the start of a run' if timed and batch is None else ''
-    return build(config.microbatch), f'microbatch {config.microbatch} ({choice.why}{later})'
+    return build(config.execution.microbatch), f'microbatch {config.execution.microbatch} ({choice.why}{later})'
 
 
 def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -197,20 +195,3 @@ def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -
     mesh, shape = jax.sharding.get_mesh(), (batch_size, seq_len)
     where = jax.NamedSharding(mesh, sharding.activation_spec('BT', shape))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in names.items()}
-
-
-def memory_limit(device: Any) -> int | None:
-    """Bytes that one device has: its share of main memory for CPU devices, None if the platform does not tell."""
-    if device.platform == 'cpu':
-        whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-        return min(whole, _container_limit() or whole) // max(1, jax.local_device_count())
-    stats = device.memory_stats()
-    return stats.get('bytes_limit') if stats else None
-
-
-def _container_limit() -> int | None:
-    """Bytes that this process's container may have, where it says so."""
-    for file in CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # 'max' is no number
-            return int(Path(file).read_text())
-    return None

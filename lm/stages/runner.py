@@ -19,7 +19,7 @@ from lm.errors import UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
 from lm.multihost import processes
-from lm.runs import checkpoint, loading, rundir, saved_config
+from lm.runs import checkpoint, execution, loading, rundir, saved_config
 from lm.runs.saved_config import Parent
 from lm.runtime import StopRequest
 from lm.stages import fitting, plan
@@ -44,7 +44,7 @@ def run(
     found = rundir.open_workdir(config, workdir)
     with sharding.use_mesh(config.mesh) as mesh:
         plan.restore_resolved(config, found, mesh)
-        cfg = loading.model_config(config)
+        cfg = execution.model_config(config)
         plan.check_mesh(config, mesh)
         if dry_run:
             return _dry_run(spec.open(config, cfg))
@@ -79,7 +79,7 @@ def _train(
     task = dataclasses.replace(task, cfg=dataclasses.replace(cfg, vocab_size=config.model.vocab_size), data=data)
     task.prompts = prompts or task.heldout_prompts()
     with progress.task('packing the data into rows'):
-        plan.resolve(config, found, epoch=task.epoch())
+        plan.resolve(config, found, cfg.dtype, epoch=task.epoch())
 
     # ---- the run's directory: config.json first, it is what makes it a run ----
     checkpoints = workdir / 'checkpoints'
@@ -99,7 +99,7 @@ def _train(
 
 def _state_before_data(task: Task) -> training.TrainState:
     """The state as shapes and shardings, which the number of steps does not change: it may be that of an epoch."""
-    task = task.at(task.config.microbatch)
+    task = task.at(task.config.execution.microbatch)
     task.config.steps = task.config.steps or 1
     return abstract_state(task, plan.make_optimizer(task.config)[0])
 
@@ -174,9 +174,10 @@ def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
     count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
-    choice = loading.attention_choice(config)
+    choice = execution.resolve(config).attention
+    more = ', layers scanned' * cfg.scan + f', remat={cfg.remat}' * (cfg.remat != 'none')
     return [
-        f'attention: {choice.name} ({choice.why})',
+        f'attention: {choice.name} ({choice.why}){more}',
         f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
     ]
 
@@ -289,7 +290,7 @@ def _dry_run(task: Task) -> dict[str, Any]:
     optimizer, rate = plan.make_optimizer(config)
     abstract = abstract_state(task, optimizer)
     build = partial(compile_step, task, optimizer, rate, abstract)
-    recorder, choice = task.recorder, loading.attention_choice(config)
+    recorder, choice = task.recorder, execution.resolve(config).attention
     recorder.say(f'attention   {choice.name} ({choice.why})')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):

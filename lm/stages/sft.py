@@ -75,7 +75,7 @@ class Sft(Task):
         config, cfg, data, metrics = self.config, self.cfg, self.data, {}
         for s in data.own.sources:
             rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
-            batches = pipeline.in_order(rows, batch_size=config.microbatch, max_rows=config.eval.rows)
+            batches = pipeline.in_order(rows, batch_size=config.execution.microbatch, max_rows=config.eval.rows)
             totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
             questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
             found = answers.answered(

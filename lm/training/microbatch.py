@@ -19,8 +19,6 @@ from lm import files
 from lm.data import cache
 from lm.errors import UsageError
 
-USED = {'cpu': 0.5}  # the part of a device's memory that a step may take: a CPU's is not ours alone
-USED_ELSEWHERE = 0.9  # the rest is for batches under way, evaluation and what does not fit between two arrays
 # Fewer tokens at a time were never quicker: on two cores 1,024 cost 12 % more than 2,048, and 32,768 cost the same.
 MIN_TOKENS = 2048
 QUICKER = 0.95  # of the time that the whole batch takes; what gains less than that is noise
