@@ -70,7 +70,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Model:
-    """The graph, and its sizes: fields of `lm.model.config.ModelConfig`."""
+    """The graph, and its sizes; `lm.model.config.ModelConfig` adds how it is run."""
 
     vocab_size: int = setting(4096, 'ids, before padding', COUNT)
     dim: int = setting(128, 'width of the residual stream', COUNT)
@@ -85,9 +85,12 @@ class Model:
     qk_norm_joint: bool = setting(False, 'RMS-normalise queries and keys over all heads at once (OLMo 2)')
     tied: bool = setting(True, 'one matrix for the embedding and the head')
     qkv_bias: bool = setting(False, 'biases of queries, keys and values (Qwen 2)')
-    norms: str = setting('pre', 'of what a sub-layer reads (pre), of what it adds (post, OLMo 2), or both (Gemma 2, 3)')
+    norms: str = setting(
+        'pre', 'of what a sub-layer reads (pre), of what it adds (post, OLMo 2), or both (Gemma 2, 3)',
+        one_of('pre', 'post', 'both'),
+    )  # fmt: skip
     norm_plus_one: bool = setting(False, 'norms multiply by 1 + their weight (Gemma)')
-    activation: str = setting('silu', 'silu | gelu: of the gate')
+    activation: str = setting('silu', 'silu | gelu: of the gate', one_of('silu', 'gelu'))
     window: int | None = setting(None, 'attend to this many last tokens in local layers; None: all', COUNT)
     pattern: str | None = setting(
         None, "'local,global', with nope: kinds of layer, repeated over the depth; None: all by window"

@@ -301,8 +301,8 @@ def test_activations_have_the_dtype_and_norms_and_losses_are_float32(reference):
     [
         ({'kv_heads': 3}, 'kv_heads=3'),
         ({'head_dim': 7}, 'head_dim=7'),
-        ({'remat': 'ful'}, "'ful'"),
-        ({'layers': 0}, 'layers=0'),
+        ({'pattern': 'lokal'}, "'lokal' is not one of"),
+        ({'pattern': 'local'}, 'set model.window'),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(tiny, change, says):

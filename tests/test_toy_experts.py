@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from checks import assert_close
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from lm import sharding
 from lm.model import feed_forward, kv_cache, parameters, seam, transformer
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import FeedForward
 from lm.model.param import matrix
+from lm.stages import dpo, reward
 from lm.stages.language import next_token_loss
 from lm.training import flops
 from lm.training import optimizer as optim
@@ -140,3 +142,21 @@ def test_their_flops_are_counted(cfg, tiny):
     gated = dataclasses.replace(tiny, layers=cfg.layers)
     more = flops.per_token(cfg, seq_len=16) - flops.per_token(gated, seq_len=16)
     assert more == 6 * cfg.layers * (D * E + 2 * E * D * F - 3 * D * F)
+
+
+@pytest.mark.parametrize(('of', 'role'), [(dpo.Dpo, 'policy'), (reward.Reward, 'reward')])
+def test_the_losses_of_pairs_have_the_auxiliary_term_too(cfg, one_device, of, role):
+    settings = ConfigDict({
+        'data': {'replay': 0.0}, 'loss': 'orpo', 'reference': 'cached', 'nll': None, 'beta': 0.1, 'margin': None,
+        'label_smoothing': None, 'lambda_d': None, 'lambda_u': None, 'margins': 0.0, 'centring': 0.0,
+    })  # fmt: skip
+    batch = batch_of(cfg)
+    own = np.where(batch['segments_BT'] > 0, np.arange(16) >= 2, -1)
+    batch |= {'sequence_BT': own, 'last_BT': np.roll(batch['segments_BT'], -1, 1) == 0}
+    batch |= {f'length_{side}_BP': np.full((8, 1), 2) for side in ('chosen', 'rejected')}
+    batch |= {'weight_BP': np.ones((8, 1)), 'label_BP': np.ones((8, 1)), 'margin_BP': np.zeros((8, 1))}
+    loss, params = of(settings, cfg).loss(), parameters.init(jax.random.key(0), cfg)
+    params |= parameters.init_scores(jax.random.key(1), cfg) if role == 'reward' else {}
+    terms, _ = jax.jit(loss.terms)({role: params}, batch, jax.random.key(0))
+    assert terms['balance'] > 0 and loss.coefs['balance'] == COEF
+    assert loss.denominators(batch)['balance'] == np.sum(batch['segments_BT'])

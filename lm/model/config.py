@@ -9,8 +9,8 @@ import jax
 
 from lm.errors import UsageError
 from lm.model import attention_kernels as kernels
-from lm.model.attention import BACKENDS
 from lm.model.layers import RopeScaling
+from lm.settings import Model
 
 
 def _with_cudnn(policy: Any) -> Any:
@@ -36,48 +36,22 @@ REMAT = {
 }
 
 
-NORMS = ('pre', 'post', 'both')  # of what a sub-layer reads, of what it adds (OLMo 2), or both (Gemma 2)
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': partial(jax.nn.gelu, approximate=True)}
 # Attention of the last `window` tokens, of all, and of all without positions (Yang et al., 2025, RNoPE).
 KINDS_OF_LAYER = ('local', 'global', 'nope')
+SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim')
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder. Raises UsageError if the sizes do not fit each other."""
+class ModelConfig(Model):
+    """The shape of a decoder, as the settings `model.*` say, and how it is run. Raises UsageError if the sizes do not
+    fit each other."""
 
-    vocab_size: int  # real ids; the table is padded to a multiple of `vocab_multiple`
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    qk_norm: bool = True
-    tied: bool = True
-    window: int | None = None
-    attn_softcap: float | None = None
-    logit_softcap: float | None = None
-    norms: str = 'pre'  # of NORMS
-    norm_plus_one: bool = False  # norms multiply by 1 + their weight
-    qk_norm_joint: bool = False  # qk_norm over all heads at once
-    qkv_bias: bool = False
-    activation: str = 'silu'  # of ACTIVATIONS
     feed_forward: str = 'gated'  # of feed_forward.FEED_FORWARDS
-    query_scale: float | None = None  # of q·k; None: head_dim**-0.5
-    embed_scale: float | None = None
-    residual_scale: float | None = None  # of what is added to the residual stream
-    logit_scale: float | None = None  # before the soft-cap
-    pattern: str | None = None  # of layers, repeated over the depth: words of KINDS_OF_LAYER
-    rope_theta_local: float | None = None  # of local layers; None: rope_theta
-    rope_scaling: str | None = None  # of global layers, see `layers.RopeScaling`
-    context: int | None = None  # tokens that it was made to read at once
-    vocab_multiple: int = 128
+    vocab_multiple: int = 128  # the table has as many rows as the next multiple
     scan: bool = False
-    remat: str = 'none'
-    attention: str = 'blocks'  # one of attention_kernels.NAMES
+    remat: str = 'none'  # of REMAT
+    attention: str = 'blocks'  # of attention_kernels.NAMES
     dtype: str = 'float32'  # of activations and products; parameters are float32
 
     def __post_init__(self):
@@ -85,28 +59,19 @@ class ModelConfig:
             raise UsageError(f'model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}')
         if self.head_dim % 2:
             raise UsageError(f'model.head_dim={self.head_dim} is odd: rotary positions pair its halves')
-        if self.remat not in REMAT:
-            raise UsageError(f'remat={self.remat!r} is not one of {", ".join(REMAT)}')
-        if self.attention not in BACKENDS:
-            raise UsageError(f'attention={self.attention!r} is not one of {", ".join(BACKENDS)}')
-        for name, known in (('norms', NORMS), ('activation', ACTIVATIONS)):
-            if getattr(self, name) not in known:
-                raise UsageError(f'model.{name}={getattr(self, name)} is not one of {", ".join(known)}')
         for word in self.kinds:
             if word not in KINDS_OF_LAYER:
                 raise UsageError(f'model.pattern={self.pattern}: {word!r} is not one of {", ".join(KINDS_OF_LAYER)}')
         if 'local' in self.kinds and self.window is None:
             raise UsageError(f'model.pattern={self.pattern} has local layers: set model.window')
         RopeScaling.parse(self.rope_scaling)
-        for name in ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'ffn_dim'):
-            if getattr(self, name) < 1:
-                raise UsageError(f'model.{name}={getattr(self, name)} must be at least 1')
 
     @property
     def key(self) -> dict[str, Any]:
-        """The fields that are not at their defaults, for caches: a field that is added later changes no key."""
+        """The sizes, and of the rest what is not at its default, for caches: a field that is added later changes no
+        key."""
         fields = dataclasses.fields(self)
-        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
+        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default or f.name in SIZES}
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -22,7 +22,6 @@ class FeedForward(NamedTuple):
       rows: its parameters in each layer.
       apply: (y_BTD, layer's parameters, cfg, real_BT) -> (what it adds [B, T, D], {name: float32 sum over tokens}).
         real_BT is False at padding, which no sum may count; None: there is none.
-        They are terms of next-token losses, not of pairs'.
       coefficients: cfg -> {name: what the sum, divided by the batch's tokens, is multiplied by in the objective}.
     """
 

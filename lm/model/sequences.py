@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm import sharding
 from lm.model import head, seam, transformer
 from lm.model.config import ModelConfig
+from lm.model.feed_forward import Aux
 from lm.model.parameters import Params
 
 Batch = Mapping[str, jax.Array]
@@ -18,15 +19,16 @@ Batch = Mapping[str, jax.Array]
 
 def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     """Σ log p of the targets that weigh something, of each side of each pair: float32 [B, P] a side."""
-    return by_side(token_log_probs(params, cfg, batch), batch)
+    return by_side(token_log_probs(params, cfg, batch)[0], batch)
 
 
-def token_log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
-    """log p of each target times its weight, float32 [B, T]."""
-    h_BTD, w, options = transformer.head_inputs(params, cfg, _hidden(params, cfg, batch))
+def token_log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
+    """(log p of each target times its weight, float32 [B, T]; the auxiliary sums of the forward pass)."""
+    h_BTD, aux = _forward(params, cfg, batch)
+    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
     weights_BT = batch['weights_BT']
     logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
-    return logp_BT * weights_BT
+    return logp_BT * weights_BT, aux
 
 
 def outside(x_BT: jax.Array, batch: Batch) -> jax.Array:
@@ -36,8 +38,13 @@ def outside(x_BT: jax.Array, batch: Batch) -> jax.Array:
 
 def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
     """A reward model's score of each side of each pair, read at its last token: float32 [B, P] a side."""
-    score_BT = token_scores(params, _hidden(params, cfg, batch))
-    return by_side(score_BT * batch['last_BT'], batch)
+    return scores_and_aux(params, cfg, batch)[0]
+
+
+def scores_and_aux(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[list[jax.Array], Aux]:
+    """(`scores`, the auxiliary sums of the forward pass)."""
+    h_BTD, aux = _forward(params, cfg, batch)
+    return by_side(token_scores(params, h_BTD) * batch['last_BT'], batch), aux
 
 
 def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
@@ -46,9 +53,9 @@ def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
     return jnp.sum(h_BTD.astype(jnp.float32) * w_D, axis=-1) + params['bias_score']
 
 
-def _hidden(params: Params, cfg: ModelConfig, batch: Batch) -> jax.Array:
+def _forward(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
     rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
-    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)[0]
+    return transformer.forward(params, cfg, batch['tokens_BT'], **rows)
 
 
 def by_side(x_BT: jax.Array, batch: Batch) -> list[jax.Array]:

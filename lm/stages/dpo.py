@@ -11,6 +11,7 @@ from lm.evals import preferences
 from lm.losses import preference
 from lm.losses.preference import LOSSES, Pairs, Response
 from lm.model import sequences
+from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
 from lm.runs.saved_config import Parent
 from lm.stages import language, pairs, reference
@@ -106,27 +107,29 @@ class Dpo(pairs.PairTask):
 
         def pre_pass(models: Roles, batch: Batch, key: jax.Array) -> training.Sums:
             del key
-            logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+            logp_BT, _ = sequences.token_log_probs(models['policy'], cfg, batch)
             return preference.baseline_sums(responses(logp_BT, models, batch)[2], batch['weight_BP'])
 
         def terms(
             models: Roles, batch: Batch, key: jax.Array, global_sums: training.Sums | None = None
         ) -> tuple[training.Sums, training.Sums]:
             del key
-            logp_BT = sequences.token_log_probs(models['policy'], cfg, batch)
+            logp_BT, aux = sequences.token_log_probs(models['policy'], cfg, batch)
             chosen, rejected = responses(logp_BT, models, batch)[:2]
             z0 = None if global_sums is None else preference.baseline(global_sums)
             both = Pairs(chosen, rejected, batch['label_BP'])
             found, metrics = preference.sums(name, both, batch['weight_BP'], settings=settings, z0=z0)
-            return {**found, 'replay': -sequences.outside(logp_BT, batch)} if replay else found, metrics
+            found |= {'replay': -sequences.outside(logp_BT, batch)} if replay else {}
+            return {**found, **aux}, metrics
 
         def denominators(batch: Batch) -> training.Sums:
             sizes = (batch['length_chosen_BP'], batch['length_rejected_BP'])
             found = preference.weights(name, batch['weight_BP'], *sizes)
-            return {**found, 'replay': sequences.outside(batch['weights_BT'], batch)} if replay else found
+            found |= {'replay': sequences.outside(batch['weights_BT'], batch)} if replay else {}
+            return {**found, **aux_weights(cfg, batch)}
 
         coefs = preference.coefficients(name, nll=config.nll) | ({'replay': REPLAY} if replay else {})
-        return training.Loss(terms, denominators, coefs, pre_pass if baseline else None)
+        return training.Loss(terms, denominators, {**coefs, **aux_coefficients(cfg)}, pre_pass if baseline else None)
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
         """Held-out pairs, answers to their prompts, what is forgotten, and the fixed prompts."""

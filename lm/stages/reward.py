@@ -12,6 +12,7 @@ from lm.errors import UsageError
 from lm.evals import preferences
 from lm.losses import reward
 from lm.model import parameters, sequences
+from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
 from lm.runs import reward_scale, rundir, saved_config
 from lm.runs.saved_config import Parent
@@ -50,12 +51,14 @@ class Reward(pairs.PairTask):
 
         def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
             del key
-            chosen, rejected = sequences.scores(models['reward'], cfg, batch)
+            (chosen, rejected), aux = sequences.scores_and_aux(models['reward'], cfg, batch)
             tables = {'margin': config.margins * batch['margin_BP'], 'label': batch['label_BP']}
-            return reward.sums(chosen, rejected, batch['weight_BP'], **tables)
+            found, metrics = reward.sums(chosen, rejected, batch['weight_BP'], **tables)
+            return {**found, **aux}, metrics
 
-        denominators = lambda batch: reward.weights(batch['weight_BP'])
-        return training.Loss(terms, denominators, {'bradley_terry': 1.0, 'centring': config.centring})
+        denominators = lambda batch: {**reward.weights(batch['weight_BP']), **aux_weights(cfg, batch)}
+        coefs = {'bradley_terry': 1.0, 'centring': config.centring, **aux_coefficients(cfg)}
+        return training.Loss(terms, denominators, coefs)
 
     def cost(self) -> flops.Cost:
         return self.lm_cost(head=False)
