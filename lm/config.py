@@ -235,7 +235,7 @@ def _split_arg(path_and_arg: str) -> tuple[str, str]:
 
 
 def _run_file(path: str, arg: str) -> Config:
-    """What the file's get_config(arg) gives."""
+    """Returns what the file's get_config(arg) gives."""
     file = Path(path)
     if not file.is_file():
         raise UsageError(f'--config={path}: no such file (a stage is configs/pretrain.py, from a checkout of lm)')

@@ -13,7 +13,7 @@ from lm.interrupts import Ending, Interrupted
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done, seen before anything is allocated. Exit status 2."""
+    """The user asked for what cannot be done, seen before anything is allocated. Exit status 2."""
 
     status = 2
 

@@ -128,7 +128,7 @@ def loaded(run: str) -> Subject:
 
 
 def score(flags: argparse.Namespace) -> dict[str, Any]:
-    """What a reward model says of an answer. Raises UsageError if the run is none."""
+    """Returns what a reward model says of an answer. Raises UsageError if the run is none."""
     (run,) = flags.runs
     runtime.start_jax()
     with sharding.use_mesh():
@@ -192,7 +192,7 @@ def width_of() -> int | None:
 
 
 def widest(found: Sequence[Mapping[str, Any]]) -> int:
-    """What the first two columns take, and the table's own edges."""
+    """Characters that the first two columns and the table's own edges take."""
     longest = [max(len('step'), *(len(str(row[name])) for row in found)) for name in ('run', 'step')]
     return 1 + sum(n + GAP for n in longest)
 

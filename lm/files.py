@@ -50,7 +50,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 @contextlib.contextmanager
 def _told(path: epath.Path) -> Iterator[None]:
-    """What the system refuses (a full disk, no permission) becomes a RunError that names the file."""
+    """Inside, what the system refuses (a full disk, no permission) becomes a RunError that names the file."""
     try:
         yield
     except Exception as error:
@@ -203,7 +203,7 @@ class Growing:
 
 
 def is_temporary(path: epath.Path) -> bool:
-    """Whether `write_bytes` left this behind when it was killed."""
+    """Tells whether `write_bytes` left this behind when it was killed."""
     return path.name.startswith('.') and path.name.endswith('.tmp')
 
 

@@ -47,7 +47,7 @@ class Screen(Console):
 
 
 def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> Table:
-    """How much of each source there is; a long name is folded, a number stays whole.
+    """A table of how much of each source there is; a long name is folded, a number stays whole.
 
     Args:
       lengths: of conversations and pairs, how many of each source are cut, and how many left out.
@@ -66,7 +66,8 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
 
 
 def dropped(prepared: Prepared) -> list[str]:
-    """Why documents of each source were dropped, and how many; what was changed in others, and what is not used."""
+    """Lines on why documents of each source were dropped, and how many; what was changed in others, and what is not
+    used."""
     told = lambda found: ', '.join(f'{r} {n:,}' for r, n in sorted(found.items()))
     lines = []
     for s in prepared.sources:

@@ -29,7 +29,7 @@ PATIENCE = 0.3  # seconds in which the main thread comes to a signal, unless it 
 
 
 class Ending(BaseException):
-    """Why a signal ends the command: the line that is said. No Exception, as KeyboardInterrupt is none: whoever handles
+    """A signal's end of the command: the line that is said. No Exception, as KeyboardInterrupt is none: whoever handles
     a damaged file must not take this for one."""
 
     status = 1
@@ -195,7 +195,7 @@ def _restore_terminal() -> None:
 
 
 def _take(heard: Sequence[int]) -> Ending | None:
-    """How the command ends because of these signals, None if it goes on."""
+    """Returns how the command ends because of these signals, None if it goes on."""
     global _dropped
     ending = None
     for number in heard:

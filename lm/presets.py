@@ -139,7 +139,8 @@ BATCH_STEP = 8  # batches stay multiples of it, for meshes to divide
 
 
 def _parameters(n: int, vocab_size: int) -> int:
-    """Of a model of depth n: the tied embedding; four square matrices and three of the feed-forward a layer."""
+    """Counts those of a model of depth n: the tied embedding; four square matrices and three of the feed-forward a
+    layer."""
     dim = DIM_PER_LAYER * n
     return vocab_size * dim + n * (4 + 3 * FFN_PER_DIM) * dim**2
 

@@ -51,7 +51,7 @@ class Task:
         return f'{self.done:,}{total}' if self.done or total else ''
 
     def time(self) -> str:
-        """How long it takes: what is left where that can be told, else since when it is under way."""
+        """The time in words: what is left where that can be told, else since when it is under way."""
         now = time.monotonic()
         if self.total and self._since and self.done > self._since[1]:
             a_piece = (now - self._since[0]) / (self.done - self._since[1])
@@ -66,7 +66,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Screen:
-    """What is under way in this process, and who shows it: there is one stderr."""
+    """The tasks under way in this process, and who shows them: there is one stderr."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)

@@ -1,4 +1,5 @@
-"""What is set before JAX starts: the compile cache and the platform's defaults. Imports nothing above it."""
+"""Settings of the process, made before JAX starts: the compile cache and the platform's defaults. Imports nothing above
+it."""
 
 import contextlib
 import ctypes
@@ -74,13 +75,13 @@ class StopRequest:
         return self.signal is not None
 
     def after(self, step: int) -> bool:
-        """Whether to stop after this step: every process asks after every step, and all are told the same."""
+        """Tells whether to stop after this step: every process asks after every step, and all are told the same."""
         why = processes.stops_after(step, self.signal)
         self.signal = why or self.signal
         return why is not None
 
     def react(self, name: str) -> Ending | None:
-        """How a signal ends the run. Says what will be done if it goes on, to be saved."""
+        """Returns how a signal ends the run. Says what will be done if it goes on, to be saved."""
         again, self.signal = self.signal, name
         if again and name == 'SIGINT':
             return Interrupted('interrupted: what was done since the last checkpoint is lost', status=RunError.status)

@@ -52,8 +52,8 @@ def setting(default: Any, meaning: str, bound: Bound | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the program runs, which changes rounding, time and memory alone. None: decided for the platform, the model
-    and the memory, see `lm.runs.execution`."""
+    """The execution of the program, which changes rounding, time and memory alone. None: decided for the platform, the
+    model and the memory, see `lm.runs.execution`."""
 
     dtype: str | None = setting(None, 'of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16'))
     attention: str | None = setting(

@@ -77,7 +77,8 @@ def use_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | No
 
 
 def platform() -> str:
-    """What the current mesh's devices are: 'cpu', 'gpu' or 'tpu'; outside a mesh, what JAX computes on by default.
+    """The platform of the current mesh's devices: 'cpu', 'gpu' or 'tpu'; outside a mesh, what JAX computes on by
+    default.
 
     Whatever makes a program another one asks this, so that a mesh of devices that are not here gets its own program.
     """
@@ -119,7 +120,7 @@ def spec(dims: str, taken: Mapping[str, tuple[str, ...]]) -> P:
 
 
 def array_spec(dims: str, shape: Sequence[int], axes: Sequence[str] = AXES) -> P:
-    """How an array of these dims lies when it stands alone, e.g. a batch ('BT') or a parameter ('DNH')."""
+    """The sharding of an array of these dims that stands alone, e.g. a batch ('BT') or a parameter ('DNH')."""
     return spec(dims, assign(dict(zip(dims, shape, strict=True)), axes))
 
 

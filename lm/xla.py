@@ -61,8 +61,8 @@ def setup() -> None:
 
 
 def lines() -> list[str]:
-    """What XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'; then why, a line for each
-    flag of ours."""
+    """The flags that XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'; then why, a line
+    for each flag of ours."""
     name = platform()
     set_here = {
         variable: ' '.join(os.environ.get(variable, '').split()) for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')

@@ -1,4 +1,4 @@
-"""Whether two models at rest say the same: their logits on a fixed text, computed layer by layer.
+"""Compares two models at rest: their logits on a fixed text, computed layer by layer.
 
 Of each model one layer is in memory at a time, so that what does not fit there can still be compared.
 """
@@ -34,8 +34,9 @@ Is 5 × 7 more than 6²? No: 35 < 36. Am Morgen war das Meer ruhig, et le phare 
 
 
 class Agreement(NamedTuple):
-    """What came out: the largest difference of a logit (of a reward model: of a score), KL(a‖b) in nats a token, and
-    each one's perplexity on the text; None for a reward model, which has no logits. NaN where the numbers are."""
+    """The differences found: the largest difference of a logit (of a reward model: of a score), KL(a‖b) in nats a
+    token, and each one's perplexity on the text; None for a reward model, which has no logits. NaN where the numbers
+    are."""
 
     largest: float
     kl: float | None
@@ -45,7 +46,7 @@ class Agreement(NamedTuple):
 
 
 def compare(a: Opened, b: Opened, *, tokens: int) -> Agreement:
-    """How far b is from a on the first `tokens` tokens of the text, by a's tokenizer.
+    """Measures how far b is from a on the first `tokens` tokens of the text, by a's tokenizer.
 
     Raises UsageError if b's gives other ids, or is a reward model where a is none.
     """

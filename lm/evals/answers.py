@@ -52,7 +52,7 @@ def answered(
     params: Any, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question], *, stop_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[Answered]:  # fmt: skip
-    """What a model answers to each question, greedily."""
+    """Returns a model's greedy answer to each question."""
     options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens}
     given = answers(params, cfg, tokenizer, [q.prompt for q in questions], **options)
     text = tokenizer.decode

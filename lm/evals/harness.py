@@ -145,7 +145,7 @@ class Harness(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps the requests in its cache by."""
+        """The name under which the harness caches requests."""
         return f'lm-{self.tokenizer.fingerprint}-{self.subject.template.fingerprint}'
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -1,5 +1,5 @@
-"""How likely a text is after another, whether it is what greedy decoding gives, and text up to a stop string: what
-tasks of multiple choice, perplexity and generation ask of a model."""
+"""Log-likelihoods: how likely a text is after another, whether it is what greedy decoding gives, and text up to a stop
+string: what tasks of multiple choice, perplexity and generation ask of a model."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +114,7 @@ def _likeliest(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:
 
 
 def before(text: str, stops: Sequence[str]) -> str | None:
-    """What is before the first stop string in a text; None if there is none in it."""
+    """Returns the text before its first stop string; None if there is none in it."""
     found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
     return text[: min(found)] if found else None
 

@@ -1,4 +1,5 @@
-"""How a model, or a reward model, takes held-out pairs, beside what their lengths alone would tell."""
+"""Preference metrics: how a model, or a reward model, takes held-out pairs, beside what their lengths alone would
+tell."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ Batches = Iterable[tuple[np.ndarray, Mapping[str, jax.Array]]]
 
 @partial(jax.jit, static_argnames=('cfg', 'measure'))
 def _measured(params: Params, batch: Any, *, cfg: ModelConfig, measure: Callable) -> Any:
-    """What a function of `sequences` gives for a batch, with its slots' weights, whole on every device."""
+    """Returns what a function of `sequences` gives for a batch, with its slots' weights, whole on every device."""
     found = (measure(params, cfg, batch), batch['weight_BP'])
     return jax.reshard(found, P()) if sharding.axis_sizes() else found
 
@@ -123,8 +124,8 @@ def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[s
 def policy_metrics(
     store: PairStore, policy: np.ndarray, reference: np.ndarray | None, *, seq_len: int
 ) -> dict[str, float]:
-    """Of log-probs [pairs, ≥ 2]; accuracies of single answers are those of `ranked`, and what there is nothing to say
-    of is left out:
+    """Metrics of log-probs [pairs, ≥ 2]; accuracies of single answers are those of `ranked`, and what there is nothing
+    to say of is left out:
 
     accuracy              the chosen response has gained more on the reference (the implicit reward is higher)
     accuracy_per_token    the chosen response is likelier per token
@@ -150,8 +151,8 @@ def policy_metrics(
 
 
 def reward_metrics(store: PairStore, score: np.ndarray, *, seq_len: int) -> dict[str, float]:
-    """Of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error (Guo et
-    al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
+    """Metrics of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error
+    (Guo et al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
     here = ~np.isnan(score[:, 0])
     label, size, score = store.table[here, 0], lengths(store, here, seq_len=seq_len), score[here].astype(np.float64)
     margin = score[:, 0] - score[:, 1]

@@ -1,4 +1,4 @@
-"""What a reward model says of one answer."""
+"""A reward model's score of one answer."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""What runs are asked, whatever their stage: the same questions, pairs and texts for each, so that their rows compare.
+"""The evaluation tasks, whatever the run's stage: the same questions, pairs and texts for each, so that their rows
+compare.
 
 answers       greedy answers to held-out questions: whether they end by themselves, F1 against the data's answers
 preferences   held-out pairs: which response is likelier per token; which one the reward is higher for, that of a reward
@@ -34,7 +35,7 @@ Say = Callable[[str], None]
 
 
 class Limits(NamedTuple):
-    """How much is asked: rows of each source at most (None: all), and tokens of an answer."""
+    """The size of an evaluation: rows of each source at most (None: all), and tokens of an answer."""
 
     rows: int | None
     max_new_tokens: int
@@ -54,7 +55,7 @@ class Subject:
 
     @property
     def scored(self) -> bool:
-        """Whether it is a reward model."""
+        """True for a reward model."""
         return self.model.about.output == 'scores'
 
     @property
@@ -285,7 +286,7 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
 
 
 def _form(subject: Subject, kind: Kind) -> Form:
-    """How data of a kind are kept for a subject."""
+    """Returns the form in which data of a kind are stored for a subject."""
     if kind == 'text':
         return TEXT
     return chats.form(subject.template) if kind == 'chat' else pairs.form(subject.template)

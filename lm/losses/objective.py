@@ -1,4 +1,4 @@
-"""How losses are put together: sums and weights, never means.
+"""The objective: losses are put together of sums and weights, never of means.
 
 A loss returns {term: sum}; the weights are {term: W} over the *global* batch, known before it is cut into microbatches.
 The objective Σ coef·sum/W is then the same for one batch, for any accumulation, and on any number of devices.

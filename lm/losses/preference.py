@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 
 class Response(NamedTuple):
-    """What the losses need of a response to its prompt: float32 arrays of one shape."""
+    """A response to its prompt, as the losses need it: float32 arrays of one shape."""
 
     logp: jax.Array  # the sum of the policy's log-probs over the response's tokens
     length: jax.Array  # number of these tokens
@@ -162,7 +162,7 @@ def kto_example(
 
 
 def baseline_sums(mismatched: Response, weight: jax.Array) -> dict[str, jax.Array]:
-    """What KTO's baseline is made of, to be added up over the global batch, without gradient, before the loss.
+    """The sums that KTO's baseline is made of, to be added up over the global batch, without gradient, before the loss.
 
     Args:
       mismatched: to each prompt, a response that was given to another.
@@ -264,7 +264,7 @@ def sums(
 
 
 def metrics(name: str, pairs: Pairs, beta: float, z0: jax.Array | None = None) -> dict[str, jax.Array]:
-    """Of each pair: rewards, margin and accuracy of what the loss compares; whether the better response has the
+    """Metrics of each pair: rewards, margin and accuracy of what the loss compares; whether the better response has the
     higher log-prob per token; and the log-probs themselves, which both can fall while the margin grows.
 
     With a baseline z0 single answers are what is compared, each with it: the accuracy is that of the sign of its gain.

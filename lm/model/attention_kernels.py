@@ -27,7 +27,7 @@ INTERPRET = False  # tests run the splash kernel on CPU, step by step
 
 
 class Device(NamedTuple):
-    """What the choice of a kernel depends on."""
+    """The facts of a device on which the choice of a kernel depends."""
 
     platform: str  # cpu, tpu, cuda, rocm
     kind: str = ''
@@ -73,7 +73,7 @@ def choose(device: Device, *, dtype: str, head_dim: int, softcap: float | None, 
 
 
 def _obstacle(name: str, device: Device, *, dtype: str, head_dim: int, softcap: float | None) -> str | None:
-    """Why a backend cannot be used, or None."""
+    """Returns why a backend cannot be used, or None."""
     platform, words = NEEDS.get(name, (device.platform, ''))
     if platform != device.platform:
         return f'needs {words}, this is {device.platform}'

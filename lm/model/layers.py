@@ -31,7 +31,7 @@ def head_norm(x: jax.Array, scale: jax.Array, *, dims: str, eps: float, plus_one
 
 
 class RopeScaling(NamedTuple):
-    """How rotary frequencies are slowed down for texts longer than those of pretraining.
+    """A slowing down of rotary frequencies, for texts longer than those of pretraining.
 
     linear: all by `factor` (Chen et al., 2023). llama3: wavelengths above original/low by it, those below original/high
     not, and those between by what lies between (Grattafiori et al., 2024, section 3.4.2, in Meta's code).

@@ -19,7 +19,7 @@ from lm import sharding
 
 @runtime_checkable
 class Weight(Protocol):
-    """What a weight that is not an array offers."""
+    """The protocol of a weight that is not an array."""
 
     def dims(self, parent: str) -> dict[str, str]:
         """The letters of each array field, given the letters of the weight it stands for."""

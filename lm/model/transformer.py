@@ -127,14 +127,14 @@ def nll(
 
 
 def embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
-    """What the first layer reads, [B, T, D]."""
+    """Returns what the first layer reads, [B, T, D]."""
     with jax.named_scope('embed'):
         x_BTD = seam.lookup(params['embed_VD'], tokens_BT, dtype=cfg.dtype)
         return x_BTD if cfg.embed_scale is None else _scaled(x_BTD, cfg.embed_scale)
 
 
 def final_norm(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
-    """What the head reads of what the last layer gives."""
+    """Returns what the head reads of what the last layer gives."""
     return parts.block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
 
@@ -183,7 +183,7 @@ def apply_layer(x_BTD, layer, cfg, angles, attend, real_BT=None):
 
 
 def _attention(y_BTD, layer, cfg, angles, attend):
-    """What attention adds."""
+    """Returns what attention adds to the residual stream."""
     einsum = seam.einsum
     q_BTNH = einsum('BTD,DNH->BTNH', y_BTD, layer['wq_DNH'])
     k_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wk_DKH'])

@@ -31,8 +31,8 @@ JAX_HEARTBEAT_SECONDS = 24 * 3600  # ours is the connection: a long compile unde
 
 
 def place(coordinator: str | None, count: int | None, index: int | None, *, wait: int) -> Topology | None:
-    """What the command line says, or with 'auto' what the cluster does (Cloud TPU, Slurm, Open MPI, Kubernetes); None
-    for a process that is alone. Raises UsageError if a part is missing."""
+    """Returns what the command line says, or with 'auto' what the cluster does (Cloud TPU, Slurm, Open MPI,
+    Kubernetes); None for a process that is alone. Raises UsageError if a part is missing."""
     if coordinator is None:
         if count is not None or index is not None:
             raise UsageError('--num_processes and --process_id need --coordinator=HOST:PORT, the same for all of them')
@@ -54,7 +54,7 @@ def place(coordinator: str | None, count: int | None, index: int | None, *, wait
 
 
 def detect(wait: int) -> Topology:
-    """What JAX finds out from the cluster it runs in. Raises UsageError if it knows none."""
+    """Returns what JAX finds out from the cluster it runs in. Raises UsageError if it knows none."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; its answer has no public name
 
     address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, wait)
@@ -70,7 +70,7 @@ _rank: Rank | None = None
 
 
 def first() -> bool:
-    """Whether this process writes what one process writes for all; true for a process that is alone."""
+    """Tells whether this process writes what one process writes for all; true for a process that is alone."""
     return _rank is None or _rank.topology.index == 0
 
 
@@ -97,7 +97,8 @@ def assert_equal(what: str, value: Any) -> None:
 
 
 def agreed(error: Exception | None) -> str | None:
-    """What went wrong in any of the processes, or None: so that all take the same way after a failure of one."""
+    """Returns what went wrong in any of the processes, or None, so that all take the same way after a failure of
+    one."""
     told = all_gather(None if error is None else str(error))
     if _rank is None:
         return told[0]
@@ -105,7 +106,7 @@ def agreed(error: Exception | None) -> str | None:
 
 
 def stops_after(step: int, signal: str | None) -> str | None:
-    """Why to stop after `step`, the same step in every process, if one of them had a signal; None to go on."""
+    """Returns why to stop after `step`, the same step in every process, if one of them had a signal; None to go on."""
     return signal if _rank is None else _rank.stops_after(step, signal)
 
 

@@ -125,8 +125,9 @@ class Rank:
             return self._given.pop(self._exchanges)
 
     def stops_after(self, step: int, signal: str | None) -> str | None:
-        """When a process has a signal, all of them wait here until the hub knows how far each one is; they stop one
-        step after the furthest. Without a signal nothing is sent and nobody waits."""
+        """Returns why to stop after `step`, or None. When a process has a signal, all of them wait here until the hub
+        knows how far each one is; they stop one step after the furthest. Without a signal nothing is sent and nobody
+        waits."""
         if signal and not self._asked:
             self._asked = True
             self._send(lm='stop', signal=signal)

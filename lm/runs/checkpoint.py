@@ -39,9 +39,9 @@ LAYOUT = 2  # raise it when a checkpoint of today could not be read by the code 
 
 
 def _quieten() -> None:
-    """When a file cannot be read or written, Orbax and TensorStore log a traceback from each thread that finds out,
-    TensorStore one for each answer that comes after that, and Python one for each read of Orbax's that was given up. We
-    raise the error, and it is told in one line."""
+    """Has Orbax and TensorStore not log: when a file cannot be read or written, Orbax and TensorStore log a traceback
+    from each thread that finds out, TensorStore one for each answer that comes after that, and Python one for each read
+    of Orbax's that was given up. We raise the error, and it is told in one line."""
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
@@ -54,7 +54,7 @@ def _quieten() -> None:
 
 
 def _told_by_us(unraisable: Any) -> bool:
-    """Whether an exception that nobody could catch is one of a failed read or write."""
+    """Tells whether an exception that nobody could catch is one of a failed read or write."""
     left = unraisable.object
     of_orbax = inspect.iscoroutine(left) and 'orbax' in Path(left.cr_code.co_filename).parts
     return of_orbax or str(unraisable.exc_value) == 'Event loop is closed'
@@ -93,7 +93,7 @@ def _words(bits: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def checksum_of(piece: np.ndarray, start: int) -> np.ndarray:
-    """What a piece of an array adds to its `checksum`, uint32 [2]: those of all its pieces, added, are it.
+    """Returns what a piece of an array adds to its `checksum`, uint32 [2]: those of all its pieces, added, are it.
 
     Args:
       piece: adjoining elements, in the order of memory (C). start: how many stand before them.
@@ -132,7 +132,7 @@ def checksums(tree: Any) -> dict[str, list[int]]:
 
 
 def digest(params: Any) -> str:
-    """What tells weights from others, on whatever mesh they lie."""
+    """Fingerprint of weights, the same on whatever mesh they lie."""
     return cache.fingerprint(checksums(params))
 
 
@@ -280,7 +280,8 @@ def _as_stored(abstract: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def _restore(path: epath.Path, abstract: Any) -> Any:
-    """What `read` reads, unverified. Each process reads its own shards, and waits for nobody. Raises ValueError."""
+    """Reads what `read` does, unverified. Each process reads its own shards, and waits for nobody. Raises
+    ValueError."""
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)

@@ -1,4 +1,4 @@
-"""How a model is run, where the settings leave that open: one decision of (architecture, platform, memory).
+"""The execution of a model, where the settings leave it open: one decision of (architecture, platform, memory).
 
 Nothing of it changes a model, and of its updates the rounding alone: another machine may decide otherwise for the same
 run. How many sequences are in memory at once is measured once the step is known: `lm.training.microbatch`.
@@ -32,7 +32,7 @@ CONTAINER_LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.l
 
 
 class Execution(NamedTuple):
-    """What was decided: the settings `execution.*`, the microbatch aside."""
+    """The decision: the settings `execution.*`, the microbatch aside."""
 
     dtype: str
     attention: attention_kernels.Choice

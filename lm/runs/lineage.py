@@ -1,4 +1,4 @@
-"""What a run takes from the one it starts from."""
+"""Lineage: the settings that a run takes from the one it starts from."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

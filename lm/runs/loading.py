@@ -115,7 +115,7 @@ def abstract_adapter(name: str, base: Any) -> Any:
 
 
 def abstract_model(saved: Mapping[str, Any], cfg: ModelConfig) -> Any:
-    """What `load` gives of a run with this config.json, as shapes, dtypes and shardings on the current mesh."""
+    """Returns what `load` gives of a run with this config.json, as shapes, dtypes and shardings on the current mesh."""
     own = saved_config.about(saved)
     params = abstract_params(cfg, own.role)
     if own.adapter is None:

@@ -189,13 +189,13 @@ def write_config(workdir: epath.Path, config: Config, parents: Mapping[str, Pare
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """What must be the same in all processes of a run: {setting or name of a package: value}."""
+    """Returns what must be the same in all processes of a run: {setting or name of a package: value}."""
     found = {f'jax_{name}': jax.config.values[f'jax_{name}'] for name in NUMERIC}
     return {**dict(leaves(config)), **versions(), 'python': platform.python_version(), 'commit': commit(), **found}
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed of what a run's numbers depend on."""
+    """Versions of the installed packages that a run's numbers depend on."""
     return {name: _version(name) for name in VERSIONED}
 
 

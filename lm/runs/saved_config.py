@@ -1,4 +1,4 @@
-"""What a run's config.json says of it beside its settings: its stage, and the runs that its weights came from."""
+"""The facts in a run's config.json beside its settings: its stage, and the runs that its weights came from."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
@@ -100,5 +100,6 @@ def weights_item(saved: Mapping[str, Any]) -> str:
 
 
 def averages(saved: Mapping[str, Any]) -> bool:
-    """Whether a run with these saved settings kept an average of its weights; older ones do not name the setting."""
+    """Tells whether a run with these saved settings kept an average of its weights; older ones do not name the
+    setting."""
     return saved['optim'].get('ema') is not None

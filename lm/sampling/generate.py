@@ -25,7 +25,7 @@ PIECE_SECONDS = 0.1  # of drawing between two looks at what was drawn, where nob
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn. Each is one number, or one per row."""
+    """The settings by which a token is drawn. Each is one number, or one per row."""
 
     temperature: float | Sequence[float] = 0.0  # 0 is greedy
     top_k: int | Sequence[int] = 0  # the k likeliest; 0 is all
@@ -42,7 +42,7 @@ STOPS = 16  # stop ids that programs compiled ahead have room for
 
 
 class Generation(NamedTuple):
-    """What was drawn for a prompt, without the stop token; `ended` says that one came."""
+    """The tokens drawn for a prompt, without the stop token; `ended` says that one came."""
 
     ids: list[int]
     ended: bool
@@ -203,7 +203,7 @@ def _grow(state: State, *, slots: int) -> State:
 
 
 class Programs(NamedTuple):
-    """What generation runs, in this order: each is (parameters, state, …) -> state, but for the first."""
+    """The programs that generation runs, in this order: each is (parameters, state, …) -> state, but for the first."""
 
     begin: Callable[..., State]
     read: Callable[..., State]
@@ -242,7 +242,7 @@ def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Iterator[Callab
 
 
 def _described(tree: Any) -> Any:
-    """What `jax.eval_shape` gave under the current mesh, with shardings on it."""
+    """Returns what `jax.eval_shape` gave under the current mesh, with shardings on it."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
@@ -251,7 +251,7 @@ def _described(tree: Any) -> Any:
 
 
 def laid_out(abstract: Any, cfg: ModelConfig) -> Any:
-    """What `lay_out` makes of parameters, given as shapes and shardings."""
+    """Returns what `lay_out` makes of parameters, given as shapes and shardings."""
     return _described(jax.eval_shape(partial(parameters.unstacked, cfg=cfg, batch=1), abstract))
 
 
@@ -385,7 +385,7 @@ def _whole_rounds(n: int) -> int:
 
 
 def _how(knobs: Sequence[np.ndarray]) -> str:
-    """What of `sample` is needed: it is compiled without the rest."""
+    """Names the part of `sample` that is needed: it is compiled without the rest."""
     return WAYS[int(_way(knobs, np))]
 
 

@@ -1,4 +1,4 @@
-"""What a run takes of each device's memory, said before it compiles where that can be known, and what would fit."""
+"""The memory that a run takes of each device, said before it compiles where that can be known, and what would fit."""
 
 import math
 from collections.abc import Iterator
@@ -46,14 +46,14 @@ def _state_bytes(state: TrainState) -> int:
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
-    """What is in memory during the whole run, by name."""
+    """Returns what is in memory during the whole run, by name."""
     parts = {'parameters': state.trainable, 'optimizer': state.opt}
     parts |= {} if state.ema is None else {'average': state.ema}
     return parts | dict(state.frozen)
 
 
 def _kept_bytes(config: Config, cfg: ModelConfig) -> int:
-    """What the backward pass keeps at least of the smallest microbatch."""
+    """Bytes that the backward pass keeps at least of the smallest microbatch."""
     mesh = jax.sharding.get_mesh().shape
     rows = max(1, (config.execution.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
     return rows * config.seq_len * execution.kept_bytes(cfg, cfg.remat) // (mesh['seq'] * mesh['tensor'])

@@ -1,4 +1,4 @@
-"""What the stages that train a language model have in common: text and conversations, their loss, and samples."""
+"""Shared by the stages that train a language model: text and conversations, their loss, and samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -98,7 +98,7 @@ def describe_replay(config: Config, data: WithReplay) -> list[str]:
 
 
 def told_of_heldout(s: PreparedSource) -> str:
-    """How much is held out, and a warning where that is too little to tell much."""
+    """Tells how much is held out, and adds a warning where that is too little to tell much."""
     documents, tail = s.counts['heldout_documents'], TAIL in s.counts['changed']
     held_out = f'the last {s.counts["heldout_bytes"]:,} bytes held out' if tail else f'{documents:,} held out'
     few = s.counts['heldout_tokens'] < FEW_TOKENS if tail else documents == 1
@@ -106,7 +106,7 @@ def told_of_heldout(s: PreparedSource) -> str:
 
 
 def told_of_drops(s: PreparedSource) -> str:
-    """How many records were read, why some of them are left out, what was changed and what is not used."""
+    """Tells how many records were read, why some of them are left out, what was changed and what is not used."""
     listed = lambda found: ', '.join(f'{reason} {n:,}' for reason, n in sorted(found.items()))
     changed, unused = listed(s.counts['changed']), listed({key: n for key, (n, _) in s.counts['unused'].items()})
     more = f'{f", changed {changed}" if changed else ""}{f", not used {unused}" if unused else ""}'
@@ -114,7 +114,7 @@ def told_of_drops(s: PreparedSource) -> str:
 
 
 def told_of_length(config: Config, sizes: Sizes) -> str:
-    """How many conversations or pairs are longer than there is room for."""
+    """Tells how many conversations or pairs are longer than there is room for."""
     return f'cut at {config.seq_len} tokens {sizes.cut:,}, left out {sizes.left_out:,}'
 
 

@@ -1,4 +1,4 @@
-"""What the stages that learn from pairs have in common: their data and batches."""
+"""Shared by the stages that learn from pairs: their data and batches."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[s
 
 @dataclass(frozen=True)
 class _Source:
-    """What Grain reads from: this process's rows of batch start + index."""
+    """A source for Grain: this process's rows of batch start + index."""
 
     batches: PairBatches
     rows: Sequence[int]

@@ -1,4 +1,4 @@
-"""How a run is planned: what the user left open is filled in, and what does not fit together is refused."""
+"""The plan of a run: what the user left open is filled in, and what does not fit together is refused."""
 
 import contextlib
 import functools
@@ -130,7 +130,7 @@ def with_microbatch(config: Config, microbatch: int) -> Config:
 
 
 def growth(config: Config) -> Growth:
-    """How the batch of a config grows, its microbatch resolved."""
+    """The growth of a config's batch, its microbatch resolved."""
     microbatch = config.execution.microbatch or config.batch_size
     return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
 

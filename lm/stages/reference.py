@@ -1,4 +1,4 @@
-"""What preference optimisation compares its policy with: the run that it starts from.
+"""The reference of preference optimisation: the run that it starts from.
 
 What that run says of the pairs is computed once and kept in the cache under all that it depends on, so that the step
 holds one model. config.json keeps a digest of its weights: a run goes on by what is in the cache when its parent is
@@ -33,14 +33,14 @@ RECIPE = 2  # part of the cache's key: raise it when what the reference says cha
 
 
 class Measured(NamedTuple):
-    """What a model makes of held-out pairs: log-probs [pairs, sides], and how it answers their prompts."""
+    """A model's measurements on held-out pairs: log-probs [pairs, sides], and how it answers their prompts."""
 
     log_probs: np.ndarray
     answered: dict[str, float]
 
 
 def measure(task: PairTask, params: Any) -> list[Measured]:
-    """Of each source's held-out pairs, the first config.eval.rows."""
+    """Measures each source's held-out pairs, the first config.eval.rows."""
     config, cfg = task.config, task.cfg
     return [
         Measured(
@@ -63,7 +63,7 @@ def _answered(task: PairTask, params: Any, s: PreparedSource) -> dict[str, float
 
 
 def of_training(task: PairTask, params: Any) -> list[Measured]:
-    """Of each source's training pairs, the log-probs."""
+    """Measures the log-probs of each source's training pairs."""
     measure = lambda s: preferences.log_probs(params, task.cfg, pairs.in_order(task.config, s), s.pairs)
     return [Measured(measure(s.train), {}) for s in task.data.own.sources]
 
@@ -112,7 +112,7 @@ def _load(config: Config, cfg: ModelConfig, say: Say, *, goes_on: bool) -> tuple
 
 
 def _kept(key: Mapping[str, Any], compute: Callable[[], Sequence[Measured]]) -> list[Measured]:
-    """What the cache has under a key, else what all processes compute together and keep there."""
+    """Returns what the cache has under a key, else what all processes compute together and keep there."""
     here = cache.find('reference', dict(key)) is not None
     made = [] if all(processes.all_gather(here)) else compute()
     with processes.in_turn():

@@ -62,7 +62,7 @@ class Sft(Task):
         return language.batches_of(self._mixture(), self.config, start)
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
-        """What is asked of an assistant, what it has forgotten, and the fixed prompts answered."""
+        """Answers to held-out questions, the text that may have been forgotten, and the fixed prompts."""
         policy = state.models['policy']
         metrics = self._chat_metrics(policy)
         if self.data.text:

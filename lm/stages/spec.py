@@ -150,7 +150,7 @@ class Task(abc.ABC):
         return {}
 
     def alarm(self, metrics: Mapping[str, float]) -> str | None:
-        """Why training has to end now, by the metrics of a step or an evaluation; None: it has not to."""
+        """Returns why training has to end now, by the metrics of a step or an evaluation; None: it has not to."""
         del metrics
         return None
 

@@ -60,7 +60,7 @@ def per_token(cfg: ModelConfig, *, seq_len: int) -> float:
 
 
 class Ceiling:
-    """What the devices can do together, FLOP/s.
+    """The FLOP/s that the devices can do together.
 
     That of CPUs is the best matrix product that was seen, since something else may have the cores at any one moment: it
     is tried again now and then, while nothing of ours runs, and what a step has reached counts, too.

@@ -1,4 +1,4 @@
-"""Where a run's time goes."""
+"""A ledger of a run's time."""
 
 import contextlib
 import time

@@ -19,7 +19,7 @@ PROFILED_STEPS = 3
 
 
 class Hooks(NamedTuple):
-    """What happens around the steps, and how often. `evaluate(state, step)` returns metrics."""
+    """The work around the steps, and how often it is done. `evaluate(state, step)` returns metrics."""
 
     recorder: Recorder
     ledger: Ledger
@@ -125,7 +125,7 @@ class Meter:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        """What follows is of the next line."""
+        """Begins to count for the next line."""
         self._tokens = self._targets = self._batches = 0.0
         self._seconds_before = self._hooks.ledger.spent('step', 'data')
 
@@ -175,7 +175,7 @@ class Meter:
 
     @property
     def skipping(self) -> bool:
-        """Whether the last step that was read was skipped."""
+        """True if the last step that was read was skipped."""
         return self._skipped_in_a_row > 0
 
 

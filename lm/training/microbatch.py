@@ -1,4 +1,4 @@
-"""How many sequences are in memory at once, where the user left that to us.
+"""The microbatch: how many sequences are in memory at once, where the user left that to us.
 
 Every microbatch gives the same update up to rounding, so this is about memory and time alone. An accelerator is
 quickest with the most sequences that fit, and the compiled step tells how much it takes before anything is allocated.
@@ -142,7 +142,7 @@ def time_steps(steps: Mapping[int, Any], abstract: Any, batches: Mapping[int, An
 
 
 def remembered(key: Mapping[str, Any], decide: Callable[[], Choice]) -> Choice:
-    """What `decide` said when it was first asked on this machine: the same run, done again, is the same run."""
+    """Returns what `decide` said when it was first asked on this machine: the same run, done again, is the same run."""
     write = lambda folder: files.write_json(folder / 'choice.json', decide()._asdict())
     folder = cache.build('microbatch', dict(key), write)
     try:

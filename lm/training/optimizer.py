@@ -55,7 +55,7 @@ def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
 
 
 class Rule(NamedTuple):
-    """How a leaf's gradient becomes a direction, still to be multiplied by −rate.
+    """A rule by which a leaf's gradient becomes a direction, still to be multiplied by −rate.
 
     `init(param, info) -> moments`; `update(grad, moments, info, count) -> (direction, moments)`, count being the number
     of updates up to this one.

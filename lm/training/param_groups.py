@@ -1,4 +1,5 @@
-"""What an optimizer is told of each array of a parameter tree: its row in the model's table, and its letters."""
+"""The facts that an optimizer is told of each array of a parameter tree: its row in the model's table, and its
+letters."""
 
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ class ParamInfo(NamedTuple):
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay shrinks it."""
+        """True if weight decay shrinks it."""
         return parameters.row(self.name).decays
 
     @property
     def matrix(self) -> bool:
-        """Whether Muon takes it. An adapter's two factors (R) are no matrices: what acts on activations is their
+        """True if Muon takes it. An adapter's two factors (R) are no matrices: what acts on activations is their
         product."""
         return parameters.row(self.name).matrix and self.rows is not None and 'R' not in self.dims
 
@@ -36,7 +37,7 @@ class ParamInfo(NamedTuple):
 
     @property
     def counts(self) -> int:
-        """How many leading axes count matrices."""
+        """The number of leading axes that count matrices."""
         return self.stacked + self.dims.startswith('E')
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: the terminal, log.txt, metrics.jsonl, samples.jsonl, TensorBoard and status.json."""
+"""The recorder of a run: the terminal, log.txt, metrics.jsonl, samples.jsonl, TensorBoard and status.json."""
 
 import contextlib
 import json

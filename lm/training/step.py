@@ -23,9 +23,9 @@ Sums = Mapping[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """What a step reads and writes, parameters by their role. `frozen` (a base, a reference, a teacher) is an argument
-    and not a closure, because XLA would bake a closed-over array into the program; optimizer and checkpoint see only
-    `trainable`."""
+    """The state that a step reads and writes, parameters by their role. `frozen` (a base, a reference, a teacher) is an
+    argument and not a closure, because XLA would bake a closed-over array into the program; optimizer and checkpoint
+    see only `trainable`."""
 
     step: jax.Array  # int32, updates tried so far; also the position in the data
     trainable: Roles
