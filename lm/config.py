@@ -217,6 +217,8 @@ def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[
     config = _run_file(path, arg)
     for key, text in overrides:
         override(config, key, text)
+    if config.branch_from and 'init_from' not in dict(overrides):  # in place of the file's own
+        config.init_from = None
     check(config)
     return config, arg
 

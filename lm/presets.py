@@ -178,7 +178,7 @@ def own(arg: str, names: tuple[str, ...]) -> tuple[str | None, str]:
 def parent(stage: str, arg: str) -> str:
     """The default folder of the run of an earlier stage with the same ARG; a converted model is its own pretraining."""
     first = arg.partition(',')[0]
-    if stage == 'pretrain' and first in CONVERTED:
+    if first in CONVERTED and stage not in CONVERTED[first]:
         return f'runs/{first}'
     return f'runs/{run_name(stage, arg)}'
 

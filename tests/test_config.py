@@ -353,6 +353,13 @@ def test_what_the_command_line_chose():
     assert 'model.norm_eps' not in configs.chosen(f'{CONFIG}:depth=12', [])
 
 
+def test_a_branch_takes_the_place_of_the_run_that_a_file_starts_from():
+    config, _ = configs.load('configs/sft.py', [('branch_from', 'runs/sft@3')])
+    assert config.init_from is None and config.branch_from == 'runs/sft@3'
+    with pytest.raises(UsageError, match='two ways to start'):
+        configs.load('configs/sft.py', [('branch_from', 'runs/sft@3'), ('init_from', 'runs/pretrain')])
+
+
 # ---- a run by name ----
 
 
