@@ -39,6 +39,11 @@ class Execution(NamedTuple):
     scan: bool
     remat: str
 
+    def told(self) -> str:
+        """In words: 'blocks (cpu)', and what else was decided."""
+        more = ', layers scanned' * self.scan + f', remat={self.remat}' * (self.remat != 'none')
+        return f'{self.attention.name} ({self.attention.why}){more}'
+
 
 def resolve(config: Mapping[str, Any], *, training: bool = True) -> Execution:
     """Decides on the current mesh for a config (a ConfigDict, or a saved one).

@@ -174,10 +174,8 @@ def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
     count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
-    choice = execution.resolve(config).attention
-    more = ', layers scanned' * cfg.scan + f', remat={cfg.remat}' * (cfg.remat != 'none')
     return [
-        f'attention: {choice.name} ({choice.why}){more}',
+        f'attention: {execution.resolve(config).told()}',
         f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
     ]
 
@@ -290,8 +288,8 @@ def _dry_run(task: Task) -> dict[str, Any]:
     optimizer, rate = plan.make_optimizer(config)
     abstract = abstract_state(task, optimizer)
     build = partial(compile_step, task, optimizer, rate, abstract)
-    recorder, choice = task.recorder, execution.resolve(config).attention
-    recorder.say(f'attention   {choice.name} ({choice.why})')
+    recorder = task.recorder
+    recorder.say(f'attention   {execution.resolve(config).told()}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
         compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
