@@ -17,6 +17,7 @@ ROOMS = (
     {'runs'},
     {'interop'},
     {'data'},
+    {'rl'},
     {'losses', 'advantages', 'model'},
     {'presets'},
     {'config'},
