@@ -238,3 +238,98 @@ class Dpo(Settings):
     lambda_d: float | None = setting(None, 'kto: what a good answer weighs', FROM_0)
     lambda_u: float | None = setting(None, 'kto: what a bad answer weighs', FROM_0)
     nll: float | None = setting(None, "coefficient of the chosen responses' own loss beside it", FROM_0)
+
+
+LEASHES, TRUNCATED = ('none', 'reward', 'k3'), ('score', 'mask', 'penalty')
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """What scores a response; several are added up."""
+
+    fn: str | None = setting(
+        None, "'package.module:function' of (prompts, responses) -> scores, and answers= if it asks"
+    )
+    weight: float = setting(1.0, 'of the function, beside that of reward_from, which is 1', FROM_0)
+
+
+@dataclass(frozen=True)
+class Rl:
+    """Rollouts, and what is learned from them."""
+
+    prompts: int = setting(32, 'prompts a rollout', COUNT)
+    group: int = setting(8, 'responses to each prompt', COUNT)
+    epochs: int = setting(1, 'times that each response is learned from', COUNT)
+    max_new_tokens: int = setting(64, 'of a response', up_to(MAX_NEW_TOKENS, 1))
+    temperature: float = setting(1.0, 'of the draws, and of every log-prob that is taken of them', POSITIVE)
+    ratio: str = setting('token', 'token | sequence: of the probabilities now and then', one_of('token', 'sequence'))
+    clip: str = setting('clip', 'clip | cispo | dppo: where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
+    clip_low: float = setting(0.2, 'how far down', FROM_0)
+    clip_high: float = setting(0.28, 'how far up', FROM_0)
+    aggregation: str = setting(
+        'tokens', 'tokens | constant | response: what the sum over tokens is divided by',
+        one_of('tokens', 'constant', 'response'),
+    )  # fmt: skip
+    kl: str = setting('none', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
+    beta: float = setting(0.0, 'coefficient of the leash', FROM_0)
+    kl_budget: float | None = setting(None, 'nats a response off the reference that end the run; None: none', POSITIVE)
+    truncated: str = setting(
+        'score',
+        'score | mask | penalty: what a response without an end of turn gets',
+        one_of(*TRUNCATED),
+    )
+    penalty: float = setting(-1.0, 'what it gets in place of its score')
+    mismatch: str = setting(
+        'none', 'none | truncate | mask: where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask')
+    )
+    mismatch_cap: float = setting(2.0, 'the largest importance weight, and one over the least', FROM_1)
+
+
+@dataclass(frozen=True)
+class Grpo(Settings):
+    stage: str = setting('grpo', 'of lm.stages')
+    data: DialogueData = DialogueData()
+    rl: Rl = Rl()
+    reward: RewardSource = RewardSource()
+    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model')
+    advantage: str = setting(
+        'group', 'group | group_std | rloo | batch_std | max_rl | reinforce++',
+        one_of('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++'),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PpoRl(Rl):
+    prompts: int = setting(128, 'prompts a rollout', COUNT)
+    group: int = setting(1, 'responses to each prompt', COUNT)
+    epochs: int = setting(2, 'times that each response is learned from', COUNT)
+    clip_high: float = setting(0.2, 'how far up', FROM_0)
+    kl: str = setting('reward', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
+    beta: float = setting(0.05, 'coefficient of the leash', FROM_0)
+    kl_budget: float | None = setting(20.0, 'nats a response off the reference that end the run; None: none', POSITIVE)
+    truncated: str = setting(
+        'penalty',
+        'score | mask | penalty: what a response without an end of turn gets',
+        one_of(*TRUNCATED),
+    )
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic of PPO."""
+
+    warmup: int = setting(2, 'rollouts from which the critic alone learns', COUNT_OR_0)
+    coef: float = setting(0.1, 'coefficient of its loss', POSITIVE)
+    clip: float = setting(0.2, 'how far a value may move on one rollout', POSITIVE)
+    lam: float = setting(1.0, 'λ of GAE for its targets', PART)
+
+
+@dataclass(frozen=True)
+class Ppo(Settings):
+    stage: str = setting('ppo', 'of lm.stages')
+    data: DialogueData = DialogueData()
+    rl: PpoRl = PpoRl()
+    critic: Critic = Critic()
+    reward: RewardSource = RewardSource()
+    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model, from which the critic starts too')
+    lam: float = setting(0.95, "λ of GAE for the policy's advantages", PART)

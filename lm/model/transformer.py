@@ -103,12 +103,18 @@ def head_weight(params: Params, cfg: ModelConfig) -> tuple[Any, str]:
     return (params['embed_VD'], 'VD') if cfg.tied and 'head_DV' not in params else (params['head_DV'], 'DV')
 
 
-def head_inputs(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> tuple[jax.Array, Any, dict[str, Any]]:
-    """(hidden states, weight, options) for the functions of lm/model/head.py: the model's own head."""
+def head_inputs(
+    params: Params, cfg: ModelConfig, h_BTD: jax.Array, temperature: float = 1.0
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """(hidden states, weight, options) for the functions of lm/model/head.py: the model's own head, its logits divided
+    by a temperature."""
     w, dims = head_weight(params, cfg)
+    if temperature != 1:
+        h_BTD = _scaled(h_BTD, 1 / temperature)
     if cfg.logit_scale is not None:
         h_BTD = _scaled(h_BTD, cfg.logit_scale)
-    return h_BTD, w, {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': cfg.logit_softcap}
+    softcap = None if cfg.logit_softcap is None else cfg.logit_softcap / temperature  # c·tanh(x/c)/T
+    return h_BTD, w, {'dims': dims, 'vocab_size': cfg.vocab_size, 'softcap': softcap}
 
 
 def logits(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:

@@ -48,6 +48,15 @@ class Generation(NamedTuple):
     ended: bool
 
 
+class Drawn(NamedTuple):
+    """A response as the policy drew it: its ids with the stop token, the log-prob of each at its temperature, and
+    whether a stop token ended it."""
+
+    ids: list[int]
+    logps: list[float]
+    ended: bool
+
+
 class State(NamedTuple):
     """Rows in generation, the cache split over the mesh and the rest on every device. `next_B` is drawn and not yet in
     the cache."""
@@ -60,6 +69,7 @@ class State(NamedTuple):
     drawn: jax.Array  # tokens drawn so far
     out_BT: jax.Array  # what was drawn; `stop` where a row is done
     seen_BV: jax.Array | None  # whether the prompt or the answer has it; None: nothing depends on that
+    logp_BT: jax.Array | None  # log p of what was drawn, of the tempered distribution; None: nobody asks
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, filtered: bool) -> jax.Array:
@@ -111,13 +121,14 @@ def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Arra
     return jnp.where(above_BV | equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1), x_BV, -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=('cfg', 'batch', 'slots', 'room'))
-def _begin(seed, seen_BV, *, cfg, batch, slots, room) -> State:
+@partial(jax.jit, static_argnames=('cfg', 'batch', 'slots', 'room', 'logps'))
+def _begin(seed, seen_BV, *, cfg, batch, slots, room, logps=False) -> State:
     """Rows of which nothing is read yet."""
     cache, last_BD = kv_cache.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.dim), cfg.dtype)
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
     next_B, done_B, out_BT = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jnp.zeros((batch, room), jnp.int32)
-    return State(cache, last_BD, next_B, done_B, key_B, jnp.zeros((), jnp.int32), out_BT, seen_BV)
+    logp_BT = jnp.zeros((batch, room), jnp.float32) if logps else None
+    return State(cache, last_BD, next_B, done_B, key_B, jnp.zeros((), jnp.int32), out_BT, seen_BV, logp_BT)
 
 
 @partial(jax.jit, static_argnames='cfg', donate_argnums=1)
@@ -152,11 +163,26 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
     ways = dict(zip(WAYS, (greedy, lambda: drawn(False), lambda: drawn(True)), strict=True))
     next_B = ways[how]() if how in ways else jax.lax.switch(_way(sampling, jnp), list(ways.values()))
     next_B = jnp.where(state.done_B, stop_ids[0], next_B)
-    out_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn))
+    out_BT, logp_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn)), state.logp_BT
+    if logp_BT is not None:
+        logp_B = _replicated(_log_prob(logits_BV, next_B, sampling[0]))
+        logp_BT = jax.lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, state.drawn))
     done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
     if seen_BV is not None:
         seen_BV |= next_B[:, None] == jnp.arange(seen_BV.shape[1])
-    return state._replace(next_B=next_B, done_B=done_B, drawn=state.drawn + 1, out_BT=out_BT, seen_BV=seen_BV)
+    state = state._replace(drawn=state.drawn + 1, out_BT=out_BT, logp_BT=logp_BT)
+    return state._replace(next_B=next_B, done_B=done_B, seen_BV=seen_BV)
+
+
+def _log_prob(logits_BV: jax.Array, ids_B: jax.Array, temperature: jax.Array) -> jax.Array:
+    """log p [B] of ids under softmax(logits/T)."""
+    spec = jax.typeof(logits_BV).sharding.spec if sharding.axis_sizes() else None
+    knob_B = jnp.broadcast_to(jnp.asarray(temperature, logits_BV.dtype), logits_BV.shape[:1])
+    if spec is not None:
+        ids_B, knob_B = jax.reshard((ids_B, knob_B), P(spec[0]))
+    x_BV = logits_BV / knob_B[:, None]
+    hit_BV = jnp.arange(logits_BV.shape[1]) == ids_B[:, None]
+    return jnp.sum(jnp.where(hit_BV, x_BV, 0), axis=-1) - jax.nn.logsumexp(x_BV, axis=-1)
 
 
 def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -255,6 +281,29 @@ def laid_out(abstract: Any, cfg: ModelConfig) -> Any:
     return _described(jax.eval_shape(partial(parameters.unstacked, cfg=cfg, batch=1), abstract))
 
 
+def draw(
+    params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int],
+    temperature: float, seed: int,
+) -> list[Drawn]:  # fmt: skip
+    """A response to each prompt, drawn from the whole tempered distribution, with the log-probs of its tokens: a pure
+    function of the parameters, the prompts and the seed.
+
+    Raises:
+      ValueError: as `stream`, or a temperature of 0, which has no distribution.
+    """
+    if temperature <= 0:
+        raise ValueError('a temperature above 0 is needed: the likeliest token alone has no log-prob')
+    options = {'max_new_tokens': max_new_tokens, 'stop_ids': stop_ids, 'sampling': Sampling(temperature), 'seed': seed}
+    *_, state = _states(params, cfg, prompts, every=max_new_tokens, logps=True, **options)
+    assert state is not None
+    drawn, found = int(state.drawn), []
+    for ids, logps in zip(np.asarray(state.out_BT)[:, :drawn], np.asarray(state.logp_BT)[:, :drawn], strict=True):
+        ends = np.flatnonzero(np.isin(ids, stop_ids))
+        n = int(ends[0]) + 1 if len(ends) else drawn
+        found.append(Drawn(ids[:n].tolist(), logps[:n].tolist(), bool(len(ends))))
+    return found
+
+
 def stream(
     params: Params,
     cfg: ModelConfig,
@@ -280,6 +329,20 @@ def stream(
     Raises:
       ValueError: an empty prompt, no stop id, no token to generate, or too few slots.
     """
+    options = {'max_new_tokens': max_new_tokens, 'stop_ids': stop_ids, 'allowed': allowed, 'sampling': sampling}
+    for state in _states(params, cfg, prompts, seed=seed, every=every, programs=programs, **options):
+        if state is None:
+            yield [Generation([], False)] * len(prompts)
+        else:
+            yield _rows(np.asarray(state.out_BT), int(state.drawn), set(stop_ids))
+
+
+def _states(
+    params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int],
+    sampling: Sampling, seed: int, every: int | None, allowed: np.ndarray | None = None,
+    programs: tuple[int, Programs] | None = None, logps: bool = False,
+) -> Iterator[State | None]:  # fmt: skip
+    """The states of which `stream` gives the rows; None while prompts are read."""
     if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
         raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
     B, longest = len(prompts), max(map(len, prompts))
@@ -297,12 +360,12 @@ def stream(
         if most < width + max_new_tokens or len(stop_ids) > STOPS:
             raise ValueError(f'{most} slots, {STOPS} stop ids: too few for {width} and {max_new_tokens} tokens')
     seen = None if programs is None and np.all(knobs[-1] == 1) else _seen(prompts, cfg.vocab_size)
-    state = run.begin(np.uint32(seed), seen)
+    state = run.begin(np.uint32(seed), seen, logps=True) if logps else run.begin(np.uint32(seed), seen)
     for tokens_BT, count_B in _pieces(prompts, width, piece):
         state = run.read(params, state, tokens_BT, count_B)
         if every is None:
             jax.block_until_ready(state.last_BD)
-            yield [Generation([], False)] * B
+            yield None
     drawn_from = knobs, stops, _mask(allowed, cfg.vocab_size, whole=programs is not None)
     state = run.first(params, state, *drawn_from)
     decode = lambda state, until: run.decode(params, state, np.int32(until), *drawn_from)
@@ -312,7 +375,7 @@ def stream(
         until = min(drawn + step, max_new_tokens)
         state = _advance(state, until, decode, width=width, most=most)
         drawn = int(state.drawn)
-        yield _rows(np.asarray(state.out_BT), drawn, set(stop_ids))
+        yield state
         if drawn >= max_new_tokens or np.all(state.done_B):
             return
         if every is None:

@@ -1,0 +1,1 @@
+"""Reinforcement learning: responses that the policy draws, and what scores them."""

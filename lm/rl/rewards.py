@@ -1,0 +1,77 @@
+"""Rewards: (prompts, responses) -> a float score of each response."""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.errors import RunError, UsageError
+from lm.model import sequences, transformer
+from lm.model.config import ModelConfig
+from lm.runs.reward_scale import Scale
+
+# (prompts, responses, answers) -> scores; answers are the data's own.
+Function = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
+
+
+def function(name: str) -> Function:
+    """A user's own reward, 'package.module:function'. Raises UsageError if there is none."""
+    module, colon, attribute = name.partition(':')
+    if not colon or not attribute:
+        raise UsageError(f'reward.fn={name}: must be package.module:function')
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f'reward.fn={name}: {error}') from None
+    if not callable(found):
+        raise UsageError(f'reward.fn={name} is no function')
+    if 'answers' in inspect.signature(found).parameters:
+        return lambda prompts, responses, answers: found(prompts, responses, answers=answers)
+    return lambda prompts, responses, answers: found(prompts, responses)
+
+
+def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:
+    """The scores as float32 [N]. Raises RunError for another number of them, None or what is not finite, by its
+    prompt."""
+    found = list(scores) if isinstance(scores, Sequence | np.ndarray) else None
+    if found is None or len(found) != len(prompts):
+        got = 'no list' if found is None else f'{len(found)} scores'
+        raise RunError(f'{name} gave {got} for {len(prompts)} responses: it must give a number for each')
+    for score, prompt in zip(found, prompts, strict=True):
+        number = isinstance(score, int | float | np.number) and math.isfinite(float(score))
+        if not number:
+            raise RunError(f'{name} gave {score!r} for an answer to {prompt[:80]!r}: a score must be a finite number')
+    return np.asarray(found, np.float32)
+
+
+@partial(jax.jit, static_argnames='cfg')
+def _last_scores(params: Any, cfg: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+    """The score at the last token of each row, [B], whole on every device."""
+    h_BTD, _ = transformer.forward(params, cfg, tokens_BT)
+    score_BT = sequences.token_scores(params, h_BTD)
+    last_BT = jnp.arange(tokens_BT.shape[1]) == length_B[:, None] - 1
+    if sharding.axis_sizes():
+        last_BT = jax.reshard(last_BT, jax.typeof(score_BT).sharding.spec)
+    score_B = jnp.sum(jnp.where(last_BT, score_BT, 0), axis=1)
+    return jax.reshard(score_B, jax.sharding.PartitionSpec()) if sharding.axis_sizes() else score_B
+
+
+def of_model(params: Any, cfg: ModelConfig, scale: Scale, ids: Sequence[Sequence[int]], *, width: int) -> np.ndarray:
+    """A reward model's normalised scores of prompts with their responses, float32 [N].
+
+    Args:
+      ids: of each, all at most `width`; the number of them is one that the mesh can share.
+    """
+    tokens_BT = np.zeros((len(ids), width), np.int32)
+    for row_T, own in zip(tokens_BT, ids, strict=True):
+        row_T[: len(own)] = own
+    rows = sharding.shard_batch({'tokens_BT': tokens_BT})['tokens_BT']
+    raw = np.asarray(_last_scores(params, cfg, rows, np.array([len(own) for own in ids], np.int32)))
+    return (raw - scale.mean) / np.float32(scale.std)

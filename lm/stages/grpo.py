@@ -1,0 +1,36 @@
+"""The GRPO family: a group of responses to each prompt, each better or worse than its group; no critic."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from lm import advantages
+from lm.config import Config
+from lm.errors import UsageError
+from lm.stages import online
+from lm.stages.spec import StageSpec
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for settings that make no sense together."""
+    online.check(config)
+    if config.rl.group < 2 and config.advantage != 'reinforce++':
+        raise UsageError(f'rl.group={config.rl.group}: advantage={config.advantage} compares responses, set at least 2')
+
+
+class Grpo(online.Online):
+    """Advantages of groups; a group whose scores do not differ teaches nothing and is left out."""
+
+    def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
+        rl, mask_BT = self.config.rl, rows['weights_BT']
+        if rl.kl == 'reward':
+            score = score - rl.beta * ((rows['old_BT'] - rows['reference_BT']) * mask_BT).sum(1)
+        score_PG = jnp.asarray(score.reshape(rl.prompts, rl.group))
+        found = np.asarray(advantages.OF_GROUPS[self.config.advantage](score_PG)).reshape(-1, 1)
+        same = np.repeat(np.asarray(advantages.same(score_PG)), rl.group)
+        self.told['rl/groups_without_variance'] = float(same.mean())
+        return {'advantage_BT': found * mask_BT, 'weights_BT': mask_BT * ~same[:, None]}
+
+
+SPEC = StageSpec('grpo', 'chat', 'answers', online.prepare, Grpo, check)

@@ -1,0 +1,374 @@
+"""Shared by the stages that learn from what their policy draws: rollouts, scores, and the step on them."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from lm import progress, sharding
+from lm.config import Config, split_run
+from lm.data import chats, pipeline
+from lm.data.chats import Question, WithReplay
+from lm.data.packing import permute
+from lm.data.prompts import Prompt, of_questions
+from lm.errors import RunError, UsageError
+from lm.evals import answers
+from lm.losses import policy as losses
+from lm.model import head, transformer
+from lm.model.feed_forward import Aux, aux_coefficients, aux_weights
+from lm.model.roles import Roles, assemble
+from lm.multihost import processes
+from lm.rl import rewards
+from lm.runs import checkpoint, reward_scale, rundir, saved_config
+from lm.sampling import generate
+from lm.stages import language, plan
+from lm.stages.spec import ROWS, Batch, Say, Source, Task
+from lm.training import step as training
+
+WINDOW = 5  # rollouts over which a rising reward is seen
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for settings that make no sense together, before anything is read."""
+    rl = config.rl
+    if not config.init_from:
+        raise UsageError(f'stage={config.stage} begins with a model that answers: set --config.init_from=DIR')
+    if not config.reward_from and not config.reward.fn:
+        raise UsageError(
+            f'stage={config.stage} needs a reward: set reward_from=DIR or reward.fn=package.module:function'
+        )
+    if (rl.prompts * rl.group) % config.batch_size:
+        raise UsageError(
+            f'a rollout of rl.prompts={rl.prompts} × rl.group={rl.group} responses is not a multiple of '
+            f'batch_size={config.batch_size}: change one of them'
+        )
+    if rl.max_new_tokens >= config.seq_len:
+        raise UsageError(
+            f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in seq_len={config.seq_len}'
+        )
+    if rl.kl != 'none' and not rl.beta:
+        raise UsageError(f'rl.kl={rl.kl} with rl.beta=0 is no leash: set rl.beta, or rl.kl=none')
+    if config.optim.batch_warmup:
+        raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a rollout does not grow, set it to 0')
+    if config.data.replay:
+        raise UsageError(f'data.replay={config.data.replay}: this stage replays no text, set it to 0')
+
+
+def prepare(config: Config, tokenizer: str | None, say: Say) -> WithReplay:
+    """Conversations, of whose last answers the prompts are what stands before them."""
+    data = language.prepare_dialogue(config, tokenizer, say, chats.form)
+    for s in data.own.sources:
+        chats.check(s, seq_len=config.seq_len)
+    if config.reward_from:
+        theirs = rundir.read_config(config.reward_from)
+        if saved_config.about(theirs).output != 'scores':
+            raise UsageError(f'reward_from={config.reward_from} is no reward model: name a run that gives scores')
+        if theirs.get('tokenizer') not in (None, data.tokenizer.fingerprint):
+            raise UsageError(f'reward_from={config.reward_from} has another tokenizer than {config.init_from}')
+        own, other = config.model.to_dict(), theirs['config']['model']
+        if different := sorted(k for k in other if k in own and other[k] != own[k]):
+            raise UsageError(
+                f'reward_from={config.reward_from} has another model ({different[0]}={other[different[0]]})'
+            )
+    return data
+
+
+class Online(Task):
+    """Draws responses to prompts, scores them, and learns from each rollout for `rl.epochs` epochs.
+
+    A rollout is a pure function of the parameters, the seed and its number. Its rows are kept in checkpoints, so that a
+    run which dies in the middle of one goes on with the same.
+    """
+
+    online = True
+    extra: ClassVar[tuple[str, ...]] = ()  # arrays of tokens beside those that every member of the family has
+
+    def __post_init__(self) -> None:
+        shape = self.responses, self.config.seq_len
+        self.rows = {name: np.zeros(shape, x.dtype) for name, x in self.batch().items()}
+        self.told: dict[str, float] = {}
+        self.means: list[float] = []  # the mean score of the rollouts so far, for the alarm
+
+    # ---- sizes ----
+
+    @property
+    def responses(self) -> int:
+        """In a rollout."""
+        return self.config.rl.prompts * self.config.rl.group
+
+    @property
+    def updates(self) -> int:
+        """Steps on a rollout."""
+        return self.config.rl.epochs * (self.responses // self.config.batch_size)
+
+    def epoch(self) -> int:
+        return self.updates * max(1, len(self.asked()) // self.config.rl.prompts)
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        rl = self.config.rl
+        reference = {'reference': 'init_from'} if rl.kl != 'none' or rl.kl_budget else {}
+        return reference | ({'reward': 'reward_from'} if self.config.reward_from else {})
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        names = ('old_BT', 'sampler_BT', 'advantage_BT', *self.extra)
+        names += ('reference_BT',) if 'reference' in self.frozen else ()
+        arrays = ROWS | dict.fromkeys(names, np.float32)
+        return plan.abstract_batch(arrays, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
+
+    # ---- rollouts ----
+
+    def asked(self) -> list[tuple[int, int]]:
+        """(source, conversation) of each prompt that leaves room for a response."""
+        if not hasattr(self, '_asked'):
+            longest, found = self.config.seq_len - self.config.rl.max_new_tokens, []
+            for n, s in enumerate(self.data.own.sources):
+                for i in range(s.train.conversations):
+                    question = self._question(n, i)
+                    if question is not None and len(question.prompt) <= longest:
+                        found.append((n, i))
+            if not found:
+                raise UsageError(
+                    f'no prompt leaves room for rl.max_new_tokens={self.config.rl.max_new_tokens} in '
+                    f'seq_len={self.config.seq_len}: set a longer seq_len'
+                )
+            self._asked = found
+        return self._asked
+
+    def _questions(self, rollout: int) -> list[Question]:
+        """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
+        asked, count, found = self.asked(), self.config.rl.prompts, []
+        for j in range(rollout * count, (rollout + 1) * count):
+            epoch, i = divmod(j, len(asked))
+            n, conversation = asked[permute(i, len(asked), b'%d:%d' % (self.config.seed, epoch))]
+            found.append(self._question(n, conversation))
+        return found
+
+    def _question(self, source: int, conversation: int) -> Any:
+        """The last answer of a conversation and what stands before it; None if it has none."""
+        ids, trained = self.data.own.sources[source].train.conversation(conversation)
+        return chats.last_answer(ids, trained, self.config.seq_len)
+
+    def source(self, start: int) -> Source:
+        local = sharding.local_rows(self.config.batch_size, self.config.seq_len)
+
+        def source(state: training.TrainState, i: int) -> Batch:
+            rollout, update = divmod(i, self.updates)
+            if update == 0:
+                with progress.task(f'rollout {rollout}'):
+                    self.rows = self.roll_out(state, rollout)
+            per_epoch = self.responses // self.config.batch_size
+            epoch, part = divmod(update, per_epoch)
+            key = np.random.SeedSequence([self.config.seed, rollout, epoch])
+            order = np.random.default_rng(key).permutation(self.responses)
+            rows = order[part * self.config.batch_size : (part + 1) * self.config.batch_size]
+            held = rows if local is None else rows[np.asarray(local.rows)]
+            return sharding.shard_batch({name: x[held] for name, x in self.rows.items()}, local)
+
+        return source
+
+    def roll_out(self, state: training.TrainState, rollout: int) -> dict[str, np.ndarray]:
+        """Draws, scores and weighs: the rows of a rollout."""
+        c, rl, data = self.config, self.config.rl, self.data
+        models = assemble(state.trainable, state.frozen)
+        questions = [q for q in self._questions(rollout) for _ in range(rl.group)]
+        seed = int(np.random.SeedSequence([c.seed, rollout]).generate_state(1)[0])
+        drawn = generate.draw(
+            models['policy'], self.cfg, [q.prompt for q in questions], max_new_tokens=rl.max_new_tokens,
+            stop_ids=data.stop_ids, temperature=rl.temperature, seed=seed,
+        )  # fmt: skip
+        ids = [[*q.prompt, *d.ids] for q, d in zip(questions, drawn, strict=True)]
+        rows = _rows(ids, [len(q.prompt) for q in questions], c.seq_len, data.own.sources[0].train.pad_id)
+        rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
+        rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in drawn])
+        rows |= self._measured(models, rows)
+        ended = np.array([d.ended for d in drawn])
+        score = self.scores(models, questions, drawn, ids)
+        self.told = self._told(rows, score, ended)
+        self._watch(float(score.mean()))
+        if rl.truncated == 'penalty':
+            score = np.where(ended, score, np.float32(rl.penalty))
+        elif rl.truncated == 'mask':
+            rows['weights_BT'] = rows['weights_BT'] * ended[:, None]
+        return rows | self.weigh(rows, score, rollout)
+
+    @abc.abstractmethod
+    def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
+        """The advantages [responses, T] of a rollout, and what else the loss takes."""
+        ...
+
+    def _measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The trainer's own log-probs of what was drawn, by the policy and the reference."""
+        found = {'old_BT': self._by_batches(models['policy'], rows, _log_probs)}
+        if 'reference' in models:
+            found['reference_BT'] = self._by_batches(models['reference'], rows, _log_probs)
+        return found
+
+    def _by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
+        """A function of tokens, [responses, T], a microbatch at a time."""
+        size = self.config.execution.microbatch
+        local = sharding.local_rows(size, self.config.seq_len)
+        out = []
+        for at in range(0, self.responses, size):
+            some = {name: rows[name][at : at + size] for name in ROWS}
+            held = some if local is None else {name: x[np.asarray(local.rows)] for name, x in some.items()}
+            out.append(np.asarray(of(params, sharding.shard_batch(held, local), self.cfg, self.config.rl.temperature)))
+        return np.concatenate(out)
+
+    def scores(self, models: Roles, questions: Any, drawn: Any, ids: Any) -> np.ndarray:
+        """The score of each response, float32 [responses]."""
+        c, total, tokenizer = self.config, np.zeros(self.responses, np.float32), self.data.tokenizer
+        prompts = [tokenizer.decode(q.prompt) for q in questions]
+        if 'reward' in models:
+            scale = reward_scale.read(epath.Path(split_run(c.reward_from)[0]), checkpoint.locate(c.reward_from))
+            found = rewards.of_model(models['reward'], self.cfg, scale, ids, width=c.seq_len)
+            total += rewards.checked(found, prompts, c.reward_from)
+        if c.reward.fn:
+            told = None
+            if processes.first():  # one process asks, and tells the others
+                said = [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn]
+                wanted = [tokenizer.decode(q.answer) for q in questions]
+                try:
+                    given = rewards.function(c.reward.fn)(prompts, said, wanted)
+                except Exception as error:  # a user's own code
+                    raise RunError(f'reward.fn={c.reward.fn}: {type(error).__name__}: {error}') from error
+                told = rewards.checked(given, prompts, f'reward.fn={c.reward.fn}').tolist()
+            total += np.float32(c.reward.weight) * np.asarray(processes.all_gather(told)[0], np.float32)
+        return total
+
+    def _told(self, rows: Mapping[str, np.ndarray], score: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+        """The health of a rollout."""
+        mask, old = rows['weights_BT'], rows['old_BT']
+        gap = (old - rows['sampler_BT']) * mask
+        found = {
+            'rl/reward': float(score.mean()), 'rl/reward_std': float(score.std()), 'rl/ended': float(ended.mean()),
+            'rl/length': float(mask.sum(1).mean()), 'rl/mismatch_max': float(np.abs(gap).max()),
+            'rl/mismatch_kl': float(np.sum(np.exp(gap) - 1 - gap) / mask.sum()),
+        }  # fmt: skip
+        if 'reference_BT' in rows:
+            found['rl/kl'] = float(((old - rows['reference_BT']) * mask).sum(1).mean())  # k1, nats a response
+        return found
+
+    def _watch(self, mean: float) -> None:
+        self.means.append(mean)
+
+    def alarm(self, metrics: Mapping[str, float]) -> str | None:
+        """Reward that rises while the policy leaves the budget of its leash is a reward that is hacked."""
+        budget, kl = self.config.rl.kl_budget, self.told.get('rl/kl')
+        if not budget or kl is None or kl <= budget:
+            return None
+        if len(self.means) > 1 and self.means[-1] <= np.mean(self.means[-WINDOW - 1 : -1]):
+            return None
+        return (
+            f'the reward rises and the policy is {kl:.1f} nats a response from the reference, rl.kl_budget={budget}: '
+            'it is being hacked; set a larger rl.beta or rl.kl_budget'
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.rows)
+
+    def load(self, arrays: Mapping[str, Any]) -> None:
+        self.rows = dict(arrays)
+
+    # ---- the loss ----
+
+    def loss(self) -> training.Loss:
+        """The surrogate on the tokens that were drawn, and with `rl.kl=k3` the leash."""
+        rl, cfg = self.config.rl, self.cfg
+        clip = losses.Clip(rl.clip, rl.clip_low, rl.clip_high)
+
+        def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
+            del key
+            mask_BT, old_BT = batch['weights_BT'], batch['old_BT']
+            logp_BT, entropy_BT, aux = token_log_probs(models['policy'], cfg, batch, rl.temperature)
+            weight_BT = losses.token_weights(mask_BT, rl.aggregation)
+            weight_BT *= losses.mismatch_weights(
+                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, cap=rl.mismatch_cap
+            )
+            loss_BT, told = losses.surrogate(logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip)
+            found = {'policy': jnp.sum(weight_BT * loss_BT), **aux}
+            if rl.kl == 'k3':
+                found['kl'] = jnp.sum(weight_BT * losses.k3_loss(logp_BT, batch['reference_BT'], old_BT, mask_BT))
+            metrics = {name: jnp.sum(x) for name, x in told.items()}
+            return found | self.more_terms(models, batch), metrics | {'entropy': jnp.sum(entropy_BT * mask_BT)}
+
+        def denominators(batch: Batch) -> training.Sums:
+            mask_BT = batch['weights_BT']
+            whole = losses.denominator(mask_BT, rl.aggregation, longest=rl.max_new_tokens)
+            found = dict.fromkeys(('ratio', 'clipped', 'entropy', 'value'), jnp.sum(mask_BT))
+            return found | {'policy': whole, 'kl': whole} | aux_weights(cfg, batch)
+
+        coefs = {'policy': 1.0, **({'kl': rl.beta} if rl.kl == 'k3' else {}), **self.more_coefficients()}
+        return training.Loss(terms, denominators, {**coefs, **aux_coefficients(cfg)})
+
+    def more_terms(self, models: Roles, batch: Batch) -> dict[str, jax.Array]:
+        """Terms of the objective beside the policy's."""
+        del models, batch
+        return {}
+
+    def more_coefficients(self) -> dict[str, float]:
+        return {}
+
+    # ---- around the steps ----
+
+    def describe(self) -> list[str]:
+        c, rl = self.config, self.config.rl
+        return [
+            f'{len(self.asked()):,} prompts; a rollout: {rl.prompts} prompts × {rl.group} responses of at most '
+            f'{rl.max_new_tokens} tokens, {self.updates} steps of {c.batch_size}'
+        ]
+
+    def heldout_prompts(self) -> list[Prompt]:
+        ask = lambda store, count: chats.questions(store, count, longest=self.config.seq_len)
+        return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
+
+    def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
+        """Answers to held-out questions and what they score, the rollout's health, and the fixed prompts."""
+        c, data, policy, metrics = self.config, self.data, state.models['policy'], dict(self.told)
+        for s in data.own.sources:
+            questions = chats.questions(s.heldout, c.eval.rows, longest=c.seq_len)
+            found = answers.answered(
+                policy,
+                self.cfg,
+                data.tokenizer,
+                questions,
+                stop_ids=data.stop_ids,
+                max_new_tokens=c.eval.max_new_tokens,
+            )
+            metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
+        if data.text:
+            metrics |= language.text_metrics(c, self.cfg, data.text, policy)
+        language.log_samples(self, policy, step, metrics, data.template)
+        return metrics
+
+
+def _rows(ids: Sequence[Sequence[int]], prompts: Sequence[int], width: int, pad_id: int) -> dict[str, np.ndarray]:
+    """A row for each prompt with its response, of which the response is to be learned; `prompts` are their lengths."""
+    drawn = [np.arange(len(own)) >= n for own, n in zip(ids, prompts, strict=True)]
+    pairs = zip(map(np.asarray, ids), drawn, strict=True)
+    return dict(pipeline.stack([chats.segments_row([pair], width, pad_id) for pair in pairs]))
+
+
+def token_log_probs(params: Any, cfg: Any, batch: Batch, temperature: float) -> tuple[jax.Array, jax.Array, Aux]:
+    """(log p of each target at a temperature, the entropy there, both float32 [B, T]; the auxiliary sums)."""
+    rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
+    h_BTD, aux = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD, temperature)
+    weights_BT = batch['weights_BT']
+    logp_BT, _, entropy_BT = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
+    return logp_BT * weights_BT, entropy_BT * weights_BT, aux
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return jax.reshard(x, jax.sharding.PartitionSpec()) if sharding.axis_sizes() else x
+
+
+def _log_probs_of(params: Any, batch: Batch, cfg: Any, temperature: float) -> jax.Array:
+    return _whole(token_log_probs(params, cfg, batch, temperature)[0])
+
+
+_log_probs = jax.jit(_log_probs_of, static_argnums=(2, 3))
