@@ -119,8 +119,10 @@ def lines(workdir: Path, name: str = 'metrics.jsonl') -> list[dict[str, Any]]:
 
 
 def measured(workdir: Path) -> dict[tuple[int, str], float]:
-    """{(step, train/* or eval/*): value}, after making sure that none is there twice."""
-    found = [((r['step'], k), v) for r in lines(workdir) for k, v in r.items() if k.startswith(('train/', 'eval/'))]
+    """{(step, train/*, eval/* or rl/*): value}, after making sure that none is there twice."""
+    found = [
+        ((r['step'], k), v) for r in lines(workdir) for k, v in r.items() if k.startswith(('train/', 'eval/', 'rl/'))
+    ]
     assert len(found) == len(dict(found)), 'a metric is there twice for one step'
     return dict(found)
 

@@ -22,6 +22,8 @@ def check(config: Config) -> None:
 class Grpo(online.Online):
     """Advantages of groups; a group whose scores do not differ teaches nothing and is left out."""
 
+    measures = (*online.MEASURES, 'groups_without_variance')
+
     def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
         rl, mask_BT = self.config.rl, rows['weights_BT']
         if rl.kl == 'reward':
@@ -29,7 +31,7 @@ class Grpo(online.Online):
         score_PG = jnp.asarray(score.reshape(rl.prompts, rl.group))
         found = np.asarray(advantages.OF_GROUPS[self.config.advantage](score_PG)).reshape(-1, 1)
         same = np.repeat(np.asarray(advantages.same(score_PG)), rl.group)
-        self.told['rl/groups_without_variance'] = float(same.mean())
+        self.note(groups_without_variance=float(same.mean()))
         return {'advantage_BT': found * mask_BT, 'weights_BT': mask_BT * ~same[:, None]}
 
 

@@ -1,6 +1,7 @@
 """Shared by the stages that learn from what their policy draws: rollouts, scores, and the step on them."""
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,8 @@ from lm.data.prompts import Prompt, of_questions
 from lm.errors import RunError, UsageError
 from lm.evals import answers
 from lm.losses import policy as losses
-from lm.model import head, transformer
+from lm.model import head, sequences, transformer
+from lm.model.config import ModelConfig
 from lm.model.feed_forward import Aux, aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
@@ -29,7 +31,11 @@ from lm.stages import language, plan
 from lm.stages.spec import ROWS, Batch, Say, Source, Task
 from lm.training import step as training
 
-WINDOW = 5  # rollouts over which a rising reward is seen
+ROUND = 32  # tokens to which the width of a row is rounded up
+WINDOW = 6  # rollouts over which a rising reward is seen
+# Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
+# token), and k1 from the reference in nats a response.
+MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl')
 
 
 def check(config: Config) -> None:
@@ -41,6 +47,8 @@ def check(config: Config) -> None:
         raise UsageError(
             f'stage={config.stage} needs a reward: set reward_from=DIR or reward.fn=package.module:function'
         )
+    if config.reward.fn:
+        rewards.function(config.reward.fn)
     if (rl.prompts * rl.group) % config.batch_size:
         raise UsageError(
             f'a rollout of rl.prompts={rl.prompts} × rl.group={rl.group} responses is not a multiple of '
@@ -85,13 +93,14 @@ class Online(Task):
     """
 
     online = True
+    measures: ClassVar[tuple[str, ...]] = MEASURES
     extra: ClassVar[tuple[str, ...]] = ()  # arrays of tokens beside those that every member of the family has
 
     def __post_init__(self) -> None:
-        shape = self.responses, self.config.seq_len
+        shape = self.responses, self.width
         self.rows = {name: np.zeros(shape, x.dtype) for name, x in self.batch().items()}
-        self.told: dict[str, float] = {}
-        self.means: list[float] = []  # the mean score of the rollouts so far, for the alarm
+        self.health = np.full(len(self.measures), np.nan, np.float32)  # of the last rollout, in the order of measures
+        self.means = np.full(WINDOW, np.nan, np.float32)  # the mean scores of the last rollouts, the newest at the end
 
     # ---- sizes ----
 
@@ -104,6 +113,15 @@ class Online(Task):
     def updates(self) -> int:
         """Steps on a rollout."""
         return self.config.rl.epochs * (self.responses // self.config.batch_size)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row: room for the longest prompt with its response; seq_len where no data are read."""
+        if self.data is None:
+            return self.config.seq_len
+        longest = max(len(self._question(*one).prompt) for one in self.asked())
+        parts = jax.sharding.get_mesh().shape.get('seq', 1) * ROUND
+        return min(self.config.seq_len, math.ceil((longest + self.config.rl.max_new_tokens) / parts) * parts)
 
     def epoch(self) -> int:
         return self.updates * max(1, len(self.asked()) // self.config.rl.prompts)
@@ -118,7 +136,7 @@ class Online(Task):
         names = ('old_BT', 'sampler_BT', 'advantage_BT', *self.extra)
         names += ('reference_BT',) if 'reference' in self.frozen else ()
         arrays = ROWS | dict.fromkeys(names, np.float32)
-        return plan.abstract_batch(arrays, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
+        return plan.abstract_batch(arrays, batch_size=self.config.batch_size, seq_len=self.width)
 
     # ---- rollouts ----
 
@@ -154,7 +172,7 @@ class Online(Task):
         return chats.last_answer(ids, trained, self.config.seq_len)
 
     def source(self, start: int) -> Source:
-        local = sharding.local_rows(self.config.batch_size, self.config.seq_len)
+        local = sharding.local_rows(self.config.batch_size, self.width)
 
         def source(state: training.TrainState, i: int) -> Batch:
             rollout, update = divmod(i, self.updates)
@@ -182,14 +200,16 @@ class Online(Task):
             stop_ids=data.stop_ids, temperature=rl.temperature, seed=seed,
         )  # fmt: skip
         ids = [[*q.prompt, *d.ids] for q, d in zip(questions, drawn, strict=True)]
-        rows = _rows(ids, [len(q.prompt) for q in questions], c.seq_len, data.own.sources[0].train.pad_id)
+        rows = _rows(
+            ids, [len(q.prompt) for q in questions], self.rows['tokens_BT'].shape[1], data.own.sources[0].train.pad_id
+        )
         rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
         rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in drawn])
-        rows |= self._measured(models, rows)
+        rows |= self.measured(models, rows)
         ended = np.array([d.ended for d in drawn])
         score = self.scores(models, questions, drawn, ids)
-        self.told = self._told(rows, score, ended)
-        self._watch(float(score.mean()))
+        self.note(**self._told(rows, score, ended))
+        self.means = np.append(self.means[1:], np.float32(score.mean()))
         if rl.truncated == 'penalty':
             score = np.where(ended, score, np.float32(rl.penalty))
         elif rl.truncated == 'mask':
@@ -201,17 +221,17 @@ class Online(Task):
         """The advantages [responses, T] of a rollout, and what else the loss takes."""
         ...
 
-    def _measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The trainer's own log-probs of what was drawn, by the policy and the reference."""
-        found = {'old_BT': self._by_batches(models['policy'], rows, _log_probs)}
+        found = {'old_BT': self.by_batches(models['policy'], rows, log_probs)}
         if 'reference' in models:
-            found['reference_BT'] = self._by_batches(models['reference'], rows, _log_probs)
+            found['reference_BT'] = self.by_batches(models['reference'], rows, log_probs)
         return found
 
-    def _by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
+    def by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
         """A function of tokens, [responses, T], a microbatch at a time."""
         size = self.config.execution.microbatch
-        local = sharding.local_rows(size, self.config.seq_len)
+        local = sharding.local_rows(size, self.rows['tokens_BT'].shape[1])
         out = []
         for at in range(0, self.responses, size):
             some = {name: rows[name][at : at + size] for name in ROWS}
@@ -225,7 +245,7 @@ class Online(Task):
         prompts = [tokenizer.decode(q.prompt) for q in questions]
         if 'reward' in models:
             scale = reward_scale.read(epath.Path(split_run(c.reward_from)[0]), checkpoint.locate(c.reward_from))
-            found = rewards.of_model(models['reward'], self.cfg, scale, ids, width=c.seq_len)
+            found = rewards.of_model(models['reward'], self.cfg, scale, ids, width=self.rows['tokens_BT'].shape[1])
             total += rewards.checked(found, prompts, c.reward_from)
         if c.reward.fn:
             told = None
@@ -245,23 +265,29 @@ class Online(Task):
         mask, old = rows['weights_BT'], rows['old_BT']
         gap = (old - rows['sampler_BT']) * mask
         found = {
-            'rl/reward': float(score.mean()), 'rl/reward_std': float(score.std()), 'rl/ended': float(ended.mean()),
-            'rl/length': float(mask.sum(1).mean()), 'rl/mismatch_max': float(np.abs(gap).max()),
-            'rl/mismatch_kl': float(np.sum(np.exp(gap) - 1 - gap) / mask.sum()),
+            'reward': float(score.mean()), 'reward_std': float(score.std()), 'ended': float(ended.mean()),
+            'length': float(mask.sum(1).mean()), 'mismatch_max': float(np.abs(gap).max()),
+            'mismatch_kl': float(np.sum(np.exp(gap) - 1 - gap) / mask.sum()),
         }  # fmt: skip
         if 'reference_BT' in rows:
-            found['rl/kl'] = float(((old - rows['reference_BT']) * mask).sum(1).mean())  # k1, nats a response
+            found['kl'] = float(((old - rows['reference_BT']) * mask).sum(1).mean())  # k1, nats a response
         return found
 
-    def _watch(self, mean: float) -> None:
-        self.means.append(mean)
+    def note(self, **measured: float) -> None:
+        """Keeps measures of the last rollout."""
+        for name, value in measured.items():
+            self.health[self.measures.index(name)] = value
+
+    def told(self) -> dict[str, float]:
+        """{'rl/…': what is known of the last rollout}."""
+        known = zip(self.measures, self.health.tolist(), strict=True)
+        return {f'rl/{name}': value for name, value in known if not math.isnan(value)}
 
     def alarm(self, metrics: Mapping[str, float]) -> str | None:
         """Reward that rises while the policy leaves the budget of its leash is a reward that is hacked."""
-        budget, kl = self.config.rl.kl_budget, self.told.get('rl/kl')
-        if not budget or kl is None or kl <= budget:
-            return None
-        if len(self.means) > 1 and self.means[-1] <= np.mean(self.means[-WINDOW - 1 : -1]):
+        budget, kl = self.config.rl.kl_budget, self.told().get('rl/kl')
+        before = self.means[:-1][~np.isnan(self.means[:-1])]
+        if not budget or kl is None or kl <= budget or (before.size and self.means[-1] <= before.mean()):
             return None
         return (
             f'the reward rises and the policy is {kl:.1f} nats a response from the reference, rl.kl_budget={budget}: '
@@ -269,10 +295,11 @@ class Online(Task):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.rows)
+        return {**self.rows, 'health': self.health, 'means': self.means}
 
     def load(self, arrays: Mapping[str, Any]) -> None:
         self.rows = dict(arrays)
+        self.health, self.means = (np.array(self.rows.pop(name)) for name in ('health', 'means'))
 
     # ---- the loss ----
 
@@ -328,7 +355,7 @@ class Online(Task):
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
         """Answers to held-out questions and what they score, the rollout's health, and the fixed prompts."""
-        c, data, policy, metrics = self.config, self.data, state.models['policy'], dict(self.told)
+        c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
         for s in data.own.sources:
             questions = chats.questions(s.heldout, c.eval.rows, longest=c.seq_len)
             found = answers.answered(
@@ -363,6 +390,13 @@ def token_log_probs(params: Any, cfg: Any, batch: Batch, temperature: float) -> 
     return logp_BT * weights_BT, entropy_BT * weights_BT, aux
 
 
+def token_values(params: Any, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
+    """(a critic's value before each token that was drawn, float32 [B, T]; the auxiliary sums)."""
+    rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
+    h_BTD, aux = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
+    return sequences.token_scores(params, h_BTD) * batch['weights_BT'], aux
+
+
 def _whole(x: jax.Array) -> jax.Array:
     return jax.reshard(x, jax.sharding.PartitionSpec()) if sharding.axis_sizes() else x
 
@@ -371,4 +405,10 @@ def _log_probs_of(params: Any, batch: Batch, cfg: Any, temperature: float) -> ja
     return _whole(token_log_probs(params, cfg, batch, temperature)[0])
 
 
-_log_probs = jax.jit(_log_probs_of, static_argnums=(2, 3))
+def _values_of(params: Any, batch: Batch, cfg: Any, temperature: float) -> jax.Array:
+    del temperature
+    return _whole(token_values(params, cfg, batch)[0])
+
+
+log_probs = jax.jit(_log_probs_of, static_argnums=(2, 3))
+values = jax.jit(_values_of, static_argnums=(2, 3))

@@ -208,7 +208,7 @@ def counted(step: Callable) -> Callable:
 def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
     """The state as shapes and shardings."""
     ema = task.config.optim.ema is not None
-    state = plan.abstract_state({task.trains: task.abstract()}, optimizer, task.config.seed, ema=ema)
+    state = plan.abstract_state(task.abstract_roles(), optimizer, task.config.seed, ema=ema)
     return dataclasses.replace(state, frozen={role: loading.abstract_params(task.cfg, role) for role in task.frozen})
 
 
@@ -263,9 +263,8 @@ def start(
         whole = Parent(config.branch_from, step, checkpoint.saved_digest(meta, 'trainable', task.trains))
         return training.TrainState(frozen=frozen, **tree), {**parents, task.trains: whole, **read}
     create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
-    weights, parent = task.first_weights(abstract.trainable[task.trains])
-    state = dataclasses.replace(create({task.trains: weights}), frozen=frozen)
-    return state, {**parents, **({task.trains: parent} if parent else {}), **read}
+    weights, began = task.begin(abstract.trainable)
+    return dataclasses.replace(create(weights), frozen=frozen), {**parents, **began, **read}
 
 
 def _give_back(task: Task, tree: dict[str, Any]) -> None:

@@ -99,6 +99,15 @@ class Task(abc.ABC):
             return loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))
         return loading.abstract_params(self.cfg, self.trains)
 
+    def abstract_roles(self) -> dict[str, Any]:
+        """{role: the parameters that are trained, as shapes and shardings}: mostly of one role."""
+        return {self.trains: self.abstract()}
+
+    def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
+        """({role: the weights to begin with}, {role: the run they come from}) of what is trained."""
+        weights, parent = self.first_weights(abstract[self.trains])
+        return {self.trains: weights}, {self.trains: parent} if parent else {}
+
     def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
         """(the weights to begin with, the run they come from): those of init_from, else random ones and None; of an
         adapter those that it begins with."""

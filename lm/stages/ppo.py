@@ -1,0 +1,72 @@
+"""PPO with a critic (Schulman et al., 2017; Ouyang et al., 2022), by the published list of its details (Huang et al.,
+2024)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import advantages
+from lm.losses import policy as losses
+from lm.model import parameters
+from lm.model.roles import Roles
+from lm.runs import loading
+from lm.runs.saved_config import Parent
+from lm.stages import online
+from lm.stages.spec import Batch, StageSpec
+
+
+class Ppo(online.Online):
+    """Trains a policy and a critic, which starts as the reward model with a head of zeros."""
+
+    measures = (*online.MEASURES, 'explained_variance')
+    extra = ('value_BT', 'return_BT')
+
+    def abstract_roles(self) -> dict[str, Any]:
+        return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
+
+    def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
+        weights, parents = super().begin(abstract)
+        own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), self.cfg))
+        run = self.config.reward_from or self.config.init_from
+        wanted = {name: x for name, x in abstract['critic'].items() if name not in own}
+        body, parent = loading.weights(run, wanted, warn=self.recorder.say)
+        where = {name: abstract['critic'][name].sharding for name in own}
+        zeros = {name: jax.device_put(np.zeros(x.shape, x.dtype), where[name]) for name, x in own.items()}
+        return {**weights, 'critic': body | zeros}, {**parents, 'critic': parent}
+
+    def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return super().measured(models, rows) | {'value_BT': self.by_batches(models['critic'], rows, online.values)}
+
+    def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
+        """GAE of rewards that have the leash at each token and the score at the last one. While the critic warms up the
+        policy has no advantage, so that it stays where it is."""
+        c, mask_BT, value_BT = self.config, jnp.asarray(rows['weights_BT']), jnp.asarray(rows['value_BT'])
+        last_BT = mask_BT * (jnp.cumsum(mask_BT, 1) == jnp.sum(mask_BT, 1, keepdims=True))
+        reward_BT = last_BT * score[:, None]
+        if c.rl.kl == 'reward':
+            reward_BT -= (
+                c.rl.beta * losses.k1(*(jnp.asarray(rows[name]) for name in ('old_BT', 'reference_BT'))) * mask_BT
+            )
+        reward_BT = advantages.whiten(reward_BT, mask_BT, keep_mean=True)
+        return_BT = advantages.gae(reward_BT, value_BT, mask_BT, lam=c.critic.lam) + value_BT
+        advantage_BT = advantages.whiten(advantages.gae(reward_BT, value_BT, mask_BT, lam=c.lam), mask_BT)
+        own = rows['weights_BT'] > 0
+        left, spread = (np.var(np.asarray(x)[own]) for x in (return_BT - value_BT, return_BT))
+        self.note(explained_variance=float(1 - left / max(float(spread), 1e-8)))
+        warm = rollout >= c.critic.warmup
+        return {'return_BT': np.asarray(return_BT), 'advantage_BT': np.asarray(advantage_BT) * warm}
+
+    def more_terms(self, models: Roles, batch: Batch) -> dict[str, jax.Array]:
+        value_BT, _ = online.token_values(models['critic'], self.cfg, batch)
+        clip = self.config.critic.clip
+        loss_BT = losses.value_loss(value_BT, batch['value_BT'], batch['return_BT'], clip=clip)
+        return {'value': jnp.sum(loss_BT * batch['weights_BT'])}
+
+    def more_coefficients(self) -> dict[str, float]:
+        return {'value': self.config.critic.coef}
+
+
+SPEC = StageSpec('ppo', 'chat', 'answers', online.prepare, Ppo, online.check)
