@@ -1,13 +1,14 @@
 """The chat template: what is learned, that nothing typed becomes a symbol, and that training and talking agree."""
 
 import json
+import os
 import resource
 import sys
 import time
 
 import pytest
 
-from lm.data import chat_template
+from lm.data import chat_template, jinja_sandbox
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
@@ -387,6 +388,9 @@ HOSTILE = {
     'dates': "{{ strftime_now('%999999999Y') }}",
     'replaces': "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a.replace('x', 'xxxx') %}"
                 '{% endfor %}',
+    'slices': "{% set s = 'x' * 4000000 %}{% for i in range(60000) %}{% set t = s[1:] %}{% endfor %}",
+    'searches': "{% set s = 'ab' * 2000000 %}{% for i in range(60000) %}"
+                "{% if s[1:] ~ 'c' in s %}{% endif %}{% endfor %}",
     'joins': "{{ range(60000) | map('replace', '', 'x' * 99999) | join }}",
     'long': '{# ' + 'x' * 300_000 + ' #}',
     'deeply nested': '{{ ' + '(' * 3000 + ')' * 3000 + ' }}',
@@ -397,12 +401,24 @@ HOSTILE = {
 def test_hostile_templates(ours, name):
     """Each ends at once, in one line, before it has made anything large."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
-    begin, before = time.process_time(), peak()
+    cpu = lambda: sum(os.times()[:4])  # with that of processes that ended
+    begin, before = cpu(), peak()
     with pytest.raises(UsageError, match='the chat template') as error:
         ChatTemplate(HOSTILE[name]).prompt(ours, say('x'))
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
     assert any(word in str(error.value) for word in ('fails', 'are run')), 'it ran'
-    assert peak() - before < 100 and time.process_time() - begin < 4, 'megabytes and seconds'
+    assert peak() - before < 100 and cpu() - begin < 4, 'megabytes and seconds'
+
+
+def test_a_rendering_that_was_broken_off_answers_no_other(ours, monkeypatch):
+    def broken_off(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jinja_sandbox.pickle, 'load', broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        ChatTemplate().prompt(ours, say('x'))
+    monkeypatch.undo()
+    assert ours.decode(ChatTemplate().prompt(ours, say('y'))) == 'y'
 
 
 # ---- its files ----

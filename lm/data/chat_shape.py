@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+from lm.data import jinja_sandbox
 from lm.errors import UsageError
 
 Message: TypeAlias = Mapping[str, Any]  # as lm.data.records.Message
@@ -76,8 +77,6 @@ def shape(source: Source, roles: tuple[str, ...]) -> Shape:
 
 def rendered(source: Source, messages: Sequence[Message], *, tools: Tools = None, marks: str = '') -> str:
     """What the template makes of messages. Raises UsageError if it refuses them."""
-    from lm.data import jinja_sandbox  # not every command needs Jinja
-
     variables = {
         'messages': messages, 'bos_token': source.bos, 'eos_token': source.eos, 'add_generation_prompt': source.speak,
         'tools': tools, 'documents': None, 'generation_begin': marks[:1], 'generation_end': marks[1:],
