@@ -19,7 +19,6 @@ from etils import epath
 from lm.data import bestfit, pipeline
 from lm.data.cache import fingerprint
 from lm.data.chat_layout import refusal
-from lm.data.chat_shape import Tools
 from lm.data.chat_template import ChatTemplate
 from lm.data.packing import Row, permute
 from lm.data.pipeline import Mixture, source_seed
@@ -78,7 +77,7 @@ class ChatStore:
 
 
 class Question(NamedTuple):
-    """What is asked, up to where the assistant is to speak, and what it says in the data, both as ids."""
+    """A question, up to where the assistant is to speak, and what it says in the data, both as ids."""
 
     prompt: list[int]
     answer: list[int]  # with the end of its turn
@@ -103,7 +102,7 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 
 
 def form(template: ChatTemplate) -> Form:
-    """How conversations are kept, in the words of a template."""
+    """The form of a store of conversations, in the words of a template."""
     key = [LAYOUT, template.fingerprint]
     return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
 
@@ -121,21 +120,17 @@ def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums
 def _write(
     template: ChatTemplate, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts
 ) -> int:
-    found, same = itertools.tee(map(json.loads, contents))
-    tools = (c[1] if len(c) > 1 else None for c in same)
-    encoded = encode_each(template, tokenizer, (c[0] for c in found), counts, tools=tools)
-    return write_encoded(directory, encoded, tokenizer.vocab_size)
+    return write_encoded(directory, _encoded(template, contents, tokenizer, counts), tokenizer.vocab_size)
 
 
-def encode_each(
-    template: ChatTemplate, tokenizer: Tokenizer, conversations: Iterable, counts: Counts, *,
-    tools: Iterable[Tools] = itertools.repeat(None),
-) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
+def _encoded(
+    template: ChatTemplate, contents: Iterable[bytes], tokenizer: Tokenizer, counts: Counts
+) -> Iterator[tuple[list[int], list[bool]]]:
     """(ids, trained) of each conversation that the template accepts, with its tools; the others are counted and named
     by their number."""
-    for number, (messages, theirs) in enumerate(zip(conversations, tools, strict=False), 1):
+    for number, (messages, *tools) in enumerate(map(json.loads, contents), 1):
         try:
-            yield template.encode(tokenizer, messages, tools=theirs)
+            yield template.encode(tokenizer, messages, tools=tools[0] if tools else None)
         except UsageError as error:
             counts.drop(refusal(error), f'conversation {number}: {error}')
 
@@ -242,7 +237,7 @@ def check(source: PreparedSource, *, seq_len: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WithReplay:
-    """What a stage after pretraining learns from: conversations or pairs, and, so that it does not forget, the text of
+    """The data of a stage after pretraining: conversations or pairs, and, so that it does not forget, the text of
     pretraining (None: none is known)."""
 
     own: Prepared

@@ -84,18 +84,15 @@ def _message(message: Mapping[str, Any], number: int, unused: Unused) -> Message
         raise Malformed('unknown_role', f'message {number} has the role {role!r}, not system, user, assistant or tool')
     ours = _ROLES[role.lower()]
     said = next((message[key] for key in ('content', 'value') if message.get(key) is not None), None)
-    calls = _tool_calls(message, said if role.lower() == 'function_call' else None, number)
-    content, thoughts = _content('' if calls and (said is None or role.lower() == 'function_call') else said, number)
+    is_call = role.lower() == 'function_call'
+    calls = _tool_calls(message, said if is_call else None, number)
+    content, thoughts = _content('' if calls and (said is None or is_call) else said, number)
     made = Message(role=ours, content=content)
-    for key in sorted(message.keys() - _READ):
+    for key in message.keys() - (_READ if ours == 'assistant' else _READ.difference(_THOUGHTS, _CALLS)):
         if not is_empty(message[key]):
             unused(key)
     if ours == 'assistant':
         _add_answer(made, message, thoughts, calls, number, unused)
-    else:
-        for key in (*_THOUGHTS, *_CALLS):
-            if not is_empty(message.get(key)):
-                unused(key)
     for key in ('name', 'tool_call_id'):
         if isinstance(text := message.get(key), str) and text:
             made[key] = text
@@ -197,7 +194,7 @@ def _parsed(text: str, reason: str, what: str) -> Any:
 
 
 def side_of(have: Mapping[str, Any], key: str, role: Role, unused: Unused, *, dialogue: bool = False) -> list[Message]:
-    """What a field says: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
+    """The messages of a field: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
     value = have[key]
     if isinstance(value, Mapping) and ('content' in value or 'value' in value):
         value = [value]
