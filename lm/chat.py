@@ -92,7 +92,7 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
 
 
 def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling':
-    """How to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
+    """The way to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
     from lm.data.tokenizer_json import GENERATION_FILE
     from lm.sampling.generate import Sampling
 
@@ -165,7 +165,7 @@ def talk(flags: argparse.Namespace) -> None:
 
 
 def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace) -> None:
-    """What each run says to a text that nobody sees beside it, or what it is told to do."""
+    """Prints the answer of each run to a text that nobody sees beside it, or what it is told to do."""
     from lm.sampling.conversation import forget
 
     if text == RESET and flags.prompt is None:

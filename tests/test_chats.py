@@ -124,7 +124,7 @@ def test_what_is_learned_is_what_the_assistant_says_and_its_end(tmp_path, tokeni
         for row in map(rows.row, range(len(rows))):
             for places in segments(row).values():
                 learned = row['targets_T'][places][row['weights_T'][places] > 0].tolist()
-                end = tokenizer.marker_id('<|end|>')
+                end = tokenizer.controls['<|end|>']
                 ends = [k for k, target in enumerate(learned) if target == end]
                 assert len(ends) == 2 and ends[-1] == len(learned) - 1
                 first, second = learned[: ends[0]], learned[ends[0] + 1 : -1]

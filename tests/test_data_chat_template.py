@@ -189,7 +189,7 @@ def test_the_default_template(ours):
     assert learned(ours, ids, trained) == ['Hi! <|end|>', 'so<|end|>']
     asked = template.prompt(ours, messages[:-1])
     assert shown(ours, asked) == text + '<|user|>And?<|end|><|assistant|>' and ids[: len(asked)] == asked
-    assert template.stop_ids(ours) == (ours.marker_id('<|end|>'), ours.eos_id)
+    assert template.stop_ids(ours) == (ours.controls['<|end|>'], ours.eos_id)
 
 
 def test_what_is_given_is_not_learned(ours):
@@ -205,7 +205,7 @@ def test_what_is_typed_stays_text(ours, text):
     typed = [i for i in ids if i not in ours.controls.values()]
     assert ours.decode(typed) == 3 * text
     assert [i for i in ids if i in ours.controls.values()] == [
-        ours.marker_id(name)
+        ours.controls[name]
         for name in ('<bos>', '<|system|>', '<|end|>', '<|user|>', '<|end|>', '<|assistant|>', '<|end|>')
     ]
     assert learned(ours, ids, trained) == [f'{text}<|end|>']
@@ -347,7 +347,7 @@ def test_thoughts_that_a_template_leaves_out(theirs):
     messages = say('x', '<think>hm <|im_end|></think>\n\ny <|im_end|>', 'z', 'a')
     ids, trained = template.encode(tokenizer, messages)
     assert 'assistant\ny <|im_end|><|im_end|>' in shown(tokenizer, ids) and 'hm' not in shown(tokenizer, ids)
-    assert ids.count(tokenizer.marker_id('<|im_end|>')) == 4, 'what was typed is text'
+    assert ids.count(tokenizer.controls['<|im_end|>']) == 4, 'what was typed is text'
     assert learned(tokenizer, ids, trained) == ['<think>\n\n</think>\n\na<|im_end|>']
     asked = template.prompt(tokenizer, messages[:-1])
     assert ids[: len(asked)] == asked

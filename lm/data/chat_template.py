@@ -169,7 +169,7 @@ def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
 
 
 class _Plan(NamedTuple):
-    """How the ids of a conversation are put together.
+    """The parts of which the ids of a conversation are put together.
 
     Attributes:
       parts: each a control symbol, or text that is encoded as one, and the answer with which it is learned.

@@ -174,7 +174,7 @@ class ChatRows:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Of the conversations in rows of seq_len; those without an answer there are left out."""
+        """Sizes of the conversations in rows of seq_len; those without an answer there are left out."""
         return Sizes(self.store.conversations, [self.store.fingerprint, self.seq_len], self._measure)
 
     def _measure(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What rows are read as. `strict`: the first malformed one is a UsageError. `unpaired`: single answers, good or
+    """The way rows are read. `strict`: the first malformed one is a UsageError. `unpaired`: single answers, good or
     bad, are let through as pairs with an empty side.
     """
 
@@ -75,7 +75,7 @@ class Reading(NamedTuple):
 
     @property
     def state(self) -> list[Any]:
-        """What the records depend on besides the rows."""
+        """All that the records depend on besides the rows."""
         return [RECIPE, self.kind, self.unpaired]
 
 
@@ -85,7 +85,7 @@ class _LeftOut(Exception):
 
 @dataclass
 class _Notes:
-    """What was changed in a record, and the keys of what nothing is made of."""
+    """Changes to a record, and the keys of which nothing is made."""
 
     changed: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
@@ -432,7 +432,7 @@ def _is_whole(side: Sequence[Message]) -> bool:
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations share, up to the last one of a user; raises Malformed if none."""
+    """The number of first messages that two conversations share, up to a user's last one; raises Malformed if none."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     while length and a[length - 1]['role'] != 'user':
         length -= 1

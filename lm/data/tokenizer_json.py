@@ -72,24 +72,14 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     ]
     told = [] if edges == _PLAIN_EDGES else [repr(edges)]
     identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad, *told]).encode(), digest_size=8)
-    strips = [frozenset(controls[name] for name in found if name in controls) for found in (edges.left, edges.right)]
+    left, right = (frozenset(controls[name] for name in side if name in controls) for side in edges[2:])
     tokenizer = Tokenizer(
-        pieces=pieces,
-        controls=controls,
-        bos_id=bos,
-        eos_id=eos,
-        pad_id=pad,
-        stop_ids=_stop_ids(eos, controls, saved, len(pieces)),
-        fingerprint=identity.hexdigest(),
-        saved=saved,
-        encode_plain=encode,
-        around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
-        byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
-        adds_bos=edges.adds_bos,
-        prepend_scheme=edges.scheme,
-        strips_left=strips[0],
-        strips_right=strips[1],
-    )
+        pieces=pieces, controls=controls, bos_id=bos, eos_id=eos, pad_id=pad,
+        stop_ids=_stop_ids(eos, controls, saved, len(pieces)), fingerprint=identity.hexdigest(), saved=saved,
+        encode_plain=encode, around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
+        byte_ids=tuple(vocab.get(name, -1) for name in byte_names), adds_bos=edges.adds_bos,
+        prepend_scheme=edges.scheme, strips_left=left, strips_right=right,
+    )  # fmt: skip
     if not gives_back(tokenizer):
         raise UsageError('changes text, and losses per byte would be of another text')
     return tokenizer
@@ -118,7 +108,7 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
 
 
 class _Edges(NamedTuple):
-    """How a text begins and is stripped, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
+    """Begin and stripping of a text, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
 
     adds_bos: bool
     scheme: str
@@ -232,7 +222,7 @@ def _prepends(node: Mapping[str, Any]) -> bool:
 
 
 def prepend_scheme(spec: Mapping[str, Any]) -> str:
-    """Where a tokenizer.json puts a space before a text: 'never', 'first' or 'always', as its library names it.
+    """The scheme by which a tokenizer.json puts a space before a text: 'never', 'first' or 'always', as in its library.
 
     Raises UsageError if it puts one before each word.
     """
@@ -366,7 +356,7 @@ def _taken_literally(
 
 
 def _around(names: Sequence[str], spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """What is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
+    """Finds all that is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
     parts = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
     if not is_byte_level(spec):
         parts.append(f'{SPACE}+')

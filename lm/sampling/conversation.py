@@ -1,4 +1,4 @@
-"""A conversation with a run: what the model is shown of it, and its answer as it is drawn."""
+"""A conversation with a run: how much of it the model is shown, and its answer as it is drawn."""
 
 import contextlib
 import threading
@@ -39,7 +39,7 @@ class Talker:
 
 
 class Ahead:
-    """What a model's answers run, compiled by a thread before it is asked for, one size of cache at a time."""
+    """The programs of a model's answers, compiled by a thread before it is asked for, one size of cache at a time."""
 
     def __init__(self, params: Any, cfg: Any) -> None:
         """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
@@ -79,7 +79,7 @@ def _when_there(future: Future[Callable[..., Any]], *given: Any) -> Any:
 
 
 def can_chat(run: str) -> bool:
-    """Whether a run has learned to answer; one that was only pretrained continues text.
+    """Tells whether a run has learned to answer; one that was only pretrained continues text.
 
     Raises UsageError if it is a reward model, or there is no such run.
     """
@@ -113,7 +113,7 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
 
 
 def instruct(talker: Talker, system: str | None) -> None:
-    """What the system says from now on; None: nothing."""
+    """Sets the words of the system from now on; None: none."""
     turns = [turn for turn in talker.turns if turn['role'] != 'system']
     talker.turns = [{'role': 'system', 'content': system}, *turns] if system else turns
 
@@ -124,8 +124,8 @@ def forget(talker: Talker) -> None:
 
 
 def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Generator[str, None, None]:
-    """What a run says to a text, in pieces of whole characters, and remembers: as far as it came, if it is not drawn to
-    the end. A piece can be empty: then the prompt is being read.
+    """The answer of a run to a text, in pieces of whole characters, and remembers both: as far as it came, if it is not
+    drawn to the end. A piece can be empty: then the prompt is being read.
 
     Args:
       options: as for `stream`: max_new_tokens, sampling, seed.
@@ -173,7 +173,7 @@ def needs(talker: Talker, text: str, *, max_new_tokens: int) -> int:
 
 
 def room_to_ask(seq_len: int, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have, so that it and the answer stay within what the model was trained on; half of
+    """The tokens that a prompt may have, so that it and the answer stay within what the model was trained on; half of
     that where the answer alone may be longer."""
     return max(seq_len - max_new_tokens, seq_len // 2)
 
