@@ -79,16 +79,13 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
     if flags.prompt is not None:
         yield flags.prompt
         return
-    while True:
-        try:
-            line = input()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UsageError('the prompt is not valid UTF-8') from None
-        if not line:
-            return
-        yield checked(line, 'the prompt')
+    try:
+        for line in iter(input, ''):
+            yield checked(line, 'the prompt')
+    except EOFError:
+        return
+    except UnicodeDecodeError:
+        raise UsageError('the prompt is not valid UTF-8') from None
 
 
 def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling':

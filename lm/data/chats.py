@@ -25,7 +25,7 @@ from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
 from lm.data.sizes import Sizes
-from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
+from lm.data.store import Checksums, TokenStore, read, token_dtype
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
@@ -35,45 +35,32 @@ NEVER = 2**32 - 1  # the place of what is nowhere
 _AT_ONCE = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class ChatStore:
-    """`tokens` as a token store has them, `trained` [tokens] uint8 and `first` [conversations] uint32, memory-mapped;
-    `fingerprint` stands for their sizes."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ChatStore(TokenStore):
+    """A token store whose documents are conversations, with `trained` [tokens] uint8 and `first` [conversations]
+    uint32, memory-mapped; `fingerprint` stands for their sizes."""
 
-    tokens: TokenStore = field(repr=False)
     trained: np.ndarray = field(repr=False)
     first: np.ndarray = field(repr=False)
     fingerprint: str
 
-    @staticmethod
-    def open(directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
+    @classmethod
+    def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        plain = {name: checksums[name] for name in ('tokens.bin', 'offsets.npy')}
-        verify(directory, {name: checksums[name] for name in ('trained.bin', 'first.npy')})
-        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=plain)
+        own = {name: checksums[name] for name in _FILES}
+        store = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=own)
         trained, first = np.memmap(directory / 'trained.bin', np.uint8, 'r'), directory / 'first.npy'
-        sizes = fingerprint([checksums[name] for name in ('offsets.npy', 'first.npy')])
-        return ChatStore(tokens, trained, np.load(first, mmap_mode='r'), sizes)
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokens.pad_id
-
-    @property
-    def conversations(self) -> int:
-        return self.tokens.documents
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+        sizes = fingerprint([own['offsets.npy'], own['first.npy']])
+        return cls(**vars(store), trained=trained, first=np.load(first, mmap_mode='r'), fingerprint=sizes)
 
     def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, trained) of conversation i."""
-        start, end = self.tokens.offsets[i : i + 2]
-        return self.tokens.tokens[start:end], self.trained[start:end]
+        start, end = self.offsets[i : i + 2]
+        return self.tokens[start:end], self.trained[start:end]
 
     def lengths(self, start: int, stop: int) -> np.ndarray:
         """[stop - start] int64, the tokens of these conversations."""
-        return np.diff(read(self.tokens.offsets, start, stop + 1))
+        return np.diff(read(self.offsets, start, stop + 1))
 
 
 class Question(NamedTuple):
@@ -86,7 +73,7 @@ class Question(NamedTuple):
 def questions(store: ChatStore, count: int, *, longest: int) -> list[Question]:
     """The last answer of each of the first conversations that ends within `longest` tokens, with all that was said
     before it."""
-    found = (last_answer(*store.conversation(i), longest) for i in range(min(count, store.conversations)))
+    found = (last_answer(*store.conversation(i), longest) for i in range(min(count, store.documents)))
     return [question for question in found if question is not None]
 
 
@@ -175,7 +162,7 @@ class ChatRows:
     @cached_property
     def sizes(self) -> Sizes:
         """Sizes of the conversations in rows of seq_len; those without an answer there are left out."""
-        return Sizes(self.store.conversations, [self.store.fingerprint, self.seq_len], self._measure)
+        return Sizes(self.store.documents, [self.store.fingerprint, self.seq_len], self._measure)
 
     def _measure(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         targets = self.store.lengths(start, stop) - 1
