@@ -6,8 +6,8 @@ such token, its very first aside, which is no target. A conversation that is lon
 one that has nothing left to learn then is left out.
 """
 
-import itertools
 import json
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,7 +32,6 @@ from lm.errors import UsageError
 _FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy')
 LAYOUT = 2  # of a store of conversations or pairs; part of its key in the cache and of a run's fingerprint
 NEVER = 2**32 - 1  # the place of what is nowhere
-_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,17 +90,11 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 def form(template: ChatTemplate) -> Form:
     """The form of a store of conversations, in the words of a template."""
     key = [LAYOUT, template.fingerprint]
-    return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
+    return Form('chat', key, partial(_write, template), ChatStore.open, _FILES, partial(_check, template))
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
     return template.check(tokenizer, record['messages'], tools=record.get('tools'))
-
-
-def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
-    return ChatStore.open(
-        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
-    )  # fmt: skip
 
 
 def _write(
@@ -123,25 +116,18 @@ def _encoded(
 
 
 def write_encoded(directory: epath.Path, encoded: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> int:
-    """Writes conversations, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
+    """Writes conversations, one by one, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
-    lengths, first, found = [np.zeros(1, np.int64)], [np.zeros(0, np.uint32)], iter(encoded)
+    dtype, offsets, first = token_dtype(vocab_size), array('q', [0]), array('I')
     with (directory / 'tokens.bin').open('wb') as tokens, (directory / 'trained.bin').open('wb') as trained:
-        while chunk := list(itertools.islice(found, _AT_ONCE)):
-            tokens.write(np.array([i for ids, _ in chunk for i in ids], token_dtype(vocab_size)).tobytes())
-            trained.write(np.array([t for _, mask in chunk for t in mask], np.uint8).tobytes())
-            lengths.append(np.array([len(ids) for ids, _ in chunk], np.int64))
-            first.append(np.array([_first(mask) for _, mask in chunk], np.uint32))
-    offsets = np.cumsum(np.concatenate(lengths))
-    for name, values in (('offsets', offsets), ('first', np.concatenate(first))):
-        with (directory / f'{name}.npy').open('wb') as f:
-            np.save(f, values)
-    return int(offsets[-1])
-
-
-def _first(trained: list[bool]) -> int:
-    """The place of the first token to be learned, the very first aside."""
-    return trained.index(True, 1) if True in trained[1:] else NEVER
+        for ids, mask in encoded:
+            tokens.write(np.array(ids, dtype).tobytes())
+            trained.write(bytes(mask))
+            offsets.append(offsets[-1] + len(ids))
+            first.append(mask.index(True, 1) if True in mask[1:] else NEVER)
+    np.save(directory / 'offsets.npy', np.array(offsets, np.int64))
+    np.save(directory / 'first.npy', np.array(first, np.uint32))
+    return offsets[-1]
 
 
 # ---- as rows ----

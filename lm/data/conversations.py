@@ -218,11 +218,7 @@ def _chat(name: str, row: Row, notes: _Notes, column: str | None) -> Chat:
     _check_turns(messages)
     if not any(m['role'] == 'assistant' for m in messages):
         raise Malformed('no_response', "no message is the assistant's")
-    chat = Chat(
-        id=str(have.get('id', row.key)), source=name, messages=messages, bytes=_size(messages),
-        meta=_meta(have, column), place=row.place,
-    )  # fmt: skip
-    return _with_beside(chat, have, notes, column)
+    return _record(name, row, have, notes, messages, column=column, messages=messages)
 
 
 def _conversation(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> list[Message]:
@@ -280,8 +276,13 @@ def _until_learned(messages: list[Message], notes: _Notes) -> list[Message]:
     return messages[:end]
 
 
-def _with_beside(record: Any, have: Mapping[str, Any], notes: _Notes, column: str | None = None) -> Any:
-    """The record with its tools; notes what else it has and nothing is made of."""
+def _record(
+    name: str, row: Row, have: Mapping[str, Any], notes: _Notes, said: Sequence[Message], *, column: str | None = None,
+    **own: Any,
+) -> Any:  # fmt: skip
+    """A chat or a pair: its own fields, and those that both have. Notes what else there is and nothing is made of."""
+    key = str(have.get('id', row.key))
+    record = own | {'id': key, 'source': name, 'bytes': _size(said), 'meta': _meta(have, column), 'place': row.place}
     if media := next((key for key in _MEDIA if not is_empty(have.get(key))), None):
         raise Malformed(media, f'it has {media}, which are not read')
     for key in _TOOLS:
@@ -351,12 +352,8 @@ def _pair(name: str, row: Row, notes: _Notes, unpaired: bool) -> Pair:
     if label < 0.5:  # the better side is `chosen`
         chosen, rejected, label = rejected, chosen, 1 - label
         notes.changed.add('sides_swapped')
-    pair = Pair(
-        id=str(have.get('id', row.key)), source=name, prompt=prompt, chosen=chosen, rejected=rejected,
-        margin=sides.margin, label=label, bytes=_size([*prompt, *chosen, *rejected]), meta=_meta(have),
-        place=row.place,
-    )  # fmt: skip
-    return _with_beside(pair, have, notes)
+    own = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, 'margin': sides.margin, 'label': label}
+    return _record(name, row, have, notes, [*prompt, *chosen, *rejected], **own)
 
 
 def _paired(have: Mapping[str, Any], unused: Unused) -> _Sides:
@@ -452,6 +449,6 @@ def _size(messages: Sequence[Message]) -> int:
         raise Malformed('not_utf8', 'a content is not UTF-8') from None
 
 
-def _meta(have: Mapping[str, Any], column: str | None = None) -> dict[str, Any]:
+def _meta(have: Mapping[str, Any], column: str | None) -> dict[str, Any]:
     own = {key: have[key] for key in have if key not in _FIELDS and key != column}
     return {key: value for key, value in own.items() if isinstance(value, str | int | float | bool)}

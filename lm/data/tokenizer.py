@@ -9,6 +9,7 @@ its characters. <unk> never occurs, because what is in no piece becomes bytes.
 """
 
 import codecs
+import contextlib
 import hashlib
 import io
 import os
@@ -245,13 +246,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         lambda: _trained(lines, min(vocab_size, _enough(lines)), hard_vocab_limit=False),
         lambda: _trained(_frequent(lines, (vocab_size - FIRST_PIECE) // 2), vocab_size, hard_vocab_limit=False),
     )
-    failed: RuntimeError | None = None
     for attempt in attempts:
-        try:
+        with contextlib.suppress(RuntimeError):
             return from_model(attempt())
-        except RuntimeError as error:
-            failed = error
-    raise UsageError('no tokenizer can be trained on this text: set data.tokenizer to one, or give more') from failed
+    raise UsageError('no tokenizer can be trained on this text: set data.tokenizer to one, or give more')
 
 
 def _trained(lines: Iterable[str], vocab_size: int, **more: Any) -> bytes:

@@ -148,22 +148,18 @@ class Dialogue:
         }  # fmt: skip
         try:
             if command not in ways:
-                hint = nearest(command, list(COMMANDS))
-                raise UsageError(
-                    f'{command} is no command{hint}: /help lists them; a text that begins so needs a space'
-                )
+                known = f'{nearest(command, list(COMMANDS))}: /help lists them'
+                raise UsageError(f'{command} is no command{known}; a text that begins so needs a space')
             ways[command](words)
         except (UsageError, RunError) as error:
             self.note(f'{error}')
 
-    def _help(self, words: str) -> None:
-        del words
+    def _help(self, _: str) -> None:
         for name, meaning in COMMANDS.items():
             self.note(f'{name:<13} {meaning}')
         self.note(KEYS)
 
-    def _reset(self, words: str) -> None:
-        del words
+    def _reset(self, _: str) -> None:
         for talker in self.talkers:
             forget(talker)
         self.note('begun anew')
