@@ -104,22 +104,6 @@ def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling
     return found._replace(**{name: vars(flags)[name] for name in LIMITS if vars(flags)[name] is not None})
 
 
-def reply(talker: 'Talker', text: str, flags: argparse.Namespace, *, alone: bool) -> None:
-    """Prints what a run says, under its name unless it is alone; a continuation is read with its beginning."""
-    from lm.sampling.conversation import answer
-
-    beside = talker.template is None and not flags.raw
-    if not alone:
-        print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
-    if talker.template is None:
-        print(text, end='', flush=True)
-    drawn = sampling(flags, talker.model.tokenizer.saved)
-    options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
-    for piece in answer(talker, text, warn=say, **options):
-        print(piece, end='', flush=True)
-    print(flush=True)
-
-
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -162,8 +146,9 @@ def talk(flags: argparse.Namespace) -> None:
 
 
 def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace) -> None:
-    """Prints the answer of each run to a text that nobody sees beside it, or what it is told to do."""
-    from lm.sampling.conversation import forget
+    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named; a
+    continuation is read with its beginning."""
+    from lm.sampling.conversation import answer, forget
 
     if text == RESET and flags.prompt is None:
         for talker in talkers:
@@ -172,7 +157,16 @@ def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace
     if len(talkers) > 1 and not flags.raw:
         print(f'> {text}')
     for talker in talkers:
-        reply(talker, text, flags, alone=len(talkers) == 1)
+        beside = talker.template is None and not flags.raw
+        if len(talkers) > 1:
+            print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
+        if talker.template is None:
+            print(text, end='', flush=True)
+        drawn = sampling(flags, talker.model.tokenizer.saved)
+        options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
+        for piece in answer(talker, text, warn=say, **options):
+            print(piece, end='', flush=True)
+        print(flush=True)
 
 
 def main() -> int:

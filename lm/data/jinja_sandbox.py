@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from lm.errors import UsageError
 
 LONGEST_TEMPLATE = 1 << 18
-_COMMAND = [sys.executable, '-P', str(Path(__file__).with_name('jinja_worker.py'))]
+# Each worker is told the same time, so that a template with a date in it makes one text as long as the program runs.
+_COMMAND = [sys.executable, '-P', str(Path(__file__).with_name('jinja_worker.py')), str(time.time())]
 _lock = threading.Lock()
 _worker: subprocess.Popen[bytes] | None = None  # one for all renderings, until it dies
 

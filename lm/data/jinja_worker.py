@@ -1,13 +1,15 @@
 """The process that renders chat templates, each within a second and little memory; see lm/data/jinja_sandbox.py.
 
-It is run as a file and imports nothing of ours. It reads pickled (template, variables) from stdin and writes pickled
-(outcome, text) to stdout; the outcome is 'rendered', 'refused' or 'failed'. The system ends it when one takes too long.
+It is run as a file, with the time that is now for all templates, and imports nothing of ours. It reads pickled
+(template, variables) from stdin and writes pickled (outcome, text) to stdout; the outcome is 'rendered', 'refused' or
+'failed'. The system ends it when a rendering takes too long. (macOS holds no process to its memory, only to its time.)
 """
 
 import contextlib
 import json
 import pickle
 import re
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -22,7 +24,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEBIBYTES = 1, 256  # of one rendering, and of all that the process holds
-_BEGUN = datetime.now()  # one date for all that a process renders
 
 
 class Refused(Exception):
@@ -81,7 +82,7 @@ def _raise_exception(message: str = '') -> NoReturn:
 def _strftime_now(form: str) -> str:
     if re.search(r'\d{4}', form):
         raise SecurityError('it formats with a width of thousands')
-    return _BEGUN.strftime(form)
+    return datetime.fromtimestamp(float(sys.argv[1])).strftime(form)
 
 
 def _to_json(value: Any, indent: Any = None, separators: Any = None, sort_keys: bool = False, **_: Any) -> str:
@@ -94,9 +95,7 @@ def _to_json(value: Any, indent: Any = None, separators: Any = None, sort_keys: 
 
 def serve() -> None:
     """Answers until stdin ends."""
-    with contextlib.suppress(ImportError):  # no Unix
-        import resource
-
+    with contextlib.suppress(ValueError):  # the limit is lower
         resource.setrlimit(resource.RLIMIT_DATA, (MEBIBYTES << 20, MEBIBYTES << 20))
     with contextlib.suppress(EOFError):
         while True:

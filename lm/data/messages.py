@@ -58,7 +58,7 @@ def read_tools(value: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
         raise Malformed('tools', what)
     tools = [without_nulls(tool if 'function' in tool else {'type': 'function', 'function': tool}) for tool in value]
-    if not all(_is_function(tool) for tool in tools):
+    if not all(_is_function(tool.get('function')) for tool in tools):
         raise Malformed('tools', what)
     return tools
 
@@ -166,9 +166,9 @@ def _tool_calls(message: Mapping[str, Any], said: Any, number: int) -> list[Tool
 
 def _tool_call(call: Mapping[str, Any], what: str) -> ToolCall:
     """A call with its arguments as an object, which templates write as JSON."""
-    if not _is_function(call if 'function' in call else {'function': call}):
-        raise Malformed('tool_calls', what)
     function = call.get('function', call)
+    if not _is_function(function):
+        raise Malformed('tool_calls', what)
     arguments = function.get('arguments', {})
     if isinstance(arguments, str):
         arguments = _parsed(arguments or '{}', 'tool_calls', f'{what}: the arguments are no JSON')
@@ -178,8 +178,7 @@ def _tool_call(call: Mapping[str, Any], what: str) -> ToolCall:
     return made
 
 
-def _is_function(call: Mapping[str, Any]) -> bool:
-    function = call.get('function')
+def _is_function(function: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get('name'), str) and bool(function['name'])
 
 

@@ -98,10 +98,8 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     added = {token['content'] for token in spec.get('added_tokens') or ()}
     found = {}
     for key, usual in _USUAL.items():
-        named = config.get(f'{key}_token')
-        named = named.get('content') if isinstance(named, dict) else named
-        told = f'{key}_token' in config
-        found[key] = named if told else next((name for name in usual if name in added), None)
+        named = config.get(f'{key}_token', next((name for name in usual if name in added), None))
+        found[key] = named.get('content') if isinstance(named, dict) else named
     if not found['eos']:
         raise UsageError(f'names no token that ends a text (eos_token in {CONFIG_FILE} beside it)')
     return {key: name or found['eos'] for key, name in found.items()}
