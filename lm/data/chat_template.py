@@ -89,9 +89,10 @@ class ChatTemplate:
         plan, pieces = _fitting(self, tokenizer, messages, tools, given=given)
         ids: list[int] = []
         trained: list[bool] = []
+        learned = {i for i, m in enumerate(messages) if i >= given and i not in plan.changed and m.get('train', True)}
         for (_, owner), found in zip(plan.parts, tokenizer.encode_pieces(pieces), strict=True):
             ids += found
-            trained += [_is_learned(plan, messages, owner, given)] * len(found)
+            trained += [owner in learned] * len(found)
         return ids, trained
 
     def check(
@@ -195,10 +196,6 @@ def _fitting(
     if learns and last not in plan.begun:
         raise UsageError(_MISMATCH)
     return plan, pieces
-
-
-def _is_learned(plan: _Plan, messages: Sequence[Message], owner: int | None, given: int) -> bool:
-    return owner is not None and owner >= given and owner not in plan.changed and messages[owner].get('train', True)
 
 
 def _planned(
