@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 from lm.sampling.conversation import Talker, answer, forget, instruct, needs
 from lm.sampling.generate import Sampling, fixed_slots
-from lm.settings import SEED_MAX
+from lm.settings import SEED_MAX, Bound
 
 COMMANDS = {
     '/help': 'lists these',
@@ -27,7 +27,6 @@ COMMANDS = {
 }
 KEYS = 'Enter sends, Alt-Enter begins a line, Ctrl-C clears the line or stops an answer, Ctrl-D leaves'
 note = partial(progress.say, style='bright_black')  # a line that is no answer
-Limits = Mapping[str, tuple[Callable[[float], bool], str]]
 
 
 class Stop:
@@ -44,13 +43,14 @@ class Stop:
 
 
 class Dialogue:
-    """The runs and how each draws; the seed is one more after each message, so that asking again is answered anew."""
+    """The runs and how each draws, at temperatures that `warmth` allows; the seed is one more after each message, so
+    that asking again is answered anew."""
 
     def __init__(
-        self, talkers: Sequence[Talker], draws: Sequence[Sampling], flags: argparse.Namespace, limits: Limits, *,
+        self, talkers: Sequence[Talker], draws: Sequence[Sampling], flags: argparse.Namespace, warmth: Bound, *,
         history: Path,
     ) -> None:  # fmt: skip
-        self.talkers, self.draws, self.seed, self._limits = talkers, list(draws), flags.seed, limits
+        self.talkers, self.draws, self.seed, self._warmth = talkers, list(draws), flags.seed, warmth
         self._max_new_tokens, self._raw = flags.max_new_tokens, flags.raw
         self._editor = terminal.Editor(COMMANDS, history)
 
@@ -190,13 +190,12 @@ class Dialogue:
 
     def _temperature(self, words: str) -> None:
         if words:
-            fits, meaning = self._limits['temperature']
             try:
                 value = float(words)
             except ValueError:
                 value = -1.0
-            if not fits(value):
-                raise UsageError(f'/temperature {words}: must be {meaning}')
+            if not self._warmth.holds(value):
+                raise UsageError(f'/temperature {words}: must be {self._warmth.words}')
             self.draws = [draw._replace(temperature=value) for draw in self.draws]
         note(', '.join(f'temperature {temperature:g}' for temperature in {d.temperature for d in self.draws}))
 
