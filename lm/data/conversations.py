@@ -360,7 +360,7 @@ def _paired(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """`chosen` and `rejected`: answers to a prompt, or whole conversations."""
     label, margin = _judgement(have)
     chosen, rejected = (side_of(have, key, 'assistant', unused, dialogue=True) for key in ('chosen', 'rejected'))
-    if _is_whole(chosen) and _is_whole(rejected):
+    if all(side and side[0]['role'] != 'assistant' for side in (chosen, rejected)):  # from the start
         length = _shared(chosen, rejected)
         return _Sides(chosen[:length], chosen[length:], rejected[length:], label, margin)
     place = next((key for key in _QUESTIONS if key in have), None)
@@ -421,11 +421,6 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     if margin < 0:
         raise Malformed('margin', f'margin is {margin:g}, below 0')
     return label, margin
-
-
-def _is_whole(side: Sequence[Message]) -> bool:
-    """Tells whether a side is a conversation from its start, and no answer."""
-    return bool(side) and side[0]['role'] != 'assistant'
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:

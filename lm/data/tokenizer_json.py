@@ -76,7 +76,7 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     tokenizer = Tokenizer(
         pieces=pieces, controls=controls, bos_id=bos, eos_id=eos, pad_id=pad,
         stop_ids=_stop_ids(eos, controls, saved, len(pieces)), fingerprint=identity.hexdigest(), saved=saved,
-        encode_plain=encode, around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
+        encode_plain=encode, around=_around(encode, pieces, [*controls, *byte_names], spec),
         byte_ids=tuple(vocab.get(name, -1) for name in byte_names), adds_bos=edges.adds_bos,
         prepend_scheme=edges.scheme, strips_left=left, strips_right=right,
     )  # fmt: skip
@@ -345,17 +345,14 @@ def _pieces(
     return tuple(pieces)
 
 
-def _taken_literally(
-    encode: Callable[[list[str]], list[list[int]]], pieces: Sequence[bytes], names: Sequence[str]
-) -> list[str]:
-    """The names of symbols and bytes that the model makes a symbol or a byte of when they stand in a text."""
-    spelled = [b''.join(pieces[i] for i in ids) for ids in encode(list(names))]
-    return [name for name, found in zip(names, spelled, strict=True) if found != name.encode()]
-
-
-def _around(names: Sequence[str], spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """Finds all that is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
-    parts = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
+def _around(
+    encode: Callable[[list[str]], list[list[int]]], pieces: Sequence[bytes], names: list[str], spec: dict[str, Any]
+) -> re.Pattern[str] | None:
+    """Finds all that is encoded byte by byte: the names of symbols and bytes of which the model makes a symbol or a
+    byte when they stand in a text, and a U+2581 that would come back as a space."""
+    spelled = [b''.join(pieces[i] for i in ids) for ids in encode(names)]
+    taken = [name for name, found in zip(names, spelled, strict=True) if found != name.encode()]
+    parts = [re.escape(name) for name in sorted(taken, key=len, reverse=True)]
     if not is_byte_level(spec):
         parts.append(f'{SPACE}+')
     return re.compile(f'({"|".join(parts)})') if parts else None
