@@ -101,11 +101,6 @@ class _Talk(NamedTuple):
     def rendered(self) -> str:
         return rendered(self.source, self.messages, tools=self.tools)
 
-    def rendered_with(self, i: int, change: Mapping[str, Any]) -> str:
-        """The text that it makes of it if message i has something else in it."""
-        messages = [*self.messages[:i], {**self.messages[i], **change}, *self.messages[i + 1 :]]
-        return self._replace(messages=messages).rendered()
-
 
 def _is_answer(message: Message) -> bool:
     return message['role'] == 'assistant'
@@ -175,7 +170,8 @@ def _places(talk: _Talk, text: str, i: int) -> dict[str, tuple[int, int] | None]
     for key in sorted(message.keys() & {'content', 'tool_calls', 'name', *_THOUGHTS}):
         if not message[key] or (key == 'content' and not message[key].strip()):
             continue
-        other = talk.rendered_with(i, {key: _marked(message[key]) if key == 'tool_calls' else _MARK})
+        marked = message | {key: _marked(message[key]) if key == 'tool_calls' else _MARK}
+        other = talk._replace(messages=[*talk.messages[:i], marked, *talk.messages[i + 1 :]]).rendered()
         if key == 'content' and (times := other.count(_MARK)) > 1:
             raise UsageError(f'the chat template shows {times} times what {_who(talk, i)}')
         places[key] = _difference(text, other)

@@ -127,11 +127,9 @@ def _is_learned(message: Mapping[str, Any], number: int) -> bool:
 
 def _content(value: Any, number: int) -> tuple[str, str]:
     """(the text of a content, the thoughts among its parts)."""
-    if isinstance(value, str):
-        return value, ''
     if value is None:
         raise Malformed('not_text', f'message {number} has no content, or a null')
-    parts = [value] if isinstance(value, Mapping) else value
+    parts = [value] if isinstance(value, str | Mapping) else value
     if not isinstance(parts, Sequence):
         raise Malformed('not_text', f'message {number} has a content that is no text')
     texts, thoughts = [], []

@@ -1,9 +1,8 @@
 """A conversation with a run: how much of it the model is shown, and its answer as it is drawn."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,25 +42,16 @@ class Ahead:
 
     def __init__(self, params: Any, cfg: Any) -> None:
         """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
-        self._params, self._cfg, self._mesh = params, cfg, jax.sharding.get_mesh()
-        self._turn = threading.Lock()
+        self._compiled = partial(generate.compiled, params, cfg)
+        self._thread = ThreadPoolExecutor(1, initializer=jax.set_mesh, initargs=(jax.sharding.get_mesh(),))
         self._found: dict[int, list[Future[Callable[..., Any]]]] = {}
 
     def begin(self, slots: int) -> None:
-        """Has a thread compile them, if none did."""
+        """Has the thread compile them, if it did not; what fails is raised where it is needed."""
         if slots not in self._found:
-            self._found[slots] = [Future() for _ in Programs._fields]
-            threading.Thread(target=self._compile, args=(slots, self._found[slots]), daemon=True).start()
-
-    def _compile(self, slots: int, found: Sequence[Future[Callable[..., Any]]]) -> None:
-        try:
-            with self._turn, jax.set_mesh(self._mesh):
-                for future, program in zip(found, generate.compiled(self._params, self._cfg, slots=slots), strict=True):
-                    future.set_result(program)
-        except Exception as error:  # told where it is needed
-            for future in found:
-                if not future.done():
-                    future.set_exception(error)
+            programs = self._thread.submit(self._compiled, slots=slots)
+            compile_next = lambda: next(programs.result())
+            self._found[slots] = [self._thread.submit(compile_next) for _ in Programs._fields]
 
     def ready(self, slots: int, seconds: float | None = None) -> bool:
         """Tells whether all are there, within so many seconds."""
