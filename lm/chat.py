@@ -12,13 +12,13 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm.config import whole
 from lm.errors import Parser, UsageError, checked, leave, run_command
-from lm.settings import FLOAT32_END, INT32_MAX, MAX_NEW_TOKENS, SEED_MAX
+from lm.settings import COUNT_OR_0, FLOAT32_END, MAX_NEW_TOKENS, PART, SEED_MAX, Bound, up_to
 
 if TYPE_CHECKING:  # else imported when the flags are known to make sense: it takes a second
     from lm.sampling.conversation import Talker
@@ -28,13 +28,12 @@ RESET = '/reset'
 COLDEST = 1e-4  # logits divided by much less are not finite
 TEMPERATURE = 0.7
 UNNAMED = {'temperature': 1.0, 'top_k': 50}  # where a model says do_sample: transformers' for what it does not name
-# What each may be, and how that is said.
-LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
-    'temperature': (lambda x: x == 0 or COLDEST <= x < FLOAT32_END, f'0, or from {COLDEST} on and finite'),
-    'top_k': (lambda x: 0 <= x <= INT32_MAX, f'from 0 to {INT32_MAX}'),
-    'top_p': (lambda x: 0 < x <= 1, 'more than 0 and at most 1'),
-    'min_p': (lambda x: 0 <= x <= 1, 'from 0 to 1'),
-    'repetition_penalty': (lambda x: 1 / FLOAT32_END < x < FLOAT32_END, 'more than 0 and finite'),
+LIMITS = {
+    'temperature': Bound(f'0, or from {COLDEST} on and finite', lambda x: x == 0 or COLDEST <= x < FLOAT32_END),
+    'top_k': COUNT_OR_0,
+    'top_p': Bound('more than 0 and at most 1', lambda x: 0 < x <= 1),
+    'min_p': PART,
+    'repetition_penalty': Bound('more than 0 and finite', lambda x: 1 / FLOAT32_END < x < FLOAT32_END),
 }
 
 
@@ -60,14 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be drawn with."""
-    for name, least, most in (('max_new_tokens', 1, MAX_NEW_TOKENS), ('seed', 0, SEED_MAX)):
+    for name, bound in {'max_new_tokens': up_to(MAX_NEW_TOKENS, 1), 'seed': up_to(SEED_MAX), **LIMITS}.items():
         value = vars(flags)[name]
-        if value is not None and not least <= value <= most:
-            raise UsageError(f'--{name}={value} must be from {least} to {most}')
-    for name, (fits, words) in LIMITS.items():
-        value = vars(flags)[name]
-        if value is not None and not fits(value):
-            raise UsageError(f'--{name}={value} must be {words}')
+        if value is not None and not bound.holds(value):
+            raise UsageError(f'--{name}={value} must be {bound.words}')
     checked(flags.prompt or '', 'the prompt')
     checked(flags.system or '', '--system')
     if flags.system is not None and flags.raw:
@@ -79,20 +74,17 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
     if flags.prompt is not None:
         yield flags.prompt
         return
-    while True:
-        try:
-            line = input()
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UsageError('the prompt is not valid UTF-8') from None
-        if not line:
-            return
-        yield checked(line, 'the prompt')
+    try:
+        for line in iter(input, ''):
+            yield checked(line, 'the prompt')
+    except EOFError:
+        return
+    except UnicodeDecodeError:
+        raise UsageError('the prompt is not valid UTF-8') from None
 
 
 def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling':
-    """How to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
+    """The way to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
     from lm.data.tokenizer_json import GENERATION_FILE
     from lm.sampling.generate import Sampling
 
@@ -103,24 +95,8 @@ def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling
     elif drawn is False:  # whatever else it says
         found, own['temperature'] = Sampling(), 0.0
     own = {name: own.get(name) for name in LIMITS if type(own.get(name)) in (int, float)}
-    found = found._replace(**{name: value for name, value in own.items() if LIMITS[name][0](value)})
+    found = found._replace(**{name: value for name, value in own.items() if LIMITS[name].holds(value)})
     return found._replace(**{name: vars(flags)[name] for name in LIMITS if vars(flags)[name] is not None})
-
-
-def reply(talker: 'Talker', text: str, flags: argparse.Namespace, *, alone: bool) -> None:
-    """Prints what a run says, under its name unless it is alone; a continuation is read with its beginning."""
-    from lm.sampling.conversation import answer
-
-    beside = talker.template is None and not flags.raw
-    if not alone:
-        print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
-    if talker.template is None:
-        print(text, end='', flush=True)
-    drawn = sampling(flags, talker.model.tokenizer.saved)
-    options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
-    for piece in answer(talker, text, warn=say, **options):
-        print(piece, end='', flush=True)
-    print(flush=True)
 
 
 def say(line: str) -> None:
@@ -159,14 +135,15 @@ def talk(flags: argparse.Namespace) -> None:
 
             cache = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser()
             draws = [sampling(flags, talker.model.tokenizer.saved) for talker in talkers]
-            return Dialogue(talkers, draws, flags, LIMITS, history=cache / 'chat_history').hold()
+            return Dialogue(talkers, draws, flags, LIMITS['temperature'], history=cache / 'chat_history').hold()
         for text in prompts(flags):
             answer_all(talkers, text, flags)
 
 
 def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace) -> None:
-    """What each run says to a text that nobody sees beside it, or what it is told to do."""
-    from lm.sampling.conversation import forget
+    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named; a
+    continuation is read with its beginning."""
+    from lm.sampling.conversation import answer, forget
 
     if text == RESET and flags.prompt is None:
         for talker in talkers:
@@ -175,7 +152,16 @@ def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace
     if len(talkers) > 1 and not flags.raw:
         print(f'> {text}')
     for talker in talkers:
-        reply(talker, text, flags, alone=len(talkers) == 1)
+        beside = talker.template is None and not flags.raw
+        if len(talkers) > 1:
+            print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
+        if talker.template is None:
+            print(text, end='', flush=True)
+        drawn = sampling(flags, talker.model.tokenizer.saved)
+        options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
+        for piece in answer(talker, text, warn=say, **options):
+            print(piece, end='', flush=True)
+        print(flush=True)
 
 
 def main() -> int:

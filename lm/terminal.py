@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -17,8 +16,9 @@ from lm import interrupts
 
 try:
     import termios
+    import tty
 except ImportError:  # no Unix
-    termios = None
+    termios = tty = None
 
 PASTE_ON, PASTE_OFF = '\x1b[?2004h', '\x1b[?2004l'  # the terminal says where a paste begins and ends
 
@@ -81,14 +81,12 @@ def _keys() -> KeyBindings:
 @contextlib.contextmanager
 def answering() -> Iterator[None]:
     """Inside, what is typed or pasted waits, unseen, for the next time that the editor reads; Ctrl-C is a signal."""
-    if termios is None or not sys.stdin.isatty():
+    if termios is None or tty is None or not sys.stdin.isatty():
         yield
         return
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    quiet: list[Any] = [*before]
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    tty.setcbreak(descriptor, termios.TCSANOW)
     sys.stdout.write(PASTE_ON)
     sys.stdout.flush()
     try:

@@ -99,7 +99,7 @@ def test_symbols_that_are_typed_in_thoughts_stay_text(tokenizer):
     ids, trained = ChatTemplate(QWEN).encode(tokenizer, [asked(typed), said(typed, reasoning_content=typed)])
     controls = [i for i in ids if i in tokenizer.controls.values()]
     names = ('<bos>', '<|user|>', '<|end|>', '<|assistant|>', '<|end|>')
-    assert controls == [tokenizer.marker_id(name) for name in names]
+    assert controls == [tokenizer.controls[name] for name in names]
     assert tokenizer.decode(ids).count(typed) == 3 and trained[-1]
 
 

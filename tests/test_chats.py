@@ -124,7 +124,7 @@ def test_what_is_learned_is_what_the_assistant_says_and_its_end(tmp_path, tokeni
         for row in map(rows.row, range(len(rows))):
             for places in segments(row).values():
                 learned = row['targets_T'][places][row['weights_T'][places] > 0].tolist()
-                end = tokenizer.marker_id('<|end|>')
+                end = tokenizer.controls['<|end|>']
                 ends = [k for k, target in enumerate(learned) if target == end]
                 assert len(ends) == 2 and ends[-1] == len(learned) - 1
                 first, second = learned[: ends[0]], learned[ends[0] + 1 : -1]
@@ -157,8 +157,8 @@ def test_what_the_template_refuses_is_not_kept(tmp_path, tokenizer):
     )  # fmt: skip
     (s,) = data.sources
     assert (s.counts['read'], s.counts['kept'], s.counts['dropped']) == (40, 30, {'template': 10})
-    assert s.counts['train_documents'] == s.train.conversations == 30 - s.heldout.conversations
-    assert s.counts['heldout_documents'] == s.heldout.conversations
+    assert s.counts['train_documents'] == s.train.documents == 30 - s.heldout.documents
+    assert s.counts['heldout_documents'] == s.heldout.documents
 
 
 # ---- packed is unpacked ----
@@ -192,7 +192,7 @@ def source(name, weight, store):
 def test_text_takes_the_share_of_rows_that_it_is_to_have(tmp_path, tokenizer, found):
     one, two = (chat_store(tmp_path / name, found[:50]) for name in ('one', 'two'))
     own = Prepared(tokenizer, (source('one', 0.6, one), source('two', 0.4, two)), 'own')
-    text = Prepared(tokenizer, (source('a', 0.5, one.tokens), source('b', 0.5, one.tokens)), 'text')
+    text = Prepared(tokenizer, (source('a', 0.5, one), source('b', 0.5, one)), 'text')
     shares = lambda replay, text: chats.mix(WithReplay(own, text, ChatTemplate()), seq_len=T, seed=0, replay=replay)
     mixture = shares(0.25, text)
     np.testing.assert_allclose(mixture.shares / pipeline.PERIOD, [0.45, 0.3, 0.125, 0.125], atol=1e-3)

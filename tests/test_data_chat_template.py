@@ -1,13 +1,14 @@
 """The chat template: what is learned, that nothing typed becomes a symbol, and that training and talking agree."""
 
 import json
+import os
 import resource
 import sys
 import time
 
 import pytest
 
-from lm.data import chat_template
+from lm.data import chat_template, jinja_sandbox
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
@@ -188,7 +189,7 @@ def test_the_default_template(ours):
     assert learned(ours, ids, trained) == ['Hi! <|end|>', 'so<|end|>']
     asked = template.prompt(ours, messages[:-1])
     assert shown(ours, asked) == text + '<|user|>And?<|end|><|assistant|>' and ids[: len(asked)] == asked
-    assert template.stop_ids(ours) == (ours.marker_id('<|end|>'), ours.eos_id)
+    assert template.stop_ids(ours) == (ours.controls['<|end|>'], ours.eos_id)
 
 
 def test_what_is_given_is_not_learned(ours):
@@ -204,7 +205,7 @@ def test_what_is_typed_stays_text(ours, text):
     typed = [i for i in ids if i not in ours.controls.values()]
     assert ours.decode(typed) == 3 * text
     assert [i for i in ids if i in ours.controls.values()] == [
-        ours.marker_id(name)
+        ours.controls[name]
         for name in ('<bos>', '<|system|>', '<|end|>', '<|user|>', '<|end|>', '<|assistant|>', '<|end|>')
     ]
     assert learned(ours, ids, trained) == [f'{text}<|end|>']
@@ -346,7 +347,7 @@ def test_thoughts_that_a_template_leaves_out(theirs):
     messages = say('x', '<think>hm <|im_end|></think>\n\ny <|im_end|>', 'z', 'a')
     ids, trained = template.encode(tokenizer, messages)
     assert 'assistant\ny <|im_end|><|im_end|>' in shown(tokenizer, ids) and 'hm' not in shown(tokenizer, ids)
-    assert ids.count(tokenizer.marker_id('<|im_end|>')) == 4, 'what was typed is text'
+    assert ids.count(tokenizer.controls['<|im_end|>']) == 4, 'what was typed is text'
     assert learned(tokenizer, ids, trained) == ['<think>\n\n</think>\n\na<|im_end|>']
     asked = template.prompt(tokenizer, messages[:-1])
     assert ids[: len(asked)] == asked
@@ -387,6 +388,9 @@ HOSTILE = {
     'dates': "{{ strftime_now('%999999999Y') }}",
     'replaces': "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a.replace('x', 'xxxx') %}"
                 '{% endfor %}',
+    'slices': "{% set s = 'x' * 4000000 %}{% for i in range(60000) %}{% set t = s[1:] %}{% endfor %}",
+    'searches': "{% set s = 'ab' * 2000000 %}{% for i in range(60000) %}"
+                "{% if s[1:] ~ 'c' in s %}{% endif %}{% endfor %}",
     'joins': "{{ range(60000) | map('replace', '', 'x' * 99999) | join }}",
     'long': '{# ' + 'x' * 300_000 + ' #}',
     'deeply nested': '{{ ' + '(' * 3000 + ')' * 3000 + ' }}',
@@ -397,12 +401,24 @@ HOSTILE = {
 def test_hostile_templates(ours, name):
     """Each ends at once, in one line, before it has made anything large."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
-    begin, before = time.process_time(), peak()
+    cpu = lambda: sum(os.times()[:4])  # with that of processes that ended
+    begin, before = cpu(), peak()
     with pytest.raises(UsageError, match='the chat template') as error:
         ChatTemplate(HOSTILE[name]).prompt(ours, say('x'))
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
     assert any(word in str(error.value) for word in ('fails', 'are run')), 'it ran'
-    assert peak() - before < 100 and time.process_time() - begin < 4, 'megabytes and seconds'
+    assert peak() - before < 100 and cpu() - begin < 4, 'megabytes and seconds'
+
+
+def test_a_rendering_that_was_broken_off_answers_no_other(ours, monkeypatch):
+    def broken_off(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jinja_sandbox.pickle, 'load', broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        ChatTemplate().prompt(ours, say('x'))
+    monkeypatch.undo()
+    assert ours.decode(ChatTemplate().prompt(ours, say('y'))) == 'y'
 
 
 # ---- its files ----

@@ -46,7 +46,7 @@ def test_typed_markers_stay_text(tokenizer):
 
 def test_ids_are_where_they_are_documented(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    assert [tokenizer.marker_id(m) for m in CHAT_MARKERS] == [4, 5, 6, 7]
+    assert [tokenizer.controls[m] for m in CHAT_MARKERS] == [4, 5, 6, 7]
     assert tokenizer.stop_ids == (2, 7)
     assert tokenizer.vocab_size == VOCAB == len(tokenizer.bytes_of_ids)
     assert tokenizer.bytes_of_ids[:8].tolist() == [0] * 8

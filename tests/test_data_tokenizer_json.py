@@ -139,9 +139,8 @@ def test_typed_markers_stay_text(tokenizer):
         assert not set(ids) & {*tokenizer.controls.values()} and tokenizer.decode(ids) == text
         assert int(tokenizer.bytes_of_ids[ids].sum()) == len(text) + (tokenizer.prepend_scheme != 'never')
     for name, i in tokenizer.controls.items():
-        assert tokenizer.marker_id(name) == i and tokenizer.bytes_of_ids[i] == 0 and tokenizer.decode([i]) == ''
-    with pytest.raises(UsageError, match='has no control symbol <.user.>'):
-        tokenizer.marker_id('<|user|>')
+        assert name and tokenizer.bytes_of_ids[i] == 0 and tokenizer.decode([i]) == ''
+    assert '<|user|>' not in tokenizer.controls
 
 
 @pytest.mark.parametrize('kind', ['byte-level', 'bpe-fallback', 'unigram-fallback', 'llama-2'])
@@ -225,7 +224,7 @@ def test_ids_may_have_holes_and_lie_beyond(tmp_path, built):
         vocab |= {moved: 440, '<|user|>': 450, ' <b>': 470}
 
     tokenizer = _load(tmp_path / 'a', _edited(built['byte-level'], holes))
-    assert tokenizer.vocab_size == 471 and tokenizer.marker_id('<|user|>') == 450
+    assert tokenizer.vocab_size == 471 and tokenizer.controls['<|user|>'] == 450
     assert [tokenizer.pieces[i] for i in (420, 450, 470)] == [b'', b'', b' <b>']
     assert 470 in tokenizer.encode('a  <b>  c') and tokenizer.decode(tokenizer.encode('a  <b>  c')) == 'a  <b>  c'
     assert tokenizer.decode([420, *tokenizer.encode('x'), 450]) == 'x'
@@ -236,7 +235,7 @@ def test_added_tokens_lie_beyond_the_vocabulary(tmp_path):
     made.add_special_tokens(['<|user|>'])
     made.add_tokens([AddedToken('   ', normalized=False), AddedToken('é!', normalized=False)])
     tokenizer = _load(tmp_path / 'a', made)
-    assert tokenizer.vocab_size == 403 and tokenizer.marker_id('<|user|>') == 400
+    assert tokenizer.vocab_size == 403 and tokenizer.controls['<|user|>'] == 400
     assert tokenizer.encode('   é!') == [401, 402] and tokenizer.bytes_of_ids[400:].tolist() == [0, 3, 3]
     assert tokenizer.decode([402]) == 'é!', 'an added token is not written in the alphabet of the bytes'
 

@@ -146,7 +146,7 @@ def test_tokens_beside_a_tokenizer_model_are_added():
     config = {'eos_token': '<|im_end|>', 'added_tokens_decoder': {'700': {'content': '<|im_end|>', 'special': True}}}
     files = {'tokenizer.model': model, 'tokenizer_config.json': json.dumps(config).encode()}
     found = from_files(from_huggingface(files | {'added_tokens.json': b'{"<|im_start|>": 709}'}))
-    assert (found.marker_id('<|im_start|>'), found.stop_ids) == (709, (700, 2))  # 701 to 708 are free
+    assert (found.controls['<|im_start|>'], found.stop_ids) == (709, (700, 2))  # 701 to 708 are free
     assert found.encode('<|im_start|>') == from_files(from_huggingface({'tokenizer.model': model})).encode(
         '<|im_start|>'
     )
@@ -263,7 +263,7 @@ def test_our_tokenizer_goes_through_a_gguf_file(ours):
     keys = to_gguf(saved, vocab_size=640)
     assert keys['tokenizer.ggml.tokens'][600:602] == ['[PAD600]', '[PAD601]']
     assert all(len(keys[f'tokenizer.ggml.{name}']) == 640 for name in ('tokens', 'scores', 'token_type'))
-    assert keys['tokenizer.ggml.eot_token_id'] == ours.marker_id('<|end|>')
+    assert keys['tokenizer.ggml.eot_token_id'] == ours.controls['<|end|>']
     files = from_gguf(keys)
     back = from_files(files)
     assert back.encode_batch(TEXTS) == ours.encode_batch(TEXTS)

@@ -62,7 +62,7 @@ def test_a_conversation_is_used_where_a_target_within_a_row_is_learned(tmp_path)
 
 def without_tokens(made):
     """The conversations of a store, of which the sizes alone can be read."""
-    return dataclasses.replace(made, trained=None, tokens=dataclasses.replace(made.tokens, tokens=None))
+    return dataclasses.replace(made, trained=None, tokens=None)
 
 
 def test_no_token_is_read_to_know_the_rows(tmp_path):

@@ -1,4 +1,4 @@
-"""How a chat template lays out one conversation: where in its text each message stands, and what of it is shown.
+"""The layout of one conversation by a chat template: where in its text each message stands, and what of it is shown.
 
 Where the roles alone say that, it is a shape (lm/data/chat_shape.py). This is for the other conversations: those of
 which a template shows something by what is in it (thoughts, in the last answer only), and those whose messages have
@@ -101,11 +101,6 @@ class _Talk(NamedTuple):
     def rendered(self) -> str:
         return rendered(self.source, self.messages, tools=self.tools)
 
-    def rendered_with(self, i: int, change: Mapping[str, Any]) -> str:
-        """What it makes of it if message i has something else in it."""
-        messages = [*self.messages[:i], {**self.messages[i], **change}, *self.messages[i + 1 :]]
-        return self._replace(messages=messages).rendered()
-
 
 def _is_answer(message: Message) -> bool:
     return message['role'] == 'assistant'
@@ -170,12 +165,13 @@ def _veiled(value: Any, names: Sequence[str]) -> Any:
 
 
 def _places(talk: _Talk, text: str, i: int) -> dict[str, tuple[int, int] | None]:
-    """Where each thing that a message has begins and ends, by its key; None where it is not shown."""
+    """The place of each thing that a message has, from where to where, by its key; None where it is not shown."""
     message, places = talk.messages[i], {}
     for key in sorted(message.keys() & {'content', 'tool_calls', 'name', *_THOUGHTS}):
         if not message[key] or (key == 'content' and not message[key].strip()):
             continue
-        other = talk.rendered_with(i, {key: _marked(message[key]) if key == 'tool_calls' else _MARK})
+        marked = message | {key: _marked(message[key]) if key == 'tool_calls' else _MARK}
+        other = talk._replace(messages=[*talk.messages[:i], marked, *talk.messages[i + 1 :]]).rendered()
         if key == 'content' and (times := other.count(_MARK)) > 1:
             raise UsageError(f'the chat template shows {times} times what {_who(talk, i)}')
         places[key] = _difference(text, other)
@@ -188,8 +184,8 @@ def _marked(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _difference(text: str, other: str) -> tuple[int, int] | None:
-    """Where `text` differs from the rendering with the mark in it, from the first to the last place; None if the mark
-    is not in it."""
+    """The place at which `text` differs from the rendering with the mark in it, from the first character to the last;
+    None if the mark is not in it."""
     if _MARK not in other:
         return None
     before, after = other[: other.index(_MARK)], other[other.rindex(_MARK) + 1 :]
@@ -209,7 +205,7 @@ def _extents(found: Sequence[Mapping[str, tuple[int, int] | None]]) -> tuple[tup
 
 
 def _start(talk: _Talk, text: str, i: int, begin: int) -> int | None:
-    """Where answer i, of which something stands at `begin`, begins: where its prompt ends."""
+    """The place where answer i begins, of which something stands at `begin`: where its prompt ends."""
     asked = talk._replace(source=talk.source._replace(speak=True), messages=talk.messages[:i])
     try:
         prompt = asked.rendered()
@@ -275,7 +271,7 @@ def _short(text: str) -> str:
 
 
 def _holds(text: str, place: tuple[int, int], said: str) -> bool:
-    """Whether what stands at a place, with as much as belongs to it of what stands around, is what was said, white
+    """Tells whether the text at a place, with as much as belongs to it of what stands around, is what was said, white
     space aside: what is equal to the template's own text beside it does not differ."""
     squash = lambda part: ''.join(part.split())
     begin, end = place

@@ -1,4 +1,4 @@
-"""What a chat template makes of the roles of a conversation, whatever is said: the shape of the text.
+"""The shape of a conversation: the text that a chat template makes of its roles, whatever is said.
 
 It is what the template renders with a private character in place of each content. Shapes are few (by the roles), so
 that of each conversation it is only checked that the template makes of it its shape with its contents in it. Where it
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+from lm.data import jinja_sandbox
 from lm.errors import UsageError
 
 Message: TypeAlias = Mapping[str, Any]  # as lm.data.records.Message
@@ -26,11 +27,6 @@ _STRIPS = {2: '', 1: '\n', 0: None}  # by how much of it is left
 def sign(i: int) -> str:
     """The character that stands for the content of message i."""
     return chr(_FIRST + i)
-
-
-def number(character: str) -> int:
-    """The message for whose content a character stands."""
-    return ord(character) - _FIRST
 
 
 class Source(NamedTuple):
@@ -75,9 +71,7 @@ def shape(source: Source, roles: tuple[str, ...]) -> Shape:
 
 
 def rendered(source: Source, messages: Sequence[Message], *, tools: Tools = None, marks: str = '') -> str:
-    """What the template makes of messages. Raises UsageError if it refuses them."""
-    from lm.data import jinja_sandbox  # not every command needs Jinja
-
+    """The text that the template makes of messages. Raises UsageError if it refuses them."""
     variables = {
         'messages': messages, 'bos_token': source.bos, 'eos_token': source.eos, 'add_generation_prompt': source.speak,
         'tools': tools, 'documents': None, 'generation_begin': marks[:1], 'generation_end': marks[1:],
@@ -90,13 +84,8 @@ def rendered_with_spans(
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
     """(what the template makes of messages, where its {% generation %} blocks begin and end in that)."""
     marks = chr(_LAST - 1) + chr(_LAST)
-    return _without_marks(rendered(source, messages, tools=tools, marks=marks), marks)
-
-
-def _without_marks(text: str, marks: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """(the text, where what is between each two marks lies in it)."""
     kept, begins, spans, at = [], [], [], 0
-    for piece in re.split(f'([{marks}])', text):
+    for piece in re.split(f'([{marks}])', rendered(source, messages, tools=tools, marks=marks)):
         if piece and piece in marks:
             spans.append((begins.pop(), at)) if piece == marks[1] else begins.append(at)
         else:
@@ -106,8 +95,8 @@ def _without_marks(text: str, marks: str) -> tuple[str, tuple[tuple[int, int], .
 
 
 def _strips(text: str, padded: str) -> dict[str, tuple[str | None, str | None]]:
-    """What each content is stripped of on the left and on the right, by its private character; nothing where the two
-    renderings differ in another way."""
+    """The white space that each content is stripped of on the left and on the right, by its private character; nothing
+    where the two renderings differ in another way."""
     signs = SIGN.findall(text)
     lefts, rights = {}, {}
     if SIGN.findall(padded) == signs:
@@ -123,8 +112,13 @@ def _strips(text: str, padded: str) -> dict[str, tuple[str | None, str | None]]:
 
 
 def said(shape: Shape, messages: Sequence[Message]) -> list[str] | None:
-    """What the template shows of each message; None where it does not make of them its shape with that in it."""
+    """The texts that the template shows of the messages; None where it does not make of them its shape with that in
+    it."""
     plain = [{'role': m['role'], 'content': m['content']} for m in messages]
     texts = [m['content'].lstrip(left).rstrip(right) for m, (left, right) in zip(plain, shape.strips, strict=True)]
-    filled = SIGN.sub(lambda found: texts[number(found[0])], shape.text)
-    return texts if rendered(shape.source, plain) == filled else None
+    return texts if rendered(shape.source, plain) == filled(shape.text, texts) else None
+
+
+def filled(text: str, contents: Sequence[str]) -> str:
+    """A text of a shape's with the contents in the places of their private characters."""
+    return SIGN.sub(lambda found: contents[ord(found[0]) - _FIRST], text)

@@ -15,20 +15,22 @@ one, as Hugging Face's libraries do, so that the ids are theirs.
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from lm import files
-from lm.data.chat_layout import Layout, lay_out, unveiled
-from lm.data.chat_shape import SIGN, Message, Shape, Source, Tools, number, said, shape, sign
+from lm.data.chat_layout import lay_out, unveiled
+from lm.data.chat_shape import SIGN, Message, Shape, Source, Tools, filled, said, shape, sign
 from lm.data.tokenizer import CHAT_MARKERS, Tokenizer
+from lm.data.tokenizer_json import CONFIG_FILE
 from lm.errors import UsageError
 
-TEMPLATE_FILE, CONFIG_FILE = 'chat_template.jinja', 'tokenizer_config.json'
+TEMPLATE_FILE = 'chat_template.jinja'
 ROLES = ('system', 'user', 'assistant', 'tool')
 DEFAULT = (
     '{{ bos_token }}{% for message in messages %}'
@@ -39,8 +41,6 @@ _MISMATCH = (
     'the chat template asks for an answer otherwise than it shows one, so that a model would learn what it is never '
     'asked for: bring another template'
 )
-
-
 _CHANGED = 'an earlier answer, which the template shows otherwise,'
 
 
@@ -86,18 +86,20 @@ class ChatTemplate:
           UsageError: it refuses the conversation or changes what is said in it, its last answer does not begin where
             its prompt ends, or an answer ends with no control symbol.
         """
-        plan, texts = _fitting(self, tokenizer, messages, tools, given=given)
+        plan, pieces = _fitting(self, tokenizer, messages, tools, given=given)
         ids: list[int] = []
         trained: list[bool] = []
-        for part, found in zip(plan.parts, _encoded(plan, tokenizer, texts), strict=True):
+        learned = {i for i, m in enumerate(messages) if i >= given and i not in plan.changed and m.get('train', True)}
+        for (_, owner), found in zip(plan.parts, tokenizer.encode_pieces(pieces), strict=True):
             ids += found
-            trained += [_is_learned(plan, messages, part.owner, given)] * len(found)
+            trained += [owner in learned] * len(found)
         return ids, trained
 
     def check(
         self, tokenizer: Tokenizer, messages: Sequence[Message], *, given: int = 0, tools: Tools = None
     ) -> frozenset[str]:
-        """What `encode` makes nothing of: keys of messages, and earlier answers; raises what it raises."""
+        """The names of all that `encode` makes nothing of: keys of messages, and earlier answers; raises what it
+        raises."""
         plan, _ = _fitting(self, tokenizer, messages, tools, given=given)
         return plan.unused | {_CHANGED for i in plan.changed if i >= given}
 
@@ -106,12 +108,11 @@ class ChatTemplate:
 
         Raises UsageError if the template refuses the conversation or changes what is said in it.
         """
-        plan, texts = _planned(self, tokenizer, messages, None, speak=True)
-        return [i for found in _encoded(plan, tokenizer, texts) for i in found]
+        return [i for found in tokenizer.encode_pieces(self.prompt_pieces(tokenizer, messages)) for i in found]
 
     def prompt_pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int | str]:
-        """What `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
-        return _filled(*_planned(self, tokenizer, messages, None, speak=True))
+        """The pieces that `prompt` encodes: the ids of control symbols, and texts that are encoded each as one."""
+        return _planned(self, tokenizer, messages, None, speak=True)[1]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: what the template ends it with, then what the tokenizer knows.
@@ -168,112 +169,71 @@ def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
     return roles
 
 
-class _Part(NamedTuple):
-    """A control symbol, or text that is encoded as one: literal, or the number of the message whose content it is."""
-
-    control: int | None
-    text: tuple[str | int, ...]
-    owner: int | None  # the message of the assistant's by which it is learned
-
-
 class _Plan(NamedTuple):
-    """How the ids of a conversation are put together."""
+    """The parts of which the ids of a conversation are put together.
 
-    parts: tuple[_Part, ...]
-    shape: Shape | None = None  # None: of one conversation, whose text is in the parts
-    mismatch: str | None = None  # why the last answer cannot be learned
-    changed: frozenset[int] = frozenset()  # answers that are not shown as they are
-    unused: frozenset[str] = frozenset()  # keys of messages of which nothing is shown
+    Attributes:
+      parts: each a control symbol, or text that is encoded as one, and the answer with which it is learned.
+      begun: the answers that begin where the prompts for them end.
+      changed: answers that are not shown as they are.
+      unused: keys of messages of which nothing is shown.
+    """
+
+    parts: tuple[tuple[int | str, int | None], ...]
+    begun: Container[int]
+    changed: frozenset[int] = frozenset()
+    unused: frozenset[str] = frozenset()
 
 
 def _fitting(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, *, given: int
-) -> tuple[_Plan, Sequence[str]]:
+) -> tuple[_Plan, list[int | str]]:
     """`_planned` for training. Raises UsageError if the last answer is to be learned and cannot be."""
     template.stop_ids(tokenizer)
     last = len(messages) - 1
     learns = last >= given and messages[last]['role'] == 'assistant' and messages[last].get('train', True)
-    plan, texts = _planned(template, tokenizer, messages, tools, speak=False, whole=last if learns else None)
-    if plan.mismatch and learns:
-        raise UsageError(plan.mismatch)
-    return plan, texts
-
-
-def _is_learned(plan: _Plan, messages: Sequence[Message], owner: int | None, given: int) -> bool:
-    return owner is not None and owner >= given and owner not in plan.changed and messages[owner].get('train', True)
+    plan, pieces = _planned(template, tokenizer, messages, tools, speak=False, whole=last if learns else None)
+    if learns and last not in plan.begun:
+        raise UsageError(_MISMATCH)
+    return plan, pieces
 
 
 def _planned(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, *, speak: bool,
     whole: int | None = None,
-) -> tuple[_Plan, Sequence[str]]:  # fmt: skip
-    """(how a conversation becomes ids, the contents in it).
+) -> tuple[_Plan, list[int | str]]:  # fmt: skip
+    """(how a conversation becomes ids, its parts with the contents in them).
 
     Args:
       whole: the answer that must be shown as it is.
     """
     roles = _roles(messages)
-    if not tools and 'tool' not in roles and all(m.keys() <= {'role', 'content', 'train'} for m in messages):
-        plan = _plan(template, tokenizer, roles, speak)
-        if plan.shape is not None and (texts := said(plan.shape, messages)) is not None:
-            return plan, texts
     source = Source(template.text, *_symbols(tokenizer), speak)
+    if not tools and 'tool' not in roles and all(m.keys() <= {'role', 'content', 'train'} for m in messages):
+        plan, form = _plan(source, tokenizer, roles)
+        if (texts := said(form, messages)) is not None:
+            return plan, [filled(part, texts) if isinstance(part, str) else part for part, _ in plan.parts]
     laid = lay_out(source, messages, tools, tokenizer.controls, whole=whole)
-    stops = template.stop_ids(tokenizer)
     # Within tool calls there may be symbols that end no answer.
-    calls = {i for i, m in enumerate(messages) if m.get('tool_calls')}
-    ends = {i: _end(tokenizer, laid.text, laid.ends[i], stops if i in calls else ())[0] for i in laid.starts}
-    return _laid_plan(tokenizer, laid, ends, last_is_answer=not speak and roles[-1:] == ('assistant',)), ()
-
-
-def _laid_plan(tokenizer: Tokenizer, laid: Layout, ends: Mapping[int, int], *, last_is_answer: bool) -> _Plan:
-    """The plan of one conversation."""
-    begun = {i: at for i, at in laid.starts.items() if at is not None}
-    if laid.generated:
-        before = lambda end: max((i for i in laid.starts if laid.ends[i] <= end), default=None)
-        spans = {span: before(span[1]) for span in laid.generated}
-    else:
-        spans = {(at, ends[i]): i for i, at in begun.items()}
-    parts = _all_parts(tokenizer, laid.text, begun.values(), spans, _controls(tokenizer))
-    if laid.veiled:
-        parts = tuple(part._replace(text=tuple(unveiled(str(piece)) for piece in part.text)) for part in parts)
-    lost = last_is_answer and len(laid.ends) - 1 not in begun
-    return _Plan(parts, None, _MISMATCH if lost else None, laid.changed, laid.unused)
-
-
-def _encoded(plan: _Plan, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each part of the plan."""
-    return tokenizer.encode_pieces(_filled(plan, texts))
-
-
-def _filled(plan: _Plan, texts: Sequence[str]) -> list[int | str]:
-    """Each part of the plan: a control symbol, or a text with its contents in it."""
-
-    def text(part: _Part) -> str:
-        return ''.join(piece if isinstance(piece, str) else texts[piece] for piece in part.text)
-
-    return [text(part) if part.control is None else part.control for part in plan.parts]
+    calls = [i for i, m in enumerate(messages) if m.get('tool_calls')]
+    stops = dict.fromkeys(calls, template.stop_ids(tokenizer))
+    plan = _assembled(tokenizer, laid.text, laid.starts, laid.ends, laid.generated, stops)
+    pieces = [unveiled(part) if laid.veiled and isinstance(part, str) else part for part, _ in plan.parts]
+    return plan._replace(changed=laid.changed, unused=laid.unused), pieces
 
 
 @lru_cache(maxsize=8192)
-def _plan(template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], speak: bool) -> _Plan:
-    """The plan of all conversations of a shape."""
-    whole = shape(Source(template.text, *_symbols(tokenizer), speak), roles)
+def _plan(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> tuple[_Plan, Shape]:
+    """The plan of all conversations of a shape, and the shape."""
+    whole = shape(source, roles)
     starts = {i: _start(whole, roles[:i]) for i, role in enumerate(roles) if role == 'assistant'}
-    begun = {i: at for i, at in starts.items() if at is not None}
-    if whole.generated:
-        spans = {span: _last_answer(whole.text[: span[1]], starts) for span in whole.generated}
-    else:
-        ends = {i: whole.text.index(sign(i)) + 1 for i in begun}
-        spans = {(at, _end(tokenizer, whole.text, ends[i])[0]): i for i, at in begun.items()}
-    parts = _all_parts(tokenizer, whole.text, begun.values(), spans, _tokens(tokenizer))
-    lost = not speak and roles[-1:] == ('assistant',) and len(roles) - 1 not in begun
-    return _Plan(parts, whole, _MISMATCH if lost else None)
+    ends = [whole.text.index(sign(i)) + 1 for i in range(len(roles))]
+    return _assembled(tokenizer, whole.text, starts, ends, whole.generated, {}), whole
 
 
 def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
-    """Where in a shape the answer after some messages begins: where its prompt ends. None if the shape does not begin
-    with its prompt."""
+    """The place in a shape where the answer after some messages begins: where its prompt ends. None if the shape does
+    not begin with its prompt."""
     try:
         prompt = shape(whole.source._replace(speak=True), before)
     except UsageError:  # nothing to ask: the assistant has the first word
@@ -282,83 +242,63 @@ def _start(whole: Shape, before: tuple[str, ...]) -> int | None:
     return len(prompt.text) if same and len(prompt.text) <= whole.text.index(sign(len(before))) else None
 
 
-def _last_answer(text: str, answers: Mapping[int, Any]) -> int | None:
-    """The last message of the assistant's in a shape's text."""
-    found = [number(character) for character in SIGN.findall(text)]
-    return next((i for i in reversed(found) if i in answers), None)
+def _assembled(
+    tokenizer: Tokenizer, text: str, starts: Mapping[int, int | None], ends: Sequence[int],
+    generated: Sequence[tuple[int, int]], stops: Mapping[int, Container[int]],
+) -> _Plan:  # fmt: skip
+    """The plan of a text.
+
+    Args:
+      starts: where each answer begins, None where its prompt is not there.
+      ends: where the content of each message ends.
+      generated: where the {% generation %} blocks begin and end; each is of the last answer before its end.
+      stops: the ids that may end an answer, if not all may.
+    """
+    begun = {i: at for i, at in starts.items() if at is not None}
+    if generated:
+        ended = sorted((ends[i], i) for i in starts)
+        spans = {span: next((i for end, i in reversed(ended) if end <= span[1]), None) for span in generated}
+    else:
+        spans = {(at, _end(tokenizer, text, ends[i], stops.get(i, ()))[0]): i for i, at in begun.items()}
+    cuts = {at for span in spans for at in span} | set(begun.values())
+    parts = tuple(_parts(tokenizer, text, cuts, spans))
+    if tokenizer.adds_bos and (not parts or parts[0][0] != tokenizer.bos_id):
+        parts = ((tokenizer.bos_id, None), *parts)
+    return _Plan(parts, begun)
 
 
 def _end(tokenizer: Tokenizer, text: str, at: int, among: Container[int] = ()) -> tuple[int, int | None]:
     """(where in a text an answer ends whose content ends at `at`, the id that ends it): after the first control symbol
     that follows, one of `among` if there is such; or at `at` if none follows."""
     first: tuple[int, int | None] = at, None
-    for found in _tokens(tokenizer).finditer(text, at):
-        if (symbol := tokenizer.controls.get(found[0])) is None:
-            break
+    content = SIGN.search(text, at)
+    for found in _controls(tokenizer).finditer(text, at, content.start() if content else len(text)):
+        symbol = tokenizer.controls[found[0]]
         first = (found.end(), symbol) if first[1] is None else first
         if not among or symbol in among:
             return found.end(), symbol
     return first
 
 
-def _all_parts(
-    tokenizer: Tokenizer, text: str, starts: Iterable[int], spans: Mapping[tuple[int, int], int | None],
-    tokens: re.Pattern[str],
-) -> tuple[_Part, ...]:  # fmt: skip
-    """`_parts`, cut where answers and spans begin and end, with the tokenizer's own <bos> first."""
-    cuts = {at for span in spans for at in span} | set(starts)
-    parts = tuple(_parts(tokenizer, text, cuts, spans, tokens))
-    if tokenizer.adds_bos and (not parts or parts[0].control != tokenizer.bos_id):
-        return (_Part(tokenizer.bos_id, (), None), *parts)
-    return parts
-
-
 def _parts(
-    tokenizer: Tokenizer, text: str, cuts: set[int], spans: Mapping[tuple[int, int], int | None],
-    tokens: re.Pattern[str],
-) -> Iterator[_Part]:  # fmt: skip
-    """A text as control symbols and texts, which are cut at `cuts`; private characters that `tokens` finds are
-    contents."""
+    tokenizer: Tokenizer, text: str, cuts: set[int], spans: Mapping[tuple[int, int], int | None]
+) -> Iterator[tuple[int | str, int | None]]:
+    """A text as control symbols and texts, which are cut at `cuts`, each with the answer in whose span it is."""
     owner = lambda at: next((i for (start, end), i in spans.items() if start <= at < end), None)
-    waiting: list[str | int] = []
-    begun = 0
-    for at, piece in _pieces(tokenizer, text, cuts, tokens):
-        control = tokenizer.controls.get(piece)
-        if waiting and (at in cuts or control is not None):
-            yield _Part(None, tuple(waiting), owner(begun))
-            waiting = []
-        if control is not None:
-            yield _Part(control, (), owner(at))
-            continue
-        begun = begun if waiting else at
-        is_content = SIGN.fullmatch(piece) and tokens.fullmatch(piece)
-        waiting.append(number(piece) if is_content else piece)
-    if waiting:
-        yield _Part(None, tuple(waiting), owner(begun))
-
-
-def _pieces(tokenizer: Tokenizer, text: str, cuts: set[int], tokens: re.Pattern[str]) -> Iterator[tuple[int, str]]:
-    """(place, piece): what `tokens` finds, and what is between that and the cuts."""
     at = 0
-    for piece in re.split(f'({tokens.pattern})', text):
+    for piece in _controls(tokenizer).split(text):
         if piece in tokenizer.controls:
-            yield at, piece
+            yield tokenizer.controls[piece], owner(at)
         else:
             inner = sorted({at, at + len(piece)} | {cut for cut in cuts if at < cut < at + len(piece)})
-            yield from ((a, text[a:b]) for a, b in zip(inner, inner[1:], strict=False))
+            yield from ((text[a:b], owner(a)) for a, b in pairwise(inner))
         at += len(piece)
-
-
-@lru_cache(maxsize=16)
-def _tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Finds the control symbols, longest first, and the private characters."""
-    return re.compile(f'{_controls(tokenizer).pattern}|{SIGN.pattern}')
 
 
 @lru_cache(maxsize=16)
 def _controls(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Finds the control symbols, longest first."""
-    return re.compile('|'.join(map(re.escape, sorted(filter(None, tokenizer.controls), key=len, reverse=True))))
+    return re.compile(f'({"|".join(map(re.escape, sorted(filter(None, tokenizer.controls), key=len, reverse=True)))})')
 
 
 @lru_cache(maxsize=64)

@@ -6,8 +6,8 @@ such token, its very first aside, which is no target. A conversation that is lon
 one that has nothing left to learn then is left out.
 """
 
-import itertools
 import json
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,66 +19,51 @@ from etils import epath
 from lm.data import bestfit, pipeline
 from lm.data.cache import fingerprint
 from lm.data.chat_layout import refusal
-from lm.data.chat_shape import Tools
 from lm.data.chat_template import ChatTemplate
 from lm.data.packing import Row, permute
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
 from lm.data.sizes import Sizes
-from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
+from lm.data.store import Checksums, TokenStore, read, token_dtype
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
 _FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy')
 LAYOUT = 2  # of a store of conversations or pairs; part of its key in the cache and of a run's fingerprint
 NEVER = 2**32 - 1  # the place of what is nowhere
-_AT_ONCE = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class ChatStore:
-    """`tokens` as a token store has them, `trained` [tokens] uint8 and `first` [conversations] uint32, memory-mapped;
-    `fingerprint` stands for their sizes."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ChatStore(TokenStore):
+    """A token store whose documents are conversations, with `trained` [tokens] uint8 and `first` [conversations]
+    uint32, memory-mapped; `fingerprint` stands for their sizes."""
 
-    tokens: TokenStore = field(repr=False)
     trained: np.ndarray = field(repr=False)
     first: np.ndarray = field(repr=False)
     fingerprint: str
 
-    @staticmethod
-    def open(directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
+    @classmethod
+    def open(cls, directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        plain = {name: checksums[name] for name in ('tokens.bin', 'offsets.npy')}
-        verify(directory, {name: checksums[name] for name in ('trained.bin', 'first.npy')})
-        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=plain)
+        own = {name: checksums[name] for name in _FILES}
+        store = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=own)
         trained, first = np.memmap(directory / 'trained.bin', np.uint8, 'r'), directory / 'first.npy'
-        sizes = fingerprint([checksums[name] for name in ('offsets.npy', 'first.npy')])
-        return ChatStore(tokens, trained, np.load(first, mmap_mode='r'), sizes)
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokens.pad_id
-
-    @property
-    def conversations(self) -> int:
-        return self.tokens.documents
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+        sizes = fingerprint([own['offsets.npy'], own['first.npy']])
+        return cls(**vars(store), trained=trained, first=np.load(first, mmap_mode='r'), fingerprint=sizes)
 
     def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, trained) of conversation i."""
-        start, end = self.tokens.offsets[i : i + 2]
-        return self.tokens.tokens[start:end], self.trained[start:end]
+        start, end = self.offsets[i : i + 2]
+        return self.tokens[start:end], self.trained[start:end]
 
     def lengths(self, start: int, stop: int) -> np.ndarray:
         """[stop - start] int64, the tokens of these conversations."""
-        return np.diff(read(self.tokens.offsets, start, stop + 1))
+        return np.diff(read(self.offsets, start, stop + 1))
 
 
 class Question(NamedTuple):
-    """What is asked, up to where the assistant is to speak, and what it says in the data, both as ids."""
+    """A question, up to where the assistant is to speak, and what it says in the data, both as ids."""
 
     prompt: list[int]
     answer: list[int]  # with the end of its turn
@@ -87,7 +72,7 @@ class Question(NamedTuple):
 def questions(store: ChatStore, count: int, *, longest: int) -> list[Question]:
     """The last answer of each of the first conversations that ends within `longest` tokens, with all that was said
     before it."""
-    found = (last_answer(*store.conversation(i), longest) for i in range(min(count, store.conversations)))
+    found = (last_answer(*store.conversation(i), longest) for i in range(min(count, store.documents)))
     return [question for question in found if question is not None]
 
 
@@ -103,63 +88,46 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 
 
 def form(template: ChatTemplate) -> Form:
-    """How conversations are kept, in the words of a template."""
+    """The form of a store of conversations, in the words of a template."""
     key = [LAYOUT, template.fingerprint]
-    return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
+    return Form('chat', key, partial(_write, template), ChatStore.open, _FILES, partial(_check, template))
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
     return template.check(tokenizer, record['messages'], tools=record.get('tools'))
 
 
-def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
-    return ChatStore.open(
-        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
-    )  # fmt: skip
-
-
 def _write(
     template: ChatTemplate, directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts
 ) -> int:
-    found, same = itertools.tee(map(json.loads, contents))
-    tools = (c[1] if len(c) > 1 else None for c in same)
-    encoded = encode_each(template, tokenizer, (c[0] for c in found), counts, tools=tools)
-    return write_encoded(directory, encoded, tokenizer.vocab_size)
+    return write_encoded(directory, _encoded(template, contents, tokenizer, counts), tokenizer.vocab_size)
 
 
-def encode_each(
-    template: ChatTemplate, tokenizer: Tokenizer, conversations: Iterable, counts: Counts, *,
-    tools: Iterable[Tools] = itertools.repeat(None),
-) -> Iterator[tuple[list[int], list[bool]]]:  # fmt: skip
+def _encoded(
+    template: ChatTemplate, contents: Iterable[bytes], tokenizer: Tokenizer, counts: Counts
+) -> Iterator[tuple[list[int], list[bool]]]:
     """(ids, trained) of each conversation that the template accepts, with its tools; the others are counted and named
     by their number."""
-    for number, (messages, theirs) in enumerate(zip(conversations, tools, strict=False), 1):
+    for number, (messages, *tools) in enumerate(map(json.loads, contents), 1):
         try:
-            yield template.encode(tokenizer, messages, tools=theirs)
+            yield template.encode(tokenizer, messages, tools=tools[0] if tools else None)
         except UsageError as error:
             counts.drop(refusal(error), f'conversation {number}: {error}')
 
 
 def write_encoded(directory: epath.Path, encoded: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> int:
-    """Writes conversations, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
+    """Writes conversations, one by one, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
-    lengths, first, found = [np.zeros(1, np.int64)], [np.zeros(0, np.uint32)], iter(encoded)
+    dtype, offsets, first = token_dtype(vocab_size), array('q', [0]), array('I')
     with (directory / 'tokens.bin').open('wb') as tokens, (directory / 'trained.bin').open('wb') as trained:
-        while chunk := list(itertools.islice(found, _AT_ONCE)):
-            tokens.write(np.array([i for ids, _ in chunk for i in ids], token_dtype(vocab_size)).tobytes())
-            trained.write(np.array([t for _, mask in chunk for t in mask], np.uint8).tobytes())
-            lengths.append(np.array([len(ids) for ids, _ in chunk], np.int64))
-            first.append(np.array([_first(mask) for _, mask in chunk], np.uint32))
-    offsets = np.cumsum(np.concatenate(lengths))
-    for name, values in (('offsets', offsets), ('first', np.concatenate(first))):
-        with (directory / f'{name}.npy').open('wb') as f:
-            np.save(f, values)
-    return int(offsets[-1])
-
-
-def _first(trained: list[bool]) -> int:
-    """The place of the first token to be learned, the very first aside."""
-    return trained.index(True, 1) if True in trained[1:] else NEVER
+        for ids, mask in encoded:
+            tokens.write(np.array(ids, dtype).tobytes())
+            trained.write(bytes(mask))
+            offsets.append(offsets[-1] + len(ids))
+            first.append(mask.index(True, 1) if True in mask[1:] else NEVER)
+    np.save(directory / 'offsets.npy', np.array(offsets, np.int64))
+    np.save(directory / 'first.npy', np.array(first, np.uint32))
+    return offsets[-1]
 
 
 # ---- as rows ----
@@ -179,8 +147,8 @@ class ChatRows:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Of the conversations in rows of seq_len; those without an answer there are left out."""
-        return Sizes(self.store.conversations, [self.store.fingerprint, self.seq_len], self._measure)
+        """Sizes of the conversations in rows of seq_len; those without an answer there are left out."""
+        return Sizes(self.store.documents, [self.store.fingerprint, self.seq_len], self._measure)
 
     def _measure(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         targets = self.store.lengths(start, stop) - 1
@@ -242,7 +210,7 @@ def check(source: PreparedSource, *, seq_len: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WithReplay:
-    """What a stage after pretraining learns from: conversations or pairs, and, so that it does not forget, the text of
+    """The data of a stage after pretraining: conversations or pairs, and, so that it does not forget, the text of
     pretraining (None: none is known)."""
 
     own: Prepared

@@ -46,19 +46,8 @@ _SYSTEM, _TOOLS, _QUESTIONS = (
     ('tools', 'functions'),
     ('prompt', 'conversations', 'question'),
 )
-_OPTIONAL = (
-    'id',
-    'input',
-    'margin',
-    'score_chosen',
-    'score_rejected',
-    'history',
-    'kto_tag',
-    *_SYSTEM,
-    *_TOOLS,
-    *_QUESTIONS,
-)
-_FIELDS = {*_OPTIONAL, *(field_ for forms in _FORMS.values() for form in forms for field_ in form)}
+_OPTIONAL = {'id', 'input', 'margin', 'score_chosen', 'score_rejected', 'history', 'kto_tag'}
+_FIELDS = _OPTIONAL.union(_SYSTEM, _TOOLS, _QUESTIONS, *_FORMS['chat'], *_FORMS['pairs'])
 # They change what should be learned, and nothing here does as they say.
 _IGNORED = ('loss_mask', 'train', 'chat_template_kwargs', 'enable_thinking')
 _WEIGHTS = ('weight', 'sample_weight')
@@ -67,7 +56,7 @@ _SHOWN = 12  # of the fields of a record that has none of ours
 
 
 class Row(NamedTuple):
-    """What a source holds at one place ('FILE:LINE'): fields, or the reason why there are none."""
+    """The content of one place of a source ('FILE:LINE'): fields, or the reason why there are none."""
 
     place: str
     key: str
@@ -76,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What rows are read as. `strict`: the first malformed one is a UsageError. `unpaired`: single answers, good or
+    """The way rows are read. `strict`: the first malformed one is a UsageError. `unpaired`: single answers, good or
     bad, are let through as pairs with an empty side.
     """
 
@@ -86,7 +75,7 @@ class Reading(NamedTuple):
 
     @property
     def state(self) -> list[Any]:
-        """What the records depend on besides the rows."""
+        """All that the records depend on besides the rows."""
         return [RECIPE, self.kind, self.unpaired]
 
 
@@ -96,7 +85,7 @@ class _LeftOut(Exception):
 
 @dataclass
 class _Notes:
-    """What was changed in a record, and the keys of what nothing is made of."""
+    """Changes to a record, and the keys of which nothing is made."""
 
     changed: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
@@ -161,7 +150,7 @@ def choose_column(place: str, wanted: str | None, texts: Sequence[str], columns:
 
 
 def kind_of(fields: Iterable[str]) -> Kind | None:
-    """What these fields make: a pair, a conversation, or nothing that is known."""
+    """The kind of record that these fields make: a pair, a conversation, or nothing that is known."""
     have = set(fields)
     if have.issuperset(_FORMS['pairs'][0]):
         return 'pairs'
@@ -229,11 +218,7 @@ def _chat(name: str, row: Row, notes: _Notes, column: str | None) -> Chat:
     _check_turns(messages)
     if not any(m['role'] == 'assistant' for m in messages):
         raise Malformed('no_response', "no message is the assistant's")
-    key = str(have.get('id', row.key))
-    made = Chat(
-        id=key, source=name, messages=messages, bytes=_size(messages), meta=_meta(have, column), place=row.place
-    )
-    return _with_beside(made, have, notes, column)
+    return _record(name, row, have, notes, messages, column=column, messages=messages)
 
 
 def _conversation(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> list[Message]:
@@ -284,16 +269,20 @@ def _until_learned(messages: list[Message], notes: _Notes) -> list[Message]:
     end = len(messages)
     while end and (messages[end - 1]['role'] in ('user', 'tool') or not messages[end - 1].get('train', True)):
         end -= 1
-        notes.changed.add(
-            {'user': 'trailing_user', 'tool': 'trailing_tool'}.get(messages[end]['role'], 'trailing_answer')
-        )
+        role = messages[end]['role']
+        notes.changed.add('trailing_answer' if role == 'assistant' else f'trailing_{role}')
     if not any(m['role'] == 'assistant' for m in messages[:end]) and any(m['role'] == 'assistant' for m in messages):
         raise _LeftOut('no_learned_answer')
     return messages[:end]
 
 
-def _with_beside(record: Any, have: Mapping[str, Any], notes: _Notes, column: str | None = None) -> Any:
-    """The record with its tools; notes what else it has and nothing is made of."""
+def _record(
+    name: str, row: Row, have: Mapping[str, Any], notes: _Notes, said: Sequence[Message], *, column: str | None = None,
+    **own: Any,
+) -> Any:  # fmt: skip
+    """A chat or a pair: its own fields, and those that both have. Notes what else there is and nothing is made of."""
+    key = str(have.get('id', row.key))
+    record = own | {'id': key, 'source': name, 'bytes': _size(said), 'meta': _meta(have, column), 'place': row.place}
     if media := next((key for key in _MEDIA if not is_empty(have.get(key))), None):
         raise Malformed(media, f'it has {media}, which are not read')
     for key in _TOOLS:
@@ -359,15 +348,19 @@ def _pair(name: str, row: Row, notes: _Notes, unpaired: bool) -> Pair:
         raise Malformed('empty_response', f'{"rejected" if chosen else "chosen"} has no messages')
     if chosen == rejected:
         raise Malformed('equal_sides', 'chosen and rejected are equal')
-    pair = _as_pair(name, row, prompt, chosen, rejected, sides, have, notes)
-    return _with_beside(pair, have, notes)
+    label = sides.label
+    if label < 0.5:  # the better side is `chosen`
+        chosen, rejected, label = rejected, chosen, 1 - label
+        notes.changed.add('sides_swapped')
+    own = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected, 'margin': sides.margin, 'label': label}
+    return _record(name, row, have, notes, [*prompt, *chosen, *rejected], **own)
 
 
 def _paired(have: Mapping[str, Any], unused: Unused) -> _Sides:
     """`chosen` and `rejected`: answers to a prompt, or whole conversations."""
     label, margin = _judgement(have)
     chosen, rejected = (side_of(have, key, 'assistant', unused, dialogue=True) for key in ('chosen', 'rejected'))
-    if _is_whole(chosen) and _is_whole(rejected):
+    if all(side and side[0]['role'] != 'assistant' for side in (chosen, rejected)):  # from the start
         length = _shared(chosen, rejected)
         return _Sides(chosen[:length], chosen[length:], rejected[length:], label, margin)
     place = next((key for key in _QUESTIONS if key in have), None)
@@ -403,7 +396,7 @@ def _single(have: Mapping[str, Any], form: tuple[str, ...], unused: Unused) -> _
 
 
 def _is_true(label: Any) -> bool:
-    """Of a label, which is a text in a table of texts."""
+    """Tells whether a label, which is a text in a table of texts, says so."""
     return label in (True, 1) or (isinstance(label, str) and label.lower() in ('true', '1', '1.0'))
 
 
@@ -413,7 +406,7 @@ def _is_false(label: Any) -> bool:
 
 def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     """(label, margin) of a record with two sides."""
-    label = number_of(have, 'label') if 'label' in have else 1.0
+    label, margin = number_of(have, 'label') if 'label' in have else 1.0, 0.0
     if not 0 <= label <= 1:
         raise Malformed('label', f'label is {label:g}, no probability')
     if 'score_chosen' in have and 'score_rejected' in have:
@@ -422,8 +415,6 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
             raise _LeftOut('tie')
         if margin < 0:
             raise Malformed('scores', 'score_chosen is below score_rejected')
-    else:
-        margin = 0.0
     if label == 0.5:
         raise _LeftOut('tie')
     margin = number_of(have, 'margin') if 'margin' in have else margin
@@ -432,35 +423,14 @@ def _judgement(have: Mapping[str, Any]) -> tuple[float, float]:
     return label, margin
 
 
-def _is_whole(side: Sequence[Message]) -> bool:
-    """Whether a side is a conversation from its start, and no answer."""
-    return bool(side) and side[0]['role'] != 'assistant'
-
-
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations share, up to the last one of a user; raises Malformed if none."""
+    """The number of first messages that two conversations share, up to a user's last one; raises Malformed if none."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     while length and a[length - 1]['role'] != 'user':
         length -= 1
     if not length:
         raise Malformed('no_shared_prompt', 'chosen and rejected do not begin with the same message')
     return length
-
-
-def _as_pair(
-    name: str, row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message], sides: _Sides,
-    have: Mapping[str, Any], notes: _Notes,
-) -> Pair:  # fmt: skip
-    """The better side is `chosen`: where the label says that the other one is, they change places."""
-    label = sides.label
-    if label < 0.5:
-        chosen, rejected, label = rejected, chosen, 1 - label
-        notes.changed.add('sides_swapped')
-    return Pair(
-        id=str(have.get('id', row.key)), source=name, prompt=prompt, chosen=chosen, rejected=rejected,
-        margin=sides.margin, label=label, bytes=_size([*prompt, *chosen, *rejected]), meta=_meta(have),
-        place=row.place,
-    )  # fmt: skip
 
 
 # ---- fields ----
@@ -474,6 +444,6 @@ def _size(messages: Sequence[Message]) -> int:
         raise Malformed('not_utf8', 'a content is not UTF-8') from None
 
 
-def _meta(have: Mapping[str, Any], column: str | None = None) -> dict[str, Any]:
-    rest = ((key, value) for key, value in have.items() if key not in _FIELDS and key != column)
-    return {key: value for key, value in rest if isinstance(value, str | int | float | bool)}
+def _meta(have: Mapping[str, Any], column: str | None) -> dict[str, Any]:
+    own = {key: have[key] for key in have if key not in _FIELDS and key != column}
+    return {key: value for key, value in own.items() if isinstance(value, str | int | float | bool)}

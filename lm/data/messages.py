@@ -58,7 +58,7 @@ def read_tools(value: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
         raise Malformed('tools', what)
     tools = [without_nulls(tool if 'function' in tool else {'type': 'function', 'function': tool}) for tool in value]
-    if not all(_is_function(tool) for tool in tools):
+    if not all(_is_function(tool.get('function')) for tool in tools):
         raise Malformed('tools', what)
     return tools
 
@@ -84,18 +84,15 @@ def _message(message: Mapping[str, Any], number: int, unused: Unused) -> Message
         raise Malformed('unknown_role', f'message {number} has the role {role!r}, not system, user, assistant or tool')
     ours = _ROLES[role.lower()]
     said = next((message[key] for key in ('content', 'value') if message.get(key) is not None), None)
-    calls = _tool_calls(message, said if role.lower() == 'function_call' else None, number)
-    content, thoughts = _content('' if calls and (said is None or role.lower() == 'function_call') else said, number)
+    is_call = role.lower() == 'function_call'
+    calls = _tool_calls(message, said if is_call else None, number)
+    content, thoughts = _content('' if calls and (said is None or is_call) else said, number)
     made = Message(role=ours, content=content)
-    for key in sorted(message.keys() - _READ):
+    for key in message.keys() - (_READ if ours == 'assistant' else _READ.difference(_THOUGHTS, _CALLS)):
         if not is_empty(message[key]):
             unused(key)
     if ours == 'assistant':
         _add_answer(made, message, thoughts, calls, number, unused)
-    else:
-        for key in (*_THOUGHTS, *_CALLS):
-            if not is_empty(message.get(key)):
-                unused(key)
     for key in ('name', 'tool_call_id'):
         if isinstance(text := message.get(key), str) and text:
             made[key] = text
@@ -130,11 +127,9 @@ def _is_learned(message: Mapping[str, Any], number: int) -> bool:
 
 def _content(value: Any, number: int) -> tuple[str, str]:
     """(the text of a content, the thoughts among its parts)."""
-    if isinstance(value, str):
-        return value, ''
     if value is None:
         raise Malformed('not_text', f'message {number} has no content, or a null')
-    parts = [value] if isinstance(value, Mapping) else value
+    parts = [value] if isinstance(value, str | Mapping) else value
     if not isinstance(parts, Sequence):
         raise Malformed('not_text', f'message {number} has a content that is no text')
     texts, thoughts = [], []
@@ -169,9 +164,9 @@ def _tool_calls(message: Mapping[str, Any], said: Any, number: int) -> list[Tool
 
 def _tool_call(call: Mapping[str, Any], what: str) -> ToolCall:
     """A call with its arguments as an object, which templates write as JSON."""
-    if not _is_function(call if 'function' in call else {'function': call}):
-        raise Malformed('tool_calls', what)
     function = call.get('function', call)
+    if not _is_function(function):
+        raise Malformed('tool_calls', what)
     arguments = function.get('arguments', {})
     if isinstance(arguments, str):
         arguments = _parsed(arguments or '{}', 'tool_calls', f'{what}: the arguments are no JSON')
@@ -181,8 +176,7 @@ def _tool_call(call: Mapping[str, Any], what: str) -> ToolCall:
     return made
 
 
-def _is_function(call: Mapping[str, Any]) -> bool:
-    function = call.get('function')
+def _is_function(function: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get('name'), str) and bool(function['name'])
 
 
@@ -197,7 +191,7 @@ def _parsed(text: str, reason: str, what: str) -> Any:
 
 
 def side_of(have: Mapping[str, Any], key: str, role: Role, unused: Unused, *, dialogue: bool = False) -> list[Message]:
-    """What a field says: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
+    """The messages of a field: a text is one message of `role`, or a `dialogue`; a single message is a list of one."""
     value = have[key]
     if isinstance(value, Mapping) and ('content' in value or 'value' in value):
         value = [value]

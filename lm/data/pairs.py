@@ -99,7 +99,7 @@ def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """How pairs are kept, in the words of a template."""
     key = [chats.LAYOUT, template.fingerprint, sides]
     write, check = partial(_write, template, sides), partial(_check, template)
-    return Form('pairs', key, write, partial(_open, sides), _FILES, check)
+    return Form('pairs', key, write, partial(PairStore.open, sides=sides), _FILES, check)
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
@@ -107,11 +107,6 @@ def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozens
     sides = [side for side in (record['chosen'], record['rejected']) if side]
     options = {'given': len(prompt), 'tools': tools}
     return frozenset().union(*(template.check(tokenizer, prompt + side, **options) for side in sides))
-
-
-def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
-    options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id, 'checksums': checksums}
-    return PairStore.open(directory, sides=sides, **options)
 
 
 def _write(

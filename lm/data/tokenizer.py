@@ -9,6 +9,7 @@ its characters. <unk> never occurs, because what is in no piece becomes bytes.
 """
 
 import codecs
+import contextlib
 import hashlib
 import io
 import os
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain, starmap
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ class Tokenizer:
 
     Attributes:
       pieces: the UTF-8 bytes that each id stands for, none for control symbols and for ids that are not used.
-      controls: the id of each control symbol by its name, as '<|user|>'.
+      controls: the id of each control symbol by its name, as '<|user|>'; the only way to one, for `encode` gives none.
       stop_ids: the ids that end an answer: the end of a document, and of a chat turn.
       saved: the files that `save` writes, by name.
       encode_plain: the ids of texts without a match of `around`, whose matches are encoded as `byte_ids`.
@@ -108,15 +110,6 @@ class Tokenizer:
         controls = set(self.controls.values())
         return np.array([bool(piece) or i in controls for i, piece in enumerate(self.pieces)])
 
-    def marker_id(self, marker: str) -> int:
-        """The id of a control symbol, as '<|user|>'. This is the only way to one: `encode` never gives it.
-
-        Raises UsageError if the tokenizer has no such symbol.
-        """
-        if marker not in self.controls:
-            raise UsageError(f'the tokenizer has no control symbol {marker}: it has {", ".join(self.controls)[:200]}')
-        return self.controls[marker]
-
     def encode(self, text: str) -> list[int]:
         """The ids of a text from its beginning, without <bos> and <eos>."""
         return self.encode_batch([text])[0]
@@ -158,21 +151,13 @@ class Tokenizer:
         return f' {text}' if text and self.prepend_scheme != 'never' else text
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if self.around is None:
-            return self.encode_plain(list(texts))
-        search = self.around.search
-        plain = [text for text in texts if not search(text)]
-        ids = iter(self.encode_plain(plain) if plain else [])
-        return [self._encode_around(self.around, text) if search(text) else next(ids) for text in texts]
+        parts = [self.around.split(text) if self.around else [text] for text in texts]  # every second one is a match
+        plain = iter(self.encode_plain([part for found in parts for part in found[::2]]))
 
-    def _encode_around(self, around: re.Pattern[str], text: str) -> list[int]:
-        ids: list[int] = []
-        for part in around.split(text):
-            if around.fullmatch(part):
-                ids.extend(self.byte_ids[b] for b in part.encode())
-            elif part:
-                ids.extend(self.encode_plain([part])[0])
-        return ids
+        def ids(at: int, part: str) -> list[int]:
+            return [self.byte_ids[b] for b in part.encode()] if at % 2 else next(plain)
+
+        return [list(chain.from_iterable(starmap(ids, enumerate(found)))) for found in parts]
 
     def decode(self, ids: Iterable[int], *, continued: bool = False) -> str:
         """The text of ids, without control symbols and ids beyond the vocabulary; bytes that are not UTF-8 become
@@ -183,15 +168,12 @@ class Tokenizer:
         """
         return ''.join(self.decode_stream(ids, continued=continued))
 
-    def _piece(self, i: int) -> bytes:
-        return self.pieces[i] if i < len(self.pieces) else b''
-
     def decode_stream(self, ids: Iterable[int], *, continued: bool = False) -> Iterator[str]:
         """Pieces of text as ids arrive, a character only when all its bytes have; together they are `decode(ids)`."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         strip = not continued and self.prepend_scheme != 'never'
         for i in ids:
-            piece = self._piece(i)
+            piece = self.pieces[i] if i < len(self.pieces) else b''
             if strip and piece:
                 piece, strip = piece.removeprefix(b' '), False
             if text := decoder.decode(piece):
@@ -224,18 +206,12 @@ def from_model(model: bytes) -> Tokenizer:
     if missing := [name for name in ('<pad>', '<bos>', '<eos>', *CHAT_MARKERS) if name not in controls]:
         raise UsageError(f'lacks the control symbols {" ".join(missing)}, so it is none of ours or is damaged')
     tokenizer = Tokenizer(
-        pieces=pieces,
-        controls=controls,
-        bos_id=controls['<bos>'],
-        eos_id=controls['<eos>'],
-        pad_id=controls['<pad>'],
+        pieces=pieces, controls=controls, bos_id=controls['<bos>'], eos_id=controls['<eos>'], pad_id=controls['<pad>'],
         stop_ids=(controls['<eos>'], controls['<|end|>']),
-        fingerprint=hashlib.blake2b(model, digest_size=8).hexdigest(),
-        saved={MODEL_FILE: model},
-        encode_plain=partial(_encode_plain, processor),
-        around=_AROUND,
+        fingerprint=hashlib.blake2b(model, digest_size=8).hexdigest(), saved={MODEL_FILE: model},
+        encode_plain=partial(_encode_plain, processor), around=_AROUND,
         byte_ids=tuple(processor.piece_to_id(f'<0x{b:02X}>') for b in range(256)),
-    )
+    )  # fmt: skip
     if not gives_back(tokenizer):
         raise UsageError('changes text (normalization, no byte fallback)')
     return tokenizer
@@ -248,7 +224,7 @@ def _encode_plain(processor: sentencepiece.SentencePieceProcessor, texts: list[s
 
 
 def gives_back(tokenizer: Tokenizer) -> bool:
-    """Whether a text comes back as it was: if not, losses per byte would be of another text."""
+    """Tells whether a text comes back as it was: if not, losses per byte would be of another text."""
     probe = '  A\n\n\tb\0\u2581é\ufb01\U0001f600 '
     return tokenizer.decode(tokenizer.encode(probe)) == probe
 
@@ -270,22 +246,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         lambda: _trained(lines, min(vocab_size, _enough(lines)), hard_vocab_limit=False),
         lambda: _trained(_frequent(lines, (vocab_size - FIRST_PIECE) // 2), vocab_size, hard_vocab_limit=False),
     )
-    failed: RuntimeError | None = None
     for attempt in attempts:
-        try:
+        with contextlib.suppress(RuntimeError):
             return from_model(attempt())
-        except RuntimeError as error:
-            failed = error
-    raise UsageError('no tokenizer can be trained on this text: set data.tokenizer to one, or give more') from failed
+    raise UsageError('no tokenizer can be trained on this text: set data.tokenizer to one, or give more')
 
 
 def _trained(lines: Iterable[str], vocab_size: int, **more: Any) -> bytes:
     """The bytes of a SentencePiece model. Raises RuntimeError if the trainer fails."""
     model = io.BytesIO()
-    options = {'vocab_size': vocab_size, **_TRAINING, **more}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, num_threads=_cores(), **options
-    )
+    options = {'vocab_size': vocab_size, 'num_threads': _cores(), **_TRAINING, **more}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     return model.getvalue()
 
 
@@ -303,29 +274,16 @@ def _frequent(lines: Sequence[str], room: int) -> Iterator[str]:
     return (line.translate(rare) for line in lines)
 
 
-_TRAINING: dict[str, Any] = dict(
-    model_type='bpe',
-    byte_fallback=True,
+_TRAINING: dict[str, Any] = {
+    'model_type': 'bpe', 'byte_fallback': True, 'split_digits': True, 'character_coverage': 0.9999, 'minloglevel': 2,
     # These four give every text back as it was.
-    normalization_rule_name='identity',
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    allow_whitespace_only_pieces=True,
-    split_digits=True,
-    character_coverage=0.9999,
+    'normalization_rule_name': 'identity', 'add_dummy_prefix': False, 'remove_extra_whitespaces': False,
+    'allow_whitespace_only_pieces': True,
     # A text without spaces would leave the space out of the pieces, and then spaces do not come back.
-    required_chars=SPACE,
-    max_sentence_length=_LONGEST_SENTENCE,
-    pad_id=0,
-    bos_id=1,
-    eos_id=2,
-    unk_id=3,
-    pad_piece='<pad>',
-    bos_piece='<bos>',
-    eos_piece='<eos>',
-    control_symbols=','.join(CHAT_MARKERS),
-    minloglevel=2,
-)
+    'required_chars': SPACE, 'max_sentence_length': _LONGEST_SENTENCE,
+    'pad_id': 0, 'bos_id': 1, 'eos_id': 2, 'unk_id': 3, 'pad_piece': '<pad>', 'bos_piece': '<bos>',
+    'eos_piece': '<eos>', 'control_symbols': ','.join(CHAT_MARKERS),
+}  # fmt: skip
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, i: int) -> bytes:

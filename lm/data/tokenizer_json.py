@@ -72,24 +72,14 @@ def from_files(saved: Mapping[str, bytes]) -> Tokenizer:
     ]
     told = [] if edges == _PLAIN_EDGES else [repr(edges)]
     identity = hashlib.blake2b(saved[JSON_FILE] + json.dumps([bos, eos, pad, *told]).encode(), digest_size=8)
-    strips = [frozenset(controls[name] for name in found if name in controls) for found in (edges.left, edges.right)]
+    left, right = (frozenset(controls[name] for name in side if name in controls) for side in edges[2:])
     tokenizer = Tokenizer(
-        pieces=pieces,
-        controls=controls,
-        bos_id=bos,
-        eos_id=eos,
-        pad_id=pad,
-        stop_ids=_stop_ids(eos, controls, saved, len(pieces)),
-        fingerprint=identity.hexdigest(),
-        saved=saved,
-        encode_plain=encode,
-        around=_around(_taken_literally(encode, pieces, [*controls, *byte_names]), spec),
-        byte_ids=tuple(vocab.get(name, -1) for name in byte_names),
-        adds_bos=edges.adds_bos,
-        prepend_scheme=edges.scheme,
-        strips_left=strips[0],
-        strips_right=strips[1],
-    )
+        pieces=pieces, controls=controls, bos_id=bos, eos_id=eos, pad_id=pad,
+        stop_ids=_stop_ids(eos, controls, saved, len(pieces)), fingerprint=identity.hexdigest(), saved=saved,
+        encode_plain=encode, around=_around(encode, pieces, [*controls, *byte_names], spec),
+        byte_ids=tuple(vocab.get(name, -1) for name in byte_names), adds_bos=edges.adds_bos,
+        prepend_scheme=edges.scheme, strips_left=left, strips_right=right,
+    )  # fmt: skip
     if not gives_back(tokenizer):
         raise UsageError('changes text, and losses per byte would be of another text')
     return tokenizer
@@ -108,17 +98,15 @@ def _names(spec: dict[str, Any], saved: Mapping[str, bytes]) -> dict[str, str]:
     added = {token['content'] for token in spec.get('added_tokens') or ()}
     found = {}
     for key, usual in _USUAL.items():
-        named = config.get(f'{key}_token')
-        named = named.get('content') if isinstance(named, dict) else named
-        told = f'{key}_token' in config
-        found[key] = named if told else next((name for name in usual if name in added), None)
+        named = config.get(f'{key}_token', next((name for name in usual if name in added), None))
+        found[key] = named.get('content') if isinstance(named, dict) else named
     if not found['eos']:
         raise UsageError(f'names no token that ends a text (eos_token in {CONFIG_FILE} beside it)')
     return {key: name or found['eos'] for key, name in found.items()}
 
 
 class _Edges(NamedTuple):
-    """How a text begins and is stripped, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
+    """Begin and stripping of a text, as a `Tokenizer` says it; `left` and `right` name the symbols that strip."""
 
     adds_bos: bool
     scheme: str
@@ -232,7 +220,7 @@ def _prepends(node: Mapping[str, Any]) -> bool:
 
 
 def prepend_scheme(spec: Mapping[str, Any]) -> str:
-    """Where a tokenizer.json puts a space before a text: 'never', 'first' or 'always', as its library names it.
+    """The scheme by which a tokenizer.json puts a space before a text: 'never', 'first' or 'always', as in its library.
 
     Raises UsageError if it puts one before each word.
     """
@@ -357,17 +345,14 @@ def _pieces(
     return tuple(pieces)
 
 
-def _taken_literally(
-    encode: Callable[[list[str]], list[list[int]]], pieces: Sequence[bytes], names: Sequence[str]
-) -> list[str]:
-    """The names of symbols and bytes that the model makes a symbol or a byte of when they stand in a text."""
-    spelled = [b''.join(pieces[i] for i in ids) for ids in encode(list(names))]
-    return [name for name, found in zip(names, spelled, strict=True) if found != name.encode()]
-
-
-def _around(names: Sequence[str], spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """What is encoded byte by byte: such names, and a U+2581 that would come back as a space."""
-    parts = [re.escape(name) for name in sorted(names, key=len, reverse=True)]
+def _around(
+    encode: Callable[[list[str]], list[list[int]]], pieces: Sequence[bytes], names: list[str], spec: dict[str, Any]
+) -> re.Pattern[str] | None:
+    """Finds all that is encoded byte by byte: the names of symbols and bytes of which the model makes a symbol or a
+    byte when they stand in a text, and a U+2581 that would come back as a space."""
+    spelled = [b''.join(pieces[i] for i in ids) for ids in encode(names)]
+    taken = [name for name, found in zip(names, spelled, strict=True) if found != name.encode()]
+    parts = [re.escape(name) for name in sorted(taken, key=len, reverse=True)]
     if not is_byte_level(spec):
         parts.append(f'{SPACE}+')
     return re.compile(f'({"|".join(parts)})') if parts else None

@@ -1,9 +1,8 @@
-"""A conversation with a run: what the model is shown of it, and its answer as it is drawn."""
+"""A conversation with a run: how much of it the model is shown, and its answer as it is drawn."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,29 +38,20 @@ class Talker:
 
 
 class Ahead:
-    """What a model's answers run, compiled by a thread before it is asked for, one size of cache at a time."""
+    """The programs of a model's answers, compiled by a thread before it is asked for, one size of cache at a time."""
 
     def __init__(self, params: Any, cfg: Any) -> None:
         """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
-        self._params, self._cfg, self._mesh = params, cfg, jax.sharding.get_mesh()
-        self._turn = threading.Lock()
+        self._compiled = partial(generate.compiled, params, cfg)
+        self._thread = ThreadPoolExecutor(1, initializer=jax.set_mesh, initargs=(jax.sharding.get_mesh(),))
         self._found: dict[int, list[Future[Callable[..., Any]]]] = {}
 
     def begin(self, slots: int) -> None:
-        """Has a thread compile them, if none did."""
+        """Has the thread compile them, if it did not; what fails is raised where it is needed."""
         if slots not in self._found:
-            self._found[slots] = [Future() for _ in Programs._fields]
-            threading.Thread(target=self._compile, args=(slots, self._found[slots]), daemon=True).start()
-
-    def _compile(self, slots: int, found: Sequence[Future[Callable[..., Any]]]) -> None:
-        try:
-            with self._turn, jax.set_mesh(self._mesh):
-                for future, program in zip(found, generate.compiled(self._params, self._cfg, slots=slots), strict=True):
-                    future.set_result(program)
-        except Exception as error:  # told where it is needed
-            for future in found:
-                if not future.done():
-                    future.set_exception(error)
+            programs = self._thread.submit(self._compiled, slots=slots)
+            compile_next = lambda: next(programs.result())
+            self._found[slots] = [self._thread.submit(compile_next) for _ in Programs._fields]
 
     def ready(self, slots: int, seconds: float | None = None) -> bool:
         """Tells whether all are there, within so many seconds."""
@@ -79,7 +69,7 @@ def _when_there(future: Future[Callable[..., Any]], *given: Any) -> Any:
 
 
 def can_chat(run: str) -> bool:
-    """Whether a run has learned to answer; one that was only pretrained continues text.
+    """Tells whether a run has learned to answer; one that was only pretrained continues text.
 
     Raises UsageError if it is a reward model, or there is no such run.
     """
@@ -113,7 +103,7 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
 
 
 def instruct(talker: Talker, system: str | None) -> None:
-    """What the system says from now on; None: nothing."""
+    """Sets the words of the system from now on; None: none."""
     turns = [turn for turn in talker.turns if turn['role'] != 'system']
     talker.turns = [{'role': 'system', 'content': system}, *turns] if system else turns
 
@@ -124,8 +114,8 @@ def forget(talker: Talker) -> None:
 
 
 def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Generator[str, None, None]:
-    """What a run says to a text, in pieces of whole characters, and remembers: as far as it came, if it is not drawn to
-    the end. A piece can be empty: then the prompt is being read.
+    """The answer of a run to a text, in pieces of whole characters, and remembers both: as far as it came, if it is not
+    drawn to the end. A piece can be empty: then the prompt is being read.
 
     Args:
       options: as for `stream`: max_new_tokens, sampling, seed.
@@ -173,7 +163,7 @@ def needs(talker: Talker, text: str, *, max_new_tokens: int) -> int:
 
 
 def room_to_ask(seq_len: int, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have, so that it and the answer stay within what the model was trained on; half of
+    """The tokens that a prompt may have, so that it and the answer stay within what the model was trained on; half of
     that where the answer alone may be longer."""
     return max(seq_len - max_new_tokens, seq_len // 2)
 

@@ -2,19 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
-from lm import files, interrupts, terminal
+from lm import files, interrupts, progress, terminal
 from lm.config import nearest
 from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
 from lm.sampling.conversation import Talker, answer, forget, instruct, needs
 from lm.sampling.generate import Sampling, fixed_slots
-from lm.settings import SEED_MAX
+from lm.settings import SEED_MAX, Bound
 
 COMMANDS = {
     '/help': 'lists these',
@@ -26,7 +26,7 @@ COMMANDS = {
     '/quit': 'leaves, as Ctrl-D does',
 }
 KEYS = 'Enter sends, Alt-Enter begins a line, Ctrl-C clears the line or stops an answer, Ctrl-D leaves'
-Limits = Mapping[str, tuple[Callable[[float], bool], str]]
+note = partial(progress.say, style='bright_black')  # a line that is no answer
 
 
 class Stop:
@@ -43,26 +43,22 @@ class Stop:
 
 
 class Dialogue:
-    """The runs and how each draws; the seed is one more after each message, so that asking again is answered anew."""
+    """The runs and how each draws, at temperatures that `warmth` allows; the seed is one more after each message, so
+    that asking again is answered anew."""
 
     def __init__(
-        self, talkers: Sequence[Talker], draws: Sequence[Sampling], flags: argparse.Namespace, limits: Limits, *,
+        self, talkers: Sequence[Talker], draws: Sequence[Sampling], flags: argparse.Namespace, warmth: Bound, *,
         history: Path,
     ) -> None:  # fmt: skip
-        self.talkers, self.draws, self.seed, self._limits = talkers, list(draws), flags.seed, limits
+        self.talkers, self.draws, self.seed, self._warmth = talkers, list(draws), flags.seed, warmth
         self._max_new_tokens, self._raw = flags.max_new_tokens, flags.raw
         self._editor = terminal.Editor(COMMANDS, history)
-        self._screen = Console(stderr=True, highlight=False)
-
-    def note(self, line: str) -> None:
-        """A line that is no answer."""
-        self._screen.print(line, style='bright_black', markup=False, soft_wrap=True)
 
     def hold(self) -> None:
         """Reads and answers until it is left."""
         for talker, draw in zip(self.talkers, self.draws, strict=True):
-            self.note(banner(talker, draw))
-        self.note(f'seed {self.seed}; /help lists commands, Ctrl-D leaves')
+            note(banner(talker, draw))
+        note(f'seed {self.seed}; /help lists commands, Ctrl-D leaves')
         try:
             while True:
                 typed = self._editor.read()
@@ -89,7 +85,7 @@ class Dialogue:
                 try:
                     self._reply(talker, draw, text, stop)
                 except UsageError as error:  # its template refuses this: the others may not
-                    self.note(f'{error}')
+                    note(f'{error}')
                 if stop.asked:
                     break
         for talker in self.talkers:
@@ -100,13 +96,13 @@ class Dialogue:
     def _reply(self, talker: Talker, draw: Sampling, text: str, stop: Stop) -> None:
         if len(self.talkers) > 1:
             beside = talker.template is None and not self._raw
-            self.note(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
+            note(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
         if not self._compiled(talker, text, stop):
             return
         if talker.template is None:
             print(text, end='', flush=True)
         options = {'max_new_tokens': self._max_new_tokens, 'sampling': draw, 'seed': self.seed}
-        pieces = answer(talker, text, warn=self.note, **options)
+        pieces = answer(talker, text, warn=note, **options)
         for piece in pieces:
             print(piece, end='', flush=True)
             if stop.asked:
@@ -114,9 +110,9 @@ class Dialogue:
         pieces.close()
         print(flush=True)
         if stop.asked:
-            self.note('stopped')
+            note('stopped')
         elif not talker.ended:
-            self.note(f'cut at {self._max_new_tokens} tokens: --max_new_tokens sets how many')
+            note(f'cut at {self._max_new_tokens} tokens: --max_new_tokens sets how many')
 
     def _compiled(self, talker: Talker, text: str, stop: Stop) -> bool:
         """Waits for what the answer runs, and says so; false if that was stopped."""
@@ -124,10 +120,10 @@ class Dialogue:
         slots = needs(talker, text, max_new_tokens=self._max_new_tokens)
         talker.ahead.begin(slots)
         if not talker.ahead.ready(slots, 0.2):
-            self.note('compiling, once for a model and a length of conversation …')
+            note('compiling, once for a model and a length of conversation …')
         while not talker.ahead.ready(slots, 0.1):
             if stop.asked:
-                self.note('stopped')
+                note('stopped')
                 return False
         return True
 
@@ -148,25 +144,21 @@ class Dialogue:
         }  # fmt: skip
         try:
             if command not in ways:
-                hint = nearest(command, list(COMMANDS))
-                raise UsageError(
-                    f'{command} is no command{hint}: /help lists them; a text that begins so needs a space'
-                )
+                known = f'{nearest(command, list(COMMANDS))}: /help lists them'
+                raise UsageError(f'{command} is no command{known}; a text that begins so needs a space')
             ways[command](words)
         except (UsageError, RunError) as error:
-            self.note(f'{error}')
+            note(f'{error}')
 
-    def _help(self, words: str) -> None:
-        del words
+    def _help(self, _: str) -> None:
         for name, meaning in COMMANDS.items():
-            self.note(f'{name:<13} {meaning}')
-        self.note(KEYS)
+            note(f'{name:<13} {meaning}')
+        note(KEYS)
 
-    def _reset(self, words: str) -> None:
-        del words
+    def _reset(self, _: str) -> None:
         for talker in self.talkers:
             forget(talker)
-        self.note('begun anew')
+        note('begun anew')
 
     def _system(self, words: str) -> None:
         chats = [talker for talker in self.talkers if talker.template is not None]
@@ -175,7 +167,7 @@ class Dialogue:
         for talker in chats if words else ():
             instruct(talker, None if words == 'none' else words)
         said = next((turn['content'] for turn in chats[0].turns if turn['role'] == 'system'), None)
-        self.note('the system says nothing' if said is None else f'the system says: {said}')
+        note('the system says nothing' if said is None else f'the system says: {said}')
 
     def _save(self, words: str) -> None:
         kept = [talker.turns for talker in self.talkers if any(t['role'] == 'assistant' for t in talker.turns)]
@@ -187,26 +179,25 @@ class Dialogue:
         if path.exists():
             raise UsageError(f'{path} exists: name another file')
         files.write_text(path, ''.join(json.dumps({'messages': turns}, ensure_ascii=False) + '\n' for turns in kept))
-        self.note(f'saved in {path}')
+        note(f'saved in {path}')
 
     def _seed(self, words: str) -> None:
         if words:
             if not words.isdecimal() or int(words) > SEED_MAX:
                 raise UsageError(f'/seed {words}: must be a whole number from 0 to {SEED_MAX}')
             self.seed = int(words)
-        self.note(f'seed {self.seed}')
+        note(f'seed {self.seed}')
 
     def _temperature(self, words: str) -> None:
         if words:
-            fits, meaning = self._limits['temperature']
             try:
                 value = float(words)
             except ValueError:
                 value = -1.0
-            if not fits(value):
-                raise UsageError(f'/temperature {words}: must be {meaning}')
+            if not self._warmth.holds(value):
+                raise UsageError(f'/temperature {words}: must be {self._warmth.words}')
             self.draws = [draw._replace(temperature=value) for draw in self.draws]
-        self.note(', '.join(f'temperature {temperature:g}' for temperature in {d.temperature for d in self.draws}))
+        note(', '.join(f'temperature {temperature:g}' for temperature in {d.temperature for d in self.draws}))
 
 
 def banner(talker: Talker, draw: Sampling) -> str:
