@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -114,17 +115,17 @@ class Online(Task):
         """Steps on a rollout."""
         return self.config.rl.epochs * (self.responses // self.config.batch_size)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Tokens of a row: room for the longest prompt with its response; seq_len where no data are read."""
         if self.data is None:
             return self.config.seq_len
-        longest = max(len(self._question(*one).prompt) for one in self.asked())
+        longest = max(len(self._question(*one).prompt) for one in self.asked)
         parts = jax.sharding.get_mesh().shape.get('seq', 1) * ROUND
         return min(self.config.seq_len, math.ceil((longest + self.config.rl.max_new_tokens) / parts) * parts)
 
     def epoch(self) -> int:
-        return self.updates * max(1, len(self.asked()) // self.config.rl.prompts)
+        return self.updates * max(1, len(self.asked) // self.config.rl.prompts)
 
     @property
     def frozen(self) -> Mapping[str, str]:
@@ -140,26 +141,26 @@ class Online(Task):
 
     # ---- rollouts ----
 
+    @cached_property
     def asked(self) -> list[tuple[int, int]]:
         """(source, conversation) of each prompt that leaves room for a response."""
-        if not hasattr(self, '_asked'):
-            longest, found = self.config.seq_len - self.config.rl.max_new_tokens, []
-            for n, s in enumerate(self.data.own.sources):
-                for i in range(s.train.conversations):
-                    question = self._question(n, i)
-                    if question is not None and len(question.prompt) <= longest:
-                        found.append((n, i))
-            if not found:
-                raise UsageError(
-                    f'no prompt leaves room for rl.max_new_tokens={self.config.rl.max_new_tokens} in '
-                    f'seq_len={self.config.seq_len}: set a longer seq_len'
-                )
-            self._asked = found
-        return self._asked
+        rl, seq_len = self.config.rl, self.config.seq_len
+        found = [
+            (n, i)
+            for n, s in enumerate(self.data.own.sources)
+            for i in range(s.train.conversations)
+            if (question := self._question(n, i)) is not None and len(question.prompt) <= seq_len - rl.max_new_tokens
+        ]
+        if not found:
+            raise UsageError(
+                f'no prompt leaves room for rl.max_new_tokens={rl.max_new_tokens} in seq_len={seq_len}: set a longer '
+                'seq_len'
+            )
+        return found
 
     def _questions(self, rollout: int) -> list[Question]:
         """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
-        asked, count, found = self.asked(), self.config.rl.prompts, []
+        asked, count, found = self.asked, self.config.rl.prompts, []
         for j in range(rollout * count, (rollout + 1) * count):
             epoch, i = divmod(j, len(asked))
             n, conversation = asked[permute(i, len(asked), b'%d:%d' % (self.config.seed, epoch))]
@@ -345,7 +346,7 @@ class Online(Task):
     def describe(self) -> list[str]:
         c, rl = self.config, self.config.rl
         return [
-            f'{len(self.asked()):,} prompts; a rollout: {rl.prompts} prompts × {rl.group} responses of at most '
+            f'{len(self.asked):,} prompts; a rollout: {rl.prompts} prompts × {rl.group} responses of at most '
             f'{rl.max_new_tokens} tokens, {self.updates} steps of {c.batch_size}'
         ]
 
