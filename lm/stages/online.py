@@ -148,7 +148,7 @@ class Online(Task):
         found = [
             (n, i)
             for n, s in enumerate(self.data.own.sources)
-            for i in range(s.train.conversations)
+            for i in range(s.train.documents)
             if (question := self._question(n, i)) is not None and len(question.prompt) <= seq_len - rl.max_new_tokens
         ]
         if not found:
