@@ -278,18 +278,15 @@ def test_a_local_copy_may_be_the_config_alone(tmp_path):
 
 
 def test_a_named_dataset_of_tfds_is_read_from_where_it_lies(tmp_path):
-    from lm.data import corpora
+    from lm.data import defaults
 
-    class Wiki40b(corpora._TextBuilder, skip_registration=True):
-        name = 'wiki40b'
-        BUILDER_CONFIGS = [corpora.tfds.core.BuilderConfig(name=c) for c in ('en', 'de')]
-
-        def _documents(self):
-            return [('a', self.builder_config.name, {})]
+    class Wiki40b(defaults.Builder, skip_registration=True):
+        BUILDER_CONFIGS = [defaults.tfds.core.BuilderConfig(name=c) for c in ('en', 'de')]
 
     def prepare(folder):
         for config in ('de', 'en'):
-            Wiki40b(Counts(), data_dir=folder, config=config, file_format='array_record').download_and_prepare()
+            options = {'data_dir': folder, 'config': config, 'file_format': 'array_record'}
+            Wiki40b('wiki40b', ('text',), [{'text': config}], **options).download_and_prepare()
 
     with pytest.raises(UsageError, match='is not prepared in'):
         open_source('wiki40b')

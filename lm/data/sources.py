@@ -27,9 +27,8 @@ from lm.errors import UsageError
 
 # Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
 PERIOD = 1 << 14
-CORPORA = ('botocore', 'chitchat')
 DEFAULTS: dict[Kind, tuple[str, ...]] = {
-    'text': CORPORA,
+    'text': ('botocore', 'chitchat'),
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
@@ -102,10 +101,11 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
             f'data source {name!r} holds {what[found]}, not {what[kind]}: name one of '
             f'{", ".join(_known(kind))}, or your own files{conversations.belongs(found)}'
         )
-    if name in CORPORA:
-        return _corpus(name)
     if name in DEFAULTS[kind]:
-        return _default(name)
+        # TensorFlow Datasets takes a while to import, and a start that finds its data prepared needs none of it.
+        from lm.data import defaults
+
+        return defaults.open_default(name)
     if name in mixtures.NAMED:
         return _named(name, reading)
     if name.startswith('tfds:'):
@@ -328,29 +328,3 @@ def _table_rows(path: str) -> Iterator[Row]:
     for number, value in enumerate(parquet.read_rows(path)):
         problem = 'not_utf8' if value is None else None
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value or {}, problem)
-
-
-# --- the default sources --------------------------------------------------------------------------------------------
-# TensorFlow Datasets takes a while to import and the second start needs none of it, so it is imported where it is used.
-
-
-def _corpus(name: str) -> Source:
-    from lm.data import corpora
-
-    state = {'version': corpora.package_version(name), 'recipe': corpora.RECIPE}
-
-    def read(counts: Counts) -> Iterator[Record]:
-        directory, tally = corpora.prepare_corpus(name)
-        # What the builder left out was never written, so it is counted from the builder's tally.
-        counts.read += sum(tally.dropped.values())
-        for reason, number in tally.dropped.items():
-            counts.drop(reason, number=number)
-        yield from tfds.read_text(name, directory, counts, 'train')
-
-    return Source(name, state, read)
-
-
-def _default(name: str) -> Source:
-    from lm.data import defaults
-
-    return defaults.open_default(name)
