@@ -9,6 +9,7 @@ Lines that are not UTF-8 are found one by one, so that each spoils itself alone.
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -16,15 +17,16 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import IO, Any, Literal, NamedTuple
 
+from lm.data import parquet
 from lm.errors import UsageError
 
 Format = Literal['parquet', 'lines', 'json', 'csv', 'text']
 _BEGIN = 1 << 16  # bytes by which a file is judged
-_MAGIC = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'BZh': 'bzip2', b'\xfd7zXZ\x00': 'xz'}
 _FOREIGN = {
     b'PK\x03\x04': 'a zip archive: unpack it', b'ARROW1': 'an Arrow file: name its folder as hf:FOLDER',
     b'%PDF-': 'a PDF: extract its text', b'\x89PNG': 'an image', b'\xff\xd8\xff': 'an image', b'GIF8': 'an image',
@@ -105,78 +107,61 @@ def begin_of(path: str) -> bytes:
         return file.read(_BEGIN)
 
 
-def opened(path: str) -> Any:
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked; reading what is damaged raises UsageError."""
-    file: IO[bytes] = open(path, 'rb')  # noqa: SIM115 (whoever reads it closes it)
-    begin = file.read(6)
-    file.seek(0)
-    kind = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), None)
-    if kind is None:
-        return file
-    if kind == 'zstd':
-        return _Unpacked(path, io.BufferedReader(_Zstd(file), _BEGIN), file)
-    unpack = {'gzip': gzip.open, 'bzip2': bz2.open, 'xz': lzma.open}[kind]
-    return _Unpacked(path, unpack(file, 'rb'), file)
+    with open(path, 'rb') as file:
+        begin = file.read(6)
+        file.seek(0)
+        unpack = next((unpack for magic, unpack in _UNPACK.items() if begin.startswith(magic)), None)
+        yield io.BufferedReader(_Unpacked(path, unpack(file)), _BEGIN) if unpack else file
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd file of any number of frames. The package's own reader takes a file that is cut off for a whole one."""
+def _chunks(unpack: Callable[[Any], Any]) -> Callable[[IO[bytes]], Iterator[bytes]]:
+    """A function that unpacks a file as a module of the standard library does."""
+    return lambda file: iter(partial(unpack(file).read, _BEGIN), b'')
 
-    def __init__(self, file: IO[bytes]):
-        import zstandard  # few files are packed so
 
-        self._file, self._unpacker = file, zstandard.ZstdDecompressor()
-        self._frame, self._packed, self._ready = None, b'', b''
+def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Unpacks any number of frames. The package's own reader takes a file that is cut off for a whole one."""
+    import zstandard  # few files are packed so
+
+    unpacker, frame = zstandard.ZstdDecompressor(), None
+    while packed := file.read(_BEGIN):
+        while packed:
+            frame = frame or unpacker.decompressobj()
+            if unpacked := frame.decompress(packed):
+                yield unpacked
+            packed = frame.unused_data if frame.eof else b''
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError('the file ended before its last frame did')
+
+
+_UNPACK = {
+    b'\x1f\x8b': _chunks(gzip.open), b'\x28\xb5\x2f\xfd': _unpack_zstd, b'BZh': _chunks(bz2.open),
+    b'\xfd7zXZ\x00': _chunks(lzma.open),
+}  # fmt: skip
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a packed file, of which damage is one line with its name."""
+
+    def __init__(self, path: str, chunks: Iterator[bytes]):
+        self._path, self._chunks, self._ready = path, chunks, b''
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._file.read(_BEGIN)
-            if not self._packed:
-                break
-            self._frame = self._frame or self._unpacker.decompressobj()
-            self._ready = self._frame.decompress(self._packed)
-            ended = self._frame.eof
-            self._packed = self._frame.unused_data if ended else b''
-            self._frame = None if ended else self._frame
-        if not self._ready and self._frame is not None:
-            raise EOFError('the file ended before its last frame did')
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
-class _Unpacked(io.BufferedIOBase):
-    """A packed file, of which damage is one line with its name."""
-
-    def __init__(self, path: str, file: Any, packed: IO[bytes]):
-        self._path, self._file, self._packed = path, file, packed
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._told(self._file.read, -1 if size is None else size)
-
-    def read1(self, size: int = -1) -> bytes:
-        return self.read(size if size >= 0 else _BEGIN)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        return self._told(self._file.readline, -1 if size is None else size)
-
-    def close(self) -> None:
-        self._file.close()
-        self._packed.close()
-        super().close()
-
-    def _told(self, read: Any, size: int) -> bytes:
         try:
-            return read(size)
+            self._ready = self._ready or next(self._chunks, b'')
         except Exception as e:  # each library has errors of its own
             reason = ' '.join(str(e).split())[:200] or type(e).__name__
             raise UsageError(f'{self._path} is damaged ({reason}): restore it or leave it out') from e
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def encoding_of(begin: bytes) -> Encoding:
@@ -225,9 +210,16 @@ def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
 # ---- rows ----
 
 
-def read_rows(path: str, form: Format) -> Iterator[Line]:
-    """(number, the object, why there is none or None) of each row of a file of lines, JSON or a table of texts: a
-    line's number in the file, else the row's."""
+def read_rows(path: str, form: Format, columns: Sequence[str] | None = None) -> Iterator[Line]:
+    """(number, the object, why there is none or None) of each row of a file of lines, JSON or a table: a line's number
+    in the file, else the row's.
+
+    Args:
+      columns: of a parquet file, those that are read; None: all.
+    """
+    if form == 'parquet':
+        rows = enumerate(parquet.read_rows(path, columns))
+        return ((number, row or {}, 'not_utf8' if row is None else None) for number, row in rows)
     return {'lines': _line_rows, 'json': _json_rows, 'csv': _csv_rows}[form](path)
 
 
@@ -324,18 +316,13 @@ def _csv_rows(path: str) -> Iterator[Line]:
         text = io.TextIOWrapper(file, encoding.name, errors=errors, newline='')
         rows = csv.DictReader(text, delimiter=_delimiter(path), restkey='', strict=True)
         number = 1
-        while True:
-            number += 1
-            try:
-                row = next(rows, None)
-            except csv.Error:
-                yield number, {}, 'malformed'
-                return
-            if row is None:
-                return
-            extra = row.pop('', None)
-            bad = 'malformed' if extra else _not_utf8(row)
-            yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
+        try:
+            for number, row in enumerate(rows, 2):
+                extra = row.pop('', None)
+                bad = 'malformed' if extra else _not_utf8(row)
+                yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
+        except csv.Error:
+            yield number + 1, {}, 'malformed'
 
 
 def _not_utf8(row: dict[str, Any]) -> str | None:

@@ -12,7 +12,6 @@ The same addresses hold text, conversations ('chat') and pairs of answers ('pair
 lm/data/conversations.py.
 """
 
-import dataclasses
 import difflib
 import glob
 import os
@@ -112,14 +111,7 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
         return tfds.open_prepared(name, name, reading)
     if name.startswith('hf:'):
         return hub.open_dataset(name, hub.parse(name), reading)
-    path, column = _split_column(name)
-    found, left_out = _find_files(name, path, column, kind)
-    source = (
-        _conversation_files(name, found, column, reading)
-        if reading
-        else _files(name, found, column, inside=os.path.isdir(os.path.expanduser(path)))
-    )
-    return _counting(source, left_out) if left_out else source
+    return _open_files(name, kind, reading)
 
 
 def _kind_of(name: str) -> Kind | None:
@@ -177,18 +169,6 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     return tuple(found), tuple(left_out)
 
 
-def _counting(source: Source, left_out: tuple[str, ...]) -> Source:
-    """The source, with the files of its folder that cannot be read counted among what it drops."""
-
-    def read(counts: Counts) -> Iterator[Any]:
-        for path in left_out:
-            counts.read += 1
-            counts.drop(folders.kind_of(path))
-        yield from source.read(counts)
-
-    return dataclasses.replace(source, read=read)
-
-
 def _unknown(name: str, kind: Kind) -> str:
     if '/' in name or '.' in name:
         files = '.jsonl, .csv, .parquet or text file' if kind == 'text' else '.jsonl, .csv or .parquet file'
@@ -211,42 +191,62 @@ def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
     return [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
 
 
-def _files(name: str, paths: tuple[str, ...], column: str | None, *, inside: bool) -> Source:
-    """Files of text or of records; `inside`: found in a folder, where what is neither is counted and left out."""
+def _open_files(name: str, kind: Kind, reading: Reading | None) -> Source:
+    """Files of text or of records; in a folder what is neither is counted and left out."""
+    place, column = _split_column(name)
+    paths, left_out = _find_files(name, place, column, kind)
     state = _state_of(name, paths)
-    refuse = lambda path: UsageError(f'data source {name!r}: {path} is plain text and has no column {column!r}')
-    if column and (plain := [p for p in paths if record_files.is_named_text(p)]):
-        raise refuse(plain[0])
+    if plain := [p for p in paths if (reading or column) and record_files.is_named_text(p)]:
+        raise _no_records(name, plain[0], column, reading)
+    if column and kind == 'pairs':
+        conversations.check_columns(f'data source {name!r}', kind, [], column)
+    inside = not reading and os.path.isdir(os.path.expanduser(place))
 
-    def read(counts: Counts) -> Iterator[Record]:
+    def read(counts: Counts) -> Iterator[Any]:
+        for path in left_out:
+            _leave_out(path, counts)
+        if reading:
+            rows = (row for path in paths for row in _rows(path))
+            yield from conversations.read_rows(name, reading, rows, counts, column=column)
+            return
         for path in paths:
             form = _format(path, inside)
             if form is None:
-                counts.read += 1
-                counts.drop(folders.kind_of(path))
-            elif form == 'parquet':
-                yield from _read_parquet(name, path, counts, column)
+                _leave_out(path, counts)
             elif form == 'text':
                 counts.read += 1
                 yield from record(name, path, record_files.read_whole(path), counts)
             else:
-                yield from _read_rows(name, path, form, counts, column)
+                yield from _read_texts(name, path, form, counts, column)
 
     def check() -> None:
         for path in paths:
-            form = _format(path, inside)
-            if form == 'parquet':
-                parquet.text_column(path, column)
-            elif form == 'csv':
-                _csv_column(path, column)
-            elif form == 'text' and column:
-                raise refuse(path)
+            form = record_files.format_of(path) if reading else _format(path, inside)
+            if form == 'text' and (reading or column):
+                raise _no_records(name, path, column, reading)
+            if not reading:
+                _text_column(path, form, column)
+            elif form in _COLUMNS:
+                conversations.check_columns(path, kind, _COLUMNS[form](path), column)
 
-    return Source(name, state, read, check)
+    return Source(name, [*state, reading.state] if reading else state, read, check, kind)
+
+
+_COLUMNS = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
+
+
+def _no_records(name: str, path: str, column: str | None, reading: Reading | None) -> UsageError:
+    why = f'no table or JSON of records{conversations.belongs("text")}' if reading else f'has no column {column!r}'
+    return UsageError(f'data source {name!r}: {path} is plain text{"," if reading else ""} and {why}')
+
+
+def _leave_out(path: str, counts: Counts) -> None:
+    counts.read += 1
+    counts.drop(folders.kind_of(path))
 
 
 def _format(path: str, inside: bool) -> record_files.Format | None:
-    """What a file holds, None for neither text nor records. Raises UsageError for a file of another kind that was
+    """The format of a file, None for neither text nor records. Raises UsageError for a file of another kind that was
     named, and not found in a folder."""
     try:
         form = record_files.format_of(path)
@@ -257,74 +257,36 @@ def _format(path: str, inside: bool) -> record_files.Format | None:
     return None if form == 'text' and folders.is_binary(path) else form
 
 
-def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> Iterator[Record]:
-    column = parquet.text_column(path, wanted)
-    for number, text in enumerate(parquet.read_column(path, column)):
-        counts.read += 1
-        yield from record(name, f'{os.path.basename(path)}:{number}', text, counts, column=column)
-
-
-def _csv_column(path: str, wanted: str | None) -> str:
-    columns = record_files.csv_columns(path)
+def _text_column(path: str, form: record_files.Format | None, wanted: str | None) -> str:
+    """The column of a file that holds its documents. Raises UsageError if a table has none."""
+    if form == 'parquet':
+        return parquet.text_column(path, wanted)
+    columns = record_files.csv_columns(path) if form == 'csv' else [wanted or 'text']
     return conversations.choose_column(path, wanted, columns, columns)
 
 
-def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None) -> Iterator[Record]:
-    column = _csv_column(path, wanted) if form == 'csv' else wanted or 'text'
-    for number, value, reason in record_files.read_rows(path, form):
+def _read_texts(
+    name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None
+) -> Iterator[Record]:
+    column = _text_column(path, form, wanted)
+    for number, value, reason in record_files.read_rows(path, form, [column]):
         counts.read += 1
-        if reason:
-            problem = 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
-            counts.drop(reason, f'{path}:{number}: {problem}')
-            continue
         text = value.get(column)
-        if text is None:
-            counts.drop(f'no_{column}', f'{path}:{number}: {conversations.without_text(value, column)}')
+        if reason or text is None:
+            problem = f'{path}:{number}: {_no_text(form, value, column, reason)}'
+            counts.drop(reason or f'no_{column}', None if form == 'parquet' else problem)
             continue
         del value[column]
         key = value.pop('id', f'{os.path.basename(path)}:{number}')
         yield from record(name, str(key), text, counts, column=column, meta=value)
 
 
-def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
-    state = _state_of(name, paths)
-    if plain := [p for p in paths if record_files.is_named_text(p)]:
-        raise _no_records(name, plain[0])
-    if column and reading.kind == 'pairs':
-        conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
-
-    def rows() -> Iterator[Row]:
-        for path in paths:
-            form = record_files.format_of(path)
-            yield from _table_rows(path) if form == 'parquet' else _rows(path, form)
-
-    def check() -> None:
-        columns = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
-        for path in paths:
-            form = record_files.format_of(path)
-            if form == 'text':
-                raise _no_records(name, path)
-            if form in columns:
-                conversations.check_columns(path, reading.kind, columns[form](path), column)
-
-    def read(counts: Counts) -> Iterator[Any]:
-        return conversations.read_rows(name, reading, rows(), counts, column=column)
-
-    return Source(name, [*state, reading.state], read, check, reading.kind)
+def _no_text(form: record_files.Format, value: dict[str, Any], column: str, reason: str | None) -> str:
+    if reason is None:
+        return conversations.without_text(value, column)
+    return 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
 
 
-def _no_records(name: str, path: str) -> UsageError:
-    return UsageError(
-        f'data source {name!r}: {path} is plain text, and no table or JSON of records{conversations.belongs("text")}'
-    )
-
-
-def _rows(path: str, form: record_files.Format) -> Iterator[Row]:
-    for number, value, problem in record_files.read_rows(path, form):
+def _rows(path: str) -> Iterator[Row]:
+    for number, value, problem in record_files.read_rows(path, record_files.format_of(path)):
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
-
-
-def _table_rows(path: str) -> Iterator[Row]:
-    for number, value in enumerate(parquet.read_rows(path)):
-        problem = 'not_utf8' if value is None else None
-        yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value or {}, problem)
