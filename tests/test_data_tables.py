@@ -115,6 +115,18 @@ def test_damage_in_a_parquet_file_is_one_line(tmp_path):
         assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('kind', ['text', 'chat'])
+def test_a_page_without_its_checksum_is_damage_for_text_and_conversations(tmp_path, kind):
+    values = ['first', 'mark', 'none']  # the one in the middle is in no statistics of the page
+    columns = {'text': values, 'prompt': values, 'completion': values}
+    options = {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True}
+    path = Path(_parquet(tmp_path / 'a.parquet', columns, **options))
+    assert len(list(open_source(str(path), kind).read(Counts()))) == 3
+    path.write_bytes(path.read_bytes().replace(b'mark', b'bark'))
+    with pytest.raises(UsageError, match='is damaged or no parquet file'):
+        list(open_source(str(path), kind).read(Counts()))
+
+
 def test_a_folder_and_a_pattern_find_parquet_too(tmp_path):
     _parquet(tmp_path / 'd' / 'sub' / 'a.parquet', {'text': ['one']})
     (tmp_path / 'd' / 'b.jsonl').write_text('{"text": "two"}')
