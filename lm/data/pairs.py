@@ -25,7 +25,7 @@ from lm.data import bestfit, chats, pipeline
 from lm.data.cache import fingerprint
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import ChatStore
-from lm.data.packing import PackedRows, Row, permute
+from lm.data.packing import PackedRows, Row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
@@ -222,8 +222,7 @@ class PairRows:
 
     def numbers(self, i: int) -> np.ndarray:
         """The numbers of the pairs of row i ≥ 0; epochs follow each other."""
-        epoch, r = divmod(i, len(self))
-        return self.plan[permute(r, len(self), b'%d:%d' % (self.seed, epoch)) if self.shuffle else r]
+        return self.plan[shuffled(i, len(self), self.seed if self.shuffle else None)]
 
     def pair(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side, cut."""

@@ -119,7 +119,7 @@ def opened(path: str) -> Iterator[IO[bytes]]:
 
 def _chunks(unpack: Callable[[Any], Any]) -> Callable[[IO[bytes]], Iterator[bytes]]:
     """A function that unpacks a file as a module of the standard library does."""
-    return lambda file: iter(partial(unpack(file).read, _BEGIN), b'')
+    return lambda file: iter(partial(unpack(file).read1, _BEGIN), b'')
 
 
 def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
