@@ -93,7 +93,7 @@ def test_operation_questions_are_split_by_name(some_operations):
 
 def test_the_question_is_worded_as_the_fixed_prompts_are():
     prompts = {p.id: p.text for p in load_prompts(ROOT / 'configs' / 'prompts.jsonl')}
-    assert operations.question('ECR', 'PutImage') == prompts['operation-put-image']
+    assert operations.Question('ECR', 'PutImage', '').text == prompts['operation-put-image']
 
 
 # ---- programmatic ----
@@ -147,7 +147,7 @@ def test_invented_operations_are_declined_and_real_ones_are_not(declines, some_o
     real = {(o.service, o.name): o.first_sentence for o in some_operations}
     for pair in declines:
         meta, chosen, rejected = pair['meta'], text(pair['chosen']), text(pair['rejected'])
-        assert text(pair['prompt']) == operations.question(meta['service'], meta['operation'])
+        assert text(pair['prompt']) == operations.Question(meta['service'], meta['operation'], '').text
         assert is_decline(chosen) == meta['invented'] and is_decline(rejected) != meta['invented']
         assert ((meta['service'], meta['operation']) in real) != meta['invented']
         refusal = chosen if meta['invented'] else rejected

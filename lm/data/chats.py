@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from lm.data import bestfit, pipeline
+from lm.data.bestfit import Sizes
 from lm.data.cache import fingerprint
 from lm.data.chat_layout import refusal
 from lm.data.chat_shape import Tools
@@ -25,7 +26,6 @@ from lm.data.packing import Row, blank_row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
-from lm.data.sizes import Sizes
 from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
@@ -189,7 +189,7 @@ class ChatRows:
 
     @cached_property
     def plan(self) -> bestfit.Plan:
-        return bestfit.plan(self.sizes, self.seq_len, key=self.sizes.key)
+        return bestfit.plan(self.sizes, self.seq_len)
 
     def __len__(self) -> int:
         """Rows in an epoch."""

@@ -178,13 +178,9 @@ def code_share(text: str) -> float:
 
 def _documentation(node: Any, path: str) -> Iterator[tuple[str, str]]:
     """(path, text) of every documentation string below a node of a service model."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == 'documentation' and isinstance(value, str):
-                yield path, value
-            elif isinstance(value, dict | list):
-                yield from _documentation(value, f'{path}/{key}')
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            if isinstance(value, dict | list):
-                yield from _documentation(value, f'{path}/{number}')
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if key == 'documentation' and isinstance(value, str):
+            yield path, value
+        else:
+            yield from _documentation(value, f'{path}/{key}')

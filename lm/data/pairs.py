@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from lm.data import bestfit, chats, pipeline
+from lm.data.bestfit import Sizes
 from lm.data.cache import fingerprint
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import ChatStore
@@ -29,7 +30,6 @@ from lm.data.packing import PackedRows, Row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
-from lm.data.sizes import Sizes
 from lm.data.sources import PERIOD
 from lm.data.store import Checksums, TokenStore, read, verify
 from lm.data.tokenizer import Tokenizer
@@ -262,7 +262,7 @@ def _rows(stores: Sequence[PairStore], *, seq_len: int, seeds: Sequence[int], sh
     """The rows of stores, all of one shape."""
     of, sides = [sizes(store, seq_len) for store in stores], stores[0].sides
     width = width_of(max(s.survey.longest for s in of), sides=sides, seq_len=seq_len)
-    plans = [bestfit.plan(s, width, key=s.key) for s in of]
+    plans = [bestfit.plan(s, width) for s in of]
     slots = max(plan.fullest for plan in plans)
     found = zip(stores, plans, seeds, strict=True)
     return [PairRows(store, seq_len, width, slots, plan, seed, shuffle) for store, plan, seed in found]
