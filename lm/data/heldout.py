@@ -16,7 +16,7 @@ _NOT_A_WORD = re.compile(r'[\W_]+')
 
 
 def heldout_operation(name: str) -> bool:
-    """Tells whether operation Q&A holds out the operations called `name`, in every service: about one name in twenty."""
+    """Tells whether operation Q&A holds out the operations called `name`, in every service: about a name in twenty."""
     return is_heldout(hashlib.blake2b(b'operation:' + name.encode(), digest_size=8).digest(), HELDOUT_SHARE)
 
 

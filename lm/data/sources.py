@@ -1,4 +1,4 @@
-"""Where data comes from: the default sources, named datasets, files, TFDS data prepared here, Hugging Face datasets.
+"""Sources of data: the default sources, named datasets, files, TFDS data prepared here, Hugging Face datasets.
 
 A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl#body:2,tfds:wiki40b/en:1'. Each of its
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
@@ -12,14 +12,16 @@ The same addresses hold text, conversations ('chat') and pairs of answers ('pair
 lm/data/conversations.py.
 """
 
+import codecs
 import difflib
 import glob
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from lm.data import conversations, folders, hub, mixtures, parquet, record_files, tfds
+from lm.data import conversations, hub, mixtures, parquet, record_files, tfds
 from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
@@ -31,6 +33,8 @@ DEFAULTS: dict[Kind, tuple[str, ...]] = {
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
+_KIND_OF: dict[str, Kind] = {name: kind for kind, names in DEFAULTS.items() for name in names}
+_KIND_OF |= {name: named.kind for name, named in mixtures.NAMED.items()}
 TABLES = ('.parquet', '.json', *record_files.LINES, *record_files.TABLES)
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
 _HUB_NAME = re.compile(
@@ -94,7 +98,7 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
     or it is of another kind.
     """
     reading = None if kind == 'text' else Reading(kind, strict, unpaired)
-    if (found := _kind_of(name)) and found != kind:
+    if (found := _KIND_OF.get(name)) and found != kind:
         what = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs of answers'}
         raise UsageError(
             f'data source {name!r} holds {what[found]}, not {what[kind]}: name one of '
@@ -105,32 +109,18 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
         from lm.data import defaults
 
         return defaults.open_default(name)
+    address, copy = name, None
     if name in mixtures.NAMED:
-        return _named(name, reading)
-    if name.startswith('tfds:'):
-        return tfds.open_prepared(name, name, reading)
-    if name.startswith('hf:'):
-        return hub.open_dataset(name, hub.parse(name), reading)
+        address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
+    if address.startswith('tfds:'):
+        return tfds.open_prepared(name, address, reading, copy)
+    if address.startswith('hf:'):
+        return hub.open_dataset(name, hub.parse(address, copy), reading)
     return _open_files(name, kind, reading)
 
 
-def _kind_of(name: str) -> Kind | None:
-    """Of which kind a source with a name of ours is."""
-    if name in mixtures.NAMED:
-        return mixtures.NAMED[name].kind
-    return next((kind for kind, names in DEFAULTS.items() if name in names), None)
-
-
-def _known(kind: Kind) -> tuple[str, ...]:
-    return (*DEFAULTS[kind], *(name for name, named in mixtures.NAMED.items() if named.kind == kind))
-
-
-def _named(name: str, reading: Reading | None) -> Source:
-    """A line of the table: its local copy if there is one, else where the table says."""
-    address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
-    if address.startswith('tfds:'):
-        return tfds.open_prepared(name, address, reading, copy)
-    return hub.open_dataset(name, hub.parse(address, copy), reading)
+def _known(kind: Kind) -> list[str]:
+    return [name for name, its_kind in _KIND_OF.items() if its_kind == kind]
 
 
 def _split_column(name: str) -> tuple[str, str | None]:
@@ -150,8 +140,8 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     """(the files of a path, a pattern or a folder, sorted; those of a folder that cannot be read as this kind)."""
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
-        of_folder = list(folders.walk(path))
-        files = [p for p in of_folder if folders.is_file(p)]
+        of_folder = list(_walk(path))
+        files = [p for p in of_folder if _is_file(p)]
         tables = [p for p in files if record_files.plain_name(p).endswith(TABLES)]
         found = tables if kind != 'text' or column else files
         left_out = [p for p in of_folder if p not in set(found)]
@@ -183,9 +173,8 @@ def _unknown(name: str, kind: Kind) -> str:
 
 
 def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
-    """What stands for the files' content, as for make, size and time of change: hashing terabytes at each start would
-    not do. Raises UsageError if one cannot be read.
-    """
+    """Stands for the files' content, as for make, by size and time of change: hashing terabytes at each start would not
+    do. Raises UsageError if one cannot be read."""
     if closed := [p for p in paths if not os.access(p, os.R_OK)]:
         raise UsageError(f'data source {name!r}: {closed[0]} cannot be read: change its permissions')
     return [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
@@ -242,7 +231,7 @@ def _no_records(name: str, path: str, column: str | None, reading: Reading | Non
 
 def _leave_out(path: str, counts: Counts) -> None:
     counts.read += 1
-    counts.drop(folders.kind_of(path))
+    counts.drop(_kind_of_path(path))
 
 
 def _format(path: str, inside: bool) -> record_files.Format | None:
@@ -254,7 +243,7 @@ def _format(path: str, inside: bool) -> record_files.Format | None:
         if inside:
             return None
         raise
-    return None if form == 'text' and folders.is_binary(path) else form
+    return None if form == 'text' and _is_binary(path) else form
 
 
 def _text_column(path: str, form: record_files.Format | None, wanted: str | None) -> str:
@@ -290,3 +279,46 @@ def _no_text(form: record_files.Format, value: dict[str, Any], column: str, reas
 def _rows(path: str) -> Iterator[Row]:
     for number, value, problem in record_files.read_rows(path, record_files.format_of(path)):
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yields the files below a folder, sorted, and, as one path each, folders that are not entered: those that are
+    hidden (.git), links, or closed to us."""
+    closed: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=closed.append):
+        apart = {name for name in folders if name.startswith('.') or os.path.islink(os.path.join(root, name))}
+        folders[:] = sorted(set(folders) - apart)
+        yield from (os.path.join(root, name) for name in sorted([*names, *apart]))
+    yield from (error.filename for error in closed)
+
+
+def _is_file(path: str) -> bool:
+    """Tells whether a path of a folder is a file to be read: it exists, and is not hidden."""
+    return not os.path.basename(path).startswith('.') and os.path.isfile(path)
+
+
+def _is_binary(path: str) -> bool:
+    """Tells whether a file, unpacked, is no text: NULs that are not UTF-16's, or no UTF-8 in a file that is not called
+    text."""
+    begins = record_files.begin_of(path)
+    if record_files.encoding_of(begins).name != 'utf-8':
+        return False
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(begins)  # its last character may be cut
+    except UnicodeDecodeError:
+        return not record_files.is_named_text(path)
+    return b'\0' in begins
+
+
+def _kind_of_path(path: str) -> str:
+    """The kind of a path, under which it is counted where it is left out: '.png', 'hidden'."""
+    if os.path.basename(path).startswith('.'):
+        return 'hidden'
+    if os.path.isdir(path):
+        return 'linked folder' if os.path.islink(path) else 'closed folder'
+    if not os.path.isfile(path):
+        return 'dangling link' if os.path.islink(path) else 'no file'
+    return Path(path).suffix.lower() or 'without suffix'
