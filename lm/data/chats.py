@@ -26,7 +26,7 @@ from lm.data.packing import Row, blank_row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
-from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
+from lm.data.store import Checksums, TokenStore, read, token_dtype
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
@@ -49,9 +49,7 @@ class ChatStore:
     @staticmethod
     def open(directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        plain = {name: checksums[name] for name in ('tokens.bin', 'offsets.npy')}
-        verify(directory, {name: checksums[name] for name in ('trained.bin', 'first.npy')})
-        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=plain)
+        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
         trained, first = np.memmap(directory / 'trained.bin', np.uint8, 'r'), directory / 'first.npy'
         sizes = fingerprint([checksums[name] for name in ('offsets.npy', 'first.npy')])
         return ChatStore(tokens, trained, np.load(first, mmap_mode='r'), sizes)
@@ -105,17 +103,11 @@ def last_answer(ids: np.ndarray, trained: np.ndarray, longest: int) -> Question 
 def form(template: ChatTemplate) -> Form:
     """How conversations are kept, in the words of a template."""
     key = [LAYOUT, template.fingerprint]
-    return Form('chat', key, partial(_write, template), open_store, _FILES, partial(_check, template))
+    return Form('chat', key, partial(_write, template), ChatStore.open, _FILES, partial(_check, template))
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
     return template.check(tokenizer, record['messages'], tools=record.get('tools'))
-
-
-def open_store(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> ChatStore:
-    return ChatStore.open(
-        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
-    )  # fmt: skip
 
 
 def _write(

@@ -27,18 +27,17 @@ from lm.data.cache import fingerprint
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import ChatStore
 from lm.data.packing import PackedRows, Row, shuffled
-from lm.data.pipeline import Mixture, source_seed
+from lm.data.pipeline import Batch, Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
 from lm.data.sources import PERIOD
-from lm.data.store import Checksums, TokenStore, read, verify
+from lm.data.store import Checksums, TokenStore, read
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
 SIDES = ('chosen', 'rejected', 'mismatched')
 MULTIPLE = 128  # of a row's places: attention's blocks and a TPU's vectors divide it
 _FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy', 'table.npy', 'differs.npy')
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +53,8 @@ class PairStore:
     fingerprint: str
 
     @staticmethod
-    def open(
-        directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums
-    ) -> 'PairStore':  # fmt: skip
+    def open(directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums) -> 'PairStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        verify(directory, {name: checksums[name] for name in ('table.npy', 'differs.npy')})
         sequences = ChatStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
         table, differs = (np.load(directory / f'{name}.npy', mmap_mode='r') for name in ('table', 'differs'))
         sizes = fingerprint([sequences.fingerprint, checksums['differs.npy'], sides])
@@ -96,10 +92,10 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 
 
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
-    """How pairs are kept, in the words of a template."""
+    """The form of a store of pairs, in the words of a template."""
     key = [chats.LAYOUT, template.fingerprint, sides]
-    write, check = partial(_write, template, sides), partial(_check, template)
-    return Form('pairs', key, write, partial(_open, sides), _FILES, check)
+    write, open_store = partial(_write, template, sides), partial(PairStore.open, sides=sides)
+    return Form('pairs', key, write, open_store, _FILES, partial(_check, template))
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:
@@ -107,11 +103,6 @@ def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozens
     sides = [side for side in (record['chosen'], record['rejected']) if side]
     options = {'given': len(prompt), 'tools': tools}
     return frozenset().union(*(template.check(tokenizer, prompt + side, **options) for side in sides))
-
-
-def _open(sides: int, directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> PairStore:
-    options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id, 'checksums': checksums}
-    return PairStore.open(directory, sides=sides, **options)
 
 
 def _write(
@@ -165,8 +156,8 @@ def _encoded(
 
 
 def sizes(store: PairStore, seq_len: int) -> Sizes:
-    """Of the pairs, all sides together; those without two different responses within seq_len, or their only one, are
-    left out."""
+    """The sizes of the pairs, all sides together; those without two different responses within seq_len, or their only
+    one, are left out."""
 
     def measure(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         whole = store.tokens_of(start, stop)
@@ -260,12 +251,11 @@ def in_order(store: PairStore, *, seq_len: int, most: int | None = None) -> Pair
 
 def _rows(stores: Sequence[PairStore], *, seq_len: int, seeds: Sequence[int], shuffle: bool = True) -> list[PairRows]:
     """The rows of stores, all of one shape."""
-    of, sides = [sizes(store, seq_len) for store in stores], stores[0].sides
-    width = width_of(max(s.survey.longest for s in of), sides=sides, seq_len=seq_len)
+    of = [sizes(store, seq_len) for store in stores]
+    width = width_of(max(s.survey.longest for s in of), sides=stores[0].sides, seq_len=seq_len)
     plans = [bestfit.plan(s, width) for s in of]
-    slots = max(plan.fullest for plan in plans)
-    found = zip(stores, plans, seeds, strict=True)
-    return [PairRows(store, seq_len, width, slots, plan, seed, shuffle) for store, plan, seed in found]
+    rows = partial(PairRows, seq_len=seq_len, width=width, slots=max(plan.fullest for plan in plans), shuffle=shuffle)
+    return [rows(store, plan=plan, seed=seed) for store, plan, seed in zip(stores, plans, seeds, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,16 +286,13 @@ class TextRows:
 
     def row(self, i: int) -> Row:
         """Row i ≥ 0, the arrays that `PairRows.row` gives; weights_T is 1 where the target is of a token's document."""
-        pieces = [self.text.row(i * self._pieces + k) for k in range(self._pieces)]
-        before = np.cumsum([0, *(piece['segments_T'].max() for piece in pieces)])
-        pieces = [
-            piece | {'segments_T': np.where(piece['segments_T'] > 0, piece['segments_T'] + n, 0)}
-            for piece, n in zip(pieces, before, strict=False)
-        ]
-        row = {name: x.copy() for name, x in self.like.empty.items()}
-        for name in pieces[0]:
-            together = np.concatenate([piece[name] for piece in pieces])
-            row[name][: len(together)] = together
+        row, T, segments = {name: x.copy() for name, x in self.like.empty.items()}, self.text.seq_len, 0
+        for k in range(self._pieces):
+            piece = self.text.row(i * self._pieces + k)
+            piece['segments_T'][piece['segments_T'] > 0] += segments
+            segments = max(segments, piece['segments_T'].max())
+            for name, x in piece.items():
+                row[name][k * T : (k + 1) * T] = x
         return row
 
 
@@ -366,10 +353,10 @@ def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: 
 
 def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) -> dict[str, tuple[Any, Any]]:
     """{name: (shape, dtype)} of what `PairBatches.batch` gives."""
-    places = {'tokens': np.int32, 'targets': np.int32, 'weights': np.float32, 'segments': np.int32}
-    places |= {'positions': np.int32, 'sequence': np.int32, 'last': np.float32}
-    tables = ['weight', 'label', 'margin', *(f'length_{s}' for s in SIDES[:sides])]
-    tables += [f'reference_{s}' for s in SIDES[:sides]] if reference else []
+    places = dict.fromkeys(('tokens', 'targets', 'segments', 'positions', 'sequence'), np.int32)
+    places |= dict.fromkeys(('weights', 'last'), np.float32)
+    of_sides = ('length', 'reference') if reference else ('length',)
+    tables = ['weight', 'label', 'margin', *(f'{name}_{side}' for name in of_sides for side in SIDES[:sides])]
     of_places = {f'{k}_BT': ((rows, width), t) for k, t in places.items()}
     return of_places | {f'{k}_BP': ((rows, pairs), np.float32) for k in tables}
 

@@ -25,7 +25,7 @@ from lm.data.chat_layout import refusal
 from lm.data.heldout import cut_tail, is_heldout
 from lm.data.records import Counts, Kind, Source, content, split_content
 from lm.data.sources import open_source, parse_mixture
-from lm.data.store import Checksums, Spool, TokenStore, checksums_of, digest, write_store
+from lm.data.store import Spool, TokenStore, checksums_of, digest, write_store
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
 
@@ -44,7 +44,7 @@ class Form(NamedTuple):
     Attributes:
       key: JSON-able, what a store depends on besides its records and the tokenizer.
       write: (directory, contents of records as `records.content` has them, tokenizer, counts) -> tokens written.
-      open: (directory, tokenizer, checksums) -> the store; raises OSError or ValueError if it is damaged.
+      open: (directory, vocab_size=…, pad_id=…, checksums=…) -> the store; raises OSError or ValueError for damage.
       files: the names of a store's files.
       check: (record, tokenizer) -> the keys of messages that nothing is made of; raises UsageError if the record cannot
         be written.
@@ -53,7 +53,7 @@ class Form(NamedTuple):
     kind: Kind
     key: Any
     write: Callable[[epath.Path, Iterator[bytes], Tokenizer, Counts], int]
-    open: Callable[[epath.Path, Tokenizer, Checksums], Any]
+    open: Callable[..., Any]
     files: tuple[str, ...]
     check: Callable[[Any, Tokenizer], Iterable[str]] = lambda record, tokenizer: ()
 
@@ -65,13 +65,7 @@ def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tok
     return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
 
 
-def _open_text(directory: epath.Path, tokenizer: Tokenizer, checksums: Checksums) -> TokenStore:
-    return TokenStore.open(
-        directory, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, checksums=checksums
-    )  # fmt: skip
-
-
-TEXT = Form('text', None, _write_text, _open_text, ('tokens.bin', 'offsets.npy'))
+TEXT = Form('text', None, _write_text, TokenStore.open, ('tokens.bin', 'offsets.npy'))
 
 
 @dataclass(frozen=True)
@@ -182,8 +176,11 @@ def _open(directory: epath.Path, weights: Sequence[float | None], form: Form) ->
         raise ValueError('the tokenizer has changed')
     shares = _shares(weights, [source['counts']['train_tokens'] for source in index['sources']])
 
+    ids = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id}
+
     def store(number: int, split: str) -> Any:
-        return form.open(directory / f'{number}' / split, tokenizer, index['sources'][number]['checksums'][split])
+        checksums = index['sources'][number]['checksums'][split]
+        return form.open(directory / f'{number}' / split, checksums=checksums, **ids)
 
     sources = tuple(
         PreparedSource(s['name'], share, store(n, 'train'), store(n, 'heldout'), s['counts'], s['content'])
