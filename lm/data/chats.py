@@ -26,7 +26,7 @@ from lm.data.packing import Row, blank_row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
-from lm.data.store import Checksums, TokenStore, read, token_dtype
+from lm.data.store import Checksums, TokenStore, read, token_dtype, verify
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
@@ -49,7 +49,9 @@ class ChatStore:
     @staticmethod
     def open(directory: epath.Path, *, vocab_size: int, pad_id: int, checksums: Checksums) -> 'ChatStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
-        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
+        plain = {name: checksums[name] for name in ('tokens.bin', 'offsets.npy')}
+        verify(directory, {name: checksums[name] for name in ('trained.bin', 'first.npy')})
+        tokens = TokenStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=plain)
         trained, first = np.memmap(directory / 'trained.bin', np.uint8, 'r'), directory / 'first.npy'
         sizes = fingerprint([checksums[name] for name in ('offsets.npy', 'first.npy')])
         return ChatStore(tokens, trained, np.load(first, mmap_mode='r'), sizes)

@@ -31,7 +31,7 @@ from lm.data.pipeline import Batch, Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
 from lm.data.sources import PERIOD
-from lm.data.store import Checksums, TokenStore, read
+from lm.data.store import Checksums, TokenStore, read, verify
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 
@@ -55,6 +55,7 @@ class PairStore:
     @staticmethod
     def open(directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums) -> 'PairStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
+        verify(directory, {name: checksums[name] for name in ('table.npy', 'differs.npy')})
         sequences = ChatStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
         table, differs = (np.load(directory / f'{name}.npy', mmap_mode='r') for name in ('table', 'differs'))
         sizes = fingerprint([sequences.fingerprint, checksums['differs.npy'], sides])
@@ -94,8 +95,8 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
     """The form of a store of pairs, in the words of a template."""
     key = [chats.LAYOUT, template.fingerprint, sides]
-    write, open_store = partial(_write, template, sides), partial(PairStore.open, sides=sides)
-    return Form('pairs', key, write, open_store, _FILES, partial(_check, template))
+    write, check = partial(_write, template, sides), partial(_check, template)
+    return Form('pairs', key, write, partial(PairStore.open, sides=sides), _FILES, check)
 
 
 def _check(template: ChatTemplate, record: Any, tokenizer: Tokenizer) -> frozenset[str]:

@@ -44,7 +44,7 @@ class Form(NamedTuple):
     Attributes:
       key: JSON-able, what a store depends on besides its records and the tokenizer.
       write: (directory, contents of records as `records.content` has them, tokenizer, counts) -> tokens written.
-      open: (directory, vocab_size=…, pad_id=…, checksums=…) -> the store; raises OSError or ValueError for damage.
+      open: (directory, vocab_size=, pad_id=, checksums=) -> the store; raises OSError or ValueError if it is damaged.
       files: the names of a store's files.
       check: (record, tokenizer) -> the keys of messages that nothing is made of; raises UsageError if the record cannot
         be written.
@@ -176,11 +176,10 @@ def _open(directory: epath.Path, weights: Sequence[float | None], form: Form) ->
         raise ValueError('the tokenizer has changed')
     shares = _shares(weights, [source['counts']['train_tokens'] for source in index['sources']])
 
-    ids = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id}
-
     def store(number: int, split: str) -> Any:
+        options = {'vocab_size': tokenizer.vocab_size, 'pad_id': tokenizer.pad_id}
         checksums = index['sources'][number]['checksums'][split]
-        return form.open(directory / f'{number}' / split, checksums=checksums, **ids)
+        return form.open(directory / f'{number}' / split, checksums=checksums, **options)
 
     sources = tuple(
         PreparedSource(s['name'], share, store(n, 'train'), store(n, 'heldout'), s['counts'], s['content'])
