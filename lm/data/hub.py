@@ -45,11 +45,13 @@ def parse(text: str, copy: str | None = None) -> Address:
         name, at, split = rest, '', ''
     if not name.strip('/') or (mark and not column) or (at and not split):
         raise UsageError(f'data source {text!r}: write hf:NAMESPACE/NAME[/CONFIG][@SPLIT][#COLUMN], or hf:./FOLDER')
+    config = None
     if name.startswith(('.', '/', '~')):
-        return Address(name, None, split or None, column or None, os.path.expanduser(name))
-    parts = name.split('/', 2)
-    config = parts[2] if len(parts) == 3 else None
-    return Address('/'.join(parts[:2]), config, split or None, column or None, copy)
+        copy = os.path.expanduser(name)
+    elif name.count('/') > 1:
+        namespace, name, config = name.split('/', 2)
+        name = f'{namespace}/{name}'
+    return Address(name, config, split or None, column or None, copy)
 
 
 def open_dataset(name: str, address: Address, reading: Reading | None = None) -> Source:

@@ -17,10 +17,10 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 from lm.data import parquet
 from lm.errors import UsageError
@@ -43,13 +43,6 @@ _ZEROS = 0.3  # of a text in UTF-16 so many bytes are 0, all on one side
 Line = tuple[int, dict[str, Any], str | None]  # its number, the object, why there is none
 
 
-class Encoding(NamedTuple):
-    """How a file's characters are written, and how many bytes of a mark come first."""
-
-    name: str
-    skip: int = 0
-
-
 def plain_name(path: str) -> str:
     """A file's name in small letters, without what says how it is compressed."""
     name = path.lower()
@@ -62,7 +55,7 @@ def is_named_text(path: str) -> bool:
 
 
 def format_of(path: str) -> Format:
-    """What a file holds. Raises UsageError if it is none of these, or cannot be unpacked."""
+    """The format of a file. Raises UsageError if it is none of these, or cannot be unpacked."""
     name, begin = plain_name(path), begin_of(path)
     if begin.startswith(b'PAR1') or name.endswith('.parquet'):
         return 'parquet'
@@ -76,7 +69,7 @@ def format_of(path: str) -> Format:
 
 
 def _json_format(name: str, begin: str) -> Format:
-    """Of a file by its first line that is not blank: a whole object makes it lines of objects."""
+    """The format of a file by its first line that is not blank: a whole object makes it lines of objects."""
     text = begin.lstrip()
     line, newline, _ = text.partition('\n')
     value = _value(line)
@@ -164,43 +157,49 @@ class _Unpacked(io.RawIOBase):
         return size
 
 
-def encoding_of(begin: bytes) -> Encoding:
-    """By the byte order mark that a file begins with, or by the zeros of UTF-16 in it; else UTF-8."""
+def encoding_of(begin: bytes) -> tuple[str, int]:
+    """(how a file's characters are written, how many bytes of a mark come first), by the byte order mark that it begins
+    with, or by the zeros of UTF-16 in it; else UTF-8."""
     for mark, name in _MARKS.items():
         if begin.startswith(mark):
-            return Encoding(name, len(mark))
+            return name, len(mark)
     even, odd = (begin[side::2].count(0) / max(1, len(begin) // 2) for side in (0, 1))
     if odd > _ZEROS > 10 * even:
-        return Encoding('utf-16-le')
-    return Encoding('utf-16-be') if even > _ZEROS > 10 * odd else Encoding('utf-8')
+        return 'utf-16-le', 0
+    return ('utf-16-be' if even > _ZEROS > 10 * odd else 'utf-8'), 0
 
 
 def _decoded(begin: bytes) -> str:
-    encoding = encoding_of(begin)
-    return begin[encoding.skip :].decode(encoding.name, errors='ignore')
+    encoding, skip = encoding_of(begin)
+    return begin[skip:].decode(encoding, errors='ignore')
 
 
 def read_whole(path: str) -> bytes:
     """A text file in UTF-8 without a mark; bytes that are not what they should be as they are."""
     with opened(path) as file:
         data = file.read()
-    encoding = encoding_of(data[:_BEGIN])
-    if encoding.name == 'utf-8':
-        return data[encoding.skip :]
+    encoding, skip = encoding_of(data[:_BEGIN])
     try:
-        return data[encoding.skip :].decode(encoding.name).encode()
+        return data[skip:] if encoding == 'utf-8' else data[skip:].decode(encoding).encode()
     except UnicodeError:
         return data
 
 
+@contextlib.contextmanager
+def _after_mark(path: str) -> Iterator[tuple[IO[bytes], str]]:
+    """(a file's bytes after its mark, how its characters are written)."""
+    encoding, skip = encoding_of(begin_of(path))
+    with opened(path) as file:
+        file.read(skip)
+        yield file, encoding
+
+
 def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
     """(number, line in UTF-8) of each line of a file that is not blank; the mark is not part of the first."""
-    encoding = encoding_of(begin_of(path))
-    with opened(path) as file:
-        file.read(encoding.skip)
-        lines: Any = file
-        if encoding.name != 'utf-8':
-            text = io.TextIOWrapper(file, encoding.name, errors='replace', newline='\n')
+    with _after_mark(path) as (file, encoding):
+        lines: Iterable[bytes] = file
+        if encoding != 'utf-8':
+            text = io.TextIOWrapper(file, encoding, errors='replace', newline='\n')
             lines = (line.encode(errors='replace') for line in text)
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -309,12 +308,10 @@ def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
 def _csv_rows(path: str) -> Iterator[Line]:
     """The rows of a table under its header; an empty cell has nothing in it."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 128 KiB, less than a document
-    encoding = encoding_of(begin_of(path))
-    with opened(path) as file:
-        file.read(encoding.skip)
-        errors = 'surrogateescape' if encoding.name == 'utf-8' else 'replace'
-        text = io.TextIOWrapper(file, encoding.name, errors=errors, newline='')
-        rows = csv.DictReader(text, delimiter=_delimiter(path), restkey='', strict=True)
+    with _after_mark(path) as (file, encoding):
+        errors = 'surrogateescape' if encoding == 'utf-8' else 'replace'
+        text = io.TextIOWrapper(file, encoding, errors=errors, newline='')
+        rows = csv.DictReader(text, delimiter=_delimiter(path, _decoded(begin_of(path))), restkey='', strict=True)
         number = 1
         try:
             for number, row in enumerate(rows, 2):
@@ -333,15 +330,12 @@ def _not_utf8(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _delimiter(path: str) -> str:
-    """What stands between the names of the header most often."""
-    if plain_name(path).endswith('.tsv'):
-        return '\t'
-    header = _decoded(begin_of(path)).partition('\n')[0]
-    return max(',;\t', key=header.count)
+def _delimiter(path: str, begin: str) -> str:
+    """The mark that stands most often between the names of the header."""
+    return '\t' if plain_name(path).endswith('.tsv') else max(',;\t', key=begin.partition('\n')[0].count)
 
 
 def csv_columns(path: str) -> list[str]:
     """The names in the header of a table."""
-    header = _decoded(begin_of(path)).lstrip('\ufeff')
-    return next(csv.reader(io.StringIO(header, newline=''), delimiter=_delimiter(path)), [])
+    begin = _decoded(begin_of(path)).lstrip('\ufeff')
+    return next(csv.reader(io.StringIO(begin, newline=''), delimiter=_delimiter(path, begin)), [])

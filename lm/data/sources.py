@@ -304,7 +304,7 @@ def _is_binary(path: str) -> bool:
     """Tells whether a file, unpacked, is no text: NULs that are not UTF-16's, or no UTF-8 in a file that is not called
     text."""
     begins = record_files.begin_of(path)
-    if record_files.encoding_of(begins).name != 'utf-8':
+    if record_files.encoding_of(begins)[0] != 'utf-8':
         return False
     try:
         codecs.getincrementaldecoder('utf-8')().decode(begins)  # its last character may be cut
