@@ -60,9 +60,7 @@ class Form(NamedTuple):
 
 def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
     del counts
-    bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
-    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': bos_id, 'eos_id': tokenizer.eos_id}
-    return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
+    return write_store(directory, (c.decode() for c in contents), tokenizer)
 
 
 TEXT = Form('text', None, _write_text, TokenStore.open, ('tokens.bin', 'offsets.npy'))

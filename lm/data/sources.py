@@ -140,13 +140,11 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     """(the files of a path, a pattern or a folder, sorted; those of a folder that cannot be read as this kind)."""
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
-        of_folder = list(_walk(path))
-        files = [p for p in of_folder if _is_file(p)]
-        tables = [p for p in files if record_files.plain_name(p).endswith(TABLES)]
-        found = tables if kind != 'text' or column else files
-        left_out = [p for p in of_folder if p not in set(found)]
-        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(TABLES)}'
-        problem = f'holds no file{ends}'
+        below, only_tables = list(_walk(path)), kind != 'text' or column
+        is_table = lambda p: record_files.plain_name(p).endswith(TABLES)
+        found = [p for p in below if _is_file(p) and (is_table(p) or not only_tables)]
+        left_out = sorted(set(below) - set(found))
+        problem = 'holds no file' + (f' that ends with {" ".join(TABLES)}' if only_tables else '')
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):

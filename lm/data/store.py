@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from lm.data.tokenizer import Tokenizer
+
 _HEADER = struct.Struct('<16s16sI')
 # Any constant will do; another one changes the order of all data.
 _SALT = bytes(16)
@@ -174,24 +176,17 @@ def _records(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         at += size
 
 
-def write_store(
-    directory: epath.Path,
-    texts: Iterable[str],
-    encode_batch: Callable[..., list[list[int]]],
-    *,
-    vocab_size: int,
-    bos_id: int | None,
-    eos_id: int,
-) -> int:
+def write_store(directory: epath.Path, texts: Iterable[str], tokenizer: Tokenizer) -> int:
     """Encodes texts, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
-    dtype, offsets, written = token_dtype(vocab_size), array('q', [0]), 0
+    dtype, offsets, written = token_dtype(tokenizer.vocab_size), array('q', [0]), 0
     with (directory / 'tokens.bin').open('wb') as f:
         for chunk in _chunks(texts):
-            encoded = encode_batch([part.text for part in chunk], continued=[not part.first for part in chunk])
+            continued = [not part.first for part in chunk]
+            encoded = tokenizer.encode_batch([part.text for part in chunk], continued=continued)
             for part, ids in zip(chunk, encoded, strict=True):
-                begin = [bos_id] if part.first and bos_id is not None else []
-                ids = np.array([*begin, *ids, *([eos_id] if part.last else [])], dtype)
+                begin = [tokenizer.bos_id] if part.first and tokenizer.adds_bos else []
+                ids = np.array([*begin, *ids, *([tokenizer.eos_id] if part.last else [])], dtype)
                 f.write(ids.tobytes())
                 written += len(ids)
                 offsets.extend([written] if part.last else [])
