@@ -1,4 +1,4 @@
-"""How many places the things of a store (conversations, pairs) take in rows of some length, and which of them share a
+"""The places that the things of a store (conversations, pairs) take in rows of some length, and which of them share a
 row: best-fit packing, planned once and read from disk.
 
 What it takes to know their sizes is computed when a store is written and lies beside it: where each begins, and from
@@ -61,12 +61,12 @@ class Sizes:
 
     @property
     def cut(self) -> int:
-        """How many of those that are used are longer than there is room for."""
+        """The number of those that are used and longer than there is room for."""
         return self.survey.cut
 
     @property
     def left_out(self) -> int:
-        """How many cannot be learned from."""
+        """The number of those that cannot be learned from."""
         return self.count - self.survey.used
 
     @cached_property

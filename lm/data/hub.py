@@ -74,7 +74,8 @@ def open_dataset(name: str, address: Address, reading: Reading | None = None) ->
     except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UsageError(f'data source {name!r} cannot be opened: {reason}') from e
-    texts = [k for k, v in data.features.items() if _is_text(datasets, v)]
+    plain = {k: v for k, v in data.features.items() if isinstance(v, datasets.Value)}
+    texts = [k for k, v in plain.items() if v.dtype in ('string', 'large_string')]
     return _source(name, address.column, data, texts, reading)
 
 
@@ -102,17 +103,10 @@ def _source(name: str, column: str | None, data: Any, texts: list[str], reading:
             text = next(iter(row.value.values()), b'\xff')  # no UTF-8, which is counted where all are
             yield from record(name, row.key, text, counts, column=column or 'text')
 
-    state = [*_files_state(data), len(data), column, *([reading.state] if reading else [])]
-    return Source(name, state, read, kind=reading.kind if reading else 'text')
-
-
-def _files_state(data: Any) -> list[list[Any]]:
     files = [Path(file['filename']) for file in data.cache_files]
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
-def _is_text(datasets: Any, feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ('string', 'large_string')
+    state: list[Any] = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    state += [len(data), column, *([reading.state] if reading else [])]
+    return Source(name, state, read, kind=reading.kind if reading else 'text')
 
 
 def _open(datasets: Any, address: Address) -> Any:

@@ -1,4 +1,4 @@
-"""What the operations of AWS do, as questions and answers: the default data of fine-tuning and of preferences.
+"""The operations of AWS and what they do, as questions and answers: the default data of fine-tuning and of preferences.
 
 An answer is the first sentence of an operation's documentation, read from the installed package botocore at run time.
 Everything is split by the operation's name (`heldout_operation`), so a held-out question asks for a name that training

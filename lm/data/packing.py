@@ -25,18 +25,15 @@ def permute(i: int, n: int, key: bytes) -> int:
     data must outlive any library's version.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
     while True:
-        i = _feistel(i, half, key)
+        left, right = i >> half, i & mask
+        for r in range(_ROUNDS):
+            mixed = hashlib.blake2b(b'%d:%d' % (r, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(mixed, 'little') & mask)
+        i = left << half | right
         if i < n:
             return i
-
-
-def _feistel(i: int, half: int, key: bytes) -> int:
-    left, right = i >> half, i & ((1 << half) - 1)
-    for r in range(_ROUNDS):
-        mixed = hashlib.blake2b(b'%d:%d' % (r, right), key=key, digest_size=8).digest()
-        left, right = right, left ^ (int.from_bytes(mixed, 'little') & ((1 << half) - 1))
-    return left << half | right
 
 
 def shuffled(i: int, n: int, seed: int | None) -> int:

@@ -69,7 +69,7 @@ class PairStore:
         return len(self.table)
 
     def answers(self, side: int) -> int:
-        """How many pairs have a response on this side."""
+        """The number of pairs with a response on this side."""
         there = lambda start: self.tokens_of(start, min(start + bestfit.WINDOW, self.pairs))[:, side]
         return sum(int(np.count_nonzero(there(start))) for start in range(0, self.pairs, bestfit.WINDOW))
 
@@ -335,7 +335,7 @@ class PairBatches:
         return self.mixture.rows_in_epoch() // self.rows
 
     def batch(self, i: int, places: Sequence[int]) -> Batch:
-        """Of batch i the rows at these places, those from `rows` on empty: the arrays of `PairRows.row`, tokens_T as
+        """The rows of batch i at these places, those from `rows` on empty: the arrays of `PairRows.row`, tokens_T as
         tokens_BT and weight_P as weight_BP."""
         row = lambda p: self.mixture.row(i * self.rows + p) if p < self.rows else self.mixture.rows[0].empty
         return pipeline.stack([row(p) for p in places])

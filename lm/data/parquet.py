@@ -55,11 +55,9 @@ def _is_text(kind: Any) -> bool:
     UTF-8."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    t = pa.types
-    texts = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary, t.is_binary_view)
-    return any(test(kind) for test in texts)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (pa.string, pa.large_string, pa.string_view, pa.binary, pa.large_binary, pa.binary_view)
+    return kind in [make() for make in texts]
 
 
 @contextlib.contextmanager

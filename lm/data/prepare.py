@@ -326,7 +326,7 @@ def _fill_empty_part(split: _Split) -> None:
 
 
 def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
-    """Where whole texts would be far more or less than a share of the bytes, holds out the end of the longest instead.
+    """Holds out the end of the longest text where whole ones would be far more or less than a share of the bytes.
 
     Raises UsageError for one text that is too short for it.
     """
