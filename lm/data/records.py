@@ -147,7 +147,8 @@ def _ordered(value: Any) -> Any:
 
 
 def split_content(record: Any) -> bytes:
-    """The part of a record that decides whether it is held out: of a pair its prompt, so that a held-out prompt is unseen."""
+    """The part of a record that decides whether it is held out: of a pair its prompt, so that training sees no held-out
+    prompt."""
     return json.dumps(_ordered(record['prompt'])).encode() if 'prompt' in record else content(record)
 
 
