@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lm.data import conversations, corpora, mixtures, sources
+from lm.data import conversations, defaults, mixtures, sources
 from lm.data.records import Counts, content, split_content
 from lm.data.sources import open_source
 from lm.errors import UsageError
@@ -345,34 +345,25 @@ def test_a_text_that_is_not_utf8_spoils_its_own_row_of_a_parquet_file(tmp_path):
 def test_prepared_tfds(tmp_path):
     import tensorflow_datasets as tfds
 
-    class Talk(corpora.Builder, skip_registration=True):
-        name = 'talk'
-
+    class Talk(defaults.Builder, skip_registration=True):
         def _info(self):
             message = {'role': tfds.features.Text(), 'content': tfds.features.Text()}
             features = {'messages': tfds.features.Sequence(message), 'label': tfds.features.Scalar(np.int64)}
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _generate_examples(self):
-            yield 0, {'messages': said('Hi', 'Hello', 'How?', 'So'), 'label': 3}
-
-    Talk(Counts(), data_dir=tmp_path / 'tfds', file_format='array_record').download_and_prepare()
+    examples = [{'messages': said('Hi', 'Hello', 'How?', 'So'), 'label': 3}]
+    Talk('talk', (), examples, data_dir=tmp_path / 'tfds', file_format='array_record').download_and_prepare()
     records, counts = read('tfds:talk', 'chat', strict=True)
     assert [short(r['messages']) for r in records] == ['u:Hi a:Hello u:How? a:So'] and counts.read == 1
     assert read('tfds:talk', 'pairs')[1].dropped == {'unpaired': 1}
 
 
 def test_dolly_comes_from_tfds(tmp_path):
-    class DatabricksDolly(corpora.Builder, skip_registration=True):
-        name = 'databricks_dolly'
-        FIELDS = ('instruction', 'context', 'response', 'category')
-
-        def _generate_examples(self):
-            yield 0, {'instruction': 'Who?', 'context': '', 'response': 'Ann', 'category': 'qa'}
-
+    example = {'instruction': 'Who?', 'context': '', 'response': 'Ann', 'category': 'qa'}
+    options = {'data_dir': tmp_path / 'tfds', 'file_format': 'array_record'}
     with pytest.raises(UsageError, match='is not prepared in'):
         open_source('dolly', 'chat')
-    DatabricksDolly(Counts(), data_dir=tmp_path / 'tfds', file_format='array_record').download_and_prepare()
+    defaults.Builder('databricks_dolly', tuple(example), [example], **options).download_and_prepare()
     [record], _ = read('dolly', 'chat', strict=True)
     assert short(record['messages']) == 'u:Who? a:Ann' and record['meta'] == {'category': 'qa'}
 
@@ -476,8 +467,6 @@ def test_content_tells_records_apart_and_pairs_are_split_by_their_prompt(tmp_pat
 
 
 def test_default_names_are_the_defaults():
-    from lm.data import defaults
-
     for kind in ('chat', 'pairs'):
         assert sources.DEFAULTS[kind] == tuple(n for n, d in defaults.DEFAULTS.items() if d.kind == kind)
 

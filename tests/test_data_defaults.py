@@ -93,7 +93,7 @@ def test_operation_questions_are_split_by_name(some_operations):
 
 def test_the_question_is_worded_as_the_fixed_prompts_are():
     prompts = {p.id: p.text for p in load_prompts(ROOT / 'configs' / 'prompts.jsonl')}
-    assert operations.question('ECR', 'PutImage') == prompts['operation-put-image']
+    assert operations.Question('ECR', 'PutImage', '').text == prompts['operation-put-image']
 
 
 # ---- programmatic ----
@@ -147,7 +147,7 @@ def test_invented_operations_are_declined_and_real_ones_are_not(declines, some_o
     real = {(o.service, o.name): o.first_sentence for o in some_operations}
     for pair in declines:
         meta, chosen, rejected = pair['meta'], text(pair['chosen']), text(pair['rejected'])
-        assert text(pair['prompt']) == operations.question(meta['service'], meta['operation'])
+        assert text(pair['prompt']) == operations.Question(meta['service'], meta['operation'], '').text
         assert is_decline(chosen) == meta['invented'] and is_decline(rejected) != meta['invented']
         assert ((meta['service'], meta['operation']) in real) != meta['invented']
         refusal = chosen if meta['invented'] else rejected
@@ -215,7 +215,7 @@ def test_small_talk_is_in_turns_and_holds_out_what_pretraining_does(monkeypatch)
     some = list(corpora.conversations())[::3]
     for module in (corpora, smalltalk):
         monkeypatch.setattr(module, 'conversations', lambda: iter(some))
-    documents = {key: doc for key, doc, _ in corpora.Chitchat._documents(_Tally())}
+    documents = {d['id']: d['text'] for d in corpora.chitchat_documents(Counts())}
     held = 0
     records = list(smalltalk.chats(Counts()))
     assert len(records) > 1200
@@ -228,13 +228,6 @@ def test_small_talk_is_in_turns_and_holds_out_what_pretraining_does(monkeypatch)
         assert smalltalk.heldout_chat(record, 0.02) == expected
         held += expected
     assert 0.01 < held / len(records) < 0.03
-
-
-class _Tally:
-    """What a builder needs to give its documents: a tally."""
-
-    def __init__(self):
-        self._tally = Counts()
 
 
 def test_an_empty_turn_joins_those_around_it():
@@ -321,6 +314,6 @@ def test_the_whole_of_them_is_the_same_in_every_process():
         ).stdout
         for seed in ('1', '2')
     ]
-    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 5
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 7
     train, held = parts(list(operations.programmatic(corpora.operations(), Counts())))
     assert 0.48 < shorter_wins(train) < 0.52 and 0.45 < shorter_wins(held) < 0.55

@@ -1,6 +1,7 @@
 """Rows and batches: every token predicted once, nothing across documents, order a pure function of (seed, i)."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,14 +214,10 @@ def test_bad_sizes_are_refused():
 @pytest.mark.parametrize('vocab_size', [300, 70_000])
 def test_store_is_written_and_opened(tmp_path, vocab_size):
     ids = {'a': [10, 11], 'b': [], 'c': [vocab_size - 1]}
-    written = write_store(
-        tmp_path / 's',
-        ids,
-        lambda texts, continued: [ids[t] for t in texts],
-        vocab_size=vocab_size,
-        bos_id=BOS,
-        eos_id=EOS,
-    )
+    encode = lambda texts, continued: [ids[t] for t in texts]
+    special = {'bos_id': BOS, 'eos_id': EOS, 'adds_bos': True}
+    tokenizer: Any = SimpleNamespace(vocab_size=vocab_size, encode_batch=encode, **special)
+    written = write_store(tmp_path / 's', ids, tokenizer)
     checksums = checksums_of(tmp_path / 's')
     store = TokenStore.open(tmp_path / 's', vocab_size=vocab_size, pad_id=PAD, checksums=checksums)
     assert [store.document(i).tolist() for i in range(store.documents)] == [[BOS, *d, EOS] for d in ids.values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import corpora
+from lm.data import corpora, defaults
 from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
 from lm.data.prompts import load_prompts
@@ -165,17 +165,14 @@ def test_missing_corpus_package_is_named(monkeypatch):
 def test_prepared_tfds_is_read_and_a_tfrecord_one_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
 
-    class Tiny(corpora._TextBuilder, skip_registration=True):
-        name = 'tiny'
+    example = lambda key, text: {'id': key, 'source': 'tiny', 'text': text, 'meta': '{}'}
 
-        def _documents(self):
-            return [('a', 'first', {}), ('b', '', {}), ('c', 'third', {})]
-
+    class Tiny(defaults.Builder, skip_registration=True):
         def _split_generators(self, dl_manager):
-            dev = {'id': 'd', 'source': 'tiny', 'text': 'fourth', 'meta': ''}
-            return super()._split_generators(dl_manager) | {'dev': iter([(0, dev)])}
+            return super()._split_generators(dl_manager) | {'dev': iter([(0, example('d', 'fourth'))])}
 
-    Tiny(Counts(), data_dir=tmp_path, file_format='array_record').download_and_prepare()
+    examples = [example('a', 'first'), example('b', ''), example('c', 'third')]
+    Tiny('tiny', tuple(examples[0]), examples, data_dir=tmp_path, file_format='array_record').download_and_prepare()
     records, counts = _read('tfds:tiny')
     assert [r['text'] for r in records] == ['first', 'third']
     assert counts.read == 3 and counts.dropped == {'empty': 1}

@@ -115,6 +115,18 @@ def test_damage_in_a_parquet_file_is_one_line(tmp_path):
         assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('kind', ['text', 'chat'])
+def test_a_page_without_its_checksum_is_damage_for_text_and_conversations(tmp_path, kind):
+    values = ['first', 'mark', 'none']  # the one in the middle is in no statistics of the page
+    columns = {'text': values, 'prompt': values, 'completion': values}
+    options = {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True}
+    path = Path(_parquet(tmp_path / 'a.parquet', columns, **options))
+    assert len(list(open_source(str(path), kind).read(Counts()))) == 3
+    path.write_bytes(path.read_bytes().replace(b'mark', b'bark'))
+    with pytest.raises(UsageError, match='is damaged or no parquet file'):
+        list(open_source(str(path), kind).read(Counts()))
+
+
 def test_a_folder_and_a_pattern_find_parquet_too(tmp_path):
     _parquet(tmp_path / 'd' / 'sub' / 'a.parquet', {'text': ['one']})
     (tmp_path / 'd' / 'b.jsonl').write_text('{"text": "two"}')
@@ -278,18 +290,15 @@ def test_a_local_copy_may_be_the_config_alone(tmp_path):
 
 
 def test_a_named_dataset_of_tfds_is_read_from_where_it_lies(tmp_path):
-    from lm.data import corpora
+    from lm.data import defaults
 
-    class Wiki40b(corpora._TextBuilder, skip_registration=True):
-        name = 'wiki40b'
-        BUILDER_CONFIGS = [corpora.tfds.core.BuilderConfig(name=c) for c in ('en', 'de')]
-
-        def _documents(self):
-            return [('a', self.builder_config.name, {})]
+    class Wiki40b(defaults.Builder, skip_registration=True):
+        BUILDER_CONFIGS = [defaults.tfds.core.BuilderConfig(name=c) for c in ('en', 'de')]
 
     def prepare(folder):
         for config in ('de', 'en'):
-            Wiki40b(Counts(), data_dir=folder, config=config, file_format='array_record').download_and_prepare()
+            options = {'data_dir': folder, 'config': config, 'file_format': 'array_record'}
+            Wiki40b('wiki40b', ('text',), [{'text': config}], **options).download_and_prepare()
 
     with pytest.raises(UsageError, match='is not prepared in'):
         open_source('wiki40b')

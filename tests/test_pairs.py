@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_a_process_takes_its_rows_of_the_same_batch(tmp_path):
     rows = found.rows + 1
     expected = found.batch(3, range(rows))
     for here in ([0, 2], [rows - 1], range(rows)):
-        made = stage._Source(found, here, 1)[2]
+        made = next(pipeline.prefetched(partial(found.batch, places=here), 3))
         assert all(np.array_equal(x, expected[name][list(here)]) for name, x in made.items())
 
 

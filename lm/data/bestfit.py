@@ -1,14 +1,19 @@
-"""Which things share a row: best-fit packing, planned once and read from disk.
+"""The places that the things of a store (conversations, pairs) take in rows of some length, and which of them share a
+row: best-fit packing, planned once and read from disk.
 
-Things (conversations, pairs) keep the order in which they were stored, which is random; each window of them is packed
-by best fit, the largest first (Johnson, 1973), so that a plan of any number of things takes the memory of one window.
+What it takes to know their sizes is computed when a store is written and lies beside it: where each begins, and from
+where on it can be learned from. So no token is read here, what there is is read by windows, and the sums are kept in
+the cache.
+
+Things keep the order in which they were stored, which is random; each window of them is packed by best fit, the largest
+first (Johnson, 1973), so that a plan of any number of things takes the memory of one window.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -19,16 +24,76 @@ from lm.data.store import checksums_of, verify
 from lm.errors import UsageError
 
 WINDOW = 1 << 18
-RECIPE = 3  # part of the cache's key: raise it when a plan, or how it is kept, changes
+RECIPE, SURVEY_RECIPE = 3, 1  # parts of the cache's keys: raise one when a plan or how it is kept, or a survey, changes
 _FILES = ('order.bin', 'starts.bin')  # int64
 
 
-class Lengths(Protocol):
-    """[things] integers, how many places each takes, 0 for what is left out: an array, or what is read by windows."""
+class Survey(NamedTuple):
+    """Sums over all things: how many are used, how many of these are cut, and the places that the longest takes."""
 
-    def __len__(self) -> int: ...
+    used: int
+    cut: int
+    longest: int
 
-    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """The sizes of `count` things.
+
+    Attributes:
+      key: JSON-able, stands for all that the sizes depend on.
+      measure: (start, stop) -> ([stop - start] places that each takes, 0 for what cannot be learned from; [stop -
+        start] bool, whether it is longer than there is room for).
+    """
+
+    count: int
+    key: Any
+    measure: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.count)
+        return self.measure(start, stop)[0]
+
+    def windows(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first thing, what `measure` says) of each window."""
+        for start in range(0, self.count, WINDOW):
+            yield start, *self.measure(start, min(start + WINDOW, self.count))
+
+    @property
+    def cut(self) -> int:
+        """The number of those that are used and longer than there is room for."""
+        return self.survey.cut
+
+    @property
+    def left_out(self) -> int:
+        """The number of those that cannot be learned from."""
+        return self.count - self.survey.used
+
+    @cached_property
+    def survey(self) -> Survey:
+        directory = cache.build('surveys', {'recipe': SURVEY_RECIPE, 'sizes': self.key}, self._write)
+        return Survey(**json.loads((directory / 'survey.json').read_text()))
+
+    def _write(self, directory: epath.Path) -> None:
+        used = cut = longest = 0
+        for _, places, longer in self.windows():
+            used += int(np.count_nonzero(places))
+            cut += int(np.count_nonzero(longer & (places > 0)))
+            longest = max(longest, int(places.max(initial=0)))
+        files.write_json(directory / 'survey.json', Survey(used, cut, longest)._asdict())
+
+    def first(self, most: int) -> np.ndarray:
+        """The numbers of the first `most` that are used."""
+        found, left = [np.zeros(0, np.int64)], most
+        for start, places, _ in self.windows():
+            found.append(start + np.flatnonzero(places)[:left])
+            left -= len(found[-1])
+            if not left:
+                break
+        return np.concatenate(found)
+
+
+# ---- plans ----
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +107,8 @@ class Plan:
 
     @staticmethod
     def of(things: np.ndarray, lengths: np.ndarray, capacity: int) -> 'Plan':
-        """The plan of a few things, [things] by number, all in one window; not kept."""
+        """The plan of a few things, [things] by number, all in one window; not kept. No row is longer than `capacity`,
+        and no length may be."""
         order, sizes = _pack(lengths, capacity)
         return Plan(things[order], np.concatenate([[0], np.cumsum(sizes)]), int(sizes.max(initial=0)))
 
@@ -51,12 +117,6 @@ class Plan:
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.order[self.starts[row] : self.starts[row + 1]]
-
-
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """The rows, as lists of places in `lengths`; no row is longer than `capacity`, and no length may be."""
-    order, sizes = _pack(np.asarray(lengths), capacity)
-    return [row.tolist() for row in np.split(order, np.cumsum(sizes)[:-1])] if len(sizes) else []
 
 
 def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,19 +156,13 @@ def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     return descending[np.argsort(row_of, kind='stable')], np.bincount(row_of, minlength=rows)
 
 
-def plan(lengths: Lengths, capacity: int, *, key: Any = None) -> Plan:
-    """The plan of things of these lengths, those of length 0 left out; kept in the cache.
-
-    It depends on the lengths and nothing else: the same texts in other words (another tokenizer, another template) have
-    another plan.
-
-    Args:
-      key: JSON-able, stands for the lengths, so that they need not be read to find their plan. None: all are read.
+def plan(sizes: Sizes, capacity: int) -> Plan:
+    """The plan of things of these sizes, those of size 0 left out; kept in the cache under what their sizes depend on.
 
     Raises UsageError if the plan in the cache is damaged.
     """
-    key = {'recipe': RECIPE, 'window': WINDOW, 'capacity': capacity, 'lengths': key or _digest(lengths)}
-    directory = cache.build('plans', key, lambda path: _write(path, lengths, capacity))
+    key = {'recipe': RECIPE, 'window': WINDOW, 'capacity': capacity, 'lengths': sizes.key}
+    directory = cache.build('plans', key, partial(_write, sizes, capacity))
     try:
         index = json.loads((directory / 'index.json').read_text())
         verify(directory, index['checksums'])
@@ -122,28 +176,14 @@ def _mapped(path: epath.Path) -> np.ndarray:
     return np.memmap(path, np.int64, 'r') if path.stat().length else np.zeros(0, np.int64)  # no empty file can be
 
 
-def _write(directory: epath.Path, lengths: Lengths, capacity: int) -> None:
+def _write(sizes: Sizes, capacity: int, directory: epath.Path) -> None:
     rows, fullest = 0, 0
     with (directory / 'order.bin').open('wb') as order, (directory / 'starts.bin').open('wb') as starts:
         starts.write(np.zeros(1, np.int64).tobytes())
-        for things, sizes in _windows(lengths, capacity):
-            order.write(things.astype(np.int64).tobytes())
-            starts.write((rows + np.cumsum(sizes)).astype(np.int64).tobytes())
-            rows, fullest = rows + len(things), max(fullest, int(sizes.max(initial=0)))
+        for first, places, _ in sizes.windows():
+            used = np.flatnonzero(places)
+            packed, counts = _pack(places[used], capacity)
+            order.write((first + used[packed]).astype(np.int64).tobytes())
+            starts.write((rows + np.cumsum(counts)).astype(np.int64).tobytes())
+            rows, fullest = rows + len(packed), max(fullest, int(counts.max(initial=0)))
     files.write_json(directory / 'index.json', {'fullest': fullest, 'checksums': checksums_of(directory, _FILES)})
-
-
-def _windows(lengths: Lengths, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(things row by row, [rows] how many each row has) of each window."""
-    for start in range(0, len(lengths), WINDOW):
-        found = np.asarray(lengths[start : start + WINDOW])
-        used = np.flatnonzero(found)
-        order, sizes = _pack(found[used], capacity)
-        yield start + used[order], sizes
-
-
-def _digest(lengths: Lengths) -> str:
-    hashed = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(lengths), WINDOW):
-        hashed.update(np.ascontiguousarray(lengths[start : start + WINDOW], np.int64).tobytes())
-    return hashed.hexdigest()

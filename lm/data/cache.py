@@ -49,10 +49,10 @@ def build(kind: str, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> e
 
     `key` is saved in it as key.json, for the reader. Raises RunError if the disk is full, and what `fn` raises.
     """
-    if found := find(kind, key):
-        return found
     final = cache_dir() / kind / fingerprint(key)
-    _make_parent(final.parent)
+    if final.exists():
+        return final
+    _make_root(final.parent)
     try:
         _sweep(final.parent)
         _build_at(final, key, fn)
@@ -63,15 +63,13 @@ def build(kind: str, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> e
     return final
 
 
-def _make_parent(parent: epath.Path) -> None:
+def _make_root(root: epath.Path) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UsageError(
-            f'the cache {parent} cannot be made ({e.strerror}): set LM_CACHE to another directory'
-        ) from None
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f'the cache {parent} cannot be written: set LM_CACHE to another directory')
+        raise UsageError(f'the cache {root} cannot be made ({e.strerror}): set LM_CACHE to another directory') from None
+    if not os.access(root, os.W_OK):
+        raise UsageError(f'the cache {root} cannot be written: set LM_CACHE to another directory')
 
 
 def _build_at(final: epath.Path, key: dict[str, Any], fn: Callable[[epath.Path], None]) -> None:
@@ -84,18 +82,13 @@ def _build_at(final: epath.Path, key: dict[str, Any], fn: Callable[[epath.Path],
             files.write_json(temporary / 'key.json', key)
         finally:
             locks.drop(lock)
-        _publish(temporary, final)  # unlocked: it is too young to be swept
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: epath.Path, final: epath.Path) -> None:
-    try:
-        os.rename(temporary, final)
+        os.rename(temporary, final)  # unlocked: it is too young to be swept
     except OSError:
         # Another process was quicker: both built the same thing from the same key, so theirs is ours.
         if not final.exists():
             raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sweep(parent: epath.Path) -> None:

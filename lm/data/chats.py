@@ -17,14 +17,14 @@ import numpy as np
 from etils import epath
 
 from lm.data import bestfit, pipeline
+from lm.data.bestfit import Sizes
 from lm.data.cache import fingerprint
 from lm.data.chat_layout import refusal
 from lm.data.chat_template import ChatTemplate
-from lm.data.packing import Row, permute
+from lm.data.packing import Row, blank_row, shuffled
 from lm.data.pipeline import Mixture, source_seed
 from lm.data.prepare import Form, Prepared, PreparedSource
 from lm.data.records import Counts
-from lm.data.sizes import Sizes
 from lm.data.store import Checksums, TokenStore, read, token_dtype
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
@@ -157,7 +157,7 @@ class ChatRows:
 
     @cached_property
     def plan(self) -> bestfit.Plan:
-        return bestfit.plan(self.sizes, self.seq_len, key=self.sizes.key)
+        return bestfit.plan(self.sizes, self.seq_len)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -165,22 +165,13 @@ class ChatRows:
 
     def row(self, i: int) -> Row:
         """Row i ≥ 0, the arrays that `PackedRows.row` gives; weights_T is 1 where the target is to be learned."""
-        epoch, r = divmod(i, len(self))
-        if self.shuffle:
-            r = permute(r, len(self), b'%d:%d' % (self.seed, epoch))
+        r = shuffled(i, len(self), self.seed if self.shuffle else None)
         return segments_row([self.store.conversation(c) for c in self.plan[r]], self.seq_len, self.store.pad_id)
 
 
 def segments_row(found: Iterable[tuple[np.ndarray, np.ndarray]], T: int, pad_id: int) -> Row:
     """A row of T places in which each (ids, trained) is a segment, cut at the end of the row."""
-    row = {
-        'tokens_T': np.full(T, pad_id, np.int32),
-        'targets_T': np.full(T, pad_id, np.int32),
-        'weights_T': np.zeros(T, np.float32),
-        'segments_T': np.zeros(T, np.int32),
-        'positions_T': np.zeros(T, np.int32),
-    }
-    at = 0
+    row, at = blank_row(T, pad_id), 0
     for segment, (ids, trained) in enumerate(found, 1):
         n = min(len(ids) - 1, T - at)
         place = slice(at, at + n)

@@ -1,28 +1,20 @@
-"""The default corpora, as TFDS builders: text that installs with pip, read from the installed packages at run time.
+"""The default corpora: text that installs with pip, read from the installed packages at run time.
 
 `botocore`: the documentation strings of the AWS service models, one document a string. `chitchat`: human conversations,
-one document a conversation. Both are written as array_record, which needs no TensorFlow.
+one document a conversation.
 """
 
-import abc
-import contextlib
 import gzip
 import importlib.metadata
 import importlib.util
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-from etils import epath
-
-from lm import files
-from lm.data import cache
 from lm.data.heldout import heldout_operation, leaks, normalized
 from lm.data.markup import strip_html
 from lm.data.records import Counts
@@ -60,99 +52,34 @@ def package_version(name: str) -> str:
         ) from None
 
 
-def prepare_corpus(name: str) -> tuple[epath.Path, Counts]:
-    """Where the array_record data of a corpus lies, built on first use, and what was read and dropped for it."""
-    return prepare_with(name, {'version': package_version(name), 'recipe': RECIPE}, _BUILDERS[name])
-
-
-def prepare_with(name: str, state: dict[str, Any], make: Callable[..., Any]) -> tuple[epath.Path, Counts]:
-    """Where a builder's data lies, which `make(tally, data_dir=…, file_format=…)` gives, and its tally. Built once for
-    each `state`.
-    """
-    directory = cache.build('tfds', {'corpus': name} | state, lambda path: _build_corpus(make, path))
-    return next(directory.glob('*/1.0.0')), Counts(**json.loads((directory / 'tally.json').read_text()))
-
-
-def _build_corpus(make: Callable[..., Any], directory: epath.Path) -> None:
-    tally = Counts()
-    builder = make(tally, data_dir=directory, file_format='array_record')
-    tfds.disable_progress_bar()
-    # TFDS prints that it downloads, which it does not: it is told not to ask its bucket for prepared data either.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    files.write_json(directory / 'tally.json', {'read': tally.read, 'dropped': tally.dropped})
-
-
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Data of text FIELDS with one split, `train`, which counts in `tally` what it leaves out."""
-
-    VERSION = tfds.core.Version('1.0.0')
-    FIELDS: tuple[str, ...]
-
-    def __init__(self, tally: Counts, **kwargs: Any):
-        self._tally = tally
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {key: tfds.features.Text() for key in self.FIELDS}
-        # Kept in the order of generation: preparation shuffles by content, so a second shuffle here buys nothing.
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
-        return {'train': self._generate_examples()}
-
-
-class _TextBuilder(Builder, skip_registration=True):
-    """A corpus of plain documents; a subclass says where they come from."""
-
-    FIELDS = ('id', 'source', 'text', 'meta')
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for number, (key, text, meta) in enumerate(self._documents()):
-            yield number, {'id': key, 'source': self.name, 'text': text, 'meta': json.dumps(meta)}
-
-    @abc.abstractmethod
-    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        """(key, text, what else is known of it) of each document."""
-
-
-class Botocore(_TextBuilder, skip_registration=True):
+def botocore_documents(tally: Counts) -> Iterator[dict[str, Any]]:
     """Documentation strings of ≥ 200 characters of English, without near-copies and without held-out answers."""
-
-    name = 'botocore'
-
-    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        models = list(_service_models())
-        answers = [normalized(o.first_sentence) for o in _operations(models) if heldout_operation(o.name)]
-        kept = list(_keep_prose(models, self._tally))
-        for (key, text, meta), leaked in zip(kept, leaks([text for _, text, _ in kept], answers), strict=True):
-            if leaked:
-                self._tally.drop('heldout_answer')
-            else:
-                yield key, text, meta
+    models = list(_service_models())
+    answers = [normalized(o.first_sentence) for o in _operations(models) if heldout_operation(o.name)]
+    kept = list(_keep_prose(models, tally))
+    for document, leaked in zip(kept, leaks([d['text'] for d in kept], answers), strict=True):
+        if leaked:
+            tally.drop('heldout_answer')
+        else:
+            yield document
 
 
-class Chitchat(_TextBuilder, skip_registration=True):
+def chitchat_documents(tally: Counts) -> Iterator[dict[str, Any]]:
     """Conversations of two turns or more.
 
     A turn is a line, without a speaker's name: the turns of the two people strictly alternate, so a name would say
     nothing that the line break does not, its bytes would flatter bits per byte, and fine-tuning marks speakers with
     control tokens of its own.
     """
-
-    name = 'chitchat'
-
-    def _documents(self) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        for key, conversation in conversations():
-            self._tally.read += 1
-            text = conversation_text(conversation)
-            if '\n' not in text:
-                self._tally.drop('one_turn')
-                continue
-            # Some conversations have no prompt, some no ratings.
-            yield key, text, {k: conversation[k] for k in ('prompt', 'ratings') if k in conversation}
+    for key, conversation in conversations():
+        tally.read += 1
+        text = conversation_text(conversation)
+        if '\n' not in text:
+            tally.drop('one_turn')
+            continue
+        # Some conversations have no prompt, some no ratings.
+        meta = {k: conversation[k] for k in ('prompt', 'ratings') if k in conversation}
+        yield {'id': key, 'text': text, 'meta': meta}
 
 
 def conversations() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -164,9 +91,6 @@ def conversation_text(conversation: dict[str, Any]) -> str:
     """The document that pretraining reads of a conversation: a line a turn."""
     turns = (' '.join(' '.join(m['text'] for m in turn).split()) for turn in conversation['messages'])
     return '\n'.join(turn for turn in turns if turn)
-
-
-_BUILDERS: dict[str, type[_TextBuilder]] = {'botocore': Botocore, 'chitchat': Chitchat}
 
 
 def operations() -> Iterator[Operation]:
@@ -213,8 +137,8 @@ def _operations(models: Iterable[dict[str, Any]]) -> Iterator[Operation]:
                 yield Operation(service=model['metadata']['serviceId'], name=name, text=text)
 
 
-def _keep_prose(models: Iterable[dict[str, Any]], tally: Counts) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(id, text, meta) of the documentation strings worth learning from; counts why the others are not."""
+def _keep_prose(models: Iterable[dict[str, Any]], tally: Counts) -> Iterator[dict[str, Any]]:
+    """The documentation strings worth learning from; counts why the others are not."""
     seen: set[str] = set()
     for model in models:
         service = model['metadata']['serviceId']
@@ -224,7 +148,7 @@ def _keep_prose(models: Iterable[dict[str, Any]], tally: Counts) -> Iterator[tup
             if reason:
                 tally.drop(reason)
             else:
-                yield f'{service}{path}', text, {'service': service}
+                yield {'id': f'{service}{path}', 'text': text, 'meta': {'service': service}}
 
 
 def _judge(documentation: str, seen: set[str]) -> tuple[str | None, str]:
@@ -254,13 +178,9 @@ def code_share(text: str) -> float:
 
 def _documentation(node: Any, path: str) -> Iterator[tuple[str, str]]:
     """(path, text) of every documentation string below a node of a service model."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == 'documentation' and isinstance(value, str):
-                yield path, value
-            elif isinstance(value, dict | list):
-                yield from _documentation(value, f'{path}/{key}')
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            if isinstance(value, dict | list):
-                yield from _documentation(value, f'{path}/{number}')
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if key == 'documentation' and isinstance(value, str):
+            yield path, value
+        else:
+            yield from _documentation(value, f'{path}/{key}')

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from lm.data.corpora import Operation, conversation_text, conversations
-from lm.data.operations import Question, meta_of, order, pair, question, questions
+from lm.data.operations import Question, meta_of, order, pair, questions
 from lm.data.records import Counts
 
 # All begin in one way, so that a refusal can be told from an answer.
@@ -66,7 +66,7 @@ _NOUNS = """
 
 
 def is_decline(text: str) -> bool:
-    """Whether an answer opens as all that decline an operation do."""
+    """Tells whether an answer opens as all that decline an operation do."""
     return bool(_IS_DECLINE.match(text))
 
 
@@ -92,7 +92,7 @@ def decline(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[st
 
 def _declined(q: Question) -> dict[str, Any]:
     """A real operation, wrongly declined."""
-    return pair(q.id, q.text, q.answer, _refusal(q.service, q.name), meta_of(q) | {'invented': False})
+    return pair(q, q.answer, _refusal(q.service, q.name), meta_of(q) | {'invented': False})
 
 
 def _invented(real: Sequence[Question], nouns: Sequence[str], taken: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -104,9 +104,8 @@ def _invented(real: Sequence[Question], nouns: Sequence[str], taken: set[tuple[s
             if model is None or name is None or (model.service, name) in taken:
                 continue
             taken.add((model.service, name))
-            meta = {'service': model.service, 'operation': name, 'heldout': _heldout_noun(noun), 'invented': True}
-            refusal = _refusal(model.service, name)
-            yield pair(f'{model.service}/{name}', question(model.service, name), refusal, model.answer, meta)
+            q = Question(model.service, name, _refusal(model.service, name))
+            yield pair(q, q.answer, model.answer, meta_of(q) | {'heldout': _heldout_noun(noun), 'invented': True})
 
 
 def _invent(name: str, noun: str, second: str, i: int) -> str | None:
@@ -138,7 +137,7 @@ def _free_nouns(existing: Iterable[Operation]) -> list[str]:
 
 @cache
 def known_nouns() -> frozenset[str]:
-    """What may be invented with: our list, and what is often said in small talk."""
+    """The nouns to invent with: our list, and what is often said in small talk."""
     said = Counter(word for _, c in conversations() for word in conversation_text(c).split())
     found = {*_NOUNS.split(), *(w for w, times in said.items() if times >= _SAID and _CHATTED.fullmatch(w))}
     return frozenset(found - set(map(plural, found)))  # one and many are one noun

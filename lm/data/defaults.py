@@ -1,14 +1,21 @@
-"""The default sources of conversations and pairs, built from the installed packages as TFDS data of JSON texts."""
+"""The default sources, built from the installed packages as TFDS data in array_record, which needs no TensorFlow."""
 
+import contextlib
 import functools
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from lm.data import corpora, decline, operations, smalltalk, tfds
-from lm.data.records import Chat, Counts, Kind, Pair, Source
+import tensorflow_datasets as tfds
+from etils import epath
 
-# Part of the cache's key: raise it when the records that come out change.
+from lm import files
+from lm.data import cache, corpora, decline, operations, smalltalk
+from lm.data.records import Chat, Counts, Kind, Pair, Record, Source
+from lm.data.tfds import examples, read_text
+
+# Part of the cache's key: raise it when the conversations or pairs that come out change.
 RECIPE = 7
 
 
@@ -18,7 +25,7 @@ class _Default(NamedTuple):
     kind: Kind
     corpus: str
     records: Callable[[Counts], Iterator[dict[str, Any]]]
-    split: Callable[[Any, float], bool]
+    split: Callable[[Any, float], bool] | None
 
 
 def _heldout(record: Chat | Pair, share: float) -> bool:
@@ -27,6 +34,8 @@ def _heldout(record: Chat | Pair, share: float) -> bool:
 
 
 DEFAULTS = {
+    'botocore': _Default('text', 'botocore', corpora.botocore_documents, None),
+    'chitchat': _Default('text', 'chitchat', corpora.chitchat_documents, None),
     'operations': _Default('chat', 'botocore', lambda c: operations.chats(corpora.operations(), c), _heldout),
     'smalltalk': _Default('chat', 'chitchat', smalltalk.chats, smalltalk.heldout_chat),
     'programmatic': _Default('pairs', 'botocore', lambda c: operations.programmatic(corpora.operations(), c), _heldout),
@@ -35,38 +44,68 @@ DEFAULTS = {
 }
 
 
-class _Records(corpora.Builder, skip_registration=True):
-    """A default source: a record is the JSON text of its fields."""
-
-    name = 'records'
-    FIELDS = ('id', 'record')
-
-    def __init__(self, tally: Counts, *, source: str, **kwargs: Any):
-        self._source = source
-        super().__init__(tally, **kwargs)
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for number, fields in enumerate(DEFAULTS[self._source].records(self._tally)):
-            yield number, {'id': fields.pop('id'), 'record': json.dumps(fields)}
-
-
 def open_default(name: str) -> Source:
     """The default source of this name. Raises UsageError if the package it is read from is not installed."""
     default = DEFAULTS[name]
     versions = [corpora.package_version(c) for c in default.corpus.split()]
-    state = {'version': versions, 'recipe': [RECIPE, corpora.RECIPE]}
+    state: dict[str, Any] = {'version': versions, 'recipe': [RECIPE, corpora.RECIPE]}
+    if default.kind == 'text':
+        state = {'version': versions[0], 'recipe': corpora.RECIPE}
 
-    def read(counts: Counts) -> Iterator[Chat | Pair]:
-        directory, tally = corpora.prepare_with(name, state, functools.partial(_Records, source=name))
+    def read(counts: Counts) -> Iterator[Record | Chat | Pair]:
+        folder = cache.build('tfds', {'corpus': name} | state, functools.partial(_build, name))
         # What the builder left out was never written, so it is counted from the builder's tally.
-        counts.read += sum(tally.dropped.values())
-        for reason, number in tally.dropped.items():
+        for reason, number in json.loads((folder / 'tally.json').read_text())['dropped'].items():
+            counts.read += number
             counts.drop(reason, number=number)
-        for example in tfds.examples(name, directory, 'train'):
+        data = next(folder.glob('*/1.0.0'))
+        if default.kind == 'text':
+            yield from read_text(name, data, counts, 'train')
+            return
+        for example in examples(name, data, 'train'):
             counts.read += 1
             yield _record(name, example['id'].decode(), json.loads(example['record']))
 
     return Source(name, state, read, kind=default.kind, split=default.split)
+
+
+def _build(name: str, directory: epath.Path) -> None:
+    """Writes the data of a default source, and the tally of what it leaves out."""
+    tally, default = Counts(), DEFAULTS[name]
+    if default.kind == 'text':
+        fields = ('id', 'source', 'text', 'meta')
+        texts = ({**r, 'source': name, 'meta': json.dumps(r['meta'])} for r in default.records(tally))
+    else:
+        name, fields = 'records', ('id', 'record')
+        texts = ({'id': r.pop('id'), 'record': json.dumps(r)} for r in default.records(tally))
+    builder = Builder(name, fields, texts, data_dir=directory, file_format='array_record')
+    tfds.disable_progress_bar()
+    # TFDS prints that it downloads, which it does not: it is told not to ask its bucket for prepared data either.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    files.write_json(directory / 'tally.json', {'read': tally.read, 'dropped': tally.dropped})
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Data of texts, each under one of `fields`, with one split, `train`."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def __init__(self, name: str, fields: tuple[str, ...], examples: Iterable[dict[str, str]], **kwargs: Any):
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (TFDS's own AdhocBuilder does so)
+        self._fields, self._examples = fields, examples
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in self._fields})
+        # Kept in the order of generation: preparation shuffles by content, so a second shuffle here buys nothing.
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        yield from enumerate(self._examples)
 
 
 def _record(name: str, key: str, fields: dict[str, Any]) -> Chat | Pair:

@@ -1,4 +1,4 @@
-"""How the batch grows at the start of a run: in whole microbatches, as a pure function of the step."""
+"""A batch that grows at the start of a run: in whole microbatches, as a pure function of the step."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +35,7 @@ class Growth:
         return self.microbatch * (int(self._before[min(step, self.steps)]) + grown * self.microbatches)
 
     def steps_in(self, rows: int) -> int:
-        """How many whole steps there are in so many rows."""
+        """The number of whole steps in so many rows."""
         if rows < self.first(self.steps):
             return int(np.searchsorted(self._before * self.microbatch, rows, side='right')) - 1
         return self.steps + (rows - self.first(self.steps)) // (self.microbatch * self.microbatches)

@@ -16,13 +16,12 @@ _NOT_A_WORD = re.compile(r'[\W_]+')
 
 
 def heldout_operation(name: str) -> bool:
-    """Whether operation Q&A holds out the operations called `name`, in every service: about one name in twenty."""
-    digest = hashlib.blake2b(b'operation:' + name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') < HELDOUT_SHARE * 2**64
+    """Tells whether operation Q&A holds out the operations called `name`, in every service: about a name in twenty."""
+    return is_heldout(hashlib.blake2b(b'operation:' + name.encode(), digest_size=8).digest(), HELDOUT_SHARE)
 
 
 def is_heldout(content_digest: bytes, share: float) -> bool:
-    """Whether the document with this digest is held out: a hash of its content, not its place, decides."""
+    """Tells whether the document with this digest is held out: a hash of its content, not its place, decides."""
     return int.from_bytes(content_digest[:8], 'big') < share * 2**64
 
 
@@ -61,8 +60,6 @@ def leaks(texts: Sequence[str], answers: Iterable[str]) -> list[bool]:
     padded = [f' {normalized(text)} ' for text in texts]
     frequency = Counter(word for text in padded for word in set(text.split()))
     by_word: dict[str, list[str]] = defaultdict(list)
-    for answer in set(answers):
-        words = answer.split()
-        if words:
-            by_word[min(words, key=lambda w: (frequency[w], w))].append(f' {answer} ')
+    for answer in set(answers) - {''}:
+        by_word[min(answer.split(), key=lambda w: (frequency[w], w))].append(f' {answer} ')
     return [any(a in text for word in set(text.split()) & by_word.keys() for a in by_word[word]) for text in padded]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import grain
 
 from lm.data import cache, conversations
-from lm.data.records import Counts, Record, Source, record
+from lm.data.conversations import Reading, Row
+from lm.data.records import Counts, Source, record
 from lm.errors import UsageError, install
 
 _HUB = 'https://huggingface.co'
@@ -27,7 +28,7 @@ _PATIENCE_SECONDS = 3.0
 
 
 class Address(NamedTuple):
-    """Where a dataset is: on the hub, or in a local folder, whose config may be its only one, without a name."""
+    """The place of a dataset: on the hub, or in a local folder, whose config may be its only one, without a name."""
 
     name: str
     config: str | None
@@ -44,14 +45,16 @@ def parse(text: str, copy: str | None = None) -> Address:
         name, at, split = rest, '', ''
     if not name.strip('/') or (mark and not column) or (at and not split):
         raise UsageError(f'data source {text!r}: write hf:NAMESPACE/NAME[/CONFIG][@SPLIT][#COLUMN], or hf:./FOLDER')
+    config = None
     if name.startswith(('.', '/', '~')):
-        return Address(name, None, split or None, column or None, os.path.expanduser(name))
-    parts = name.split('/', 2)
-    config = parts[2] if len(parts) == 3 else None
-    return Address('/'.join(parts[:2]), config, split or None, column or None, copy)
+        copy = os.path.expanduser(name)
+    elif name.count('/') > 1:
+        namespace, name, config = name.split('/', 2)
+        name = f'{namespace}/{name}'
+    return Address(name, config, split or None, column or None, copy)
 
 
-def open_dataset(name: str, address: Address, reading: conversations.Reading | None = None) -> Source:
+def open_dataset(name: str, address: Address, reading: Reading | None = None) -> Source:
     """The source at an address, of text or of what `reading` says.
 
     A dataset of the hub is fetched into the library's cache unless it is there.
@@ -71,83 +74,56 @@ def open_dataset(name: str, address: Address, reading: conversations.Reading | N
     except Exception as e:  # whatever the library, the hub or a damaged file raises: its reason fits one line
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UsageError(f'data source {name!r} cannot be opened: {reason}') from e
+    plain = {k: v for k, v in data.features.items() if isinstance(v, datasets.Value)}
+    texts = [k for k, v in plain.items() if v.dtype in ('string', 'large_string')]
+    return _source(name, address.column, data, texts, reading)
+
+
+def _source(name: str, column: str | None, data: Any, texts: list[str], reading: Reading | None) -> Source:
+    place = f'data source {name!r}'
     if reading:
-        return _conversations(name, address, data, reading)
-    return _source(name, address, data, [k for k, v in data.features.items() if _is_text(datasets, v)])
+        conversations.check_columns(place, reading.kind, data.column_names, column)
+    else:
+        column = conversations.choose_column(place, column, texts, data.column_names)
+
+    def rows() -> Iterator[Row]:
+        found: Any = grain.MapDataset.source(data if reading else data.select_columns([column]))
+        for number in range(len(found)):
+            try:
+                yield Row(f'{name}:{number}', str(number), found[number])
+            except UnicodeDecodeError:
+                yield Row(f'{name}:{number}', str(number), {}, 'not_utf8')
+
+    def read(counts: Counts) -> Iterator[Any]:
+        if reading:
+            yield from conversations.read_rows(name, reading, rows(), counts, column=column)
+            return
+        for row in rows():
+            counts.read += 1
+            text = next(iter(row.value.values()), b'\xff')  # no UTF-8, which is counted where all are
+            yield from record(name, row.key, text, counts, column=column or 'text')
+
+    files = [Path(file['filename']) for file in data.cache_files]
+    state: list[Any] = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    state += [len(data), column, *([reading.state] if reading else [])]
+    return Source(name, state, read, kind=reading.kind if reading else 'text')
 
 
 def _open(datasets: Any, address: Address) -> Any:
-    folder = address.folder
-    return _saved(datasets, folder, address.split) if folder and _is_saved(folder) else _loaded(datasets, address)
-
-
-def _source(name: str, address: Address, data: Any, texts: list[str]) -> Source:
-    column = conversations.choose_column(f'data source {name!r}', address.column, texts, data.column_names)
-
-    def read(counts: Counts) -> Iterator[Record]:
-        rows: Any = grain.MapDataset.source(data.select_columns([column]))
-        for number in range(len(rows)):
-            counts.read += 1
-            try:
-                text = rows[number][column]
-            except UnicodeDecodeError:
-                text = b'\xff'  # no UTF-8, which is counted where all are
-            yield from record(name, str(number), text, counts, column=column)
-
-    return Source(name, [*_files_state(data), len(data), column], read)
-
-
-def _conversations(name: str, address: Address, data: Any, reading: conversations.Reading) -> Source:
-    conversations.check_columns(f'data source {name!r}', reading.kind, data.column_names, address.column)
-
-    def rows() -> Iterator[conversations.Row]:
-        read: Any = grain.MapDataset.source(data)
-        for number in range(len(read)):
-            place = f'{name}:{number}'
-            try:
-                yield conversations.Row(place, str(number), read[number])
-            except UnicodeDecodeError:
-                yield conversations.Row(place, str(number), {}, 'not_utf8')
-
-    def read(counts: Counts) -> Iterator[Any]:
-        return conversations.read_rows(name, reading, rows(), counts, column=address.column)
-
-    state = [*_files_state(data), len(data), address.column, reading.state]
-    return Source(name, state, read, kind=reading.kind)
-
-
-def _files_state(data: Any) -> list[list[Any]]:
-    files = [Path(file['filename']) for file in data.cache_files]
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
-def _is_text(datasets: Any, feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ('string', 'large_string')
-
-
-def _is_saved(folder: str) -> bool:
-    """Whether save_to_disk wrote the folder."""
-    return any((Path(folder) / name).exists() for name in ('state.json', 'dataset_dict.json'))
-
-
-def _saved(datasets: Any, folder: str, split: str | None) -> Any:
-    """The split of what save_to_disk wrote; one dataset alone is its own split, or train."""
-    data, split = datasets.load_from_disk(folder), split or 'train'
-    several = isinstance(data, datasets.DatasetDict)
-    splits = list(data) if several else [str(data.split or 'train')]
-    if split not in splits:
-        raise ValueError(f'{folder} has no split {split!r}, it has {", ".join(splits)}')
-    return data[split] if several else data
-
-
-def _loaded(datasets: Any, address: Address) -> Any:
-    """A dataset of the hub, or the files in a folder, which become Arrow files in our cache."""
-    config, split = address.config, address.split or 'train'
-    if not address.folder:
+    """A dataset of the hub; the split of what save_to_disk wrote, where a single dataset is its own split, or train; or
+    the files in a folder, which become Arrow files in our cache."""
+    folder, config, split = address.folder, address.config, address.split or 'train'
+    if not folder:
         return datasets.load_dataset(address.name, config, split=split)
-    if config and datasets.get_dataset_config_names(address.folder) == ['default']:
-        config = None  # a copy of this config alone
-    return datasets.load_dataset(address.folder, config, split=split, cache_dir=str(cache.cache_dir() / 'hf'))
+    if not any((Path(folder) / name).exists() for name in ('state.json', 'dataset_dict.json')):
+        if config and datasets.get_dataset_config_names(folder) == ['default']:
+            config = None  # a copy of this config alone
+        return datasets.load_dataset(folder, config, split=split, cache_dir=str(cache.cache_dir() / 'hf'))
+    data = datasets.load_from_disk(folder)
+    parts = data if isinstance(data, datasets.DatasetDict) else {str(data.split or 'train'): data}
+    if split not in parts:
+        raise ValueError(f'{folder} has no split {split!r}, it has {", ".join(parts)}')
+    return parts[split]
 
 
 def _library(name: str, *, offline: bool) -> Any:
@@ -168,12 +144,10 @@ def _library(name: str, *, offline: bool) -> Any:
 
 
 def _reachable() -> bool:
-    """Whether the hub answers at all."""
+    """Tells whether the hub answers at all."""
     request = urllib.request.Request(os.environ.get('HF_ENDPOINT', _HUB), method='HEAD')
     try:
         urllib.request.urlopen(request, timeout=_PATIENCE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, urllib.error.HTTPError)
     return True

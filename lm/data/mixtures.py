@@ -14,7 +14,7 @@ from lm.data.records import Kind
 
 
 class Named(NamedTuple):
-    """Where a dataset lies (as after the name of a source), under which licence, what it holds, and of which kind."""
+    """A dataset: the address of its source, its licence, what it holds, and of which kind."""
 
     source: str
     licence: str

@@ -1,4 +1,4 @@
-"""What the operations of AWS do, as questions and answers: the default data of fine-tuning and of preferences.
+"""The operations of AWS and what they do, as questions and answers: the default data of fine-tuning and of preferences.
 
 An answer is the first sentence of an operation's documentation, read from the installed package botocore at run time.
 Everything is split by the operation's name (`heldout_operation`), so a held-out question asks for a name that training
@@ -27,7 +27,7 @@ _FILLERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """What an operation of a service does: 'PutImage' of 'ECR'."""
+    """A question for what an operation of a service does: 'PutImage' of 'ECR'."""
 
     service: str
     name: str
@@ -35,7 +35,8 @@ class Question:
 
     @property
     def text(self) -> str:
-        return question(self.service, self.name)
+        """The words in which an operation is asked for, those of configs/prompts.jsonl."""
+        return f'What does {self.name} do in {self.service}?'
 
     @property
     def heldout(self) -> bool:
@@ -44,11 +45,6 @@ class Question:
     @property
     def id(self) -> str:
         return f'{self.service}/{self.name}'
-
-
-def question(service: str, name: str) -> str:
-    """The words in which an operation is asked for, those of configs/prompts.jsonl."""
-    return f'What does {name} do in {service}?'
 
 
 def says(role: Any, content: str) -> list[Message]:
@@ -73,44 +69,38 @@ def questions(operations: Iterable[Operation], counts: Counts) -> list[Question]
     counts.read += len(found)
     shared = Counter((q.service, normalized(q.answer)) for q in found)
     seen: set[tuple[str, str]] = set()
-    kept = []
-    for q in found:
-        if reason := _fault(q, shared, seen):
-            counts.drop(reason)
-        else:
-            kept.append(q)
-    answers = [normalized(q.answer) for q in kept if q.heldout]
-    leaked = leaks([q.answer for q in kept], answers)
-    counts.drop('heldout_answer', number=sum(leak and not q.heldout for q, leak in zip(kept, leaked, strict=True)))
-    return [q for q, leak in zip(kept, leaked, strict=True) if q.heldout or not leak]
+    faults = [_fault(q, shared, seen) for q in found]
+    for reason in filter(None, faults):
+        counts.drop(reason)
+    kept = [q for q, reason in zip(found, faults, strict=True) if not reason]
+    leaked = leaks([q.answer for q in kept], [normalized(q.answer) for q in kept if q.heldout])
+    allowed = [q for q, leak in zip(kept, leaked, strict=True) if q.heldout or not leak]
+    counts.drop('heldout_answer', number=len(kept) - len(allowed))
+    return allowed
 
 
 def _fault(q: Question, shared: Counter[tuple[str, str]], seen: set[tuple[str, str]]) -> str | None:
-    """Why a question is dropped, or None; remembers in `seen` what was kept."""
+    """The reason why a question is dropped, or None; remembers in `seen` what was kept."""
     words = normalized(q.answer)
-    if len(words.split()) < MIN_WORDS:
-        return 'short'
-    if len(q.answer) > MAX_CHARACTERS:
-        return 'long'
-    if q.answer.endswith((':', ';', ',')):
-        return 'unfinished'
-    if code_share(q.answer) > MAX_CODE_SHARE:
-        return 'symbols'
-    if shared[q.service, words] >= BOILERPLATE_NAMES:
-        return 'boilerplate'
     # The same answer for the same name is that of a service and its successor.
     keys = {(q.name, words), (q.service, q.name)}
-    if keys & seen:
-        return 'duplicate'
-    seen |= keys
-    return None
+    faults = {
+        'short': len(words.split()) < MIN_WORDS,
+        'long': len(q.answer) > MAX_CHARACTERS,
+        'unfinished': q.answer.endswith((':', ';', ',')),
+        'symbols': code_share(q.answer) > MAX_CODE_SHARE,
+        'boilerplate': shared[q.service, words] >= BOILERPLATE_NAMES,
+        'duplicate': bool(keys & seen),
+    }
+    fault = next((reason for reason, is_so in faults.items() if is_so), None)
+    seen |= set() if fault else keys
+    return fault
 
 
 def chats(operations: Iterable[Operation], counts: Counts) -> Iterator[dict[str, Any]]:
     """The source `operations`: a question and its answer."""
     for q in questions(operations, counts):
-        messages = says('user', q.text) + says('assistant', q.answer)
-        yield {'id': q.id, 'messages': messages, 'meta': meta_of(q)}
+        yield {'id': q.id, 'messages': says('user', q.text) + says('assistant', q.answer), 'meta': meta_of(q)}
 
 
 def meta_of(q: Question) -> dict[str, Any]:
@@ -138,17 +128,17 @@ def programmatic(operations: Iterable[Operation], counts: Counts) -> Iterator[di
             if other is None:
                 counts.drop('no_other_answer')
                 continue
-            yield pair(q.id, q.text, q.answer, other.answer, meta_of(q) | {'other': other.name})
+            yield pair(q, q.answer, other.answer, meta_of(q) | {'other': other.name})
 
 
-def pair(key: str, prompt: str, chosen: str, rejected: str, meta: dict[str, Any]) -> dict[str, Any]:
+def pair(q: Question, chosen: str, rejected: str, meta: dict[str, Any]) -> dict[str, Any]:
     """The fields of a pair of single answers to a question."""
     sides = {'chosen': says('assistant', chosen), 'rejected': says('assistant', rejected)}
-    return {'id': key, 'prompt': says('user', prompt), **sides, 'meta': meta}
+    return {'id': q.id, 'prompt': says('user', q.text), **sides, 'meta': meta}
 
 
 def _alike(a: Question, b: Question) -> bool:
-    """Whether two answers say nearly the same: most of their words are shared, fillers and plurals aside."""
+    """Tells whether two answers say nearly the same: most of their words are shared, fillers and plurals aside."""
     one, two = _said(a.answer), _said(b.answer)
     return len(one & two) >= NEARLY_EQUAL * len(one | two)
 

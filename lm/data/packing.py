@@ -25,18 +25,21 @@ def permute(i: int, n: int, key: bytes) -> int:
     data must outlive any library's version.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
     while True:
-        i = _feistel(i, half, key)
+        left, right = i >> half, i & mask
+        for r in range(_ROUNDS):
+            mixed = hashlib.blake2b(b'%d:%d' % (r, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(mixed, 'little') & mask)
+        i = left << half | right
         if i < n:
             return i
 
 
-def _feistel(i: int, half: int, key: bytes) -> int:
-    left, right = i >> half, i & ((1 << half) - 1)
-    for r in range(_ROUNDS):
-        mixed = hashlib.blake2b(b'%d:%d' % (r, right), key=key, digest_size=8).digest()
-        left, right = right, left ^ (int.from_bytes(mixed, 'little') & ((1 << half) - 1))
-    return left << half | right
+def shuffled(i: int, n: int, seed: int | None) -> int:
+    """The i-th row where epochs of n rows follow each other, each in an order of its own; without a seed as stored."""
+    epoch, r = divmod(i, n)
+    return r if seed is None else permute(r, n, b'%d:%d' % (seed, epoch))
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,8 @@ class PackedRows:
         document, else 0; segments_T int32, 1… for each document in the row and 0 for padding; positions_T int32, from 0
         at each document's start in the row.
         """
-        epoch, r = divmod(i, len(self))
-        if self.shuffle:
-            r = permute(r, len(self), b'%d:%d' % (self.seed, epoch))
-        return self._window(r * self.seq_len)
-
-    def _window(self, start: int) -> Row:
         T, store = self.seq_len, self.store
+        start = T * shuffled(i, len(self), self.seed if self.shuffle else None)
         tokens = np.asarray(store.tokens[start : start + T + 1]).astype(np.int32)
         real = len(tokens) - 1
         first = int(np.searchsorted(store.offsets, start, side='right'))
@@ -84,28 +82,20 @@ class PackedRows:
 def _row(tokens: np.ndarray, starts: np.ndarray, T: int, pad_id: int) -> Row:
     """`tokens` is [≤ T + 1]; `starts` are the places in 1..len(tokens) - 1 where a new document begins."""
     real = len(tokens) - 1
-    inside = starts[starts < real]
-    weights_T = np.zeros(T, np.float32)
-    weights_T[:real] = 1.0
-    weights_T[starts - 1] = 0.0
-    begins_T = np.zeros(T, np.int32)
-    begins_T[inside] = 1
-    segments_T = np.cumsum(begins_T, dtype=np.int32) + 1
-    begun_T = np.zeros(T, np.int32)
-    begun_T[inside] = inside
-    positions_T = np.arange(T, dtype=np.int32) - np.maximum.accumulate(begun_T)
-    segments_T[real:] = 0
-    positions_T[real:] = 0
-    return {
-        'tokens_T': _padded(tokens[:-1], T, pad_id),
-        'targets_T': _padded(tokens[1:], T, pad_id),
-        'weights_T': weights_T,
-        'segments_T': segments_T,
-        'positions_T': positions_T,
-    }
+    begins = np.concatenate([[0], starts[starts < real]])
+    segment = np.searchsorted(begins, np.arange(real), side='right')  # [real], 1… by the order of the documents
+    row = blank_row(T, pad_id)
+    row['tokens_T'][:real] = tokens[:-1]
+    row['targets_T'][:real] = tokens[1:]
+    row['weights_T'][:real] = 1.0
+    row['weights_T'][starts - 1] = 0.0
+    row['segments_T'][:real] = segment
+    row['positions_T'][:real] = np.arange(real) - begins[segment - 1]
+    return row
 
 
-def _padded(values: np.ndarray, T: int, pad_id: int) -> np.ndarray:
-    if len(values) == T:
-        return values
-    return np.concatenate([values, np.full(T - len(values), pad_id, np.int32)])
+def blank_row(T: int, pad_id: int) -> Row:
+    """The arrays of a row of T places in which there is nothing."""
+    row = {name: np.full(T, pad_id, np.int32) for name in ('tokens_T', 'targets_T')}
+    row |= {'weights_T': np.zeros(T, np.float32)}
+    return row | {name: np.zeros(T, np.int32) for name in ('segments_T', 'positions_T')}

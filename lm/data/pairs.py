@@ -22,14 +22,14 @@ import numpy as np
 from etils import epath
 
 from lm.data import bestfit, chats, pipeline
+from lm.data.bestfit import Sizes
 from lm.data.cache import fingerprint
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import ChatStore
-from lm.data.packing import PackedRows, Row, permute
-from lm.data.pipeline import Mixture, source_seed
+from lm.data.packing import PackedRows, Row, shuffled
+from lm.data.pipeline import Batch, Mixture, source_seed
 from lm.data.prepare import Form, PreparedSource
 from lm.data.records import Counts, Message
-from lm.data.sizes import Sizes
 from lm.data.sources import PERIOD
 from lm.data.store import Checksums, TokenStore, read, verify
 from lm.data.tokenizer import Tokenizer
@@ -38,7 +38,6 @@ from lm.errors import UsageError
 SIDES = ('chosen', 'rejected', 'mismatched')
 MULTIPLE = 128  # of a row's places: attention's blocks and a TPU's vectors divide it
 _FILES = ('tokens.bin', 'offsets.npy', 'trained.bin', 'first.npy', 'table.npy', 'differs.npy')
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +53,7 @@ class PairStore:
     fingerprint: str
 
     @staticmethod
-    def open(
-        directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums
-    ) -> 'PairStore':  # fmt: skip
+    def open(directory: epath.Path, *, sides: int, vocab_size: int, pad_id: int, checksums: Checksums) -> 'PairStore':
         """Raises OSError or ValueError unless the files have the checksums that they had when they were written."""
         verify(directory, {name: checksums[name] for name in ('table.npy', 'differs.npy')})
         sequences = ChatStore.open(directory, vocab_size=vocab_size, pad_id=pad_id, checksums=checksums)
@@ -72,7 +69,7 @@ class PairStore:
         return len(self.table)
 
     def answers(self, side: int) -> int:
-        """How many pairs have a response on this side."""
+        """The number of pairs with a response on this side."""
         there = lambda start: self.tokens_of(start, min(start + bestfit.WINDOW, self.pairs))[:, side]
         return sum(int(np.count_nonzero(there(start))) for start in range(0, self.pairs, bestfit.WINDOW))
 
@@ -96,7 +93,7 @@ def questions(store: PairStore, count: int, *, longest: int) -> list[chats.Quest
 
 
 def form(template: ChatTemplate, *, sides: int = 2) -> Form:
-    """How pairs are kept, in the words of a template."""
+    """The form of a store of pairs, in the words of a template."""
     key = [chats.LAYOUT, template.fingerprint, sides]
     write, check = partial(_write, template, sides), partial(_check, template)
     return Form('pairs', key, write, partial(PairStore.open, sides=sides), _FILES, check)
@@ -160,8 +157,8 @@ def _encoded(
 
 
 def sizes(store: PairStore, seq_len: int) -> Sizes:
-    """Of the pairs, all sides together; those without two different responses within seq_len, or their only one, are
-    left out."""
+    """The sizes of the pairs, all sides together; those without two different responses within seq_len, or their only
+    one, are left out."""
 
     def measure(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         whole = store.tokens_of(start, stop)
@@ -217,8 +214,7 @@ class PairRows:
 
     def numbers(self, i: int) -> np.ndarray:
         """The numbers of the pairs of row i ≥ 0; epochs follow each other."""
-        epoch, r = divmod(i, len(self))
-        return self.plan[permute(r, len(self), b'%d:%d' % (self.seed, epoch)) if self.shuffle else r]
+        return self.plan[shuffled(i, len(self), self.seed if self.shuffle else None)]
 
     def pair(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, trained) of each side, cut."""
@@ -256,12 +252,11 @@ def in_order(store: PairStore, *, seq_len: int, most: int | None = None) -> Pair
 
 def _rows(stores: Sequence[PairStore], *, seq_len: int, seeds: Sequence[int], shuffle: bool = True) -> list[PairRows]:
     """The rows of stores, all of one shape."""
-    of, sides = [sizes(store, seq_len) for store in stores], stores[0].sides
-    width = width_of(max(s.survey.longest for s in of), sides=sides, seq_len=seq_len)
-    plans = [bestfit.plan(s, width, key=s.key) for s in of]
-    slots = max(plan.fullest for plan in plans)
-    found = zip(stores, plans, seeds, strict=True)
-    return [PairRows(store, seq_len, width, slots, plan, seed, shuffle) for store, plan, seed in found]
+    of = [sizes(store, seq_len) for store in stores]
+    width = width_of(max(s.survey.longest for s in of), sides=stores[0].sides, seq_len=seq_len)
+    plans = [bestfit.plan(s, width) for s in of]
+    rows = partial(PairRows, seq_len=seq_len, width=width, slots=max(plan.fullest for plan in plans), shuffle=shuffle)
+    return [rows(store, plan=plan, seed=seed) for store, plan, seed in zip(stores, plans, seeds, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,16 +287,13 @@ class TextRows:
 
     def row(self, i: int) -> Row:
         """Row i ≥ 0, the arrays that `PairRows.row` gives; weights_T is 1 where the target is of a token's document."""
-        pieces = [self.text.row(i * self._pieces + k) for k in range(self._pieces)]
-        before = np.cumsum([0, *(piece['segments_T'].max() for piece in pieces)])
-        pieces = [
-            piece | {'segments_T': np.where(piece['segments_T'] > 0, piece['segments_T'] + n, 0)}
-            for piece, n in zip(pieces, before, strict=False)
-        ]
-        row = {name: x.copy() for name, x in self.like.empty.items()}
-        for name in pieces[0]:
-            together = np.concatenate([piece[name] for piece in pieces])
-            row[name][: len(together)] = together
+        row, T, segments = {name: x.copy() for name, x in self.like.empty.items()}, self.text.seq_len, 0
+        for k in range(self._pieces):
+            piece = self.text.row(i * self._pieces + k)
+            piece['segments_T'][piece['segments_T'] > 0] += segments
+            segments = max(segments, piece['segments_T'].max())
+            for name, x in piece.items():
+                row[name][k * T : (k + 1) * T] = x
         return row
 
 
@@ -343,7 +335,7 @@ class PairBatches:
         return self.mixture.rows_in_epoch() // self.rows
 
     def batch(self, i: int, places: Sequence[int]) -> Batch:
-        """Of batch i the rows at these places, those from `rows` on empty: the arrays of `PairRows.row`, tokens_T as
+        """The rows of batch i at these places, those from `rows` on empty: the arrays of `PairRows.row`, tokens_T as
         tokens_BT and weight_P as weight_BP."""
         row = lambda p: self.mixture.row(i * self.rows + p) if p < self.rows else self.mixture.rows[0].empty
         return pipeline.stack([row(p) for p in places])
@@ -362,10 +354,10 @@ def _places(sequences: Sequence[tuple[np.ndarray, np.ndarray]], T: int, pad_id: 
 
 def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) -> dict[str, tuple[Any, Any]]:
     """{name: (shape, dtype)} of what `PairBatches.batch` gives."""
-    places = {'tokens': np.int32, 'targets': np.int32, 'weights': np.float32, 'segments': np.int32}
-    places |= {'positions': np.int32, 'sequence': np.int32, 'last': np.float32}
-    tables = ['weight', 'label', 'margin', *(f'length_{s}' for s in SIDES[:sides])]
-    tables += [f'reference_{s}' for s in SIDES[:sides]] if reference else []
+    places = dict.fromkeys(('tokens', 'targets', 'segments', 'positions', 'sequence'), np.int32)
+    places |= dict.fromkeys(('weights', 'last'), np.float32)
+    of_sides = ('length', 'reference') if reference else ('length',)
+    tables = ['weight', 'label', 'margin', *(f'{name}_{side}' for name in of_sides for side in SIDES[:sides])]
     of_places = {f'{k}_BT': ((rows, width), t) for k, t in places.items()}
     return of_places | {f'{k}_BP': ((rows, pairs), np.float32) for k in tables}
 

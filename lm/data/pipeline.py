@@ -6,9 +6,9 @@ any batch can be asked for first, and hosts take slices of the same batch. Grain
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import grain
@@ -69,27 +69,6 @@ class Mixture:
         return period * PERIOD + int(np.flatnonzero(self.schedule[0] == source)[rank])
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """What Grain reads from: batch start + index, this host's rows of it. While the batch grows, what it will have and
-    does not yet have is rows of weight 0, which fill whole microbatches (row p of a batch is of microbatch p mod n)."""
-
-    mixture: Mixture
-    growth: Growth
-    rows: Sequence[int]
-    start: int
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Batch:
-        step, n = self.start + index, self.growth.microbatches
-        first, count = self.growth.first(step), self.growth.count(step)
-        places = [divmod(p, n) for p in self.rows]
-        empty = empty_like(self.mixture.row(first), self.mixture.rows[0].store.pad_id) if count < n else {}
-        return stack([self.mixture.row(first + k * count + j) if j < count else empty for k, j in places])
-
-
 def mix(prepared: Prepared, *, seq_len: int, seed: int) -> Mixture:
     """The training rows of prepared data."""
     rows = tuple(PackedRows(s.train, seq_len, source_seed(seed, s.name)) for s in prepared.sources)
@@ -107,14 +86,23 @@ def batches(
     """
     if batch_size < 1:
         raise UsageError(f'batch_size={batch_size} must be at least 1')
-    source = _Batches(mixture, growth or Growth(batch_size, 1, 0), range(batch_size) if rows is None else rows, start)
-    return prefetched(source)
+    places = range(batch_size) if rows is None else rows
+    return prefetched(partial(_batch, mixture, growth or Growth(batch_size, 1, 0), places), start)
 
 
-def prefetched(source: Any) -> Iterator[Batch]:
-    """source[0], source[1], … of a long sequence of batches, made ahead in the background."""
+def _batch(mixture: Mixture, growth: Growth, rows: Sequence[int], step: int) -> Batch:
+    """The batch of a step, this host's rows of it. While the batch grows, what it will have and does not yet have is
+    rows of weight 0, which fill whole microbatches (row p of a batch is of microbatch p mod n)."""
+    n, first, count = growth.microbatches, growth.first(step), growth.count(step)
+    places = [divmod(p, n) for p in rows]
+    empty = empty_like(mixture.row(first), mixture.rows[0].store.pad_id) if count < n else {}
+    return stack([mixture.row(first + k * count + j) if j < count else empty for k, j in places])
+
+
+def prefetched(batch: Callable[[int], Batch], start: int) -> Iterator[Batch]:
+    """batch(start), batch(start + 1), … without end, made ahead in the background."""
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(start, sys.maxsize).map(batch).to_iter_dataset(options))
 
 
 def rows_in_epoch(prepared: Prepared, seq_len: int) -> int:
@@ -165,5 +153,5 @@ def empty_like(row: Row, pad_id: int) -> Row:
 
 
 def source_seed(seed: int, name: str) -> int:
-    """Sources are shuffled differently, each by its own name: adding one leaves the others' order alone."""
+    """The seed of a source; each is shuffled by its own name: adding one leaves the others' order alone."""
     return int.from_bytes(hashlib.blake2b(f'{seed}:{name}'.encode(), digest_size=8).digest(), 'little')

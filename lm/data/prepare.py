@@ -39,7 +39,7 @@ TAIL = 'tail_held_out'  # in the counts of a source: the end of a text is held o
 
 
 class Form(NamedTuple):
-    """How the records of a kind are kept.
+    """The form in which the records of a kind are kept.
 
     Attributes:
       key: JSON-able, what a store depends on besides its records and the tokenizer.
@@ -60,9 +60,7 @@ class Form(NamedTuple):
 
 def _write_text(directory: epath.Path, contents: Iterator[bytes], tokenizer: Tokenizer, counts: Counts) -> int:
     del counts
-    bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
-    options = {'vocab_size': tokenizer.vocab_size, 'bos_id': bos_id, 'eos_id': tokenizer.eos_id}
-    return write_store(directory, (c.decode() for c in contents), tokenizer.encode_batch, **options)
+    return write_store(directory, (c.decode() for c in contents), tokenizer)
 
 
 TEXT = Form('text', None, _write_text, TokenStore.open, ('tokens.bin', 'offsets.npy'))
@@ -142,8 +140,8 @@ def prepare(
     if trained and Tokenizer.load(trained / 'tokenizer').fingerprint == key['tokenizer']:
         directory = trained
     else:
-        write = lambda path: _write(path, sources, weights, vocab_size, existing, heldout, progress, form, strict)
-        directory = cache.build('prepared', key, write)
+        new = _Preparation(sources, weights, vocab_size, existing, heldout, progress, form, strict)
+        directory = cache.build('prepared', key, new.write)
     try:
         prepared = _open(directory, weights, form)
         malformed = [problem for s in prepared.sources for problem in s.counts['named']] if strict else []
@@ -196,85 +194,113 @@ def _shares(weights: Sequence[float | None], sizes: Sequence[int]) -> list[float
     return [number / sum(numbers) for number in numbers]
 
 
-def _write(
-    directory: epath.Path,
-    sources: Sequence[Source],
-    weights: Sequence[float | None],
-    vocab_size: int,
-    existing: Tokenizer | None,
-    heldout: float,
-    progress: Callable[[str], None],
-    form: Form,
-    strict: bool,
-) -> None:
-    for source in sources:
-        source.check()
-    seen: set[bytes] = set()
-    spool = directory / 'spool'
-    accepts = lambda record, counts: existing is None or _accepts(form, record, existing, counts, strict)
-    splits = [_read(spool / f'{n}', source, seen, heldout, progress, accepts) for n, source in enumerate(sources)]
-    tokenizer = existing or _train(splits, weights, vocab_size, progress)
-    tokenizer.save(directory / 'tokenizer')
-    described = [_encode(directory / f'{n}', split, tokenizer, progress, form) for n, split in enumerate(splits)]
-    shutil.rmtree(spool)
-    content = [tokenizer.fingerprint, [[s['name'], s['content']] for s in described]]
-    index = {'content': content, 'sources': described}
-    files.write_json(directory / 'prepared.json', index | {'fingerprint': cache.fingerprint(index)})
+@dataclass(frozen=True)
+class _Preparation:
+    """The work on a mixture that is not in the cache; its attributes are as `prepare` has them."""
 
+    sources: Sequence[Source]
+    weights: Sequence[float | None]
+    vocab_size: int
+    existing: Tokenizer | None
+    heldout: float
+    progress: Callable[[str], None]
+    form: Form
+    strict: bool
 
-def _read(
-    spool: epath.Path, source: Source, seen: set[bytes], heldout: float, progress: Callable[[str], None],
-    accepts: Callable[[Any, Counts], bool],
-) -> _Split:  # fmt: skip
-    """Reads a source into two spools, without what `seen` holds or what is not accepted. Raises UsageError for fewer
-    than two documents."""
-    progress(f'reading {source.name}')
-    split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
-    decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
-    for record in shown.over(source.read(split.counts), f'reading {source.name}'):
-        data = content(record)
-        content_digest = digest(data)
-        if content_digest in seen:
-            split.counts.drop('duplicate')
-            continue
-        seen.add(content_digest)
-        if accepts(record, split.counts):
-            (split.heldout if decide(record, heldout) else split.train).add(data, content_digest)
-    for problem in split.counts.named:
-        progress(f'left out: {problem}')
-    for key, (number, first) in sorted(split.counts.unused.items()):
-        progress(f'not used: {key} of {number:,} records, the first of them {first}')
-    total = split.train.documents + split.heldout.documents
-    if not total:
-        raise UsageError(_no_documents(split))
-    _fill_empty_part(split)
-    if source.kind == 'text' and not source.split:
-        _check_share(split, heldout, spool / 'tail')
-    elif total == 1:
-        one = 'document' if source.kind == 'text' else 'record'
-        raise UsageError(
-            f'data source {split.name!r} has one {one}{_told_of_duplicates(split)}, and training and held-out data '
-            'need one each: add more'
-        )
-    return split
+    def write(self, directory: epath.Path) -> None:
+        for source in self.sources:
+            source.check()
+        seen: set[bytes] = set()
+        spool = directory / 'spool'
+        splits = [self._read(spool / f'{n}', source, seen) for n, source in enumerate(self.sources)]
+        tokenizer = self.existing or self._train(splits)
+        tokenizer.save(directory / 'tokenizer')
+        described = [self._encode(directory / f'{n}', split, tokenizer) for n, split in enumerate(splits)]
+        shutil.rmtree(spool)
+        content = [tokenizer.fingerprint, [[s['name'], s['content']] for s in described]]
+        index = {'content': content, 'sources': described}
+        files.write_json(directory / 'prepared.json', index | {'fingerprint': cache.fingerprint(index)})
 
+    def _read(self, spool: epath.Path, source: Source, seen: set[bytes]) -> _Split:
+        """Reads a source into two spools, without what `seen` holds or what is not accepted.
 
-def _accepts(form: Form, record: Any, tokenizer: Tokenizer, counts: Counts, strict: bool) -> bool:
-    """Tells whether a record can be written; counts it, and names it, if it cannot.
+        Raises UsageError for fewer than two documents.
+        """
+        self.progress(f'reading {source.name}')
+        split = _Split(source.name, Counts(), Spool(spool / 'train'), Spool(spool / 'heldout'))
+        decide = source.split or (lambda record, share: is_heldout(digest(split_content(record)), share))
+        for record in shown.over(source.read(split.counts), f'reading {source.name}'):
+            data = content(record)
+            content_digest = digest(data)
+            if content_digest in seen:
+                split.counts.drop('duplicate')
+                continue
+            seen.add(content_digest)
+            if self._accepts(record, split.counts):
+                (split.heldout if decide(record, self.heldout) else split.train).add(data, content_digest)
+        for problem in split.counts.named:
+            self.progress(f'left out: {problem}')
+        for key, (number, first) in sorted(split.counts.unused.items()):
+            self.progress(f'not used: {key} of {number:,} records, the first of them {first}')
+        total = split.train.documents + split.heldout.documents
+        if not total:
+            raise UsageError(_no_documents(split))
+        _fill_empty_part(split)
+        if source.kind == 'text' and not source.split:
+            _check_share(split, self.heldout, spool / 'tail')
+        elif total == 1:
+            one = 'document' if source.kind == 'text' else 'record'
+            raise UsageError(
+                f'data source {split.name!r} has one {one}{_told_of_duplicates(split)}, and training and held-out data '
+                'need one each: add more'
+            )
+        return split
 
-    Raises UsageError for one that cannot if `strict`.
-    """
-    try:
-        unused = form.check(record, tokenizer)
-    except UsageError as error:
-        problem = f'{record["place"]}: {error}'
-        if strict:
-            raise UsageError(f'{problem}: leave it out, or set data.strict=false') from None
-        counts.drop(refusal(error), problem)
-        return False
-    for key in unused:
-        counts.leave_unused(key, record['place'])
-    return True
+    def _accepts(self, record: Any, counts: Counts) -> bool:
+        """Tells whether a record can be written; counts it, and names it, if it cannot.
+
+        Raises UsageError for one that cannot if `strict`.
+        """
+        try:
+            unused = self.form.check(record, self.existing) if self.existing else ()
+        except UsageError as error:
+            problem = f'{record["place"]}: {error}'
+            if self.strict:
+                raise UsageError(f'{problem}: leave it out, or set data.strict=false') from None
+            counts.drop(refusal(error), problem)
+            return False
+        for key in unused:
+            counts.leave_unused(key, record['place'])
+        return True
+
+    def _train(self, splits: Sequence[_Split]) -> Tokenizer:
+        self.progress(f'training a tokenizer of {self.vocab_size}')
+        shares = _shares(self.weights, [split.train.bytes for split in splits])
+        # The largest sample in the mixture's proportions that no source runs out of, within the budget.
+        total = min(TOKENIZER_SAMPLE_BYTES, *(s.train.bytes / share for s, share in zip(splits, shares, strict=True)))
+        texts = (text for s, share in zip(splits, shares, strict=True) for text in _sample(s.train, share * total))
+        with shown.task(f'training a tokenizer of {self.vocab_size}'):
+            return train_tokenizer(texts, vocab_size=self.vocab_size)
+
+    def _encode(self, directory: epath.Path, split: _Split, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Writes the two stores of a source; returns its entry of prepared.json."""
+        self.progress(f'encoding {split.name}')
+        counts: dict[str, Any] = {}
+        checksums = {}
+        hashed = hashlib.blake2b(digest_size=16)
+        for name, spool in (('train', split.train), ('heldout', split.heldout)):
+            before = sum(split.counts.dropped.values())
+            with shown.task(f'encoding {split.name}', spool.documents) as task:
+                contents = _hashing(spool, hashed.update, task)
+                counts[f'{name}_tokens'] = self.form.write(directory / name, contents, tokenizer, split.counts)
+            refused = sum(split.counts.dropped.values()) - before  # by the form
+            counts[f'{name}_documents'] = spool.documents - refused
+            counts[f'{name}_bytes'] = spool.bytes
+            hashed.update(name.encode())
+            checksums[name] = checksums_of(directory / name, self.form.files)
+        kept = counts['train_documents'] + counts['heldout_documents'] - split.counts.changed.get(TAIL, 0)
+        counts |= asdict(split.counts) | {'kept': kept}
+        return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 
 def _no_documents(split: _Split) -> str:
@@ -282,9 +308,7 @@ def _no_documents(split: _Split) -> str:
     dropped = ', '.join(f'{reason} {n}' for reason, n in sorted(split.counts.dropped.items()))
     todo = _UNPAIRED if set(split.counts.dropped) == {'unpaired'} else 'name other data'
     why = f'read {split.counts.read}; dropped: {dropped or "none"}'
-    if split.counts.named:
-        return f'data source {split.name!r} has no documents ({why}): {split.counts.named[0]}'
-    return f'data source {split.name!r} has no documents ({why}): {todo}'
+    return f'data source {split.name!r} has no documents ({why}): {next(iter(split.counts.named), todo)}'
 
 
 def _told_of_duplicates(split: _Split) -> str:
@@ -302,7 +326,7 @@ def _fill_empty_part(split: _Split) -> None:
 
 
 def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
-    """Where whole texts would be far more or less than a share of the bytes, holds out the end of the longest instead.
+    """Holds out the end of the longest text where whole ones would be far more or less than a share of the bytes.
 
     Raises UsageError for one text that is too short for it.
     """
@@ -326,18 +350,6 @@ def _check_share(split: _Split, share: float, spool: epath.Path) -> None:
     split.counts.change(TAIL)
 
 
-def _train(
-    splits: Sequence[_Split], weights: Sequence[float | None], vocab_size: int, progress: Callable[[str], None]
-) -> Tokenizer:
-    progress(f'training a tokenizer of {vocab_size}')
-    shares = _shares(weights, [split.train.bytes for split in splits])
-    # The largest sample in the mixture's proportions that no source runs out of, within the budget.
-    total = min(TOKENIZER_SAMPLE_BYTES, *(s.train.bytes / share for s, share in zip(splits, shares, strict=True)))
-    texts = (text for s, share in zip(splits, shares, strict=True) for text in _sample(s.train, share * total))
-    with shown.task(f'training a tokenizer of {vocab_size}'):
-        return train_tokenizer(texts, vocab_size=vocab_size)
-
-
 def _sample(spool: Spool, size: float) -> Iterator[str]:
     """The first texts of a shuffled spool, up to `size` bytes: a random sample, and always the same."""
     taken = 0
@@ -346,29 +358,6 @@ def _sample(spool: Spool, size: float) -> Iterator[str]:
             return
         taken += len(data)
         yield data[:TOKENIZER_SAMPLE_BYTES].decode(errors='ignore')  # a book may be more than the whole sample
-
-
-def _encode(
-    directory: epath.Path, split: _Split, tokenizer: Tokenizer, progress: Callable[[str], None], form: Form
-) -> dict[str, Any]:
-    """Writes the two stores of a source; returns its entry of prepared.json."""
-    progress(f'encoding {split.name}')
-    counts: dict[str, Any] = {}
-    checksums = {}
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, spool in (('train', split.train), ('heldout', split.heldout)):
-        before = sum(split.counts.dropped.values())
-        with shown.task(f'encoding {split.name}', spool.documents) as task:
-            contents = _hashing(spool, hashed.update, task)
-            counts[f'{name}_tokens'] = form.write(directory / name, contents, tokenizer, split.counts)
-        refused = sum(split.counts.dropped.values()) - before  # by the form
-        counts[f'{name}_documents'] = spool.documents - refused
-        counts[f'{name}_bytes'] = spool.bytes
-        hashed.update(name.encode())
-        checksums[name] = checksums_of(directory / name, form.files)
-    kept = counts['train_documents'] + counts['heldout_documents'] - split.counts.changed.get(TAIL, 0)
-    counts |= asdict(split.counts) | {'kept': kept}
-    return {'name': split.name, 'counts': counts, 'content': hashed.hexdigest(), 'checksums': checksums}
 
 
 def _hashing(spool: Spool, update: Callable[[bytes], None], task: shown.Task) -> Iterator[bytes]:

@@ -71,7 +71,7 @@ def _parse(place: str, line: bytes) -> Prompt:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is more than spaces, and without lone surrogates (JSON can write them, UTF-8 cannot)."""
+    """Tells whether it is more than spaces, and without lone surrogates (JSON can write them, UTF-8 cannot)."""
     return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors='replace').decode()
 
 
@@ -88,7 +88,7 @@ def of_text(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> list[Prompt]:
 def of_questions(
     stores: Sequence[Any], questions: Callable[[Any, int], list[Question]], tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """What is asked in held-out conversations, up to where the assistant is to speak.
+    """The questions of held-out conversations, up to where the assistant is to speak.
 
     Args:
       questions: (store, how many) -> the first of a store.
@@ -111,7 +111,7 @@ def _beginnings(store: TokenStore, tokenizer: Tokenizer, count: int) -> Iterator
 
 
 def _line_start(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> int:
-    """Where the next line begins after place `at`; `at` if none does soon."""
+    """The place where the next line begins after place `at`; `at` if none does soon."""
     ends = (i for i in range(at, min(at + LINE, len(ids) - 1)) if tokenizer.pieces[ids[i]].endswith(b'\n'))
     return next(ends, at - 1) + 1
 

@@ -9,6 +9,7 @@ Lines that are not UTF-8 are found one by one, so that each spoils itself alone.
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -16,15 +17,16 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
+from lm.data import parquet
 from lm.errors import UsageError
 
 Format = Literal['parquet', 'lines', 'json', 'csv', 'text']
 _BEGIN = 1 << 16  # bytes by which a file is judged
-_MAGIC = {b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'BZh': 'bzip2', b'\xfd7zXZ\x00': 'xz'}
 _FOREIGN = {
     b'PK\x03\x04': 'a zip archive: unpack it', b'ARROW1': 'an Arrow file: name its folder as hf:FOLDER',
     b'%PDF-': 'a PDF: extract its text', b'\x89PNG': 'an image', b'\xff\xd8\xff': 'an image', b'GIF8': 'an image',
@@ -41,13 +43,6 @@ _ZEROS = 0.3  # of a text in UTF-16 so many bytes are 0, all on one side
 Line = tuple[int, dict[str, Any], str | None]  # its number, the object, why there is none
 
 
-class Encoding(NamedTuple):
-    """How a file's characters are written, and how many bytes of a mark come first."""
-
-    name: str
-    skip: int = 0
-
-
 def plain_name(path: str) -> str:
     """A file's name in small letters, without what says how it is compressed."""
     name = path.lower()
@@ -60,7 +55,7 @@ def is_named_text(path: str) -> bool:
 
 
 def format_of(path: str) -> Format:
-    """What a file holds. Raises UsageError if it is none of these, or cannot be unpacked."""
+    """The format of a file. Raises UsageError if it is none of these, or cannot be unpacked."""
     name, begin = plain_name(path), begin_of(path)
     if begin.startswith(b'PAR1') or name.endswith('.parquet'):
         return 'parquet'
@@ -74,7 +69,7 @@ def format_of(path: str) -> Format:
 
 
 def _json_format(name: str, begin: str) -> Format:
-    """Of a file by its first line that is not blank: a whole object makes it lines of objects."""
+    """The format of a file by its first line that is not blank: a whole object makes it lines of objects."""
     text = begin.lstrip()
     line, newline, _ = text.partition('\n')
     value = _value(line)
@@ -105,117 +100,106 @@ def begin_of(path: str) -> bytes:
         return file.read(_BEGIN)
 
 
-def opened(path: str) -> Any:
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked; reading what is damaged raises UsageError."""
-    file: IO[bytes] = open(path, 'rb')  # noqa: SIM115 (whoever reads it closes it)
-    begin = file.read(6)
-    file.seek(0)
-    kind = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), None)
-    if kind is None:
-        return file
-    if kind == 'zstd':
-        return _Unpacked(path, io.BufferedReader(_Zstd(file), _BEGIN), file)
-    unpack = {'gzip': gzip.open, 'bzip2': bz2.open, 'xz': lzma.open}[kind]
-    return _Unpacked(path, unpack(file, 'rb'), file)
+    with open(path, 'rb') as file:
+        begin = file.read(6)
+        file.seek(0)
+        unpack = next((unpack for magic, unpack in _UNPACK.items() if begin.startswith(magic)), None)
+        yield io.BufferedReader(_Unpacked(path, unpack(file)), _BEGIN) if unpack else file
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd file of any number of frames. The package's own reader takes a file that is cut off for a whole one."""
+def _chunks(unpack: Callable[[Any], Any]) -> Callable[[IO[bytes]], Iterator[bytes]]:
+    """A function that unpacks a file as a module of the standard library does."""
+    return lambda file: iter(partial(unpack(file).read1, _BEGIN), b'')
 
-    def __init__(self, file: IO[bytes]):
-        import zstandard  # few files are packed so
 
-        self._file, self._unpacker = file, zstandard.ZstdDecompressor()
-        self._frame, self._packed, self._ready = None, b'', b''
+def _unpack_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Unpacks any number of frames. The package's own reader takes a file that is cut off for a whole one."""
+    import zstandard  # few files are packed so
+
+    unpacker, frame = zstandard.ZstdDecompressor(), None
+    while packed := file.read(_BEGIN):
+        while packed:
+            frame = frame or unpacker.decompressobj()
+            if unpacked := frame.decompress(packed):
+                yield unpacked
+            packed = frame.unused_data if frame.eof else b''
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError('the file ended before its last frame did')
+
+
+_UNPACK = {
+    b'\x1f\x8b': _chunks(gzip.open), b'\x28\xb5\x2f\xfd': _unpack_zstd, b'BZh': _chunks(bz2.open),
+    b'\xfd7zXZ\x00': _chunks(lzma.open),
+}  # fmt: skip
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a packed file, of which damage is one line with its name."""
+
+    def __init__(self, path: str, chunks: Iterator[bytes]):
+        self._path, self._chunks, self._ready = path, chunks, b''
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._file.read(_BEGIN)
-            if not self._packed:
-                break
-            self._frame = self._frame or self._unpacker.decompressobj()
-            self._ready = self._frame.decompress(self._packed)
-            ended = self._frame.eof
-            self._packed = self._frame.unused_data if ended else b''
-            self._frame = None if ended else self._frame
-        if not self._ready and self._frame is not None:
-            raise EOFError('the file ended before its last frame did')
+        try:
+            self._ready = self._ready or next(self._chunks, b'')
+        except Exception as e:  # each library has errors of its own
+            reason = ' '.join(str(e).split())[:200] or type(e).__name__
+            raise UsageError(f'{self._path} is damaged ({reason}): restore it or leave it out') from e
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
 
 
-class _Unpacked(io.BufferedIOBase):
-    """A packed file, of which damage is one line with its name."""
-
-    def __init__(self, path: str, file: Any, packed: IO[bytes]):
-        self._path, self._file, self._packed = path, file, packed
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._told(self._file.read, -1 if size is None else size)
-
-    def read1(self, size: int = -1) -> bytes:
-        return self.read(size if size >= 0 else _BEGIN)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        return self._told(self._file.readline, -1 if size is None else size)
-
-    def close(self) -> None:
-        self._file.close()
-        self._packed.close()
-        super().close()
-
-    def _told(self, read: Any, size: int) -> bytes:
-        try:
-            return read(size)
-        except Exception as e:  # each library has errors of its own
-            reason = ' '.join(str(e).split())[:200] or type(e).__name__
-            raise UsageError(f'{self._path} is damaged ({reason}): restore it or leave it out') from e
-
-
-def encoding_of(begin: bytes) -> Encoding:
-    """By the byte order mark that a file begins with, or by the zeros of UTF-16 in it; else UTF-8."""
+def encoding_of(begin: bytes) -> tuple[str, int]:
+    """(how a file's characters are written, how many bytes of a mark come first), by the byte order mark that it begins
+    with, or by the zeros of UTF-16 in it; else UTF-8."""
     for mark, name in _MARKS.items():
         if begin.startswith(mark):
-            return Encoding(name, len(mark))
+            return name, len(mark)
     even, odd = (begin[side::2].count(0) / max(1, len(begin) // 2) for side in (0, 1))
     if odd > _ZEROS > 10 * even:
-        return Encoding('utf-16-le')
-    return Encoding('utf-16-be') if even > _ZEROS > 10 * odd else Encoding('utf-8')
+        return 'utf-16-le', 0
+    return ('utf-16-be' if even > _ZEROS > 10 * odd else 'utf-8'), 0
 
 
 def _decoded(begin: bytes) -> str:
-    encoding = encoding_of(begin)
-    return begin[encoding.skip :].decode(encoding.name, errors='ignore')
+    encoding, skip = encoding_of(begin)
+    return begin[skip:].decode(encoding, errors='ignore')
 
 
 def read_whole(path: str) -> bytes:
     """A text file in UTF-8 without a mark; bytes that are not what they should be as they are."""
     with opened(path) as file:
         data = file.read()
-    encoding = encoding_of(data[:_BEGIN])
-    if encoding.name == 'utf-8':
-        return data[encoding.skip :]
+    encoding, skip = encoding_of(data[:_BEGIN])
     try:
-        return data[encoding.skip :].decode(encoding.name).encode()
+        return data[skip:] if encoding == 'utf-8' else data[skip:].decode(encoding).encode()
     except UnicodeError:
         return data
 
 
+@contextlib.contextmanager
+def _after_mark(path: str) -> Iterator[tuple[IO[bytes], str]]:
+    """(a file's bytes after its mark, how its characters are written)."""
+    encoding, skip = encoding_of(begin_of(path))
+    with opened(path) as file:
+        file.read(skip)
+        yield file, encoding
+
+
 def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
     """(number, line in UTF-8) of each line of a file that is not blank; the mark is not part of the first."""
-    encoding = encoding_of(begin_of(path))
-    with opened(path) as file:
-        file.read(encoding.skip)
-        lines: Any = file
-        if encoding.name != 'utf-8':
-            text = io.TextIOWrapper(file, encoding.name, errors='replace', newline='\n')
+    with _after_mark(path) as (file, encoding):
+        lines: Iterable[bytes] = file
+        if encoding != 'utf-8':
+            text = io.TextIOWrapper(file, encoding, errors='replace', newline='\n')
             lines = (line.encode(errors='replace') for line in text)
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -225,9 +209,16 @@ def lines_of(path: str) -> Iterator[tuple[int, bytes]]:
 # ---- rows ----
 
 
-def read_rows(path: str, form: Format) -> Iterator[Line]:
-    """(number, the object, why there is none or None) of each row of a file of lines, JSON or a table of texts: a
-    line's number in the file, else the row's."""
+def read_rows(path: str, form: Format, columns: Sequence[str] | None = None) -> Iterator[Line]:
+    """(number, the object, why there is none or None) of each row of a file of lines, JSON or a table: a line's number
+    in the file, else the row's.
+
+    Args:
+      columns: of a parquet file, those that are read; None: all.
+    """
+    if form == 'parquet':
+        rows = enumerate(parquet.read_rows(path, columns))
+        return ((number, row or {}, 'not_utf8' if row is None else None) for number, row in rows)
     return {'lines': _line_rows, 'json': _json_rows, 'csv': _csv_rows}[form](path)
 
 
@@ -317,25 +308,18 @@ def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
 def _csv_rows(path: str) -> Iterator[Line]:
     """The rows of a table under its header; an empty cell has nothing in it."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 128 KiB, less than a document
-    encoding = encoding_of(begin_of(path))
-    with opened(path) as file:
-        file.read(encoding.skip)
-        errors = 'surrogateescape' if encoding.name == 'utf-8' else 'replace'
-        text = io.TextIOWrapper(file, encoding.name, errors=errors, newline='')
-        rows = csv.DictReader(text, delimiter=_delimiter(path), restkey='', strict=True)
+    with _after_mark(path) as (file, encoding):
+        errors = 'surrogateescape' if encoding == 'utf-8' else 'replace'
+        text = io.TextIOWrapper(file, encoding, errors=errors, newline='')
+        rows = csv.DictReader(text, delimiter=_delimiter(path, _decoded(begin_of(path))), restkey='', strict=True)
         number = 1
-        while True:
-            number += 1
-            try:
-                row = next(rows, None)
-            except csv.Error:
-                yield number, {}, 'malformed'
-                return
-            if row is None:
-                return
-            extra = row.pop('', None)
-            bad = 'malformed' if extra else _not_utf8(row)
-            yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
+        try:
+            for number, row in enumerate(rows, 2):
+                extra = row.pop('', None)
+                bad = 'malformed' if extra else _not_utf8(row)
+                yield number, {} if bad else {key: value or None for key, value in row.items()}, bad
+        except csv.Error:
+            yield number + 1, {}, 'malformed'
 
 
 def _not_utf8(row: dict[str, Any]) -> str | None:
@@ -346,15 +330,12 @@ def _not_utf8(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _delimiter(path: str) -> str:
-    """What stands between the names of the header most often."""
-    if plain_name(path).endswith('.tsv'):
-        return '\t'
-    header = _decoded(begin_of(path)).partition('\n')[0]
-    return max(',;\t', key=header.count)
+def _delimiter(path: str, begin: str) -> str:
+    """The mark that stands most often between the names of the header."""
+    return '\t' if plain_name(path).endswith('.tsv') else max(',;\t', key=begin.partition('\n')[0].count)
 
 
 def csv_columns(path: str) -> list[str]:
     """The names in the header of a table."""
-    header = _decoded(begin_of(path)).lstrip('\ufeff')
-    return next(csv.reader(io.StringIO(header, newline=''), delimiter=_delimiter(path)), [])
+    begin = _decoded(begin_of(path)).lstrip('\ufeff')
+    return next(csv.reader(io.StringIO(begin, newline=''), delimiter=_delimiter(path, begin)), [])

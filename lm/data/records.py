@@ -1,4 +1,4 @@
-"""What a source is, what it gives, and what it counts."""
+"""Sources, the records that they give, and what they count."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """What one side says. `content` is text as it was typed: a marker in it is no marker.
+    """One side's words. `content` is text as it was typed: a marker in it is no marker.
 
     An assistant's may have thoughts and tool calls, and `train` False: it is read and not learned. A tool's answers the
     call `tool_call_id`.
@@ -147,7 +147,8 @@ def _ordered(value: Any) -> Any:
 
 
 def split_content(record: Any) -> bytes:
-    """What of a record decides whether it is held out: of a pair its prompt, so that a held-out prompt is unseen."""
+    """The part of a record that decides whether it is held out: of a pair its prompt, so that training sees no held-out
+    prompt."""
     return json.dumps(_ordered(record['prompt'])).encode() if 'prompt' in record else content(record)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm.data.corpora import conversation_text, conversations
 from lm.data.heldout import is_heldout
-from lm.data.operations import order
+from lm.data.operations import order, says
 from lm.data.records import Chat, Counts, Message, Role
 from lm.data.store import digest
 
@@ -52,12 +52,12 @@ def _pieces(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def heldout_chat(record: Chat, share: float) -> bool:
-    """Whether pretraining holds out the document of the same conversation, at the same share."""
+    """Tells whether pretraining holds out the document of the same conversation, at the same share."""
     return is_heldout(bytes.fromhex(record['meta']['document']), share)
 
 
 def _turns(conversation: dict[str, Any]) -> list[str]:
-    """What is said by one, then by the other, in turn. An empty turn is none, and joins those around it."""
+    """The turns of one and the other. An empty turn is none, and joins those around it."""
     said = [(m['sender'], ' '.join(m['text'].split())) for turn in conversation['messages'] for m in turn]
     groups = itertools.groupby([(who, text) for who, text in said if text], key=lambda pair: pair[0])
     return [' '.join(text for _, text in group) for _, group in groups]
@@ -99,22 +99,12 @@ def ratings(counts: Counts) -> Iterator[dict[str, Any]]:
         by_prompt[rated.prompt].append(rated)
     for prompt, group in sorted(by_prompt.items()):
         meta = {'heldout': order('rated', prompt) < HELDOUT_PROMPTS * 2**64}
-        for a, b in itertools.combinations(group, 2):
-            better, worse = (a, b) if a.rating > b.rating else (b, a)
-            gap = better.rating - worse.rating
-            if gap >= MIN_GAP and _same_length(a, b):
-                yield {
-                    'id': f'{better.id}/{worse.id}',
-                    'prompt': [Message(role='user', content=prompt)],
-                    'chosen': better.messages,
-                    'rejected': worse.messages,
-                    'margin': round(gap, 4),
-                    'meta': meta,
-                }
-
-
-def _same_length(a: _Rated, b: _Rated) -> bool:
-    return max(a.length, b.length) <= MAX_LENGTH_RATIO * min(a.length, b.length)
+        for pair in itertools.combinations(group, 2):
+            worse, better = sorted(pair, key=lambda rated: rated.rating)
+            gap, (shorter, longer) = better.rating - worse.rating, sorted(rated.length for rated in pair)
+            if gap >= MIN_GAP and longer <= MAX_LENGTH_RATIO * shorter:
+                sides = {'prompt': says('user', prompt), 'chosen': better.messages, 'rejected': worse.messages}
+                yield {'id': f'{better.id}/{worse.id}', **sides, 'margin': round(gap, 4), 'meta': meta}
 
 
 def _rated(counts: Counts) -> Iterator[_Rated]:

@@ -1,4 +1,4 @@
-"""Where data comes from: the default sources, named datasets, files, TFDS data prepared here, Hugging Face datasets.
+"""Sources of data: the default sources, named datasets, files, TFDS data prepared here, Hugging Face datasets.
 
 A mixture is one string: 'botocore:0.7,chitchat:0.3', 'notes/*.txt', 'mine.jsonl#body:2,tfds:wiki40b/en:1'. Each of its
 names opens a `Source`, which gives records and counts what it read and what it dropped, by reason:
@@ -12,27 +12,29 @@ The same addresses hold text, conversations ('chat') and pairs of answers ('pair
 lm/data/conversations.py.
 """
 
-import dataclasses
+import codecs
 import difflib
 import glob
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from lm.data import conversations, folders, hub, mixtures, parquet, record_files, tfds
+from lm.data import conversations, hub, mixtures, parquet, record_files, tfds
 from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
 
 # Weights are rounded to multiples of 1/PERIOD, and the mixture is exact over every PERIOD rows.
 PERIOD = 1 << 14
-CORPORA = ('botocore', 'chitchat')
 DEFAULTS: dict[Kind, tuple[str, ...]] = {
-    'text': CORPORA,
+    'text': ('botocore', 'chitchat'),
     'chat': ('operations', 'smalltalk'),
     'pairs': ('programmatic', 'ratings', 'decline'),
 }
+_KIND_OF: dict[str, Kind] = {name: kind for kind, names in DEFAULTS.items() for name in names}
+_KIND_OF |= {name: named.kind for name, named in mixtures.NAMED.items()}
 TABLES = ('.parquet', '.json', *record_files.LINES, *record_files.TABLES)
 _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:inity)?|nan)', re.IGNORECASE)
 _HUB_NAME = re.compile(
@@ -96,49 +98,29 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
     or it is of another kind.
     """
     reading = None if kind == 'text' else Reading(kind, strict, unpaired)
-    if (found := _kind_of(name)) and found != kind:
+    if (found := _KIND_OF.get(name)) and found != kind:
         what = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs of answers'}
         raise UsageError(
             f'data source {name!r} holds {what[found]}, not {what[kind]}: name one of '
             f'{", ".join(_known(kind))}, or your own files{conversations.belongs(found)}'
         )
-    if name in CORPORA:
-        return _corpus(name)
     if name in DEFAULTS[kind]:
-        return _default(name)
+        # TensorFlow Datasets takes a while to import, and a start that finds its data prepared needs none of it.
+        from lm.data import defaults
+
+        return defaults.open_default(name)
+    address, copy = name, None
     if name in mixtures.NAMED:
-        return _named(name, reading)
-    if name.startswith('tfds:'):
-        return tfds.open_prepared(name, name, reading)
-    if name.startswith('hf:'):
-        return hub.open_dataset(name, hub.parse(name), reading)
-    path, column = _split_column(name)
-    found, left_out = _find_files(name, path, column, kind)
-    source = (
-        _conversation_files(name, found, column, reading)
-        if reading
-        else _files(name, found, column, inside=os.path.isdir(os.path.expanduser(path)))
-    )
-    return _counting(source, left_out) if left_out else source
-
-
-def _kind_of(name: str) -> Kind | None:
-    """Of which kind a source with a name of ours is."""
-    if name in mixtures.NAMED:
-        return mixtures.NAMED[name].kind
-    return next((kind for kind, names in DEFAULTS.items() if name in names), None)
-
-
-def _known(kind: Kind) -> tuple[str, ...]:
-    return (*DEFAULTS[kind], *(name for name, named in mixtures.NAMED.items() if named.kind == kind))
-
-
-def _named(name: str, reading: Reading | None) -> Source:
-    """A line of the table: its local copy if there is one, else where the table says."""
-    address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
+        address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
     if address.startswith('tfds:'):
         return tfds.open_prepared(name, address, reading, copy)
-    return hub.open_dataset(name, hub.parse(address, copy), reading)
+    if address.startswith('hf:'):
+        return hub.open_dataset(name, hub.parse(address, copy), reading)
+    return _open_files(name, kind, reading)
+
+
+def _known(kind: Kind) -> list[str]:
+    return [name for name, its_kind in _KIND_OF.items() if its_kind == kind]
 
 
 def _split_column(name: str) -> tuple[str, str | None]:
@@ -158,13 +140,11 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     """(the files of a path, a pattern or a folder, sorted; those of a folder that cannot be read as this kind)."""
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
-        of_folder = list(folders.walk(path))
-        files = [p for p in of_folder if folders.is_file(p)]
-        tables = [p for p in files if record_files.plain_name(p).endswith(TABLES)]
-        found = tables if kind != 'text' or column else files
-        left_out = [p for p in of_folder if p not in set(found)]
-        ends = '' if kind == 'text' and not column else f' that ends with {" ".join(TABLES)}'
-        problem = f'holds no file{ends}'
+        below, only_tables = list(_walk(path)), kind != 'text' or column
+        is_table = lambda p: record_files.plain_name(p).endswith(TABLES)
+        found = [p for p in below if _is_file(p) and (is_table(p) or not only_tables)]
+        left_out = sorted(set(below) - set(found))
+        problem = 'holds no file' + (f' that ends with {" ".join(TABLES)}' if only_tables else '')
     elif os.path.exists(path):
         found, problem = [path], ''
     elif any(c in path for c in '*?['):
@@ -175,18 +155,6 @@ def _find_files(name: str, path: str, column: str | None, kind: Kind) -> tuple[t
     if not found:
         raise UsageError(f'data source {name!r} {problem or "is not a file"}')
     return tuple(found), tuple(left_out)
-
-
-def _counting(source: Source, left_out: tuple[str, ...]) -> Source:
-    """The source, with the files of its folder that cannot be read counted among what it drops."""
-
-    def read(counts: Counts) -> Iterator[Any]:
-        for path in left_out:
-            counts.read += 1
-            counts.drop(folders.kind_of(path))
-        yield from source.read(counts)
-
-    return dataclasses.replace(source, read=read)
 
 
 def _unknown(name: str, kind: Kind) -> str:
@@ -203,50 +171,69 @@ def _unknown(name: str, kind: Kind) -> str:
 
 
 def _state_of(name: str, paths: tuple[str, ...]) -> list[list[Any]]:
-    """What stands for the files' content, as for make, size and time of change: hashing terabytes at each start would
-    not do. Raises UsageError if one cannot be read.
-    """
+    """Stands for the files' content, as for make, by size and time of change: hashing terabytes at each start would not
+    do. Raises UsageError if one cannot be read."""
     if closed := [p for p in paths if not os.access(p, os.R_OK)]:
         raise UsageError(f'data source {name!r}: {closed[0]} cannot be read: change its permissions')
     return [[os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in paths]
 
 
-def _files(name: str, paths: tuple[str, ...], column: str | None, *, inside: bool) -> Source:
-    """Files of text or of records; `inside`: found in a folder, where what is neither is counted and left out."""
+def _open_files(name: str, kind: Kind, reading: Reading | None) -> Source:
+    """Files of text or of records; in a folder what is neither is counted and left out."""
+    place, column = _split_column(name)
+    paths, left_out = _find_files(name, place, column, kind)
     state = _state_of(name, paths)
-    refuse = lambda path: UsageError(f'data source {name!r}: {path} is plain text and has no column {column!r}')
-    if column and (plain := [p for p in paths if record_files.is_named_text(p)]):
-        raise refuse(plain[0])
+    if plain := [p for p in paths if (reading or column) and record_files.is_named_text(p)]:
+        raise _no_records(name, plain[0], column, reading)
+    if column and kind == 'pairs':
+        conversations.check_columns(f'data source {name!r}', kind, [], column)
+    inside = not reading and os.path.isdir(os.path.expanduser(place))
 
-    def read(counts: Counts) -> Iterator[Record]:
+    def read(counts: Counts) -> Iterator[Any]:
+        for path in left_out:
+            _leave_out(path, counts)
+        if reading:
+            rows = (row for path in paths for row in _rows(path))
+            yield from conversations.read_rows(name, reading, rows, counts, column=column)
+            return
         for path in paths:
             form = _format(path, inside)
             if form is None:
-                counts.read += 1
-                counts.drop(folders.kind_of(path))
-            elif form == 'parquet':
-                yield from _read_parquet(name, path, counts, column)
+                _leave_out(path, counts)
             elif form == 'text':
                 counts.read += 1
                 yield from record(name, path, record_files.read_whole(path), counts)
             else:
-                yield from _read_rows(name, path, form, counts, column)
+                yield from _read_texts(name, path, form, counts, column)
 
     def check() -> None:
         for path in paths:
-            form = _format(path, inside)
-            if form == 'parquet':
-                parquet.text_column(path, column)
-            elif form == 'csv':
-                _csv_column(path, column)
-            elif form == 'text' and column:
-                raise refuse(path)
+            form = record_files.format_of(path) if reading else _format(path, inside)
+            if form == 'text' and (reading or column):
+                raise _no_records(name, path, column, reading)
+            if not reading:
+                _text_column(path, form, column)
+            elif form in _COLUMNS:
+                conversations.check_columns(path, kind, _COLUMNS[form](path), column)
 
-    return Source(name, state, read, check)
+    return Source(name, [*state, reading.state] if reading else state, read, check, kind)
+
+
+_COLUMNS = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
+
+
+def _no_records(name: str, path: str, column: str | None, reading: Reading | None) -> UsageError:
+    why = f'no table or JSON of records{conversations.belongs("text")}' if reading else f'has no column {column!r}'
+    return UsageError(f'data source {name!r}: {path} is plain text{"," if reading else ""} and {why}')
+
+
+def _leave_out(path: str, counts: Counts) -> None:
+    counts.read += 1
+    counts.drop(_kind_of_path(path))
 
 
 def _format(path: str, inside: bool) -> record_files.Format | None:
-    """What a file holds, None for neither text nor records. Raises UsageError for a file of another kind that was
+    """The format of a file, None for neither text nor records. Raises UsageError for a file of another kind that was
     named, and not found in a folder."""
     try:
         form = record_files.format_of(path)
@@ -254,103 +241,82 @@ def _format(path: str, inside: bool) -> record_files.Format | None:
         if inside:
             return None
         raise
-    return None if form == 'text' and folders.is_binary(path) else form
+    return None if form == 'text' and _is_binary(path) else form
 
 
-def _read_parquet(name: str, path: str, counts: Counts, wanted: str | None) -> Iterator[Record]:
-    column = parquet.text_column(path, wanted)
-    for number, text in enumerate(parquet.read_column(path, column)):
-        counts.read += 1
-        yield from record(name, f'{os.path.basename(path)}:{number}', text, counts, column=column)
-
-
-def _csv_column(path: str, wanted: str | None) -> str:
-    columns = record_files.csv_columns(path)
+def _text_column(path: str, form: record_files.Format | None, wanted: str | None) -> str:
+    """The column of a file that holds its documents. Raises UsageError if a table has none."""
+    if form == 'parquet':
+        return parquet.text_column(path, wanted)
+    columns = record_files.csv_columns(path) if form == 'csv' else [wanted or 'text']
     return conversations.choose_column(path, wanted, columns, columns)
 
 
-def _read_rows(name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None) -> Iterator[Record]:
-    column = _csv_column(path, wanted) if form == 'csv' else wanted or 'text'
-    for number, value, reason in record_files.read_rows(path, form):
+def _read_texts(
+    name: str, path: str, form: record_files.Format, counts: Counts, wanted: str | None
+) -> Iterator[Record]:
+    column = _text_column(path, form, wanted)
+    for number, value, reason in record_files.read_rows(path, form, [column]):
         counts.read += 1
-        if reason:
-            problem = 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
-            counts.drop(reason, f'{path}:{number}: {problem}')
-            continue
         text = value.get(column)
-        if text is None:
-            counts.drop(f'no_{column}', f'{path}:{number}: {conversations.without_text(value, column)}')
+        if reason or text is None:
+            problem = f'{path}:{number}: {_no_text(form, value, column, reason)}'
+            counts.drop(reason or f'no_{column}', None if form == 'parquet' else problem)
             continue
         del value[column]
         key = value.pop('id', f'{os.path.basename(path)}:{number}')
         yield from record(name, str(key), text, counts, column=column, meta=value)
 
 
-def _conversation_files(name: str, paths: tuple[str, ...], column: str | None, reading: Reading) -> Source:
-    state = _state_of(name, paths)
-    if plain := [p for p in paths if record_files.is_named_text(p)]:
-        raise _no_records(name, plain[0])
-    if column and reading.kind == 'pairs':
-        conversations.check_columns(f'data source {name!r}', reading.kind, [], column)
-
-    def rows() -> Iterator[Row]:
-        for path in paths:
-            form = record_files.format_of(path)
-            yield from _table_rows(path) if form == 'parquet' else _rows(path, form)
-
-    def check() -> None:
-        columns = {'parquet': parquet.columns_of, 'csv': record_files.csv_columns}
-        for path in paths:
-            form = record_files.format_of(path)
-            if form == 'text':
-                raise _no_records(name, path)
-            if form in columns:
-                conversations.check_columns(path, reading.kind, columns[form](path), column)
-
-    def read(counts: Counts) -> Iterator[Any]:
-        return conversations.read_rows(name, reading, rows(), counts, column=column)
-
-    return Source(name, [*state, reading.state], read, check, reading.kind)
+def _no_text(form: record_files.Format, value: dict[str, Any], column: str, reason: str | None) -> str:
+    if reason is None:
+        return conversations.without_text(value, column)
+    return 'is no row of the table' if form == 'csv' else conversations.PROBLEMS[reason]
 
 
-def _no_records(name: str, path: str) -> UsageError:
-    return UsageError(
-        f'data source {name!r}: {path} is plain text, and no table or JSON of records{conversations.belongs("text")}'
-    )
-
-
-def _rows(path: str, form: record_files.Format) -> Iterator[Row]:
-    for number, value, problem in record_files.read_rows(path, form):
+def _rows(path: str) -> Iterator[Row]:
+    for number, value, problem in record_files.read_rows(path, record_files.format_of(path)):
         yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value, problem)
 
 
-def _table_rows(path: str) -> Iterator[Row]:
-    for number, value in enumerate(parquet.read_rows(path)):
-        problem = 'not_utf8' if value is None else None
-        yield Row(f'{path}:{number}', f'{os.path.basename(path)}:{number}', value or {}, problem)
+# --- folders ------------------------------------------------------------------------------------------------------
 
 
-# --- the default sources --------------------------------------------------------------------------------------------
-# TensorFlow Datasets takes a while to import and the second start needs none of it, so it is imported where it is used.
+def _walk(folder: str) -> Iterator[str]:
+    """Yields the files below a folder, sorted, and, as one path each, folders that are not entered: those that are
+    hidden (.git), links, or closed to us."""
+    closed: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=closed.append):
+        apart = {name for name in folders if name.startswith('.') or os.path.islink(os.path.join(root, name))}
+        folders[:] = sorted(set(folders) - apart)
+        yield from (os.path.join(root, name) for name in sorted([*names, *apart]))
+    yield from (error.filename for error in closed)
 
 
-def _corpus(name: str) -> Source:
-    from lm.data import corpora
-
-    state = {'version': corpora.package_version(name), 'recipe': corpora.RECIPE}
-
-    def read(counts: Counts) -> Iterator[Record]:
-        directory, tally = corpora.prepare_corpus(name)
-        # What the builder left out was never written, so it is counted from the builder's tally.
-        counts.read += sum(tally.dropped.values())
-        for reason, number in tally.dropped.items():
-            counts.drop(reason, number=number)
-        yield from tfds.read_text(name, directory, counts, 'train')
-
-    return Source(name, state, read)
+def _is_file(path: str) -> bool:
+    """Tells whether a path of a folder is a file to be read: it exists, and is not hidden."""
+    return not os.path.basename(path).startswith('.') and os.path.isfile(path)
 
 
-def _default(name: str) -> Source:
-    from lm.data import defaults
+def _is_binary(path: str) -> bool:
+    """Tells whether a file, unpacked, is no text: NULs that are not UTF-16's, or no UTF-8 in a file that is not called
+    text."""
+    begins = record_files.begin_of(path)
+    if record_files.encoding_of(begins)[0] != 'utf-8':
+        return False
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(begins)  # its last character may be cut
+    except UnicodeDecodeError:
+        return not record_files.is_named_text(path)
+    return b'\0' in begins
 
-    return defaults.open_default(name)
+
+def _kind_of_path(path: str) -> str:
+    """The kind of a path, under which it is counted where it is left out: '.png', 'hidden'."""
+    if os.path.basename(path).startswith('.'):
+        return 'hidden'
+    if os.path.isdir(path):
+        return 'linked folder' if os.path.islink(path) else 'closed folder'
+    if not os.path.isfile(path):
+        return 'dangling link' if os.path.islink(path) else 'no file'
+    return Path(path).suffix.lower() or 'without suffix'

@@ -9,12 +9,15 @@ import hashlib
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+
+from lm.data.tokenizer import Tokenizer
 
 _HEADER = struct.Struct('<16s16sI')
 # Any constant will do; another one changes the order of all data.
@@ -173,54 +176,30 @@ def _records(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         at += size
 
 
-def write_store(
-    directory: epath.Path,
-    texts: Iterable[str],
-    encode_batch: Callable[..., list[list[int]]],
-    *,
-    vocab_size: int,
-    bos_id: int | None,
-    eos_id: int,
-) -> int:
+def write_store(directory: epath.Path, texts: Iterable[str], tokenizer: Tokenizer) -> int:
     """Encodes texts, chunk by chunk, into a store at `directory`; returns how many tokens it holds."""
     directory.mkdir(parents=True)
-    lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
-    first = [] if bos_id is None else [bos_id]
+    dtype, offsets, written = token_dtype(tokenizer.vocab_size), array('q', [0]), 0
     with (directory / 'tokens.bin').open('wb') as f:
-        begun = 0  # tokens of a document whose end is in a later chunk
         for chunk in _chunks(texts):
-            ids = encode_batch([part.text for part in chunk], continued=[not part.first for part in chunk])
-            flat, ends = _with_edges(chunk, ids, first, eos_id)
-            f.write(np.array(flat, token_dtype(vocab_size)).tobytes())
-            lengths.append(np.diff(np.array(ends, np.int64), prepend=-begun))
-            begun = len(flat) - ends[-1] if ends else begun + len(flat)
-    offsets = np.cumsum(np.concatenate(lengths))
-    with (directory / 'offsets.npy').open('wb') as f:
-        np.save(f, offsets)
-    return int(offsets[-1])
+            continued = [not part.first for part in chunk]
+            encoded = tokenizer.encode_batch([part.text for part in chunk], continued=continued)
+            for part, ids in zip(chunk, encoded, strict=True):
+                begin = [tokenizer.bos_id] if part.first and tokenizer.adds_bos else []
+                ids = np.array([*begin, *ids, *([tokenizer.eos_id] if part.last else [])], dtype)
+                f.write(ids.tobytes())
+                written += len(ids)
+                offsets.extend([written] if part.last else [])
+    np.save(directory / 'offsets.npy', np.array(offsets, np.int64))
+    return written
 
 
 class _Part(NamedTuple):
-    """A document, or a part of a long one, and whether its first and its last character are in it."""
+    """A document, or a part of a long one; `first` and `last`: its first and its last character are in it."""
 
     text: str
     first: bool
     last: bool
-
-
-def _with_edges(
-    chunk: Sequence[_Part], ids: Sequence[Sequence[int]], first: Sequence[int], eos: int
-) -> tuple[list[int], list[int]]:
-    """(ids of the parts one after the other, with `first` and <eos> around documents; where documents end in them)."""
-    flat: list[int] = []
-    ends: list[int] = []
-    for part, found in zip(chunk, ids, strict=True):
-        flat.extend(first if part.first else ())
-        flat.extend(found)
-        if part.last:
-            flat.append(eos)
-            ends.append(len(flat))
-    return flat, ends
 
 
 def _parts(text: str) -> Iterator[_Part]:

@@ -18,8 +18,8 @@ from lm.errors import UsageError
 _READ_AT_ONCE = 4096
 
 
-def open_prepared(name: str, address: str, reading: Reading | None = None, copy: str | None = None) -> Source:
-    """What 'tfds:NAME[@SPLIT][#COLUMN]' says, out of the local `copy` if there is one: text, or what `reading` says."""
+def open_prepared(name: str, address: str, reading: Reading | None, copy: str | None) -> Source:
+    """The source 'tfds:NAME[@SPLIT][#COLUMN]', out of the local `copy`, if any: text, or what `reading` says."""
     rest, _, column = address.removeprefix('tfds:').partition('#')
     dataset, _, split = rest.partition('@')
     directory = _find_tfds(dataset, copy)
@@ -33,12 +33,13 @@ def open_prepared(name: str, address: str, reading: Reading | None = None, copy:
     if split not in splits:
         raise UsageError(f'data source {name!r}: {directory} has no split {split!r}, it has {", ".join(splits)}')
     state = [str(directory), os.stat(directory / 'dataset_info.json').st_mtime_ns, split, column]
+    wanted = column or None
     if reading is None:
-        return Source(name, state, lambda counts: read_text(name, directory, counts, split, column or None))
+        return Source(name, state, lambda counts: read_text(name, directory, counts, split, wanted))
 
     def read(counts: Counts) -> Iterator[Any]:
-        rows = _rows(name, directory, split, reading, column or None)
-        return conversations.read_rows(name, reading, rows, counts, column=column or None)
+        rows = _rows(name, directory, split, reading, wanted)
+        return conversations.read_rows(name, reading, rows, counts, column=wanted)
 
     return Source(name, [*state, reading.state], read, kind=reading.kind)
 
@@ -54,21 +55,15 @@ def _find_tfds(name: str, copy: str | None) -> epath.Path:
         config = name.partition('/')[2]
         folders = [epath.Path(copy) / config, epath.Path(copy)]
     for base in folders:
-        found = [p.parent for depth in ('*', '*/*') for p in base.glob(f'{depth}/dataset_info.json')]
-        if (base / 'dataset_info.json').exists():
-            found.append(base)
+        found = [p.parent for depth in ('', '*/', '*/*/') for p in base.glob(f'{depth}dataset_info.json')]
         if found:
-            return max(found, key=lambda p: _version_key(p.name))
+            return max(found, key=lambda p: [int(part) for part in re.findall(r'\d+', p.name)])
     if copy:
         raise UsageError(f'{copy} holds no prepared TFDS dataset: put the folder that TFDS writes for {name} there')
     raise UsageError(
         f'tfds:{name} is not prepared in {" or ".join(roots)}: run tfds.builder({name!r}, file_format="array_record")'
         '.download_and_prepare(), or set TFDS_DATA_DIR to where it is'
     )
-
-
-def _version_key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r'\d+', version))
 
 
 def examples(name: str, directory: epath.Path, split: str) -> Iterator[dict[str, Any]]:
@@ -91,16 +86,11 @@ def read_text(
     """The documents of a split, out of the feature `wanted`, or the one that holds text."""
     column = None
     for number, example in enumerate(examples(name, directory, split)):
-        column = column or _text_feature(name, example, wanted)
+        if column is None:
+            texts = [key for key, value in example.items() if isinstance(value, bytes)]
+            column = conversations.choose_column(name, wanted, texts, list(example))
         counts.read += 1
         yield from record(name, f'{directory.name}:{number}', example[column], counts, column=column)
-
-
-def _text_feature(name: str, first: Mapping[str, Any], wanted: str | None) -> str:
-    """The feature that holds a document."""
-    return conversations.choose_column(
-        name, wanted, [key for key, value in first.items() if isinstance(value, bytes)], list(first)
-    )
 
 
 def _rows(name: str, directory: epath.Path, split: str, reading: Reading, column: str | None) -> Iterator[Row]:
@@ -121,8 +111,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-        return _plain(value) if isinstance(value, list | bytes) else value
+        return _plain(value.tolist())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(v) for v in value]
     return value

@@ -10,10 +10,10 @@ import numpy as np
 from lm import progress, sharding
 from lm.config import Config
 from lm.data import pipeline
+from lm.data.bestfit import Sizes
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import WithReplay
 from lm.data.prepare import TAIL, Form, Prepared, PreparedSource, prepare
-from lm.data.sizes import Sizes
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import heldout

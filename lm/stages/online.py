@@ -15,7 +15,7 @@ from lm import progress, sharding
 from lm.config import Config, split_run
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
-from lm.data.packing import permute
+from lm.data.packing import shuffled
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import RunError, UsageError
 from lm.evals import answers
@@ -162,9 +162,7 @@ class Online(Task):
         """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
         asked, count, found = self.asked, self.config.rl.prompts, []
         for j in range(rollout * count, (rollout + 1) * count):
-            epoch, i = divmod(j, len(asked))
-            n, conversation = asked[permute(i, len(asked), b'%d:%d' % (self.config.seed, epoch))]
-            found.append(self._question(n, conversation))
+            found.append(self._question(*asked[shuffled(j, len(asked), self.config.seed)]))
         return found
 
     def _question(self, source: int, conversation: int) -> Any:

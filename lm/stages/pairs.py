@@ -1,6 +1,5 @@
 """Shared by the stages that learn from pairs: their data and batches."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -76,8 +75,8 @@ class PairTask(Task):
         found = self.batches()
         rows = _rows_of_run(self.config, found.rows)
         local = sharding.local_rows(rows, found.width)
-        source = _Source(found, range(rows) if local is None else local.rows, start)
-        return language.sharded(pipeline.prefetched(source), local)
+        batch = partial(found.batch, places=range(rows) if local is None else local.rows)
+        return language.sharded(pipeline.prefetched(batch, start), local)
 
     def heldout_prompts(self) -> list[Prompt]:
         ask = partial(pairs.questions, longest=self.config.seq_len)
@@ -109,21 +108,6 @@ def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[s
     mesh = jax.sharding.get_mesh()
     where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
     return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in shapes.items()}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A source for Grain: this process's rows of batch start + index."""
-
-    batches: PairBatches
-    rows: Sequence[int]
-    start: int
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.batches.batch(self.start + index, self.rows)
 
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:
