@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
 from lm.interop.graph import PLAIN, differences, kinds
+from lm.interop.tensors import first_exact
 from lm.model.layers import RopeScaling
 from lm.settings import INT32_MAX
 
@@ -292,17 +293,11 @@ def choose(model: Mapping[str, Any], *, scored: bool, without: str | None = None
 
     Raises UsageError with the settings that the nearest lacks.
     """
-    given, misses = _all_local(PLAIN | dict(model)), []
-    for family in FAMILIES:
-        if (scored and family.scored is None) or family.model_type == without:
-            continue
-        config = compose(given, family, scored=scored)
-        missed = _differences(given, config, family, scored=scored)
-        if not missed:
-            return family, config
-        misses.append((family.causal, missed))
-    name, missed = min(misses, key=lambda miss: len(miss[1]))
-    raise UsageError(f'no architecture of Hugging Face is this graph; {name} is but for {", ".join(missed)}')
+    given = _all_local(PLAIN | dict(model))
+    able = [family for family in FAMILIES if (family.scored or not scored) and family.model_type != without]
+    configs = ((family, compose(given, family, scored=scored)) for family in able)
+    tried = ((f.causal, (f, config), _differences(given, config, f, scored=scored)) for f, config in configs)
+    return first_exact('Hugging Face', tried)
 
 
 def _all_local(model: dict[str, Any]) -> dict[str, Any]:

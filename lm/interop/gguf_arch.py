@@ -13,6 +13,7 @@ import numpy as np
 from lm.errors import UsageError
 from lm.model.layers import RopeScaling
 
+LAYER_PREFIX = 'blk.{}.'
 TOP = {'embed_VD': 'token_embd.weight', 'final_norm_D': 'output_norm.weight'}
 HEAD = {'head_DV': 'output.weight'}
 ROPE_FREQS = 'rope_freqs.weight'  # what the rotary frequencies are divided by: llama3 scaling
@@ -80,7 +81,7 @@ ARCHS = {
 
 
 def query_scale(arch: Arch, model: Mapping[str, Any]) -> float:
-    """What llama.cpp multiplies q·k by."""
+    """The factor by which llama.cpp multiplies q·k."""
     wide = model['layers'] == arch.scaled
     return (model['dim'] // model['heads'] if wide else model['head_dim']) ** -0.5
 

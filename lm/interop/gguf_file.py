@@ -7,15 +7,15 @@ offset is held against the size of the file before anything is allocated by it, 
 
 import math
 import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import ml_dtypes
 import numpy as np
+from etils import epath
 
 from lm.errors import UsageError, install
+from lm.interop.tensors import DTYPES, Info
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)  # 1 had counts of 32 bits, for some weeks of 2023
@@ -28,18 +28,8 @@ SMALLEST_PAIR, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes in the he
 
 # Scalar types of metadata by their number; 8 is a string, 9 an array.
 SCALARS = {
-    0: '<u1',
-    1: '<i1',
-    2: '<u2',
-    3: '<i2',
-    4: '<u4',
-    5: '<i4',
-    6: '<f4',
-    7: '?',
-    10: '<u8',
-    11: '<i8',
-    12: '<f8',
-}
+    0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
+}  # fmt: skip
 STRING, ARRAY = 8, 9
 
 # Kinds of tensors that we read by their number: (name, elements a block, bytes a block).
@@ -49,27 +39,12 @@ KINDS = {
     12: ('Q4_K', 256, 144), 13: ('Q5_K', 256, 176), 14: ('Q6_K', 256, 210),
 }  # fmt: skip
 BLOCKS = {name: (elements, size) for name, elements, size in KINDS.values()}
-PLAIN = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+READ_AS = dict.fromkeys(BLOCKS, np.dtype(np.float32)) | DTYPES  # what `read` gives
 CHUNK = 2**22  # bytes of a file that are turned into numbers at once
 
 
-class Info(NamedTuple):
-    """One tensor of a file.
-
-    Attributes:
-      shape: as numpy has it: the file's dims the other way round.
-      kind: 'F32', 'Q4_K' …
-      offset, size: bytes, from the start of the file.
-    """
-
-    shape: tuple[int, ...]
-    kind: str
-    offset: int
-    size: int
-
-
 class Header(NamedTuple):
-    """What a file says before its tensors: values are int, float, bool, str and lists of them."""
+    """All that a file says before its tensors: values are int, float, bool, str and lists of them."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Info]
@@ -87,44 +62,25 @@ def read_header(path: str | Path) -> Header:
         raise UsageError(f'{path}: cannot be read ({error.strerror or error})') from None
 
 
-def read(path: str | Path, info: Info, rows: slice | None = None) -> np.ndarray:
-    """A tensor, or rows `rows` (of its first dim, step 1) of it: F32, F16 and BF16 as they are, others as float32.
+def read(info: Info) -> np.ndarray:
+    """A tensor: F32, F16 and BF16 as they are, others as float32.
 
     Nothing of the file stays mapped; a few MB of it are in memory at once beside the result.
     """
-    start, stop, _ = (rows or slice(None)).indices(info.shape[0])
-    shape = (max(0, stop - start), *info.shape[1:])
-    columns, (elements, size) = info.shape[-1], BLOCKS[info.kind]
-    row = math.prod(info.shape[1:])
-    if info.kind in PLAIN:
-        begin = info.offset + start * row * size
-        return _bytes(path, begin, math.prod(shape) * size).view(PLAIN[info.kind]).reshape(shape)
-    if len(info.shape) == 1:  # one row of blocks
-        return _dequantize(path, info.offset, 1, info.shape[0], info.kind).reshape(-1)[start:stop]
-    flat = math.prod(shape[:-1])
-    first = info.offset + start * row // elements * size
-    return _dequantize(path, first, flat, columns, info.kind).reshape(shape)
-
-
-def dtype_of(info: Info) -> np.dtype:
-    """What `read` gives."""
-    return PLAIN.get(info.kind, np.dtype(np.float32))
-
-
-def _dequantize(path: str | Path, offset: int, rows: int, columns: int, kind: str) -> np.ndarray:
-    """Float32 [rows, columns], a few rows at a time."""
-    quants, number = package().quants, package().GGMLQuantizationType[kind]
-    elements, size = BLOCKS[kind]
-    width = columns // elements * size
+    if info.kind in DTYPES:
+        return _bytes(info.path, info.at, info.nbytes).view(DTYPES[info.kind]).reshape(info.shape)
+    quants, number = package().quants, package().GGMLQuantizationType[info.kind]
+    out = np.empty((math.prod(info.shape[:-1]), info.shape[-1]), np.float32)
+    width = info.nbytes // len(out)
     step = max(1, CHUNK // width)
-    out = np.empty((rows, columns), np.float32)
-    for i in range(0, rows, step):
-        n = min(step, rows - i)
-        out[i : i + n] = quants.dequantize(_bytes(path, offset + i * width, n * width).reshape(n, width), number)
-    return out
+    for i in range(0, len(out), step):
+        n = min(step, len(out) - i)
+        data = _bytes(info.path, info.at + i * width, n * width).reshape(n, width)
+        out[i : i + n] = quants.dequantize(data, number)
+    return out.reshape(info.shape)
 
 
-def _bytes(path: str | Path, offset: int, size: int) -> np.ndarray:
+def _bytes(path: epath.PathLike, offset: int, size: int) -> np.ndarray:
     """uint8 [size] of a file, read and not mapped."""
     try:
         data = np.fromfile(path, np.uint8, size, offset=offset)
@@ -164,10 +120,10 @@ class _Cursor:
         return self.data[self.at - n : self.at]
 
     def u32(self, what: str) -> int:
-        return struct.unpack('<I', self.take(4, what))[0]
+        return int.from_bytes(self.take(4, what), 'little')
 
     def u64(self, what: str) -> int:
-        return struct.unpack('<Q', self.take(8, what))[0]
+        return int.from_bytes(self.take(8, what), 'little')
 
     def count(self, what: str, *, smallest: int) -> int:
         """A number of things of at least `smallest` bytes each that are to follow."""
@@ -254,13 +210,13 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Info]:
             cursor.wrong(f'it has the tensor {name!r} twice')
         infos[name] = _tensor(cursor, name, alignment)
     start = -(-cursor.at // alignment) * alignment
-    placed = {name: info._replace(offset=start + info.offset) for name, info in infos.items()}
+    placed = {name: info._replace(at=start + info.at) for name, info in infos.items()}
     _check_places(cursor, placed)
     return placed
 
 
 def _tensor(cursor: _Cursor, name: str, alignment: int) -> Info:
-    """What the header says of a tensor; its offset is from where tensors begin."""
+    """A tensor as the header says it; `at` is from where tensors begin."""
     n = cursor.u32(f'the dims of {name!r}')
     if not 1 <= n <= MAX_DIMS:
         cursor.wrong(f'the tensor {name!r} has {n} dims, not 1 to {MAX_DIMS}')
@@ -274,15 +230,16 @@ def _tensor(cursor: _Cursor, name: str, alignment: int) -> Info:
         cursor.wrong(f'the tensor {name!r} of shape {shape} cannot be of kind {kind}: blocks of {elements} in a row')
     if offset % alignment:
         cursor.wrong(f'the tensor {name!r} begins at {offset}, no multiple of {alignment}')
-    return Info(shape, kind, offset, math.prod(shape) // elements * size)
+    nbytes = math.prod(shape) // elements * size
+    return Info(cursor.path, name, kind, shape, offset, nbytes)
 
 
 def _check_places(cursor: _Cursor, infos: Mapping[str, Info]) -> None:
     """Every tensor lies in the file, and none in another."""
     end, before = 0, ''
-    for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
-        if info.offset < end:
+    for name, info in sorted(infos.items(), key=lambda item: item[1].at):
+        if info.at < end:
             cursor.wrong(f'the tensors {before!r} and {name!r} overlap')
-        end, before = info.offset + info.size, name
+        end, before = info.at + info.nbytes, name
         if end > cursor.size:
             cursor.wrong(f'the tensor {name!r} of shape {info.shape} reaches over the end of the file')

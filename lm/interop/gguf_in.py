@@ -1,6 +1,6 @@
 """A GGUF file as an `Opened`: its metadata as `model.*`, its tensors as parameters that are read one by one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,26 @@ from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import tokenizer_files
 from lm.interop.gguf_arch import ARCHS, Arch
-from lm.interop.graph import PLAIN, from_stored, shapes
+from lm.interop.graph import PLAIN, from_stored
 from lm.interop.opened import Leaf, Opened
+from lm.interop.tensors import Fetch, Info, check_surplus, names_of, read_leaves
 from lm.model import parameters
 from lm.settings import INT32_MAX
 
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 
 
-Fetch = Callable[[str, file.Info], np.ndarray]  # a tensor by its name
-
-
-def open_gguf(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
+def open_gguf(path: str | Path, *, fetch: Fetch = file.read) -> Opened:
     """A GGUF file of one of the architectures in `ARCHS`. Raises UsageError for what we cannot express.
 
     Args:
-      fetch: reads a tensor; None: `gguf_file.read`.
+      fetch: reads a tensor.
     """
     from lm.interop import tokenizers
 
     header = file.read_header(path)
     name, arch = architecture(header.metadata, str(path))
     model = graph(header, name, arch, where=str(path))
-    fetch = fetch or (lambda _, info: file.read(path, info))
     leaves = _leaves(path, header, arch, model, fetch)
     words, notes = tokenizer_files.fitted(tokenizers.from_gguf(header.metadata), model['vocab_size'])
     return Opened(str(path), model, leaves, words, notes=tuple(notes))
@@ -102,7 +99,7 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
         )
     if info is None:
         return linear
-    factors = file.read(path, info).astype(np.float32).reshape(-1)
+    factors = file.read(info).astype(np.float32).reshape(-1)
     options = {'theta': model['rope_theta'], 'head_dim': model['head_dim'], 'where': str(path)}
     found = tables.llama3_scaling(factors, **options)
     if linear and found:
@@ -110,12 +107,12 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
     return found or linear
 
 
-def to_ours(tensor: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
-    """A parameter of this name and shape, from a file's tensor; a view where that is possible."""
-    ours = from_stored(tensor, name, shape)
-    if arch.interleaved and name in tables.ROTATED:  # neighbours -> halves
+def to_ours(tensor: np.ndarray, leaf: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
+    """A parameter of this path and shape, from a file's tensor; a view where that is possible."""
+    ours = from_stored(tensor, leaf, shape)
+    if arch.interleaved and leaf.endswith(tables.ROTATED):  # neighbours -> halves
         ours = ours.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
-    return ours - ours.dtype.type(1) if parameters.row(name).is_norm and arch.graph.get('norm_plus_one') else ours
+    return ours - ours.dtype.type(1) if parameters.row(leaf).is_norm and arch.graph.get('norm_plus_one') else ours
 
 
 class _Keys:
@@ -186,40 +183,16 @@ def _pattern(get: _Keys, period: int) -> str:
 def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any], fetch: Fetch) -> dict[str, Leaf]:
     """The parameters; settles model['rope_scaling'], which a tensor says."""
     model['rope_scaling'] = scaling(path, header, arch, model)
-    left = {name for name in header.tensors if not name.endswith((*IGNORED, tables.ROPE_FREQS))}
-    leaves = {}
     top = tables.TOP | ({} if model['tied'] else tables.HEAD)
     layer = arch.layer | (tables.BIASES if model['qkv_bias'] else {})
-    for name, gguf in (top | {f'layers/{k}': v for k, v in layer.items()}).items():
-        layers = model['layers'] if name.startswith('layers/') else None
-        places = [gguf] if layers is None else [f'blk.{i}.{gguf}' for i in range(layers)]
-        leaves[name] = _leaf(path, header, arch, model, name, places, layers, fetch)
-        left.difference_update(places)
-    if left:
-        some = ', '.join(sorted(left)[:3])
-        raise UsageError(f'{path}: has {len(left)} tensors that are not in our graph ({some}{", …" * (len(left) > 3)})')
+    names = names_of(top, layer, tables.LAYER_PREFIX, model['layers'])
+
+    def read(info: Info, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        return to_ours(fetch(info), leaf, shape, arch)
+
+    leaves = read_leaves(
+        names, header.tensors, model, where=str(path), shaped_by='its metadata make it', dtypes=file.READ_AS, read=read
+    )
+    left = set(header.tensors).difference(*names.values())
+    check_surplus(left, (*IGNORED, tables.ROPE_FREQS), str(path))
     return leaves
-
-
-def _leaf(
-    path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any], leaf: str, places: list[str],
-    layers: int | None, fetch: Fetch,
-) -> Leaf:  # fmt: skip
-    """One parameter, of the tensors of these names."""
-    shape, stored = shapes(leaf, model)
-    infos = []
-    for place in places:
-        info = header.tensors.get(place)
-        if info is None:
-            raise UsageError(f'{path}: has no tensor {place!r}')
-        if info.shape != stored:
-            raise UsageError(f'{path}: the tensor {place!r} has the shape {info.shape}; its metadata make it {stored}')
-        infos.append(info)
-    dtypes = {file.dtype_of(info) for info in infos}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    name = leaf.rpartition('/')[2]
-
-    def read(i: int) -> np.ndarray:
-        return to_ours(fetch(places[i], infos[i]), name, shape, arch).astype(dtype, copy=False)
-
-    return Leaf(shape, dtype, layers, read)
