@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lm.data.chat_template import TEMPLATE_FILE, ChatTemplate
+from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import UsageError
@@ -47,7 +47,7 @@ def exported(files: Mapping[str, bytes], *, rows: int) -> tuple[dict[str, bytes]
 def _ends(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> list[int]:
     """The ids that end a text, or an answer in the words of the template."""
     ends = list(tokenizer.stop_ids)
-    if TEMPLATE_FILE in files:
+    if (template := tokenizer_files.template_of(files)) is not None:
         with contextlib.suppress(UsageError):  # a template that does not fit: it is the run's all the same
-            ends += ChatTemplate(files[TEMPLATE_FILE].decode(errors='replace')).stop_ids(tokenizer)
+            ends += ChatTemplate(template).stop_ids(tokenizer)
     return list(dict.fromkeys(ends))

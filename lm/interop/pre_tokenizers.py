@@ -18,6 +18,7 @@ _CASES = (rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+', rf'[^\r\n\p{{L}}\p{{N}}]
 _REST_OF_CASES = r'| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _TEKKEN = '|'.join(_CASES) + r'|\p{N}' + _REST_OF_CASES
 _GPT4O = '|'.join(f'{case}{_ENDINGS}?' for case in _CASES) + r'|\p{N}{1,3}' + _REST_OF_CASES
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
 # (behavior, invert) of a Split: what matches is a word, and with these patterns nothing is left over.
 _ISOLATE = (('Isolated', False), ('Removed', True))
 
@@ -63,22 +64,18 @@ def way(name: str) -> Way:
 def name_of(spec: Mapping[str, Any]) -> str:
     """The name of the way in which a tokenizer.json splits. Raises UsageError if it has none."""
     splits, whole_words = tuple(_splits(spec.get('pre_tokenizer'))), bool(spec['model'].get('ignore_merges'))
-    same = [(names[0], found) for names, found in _WAYS.items() if found.splits == splits]
-    for name, found in same:
-        if found.whole_words == whole_words:
-            return name
+    for names, found in _WAYS.items():
+        if (found.splits, found.whole_words) == (splits, whole_words):
+            return names[0]
     shown = ' then '.join(splits)[:200] or 'nothing'
     raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({shown})')
 
 
 def to_json(found: Way) -> dict[str, Any]:
     """The pre-tokenizer of a tokenizer.json."""
-    parts: list[dict[str, Any]] = [
-        {'type': 'Split', 'pattern': {'Regex': split}, 'behavior': 'Isolated', 'invert': False}
-        for split in found.splits
-    ]
-    bytes_ = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    return {'type': 'Sequence', 'pretokenizers': [*parts, bytes_]}
+    whole = {'behavior': 'Isolated', 'invert': False}
+    parts = [{'type': 'Split', 'pattern': {'Regex': split}, **whole} for split in found.splits]
+    return {'type': 'Sequence', 'pretokenizers': [*parts, BYTE_LEVEL]}
 
 
 def _splits(node: Any) -> Iterator[str]:

@@ -5,12 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm.data import tokenizer_json
+from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, from_model
 from lm.errors import UsageError
 
 
 def dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
+
+
+def template_of(files: Mapping[str, bytes]) -> str | None:
+    """The chat template that stands in a file of its own."""
+    return files[TEMPLATE_FILE].decode(errors='replace') if TEMPLATE_FILE in files else None
 
 
 def checked(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from lm.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
 from lm.errors import UsageError
 from lm.interop import pre_tokenizers, sentencepiece_json
-from lm.interop.tokenizer_files import checked, dump, loaded
+from lm.interop.tokenizer_files import checked, dump, loaded, template_of
 from lm.interop.tokenizer_gguf import from_gguf, to_gguf, unlike_llama_cpp
 
 __all__ = ['from_gguf', 'from_huggingface', 'replaced_in', 'to_gguf', 'to_huggingface', 'unlike_llama_cpp']
@@ -27,7 +27,7 @@ _USUAL_BOS = ('<s>', '<bos>')  # of a tokenizer.model without the file that name
 
 
 def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[str, bytes]:
-    """What `transformers` loads, from a run's files. `context` is the most tokens that the model reads at once.
+    """A run's files as `transformers` loads them. `context` is the most tokens that the model reads at once.
 
     Raises UsageError if there is no tokenizer, or it is damaged.
     """
@@ -35,16 +35,23 @@ def to_huggingface(files: Mapping[str, bytes], *, context: int | None) -> dict[s
     if JSON_FILE in files:
         return _as_read(files, ours)
     spec = sentencepiece_json.to_json(sentencepiece_json.read_model(files[MODEL_FILE]), bos='<bos>')
-    symbols = {'bos_token': '<bos>', 'eos_token': '<eos>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
-    template = files[TEMPLATE_FILE].decode(errors='replace') if TEMPLATE_FILE in files else None
-    ends = {'bos_token_id': ours.bos_id, 'eos_token_id': list(ours.stop_ids), 'pad_token_id': ours.pad_id}
-    return {
-        JSON_FILE: dump(spec),
-        CONFIG_FILE: dump(_config(symbols, spec, template, context)),
-        MAP_FILE: dump(symbols),
-        GENERATION_FILE: dump(ends),
-        **({} if template is None else {TEMPLATE_FILE: template.encode()}),  # what only continues text has none
-    }
+    symbols = {f'{name}_token': f'<{name}>' for name in ('bos', 'eos', 'unk', 'pad')}
+    template = template_of(files)  # what only continues text has none
+    config = {
+        **symbols, 'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
+        'added_tokens_decoder': {t['id']: {k: v for k, v in t.items() if k != 'id'} for t in spec['added_tokens']},
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': True, 'add_eos_token': False,
+        'clean_up_tokenization_spaces': False,
+        'chat_template': template,  # where releases before 4.53 look for it
+        'model_max_length': context,
+    }  # fmt: skip
+    found = {
+        JSON_FILE: spec, CONFIG_FILE: {key: value for key, value in config.items() if value is not None},
+        MAP_FILE: symbols,
+        GENERATION_FILE: {'bos_token_id': ours.bos_id, 'eos_token_id': ours.stop_ids, 'pad_token_id': ours.pad_id},
+    }  # fmt: skip
+    beside = {} if template is None else {TEMPLATE_FILE: template.encode()}
+    return {name: dump(value) for name, value in found.items()} | beside
 
 
 def _as_read(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, bytes]:
@@ -54,22 +61,23 @@ def _as_read(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, bytes]:
     """
     spec, config = tokenizer_json.parse(files[JSON_FILE]), _parse(files, CONFIG_FILE)
     bos = next((name for name, i in ours.controls.items() if i == ours.bos_id), None)
+    changed = {}
     if ours.adds_bos != (bos in tokenizer_json.first_symbols(spec)):
         spec['post_processor'] = sentencepiece_json.put_before(bos, ours.bos_id) if ours.adds_bos and bos else None
-    else:
-        spec = None
-    dropped = {'auto_map', 'chat_template'}  # there is no code in the folder
-    wanted = {key: value for key, value in config.items() if key not in dropped}
+        changed[JSON_FILE] = dump(spec)
+    wanted = {
+        k: v for k, v in config.items() if k not in ('auto_map', 'chat_template')
+    }  # there is no code in the folder
     wanted |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': ours.adds_bos}
-    if TEMPLATE_FILE in files:
-        wanted['chat_template'] = files[TEMPLATE_FILE].decode(errors='replace')
-    changed = {JSON_FILE: spec, CONFIG_FILE: None if wanted == config else wanted}
-    return {**files, **{name: dump(value) for name, value in changed.items() if value is not None}}
+    wanted |= {'chat_template': template_of(files)} if TEMPLATE_FILE in files else {}
+    if wanted != config:
+        changed[CONFIG_FILE] = dump(wanted)
+    return {**files, **changed}
 
 
 def replaced_in(model_type: str, files: Mapping[str, bytes]) -> bool:
-    """Whether `transformers` (5.24) reads these files with other ids than they give, since it has its own way to split
-    a text for an architecture, whatever a folder says."""
+    """Tells whether `transformers` (5.24) reads these files with other ids than they give, since it has its own way to
+    split a text for an architecture, whatever a folder says."""
     if model_type != 'qwen2':
         return False
     if JSON_FILE not in files:
@@ -81,25 +89,8 @@ def replaced_in(model_type: str, files: Mapping[str, bytes]) -> bool:
         return True
 
 
-def _config(symbols: dict[str, str], spec: dict[str, Any], template: str | None, context: int | None) -> dict[str, Any]:
-    """The tokenizer_config.json of a tokenizer of ours; releases before 4.53 look for the template in it."""
-    added = {str(t['id']): {key: value for key, value in t.items() if key != 'id'} for t in spec['added_tokens']}
-    config = {
-        **symbols,
-        'additional_special_tokens': list(tokenizer.CHAT_MARKERS),
-        'added_tokens_decoder': added,
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'add_bos_token': True,
-        'add_eos_token': False,
-        'clean_up_tokenization_spaces': False,
-        'chat_template': template,
-        'model_max_length': context,
-    }
-    return {key: value for key, value in config.items() if value is not None}
-
-
 def from_huggingface(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What a run's tokenizer/ is to hold, from the small files of a folder of Hugging Face's.
+    """The files that a run's tokenizer/ is to hold, from the small files of a folder of Hugging Face's.
 
     Raises UsageError if there is no tokenizer, or lm cannot use it.
     """
@@ -127,7 +118,7 @@ def _parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 def _template(files: Mapping[str, bytes]) -> str | None:
     """The chat template, which newer folders hold in a file of its own and older ones in one of two others."""
     if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode(errors='replace') or None
+        return template_of(files) or None
     found = _parse(files, _TEMPLATE_JSON).get('chat_template') or _parse(files, CONFIG_FILE).get('chat_template')
     return chosen(found, CONFIG_FILE) or None
 
@@ -141,12 +132,8 @@ def _from_model(files: Mapping[str, bytes]) -> dict[str, Any]:
     named = config.get('bos_token')
     named = named.get('content') if isinstance(named, dict) else named
     texts = {p.text for p in vocabulary.pieces}
-    begins = config.get('add_bos_token', True)
-    bos = (
-        next((name for name in (named, *_USUAL_BOS) if isinstance(name, str) and name in texts), None)
-        if begins
-        else None
-    )
+    usual = (named, *_USUAL_BOS) if config.get('add_bos_token', True) else ()
+    bos = next((name for name in usual if isinstance(name, str) and name in texts), None)
     spec = sentencepiece_json.to_json(vocabulary, bos=bos)
     return sentencepiece_json.with_added(spec, _more(files, config))
 
