@@ -5,17 +5,16 @@ for each type of layer). The first is written: both versions read it. Which arch
 reader: its settings are written for one, read back, and compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
-from lm.interop.graph import PLAIN, differences, kinds
+from lm.interop.graph import PLAIN, differences, kinds, scales
 from lm.interop.tensors import first_exact
 from lm.model.layers import RopeScaling
 from lm.settings import INT32_MAX
 
-SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
 MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
 BIASED = 'attention_bias'
 QUANTIZED = ('quantization_config', 'quantization')  # of transformers, of MLX
@@ -26,8 +25,17 @@ _LLAMA3 = {  # llama3's own names, and ours
 }  # fmt: skip
 
 
+# Which values a key of each kind may have, and what others are told to be.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'size': (lambda x: type(x) is int and 1 <= x <= INT32_MAX, f'not a whole number from 1 to {INT32_MAX}'),
+    'count': (lambda x: type(x) is int and x >= 0, 'not a whole number from 0'),
+    'real': (lambda x: type(x) in (int, float) and 0 < x < 1e38, 'not a positive number'),
+    'flag': (lambda x: isinstance(x, bool), 'neither true nor false'),
+}
+
+
 class Described(NamedTuple):
-    """What a config.json says.
+    """A model as its config.json says it.
 
     Attributes:
       family: the architecture.
@@ -46,8 +54,8 @@ class Described(NamedTuple):
 
 
 def describe(config: Mapping[str, Any], where: str) -> Described:
-    """What a config.json says. Raises UsageError for an architecture that we do not know, or a key that it has and our
-    decoder cannot express, by its name."""
+    """A model by its config.json. Raises UsageError for an architecture that we do not know, or a key that it has and
+    our decoder cannot express, by its name."""
     family, scored, vision = _family_of(config, where)
     inner = config.get('text_config') if vision else config
     if not isinstance(inner, Mapping):
@@ -61,7 +69,9 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
             continue
         if inner.get(key) not in (None, value) or config.get(key) not in (None, value):
             raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
-    if scored and (labels := _labels(config)) != 1:
+    names = config.get('id2label')
+    labels = config.get('num_labels', len(names) if isinstance(names, Mapping) else 2)  # two, where nothing is said
+    if scored and labels != 1:
         raise UsageError(f'{where}: num_labels={labels}: a reward model has one')
     return Described(family, scored, graph(_Keys(inner, where), family, scored=scored), vision)
 
@@ -83,24 +93,18 @@ def _family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool, boo
     )
 
 
-def _labels(config: Mapping[str, Any]) -> Any:
-    """How many numbers the head gives: two, where nothing is said."""
-    labels = config.get('id2label')
-    return config.get('num_labels', len(labels) if isinstance(labels, Mapping) else 2)
-
-
 def graph(get: '_Keys', family: Family, *, scored: bool) -> dict[str, Any]:
     """`model.*` of a config."""
     model: dict[str, Any] = dict(PLAIN)
     for ours, key in (COMMON | family.keys).items():
         if ours not in ('kv_heads', 'head_dim'):
-            model[ours] = get.value(ours, key._replace(default=family.defaults.get(ours, key.default)))
+            model[ours] = get.value(key._replace(default=family.defaults.get(ours, key.default)))
     if model['layers'] > MOST_LAYERS:
         raise UsageError(f'{get.where}: num_hidden_layers={model["layers"]} is more than {MOST_LAYERS}')
-    heads, defaults = model['heads'], family.defaults
-    model['kv_heads'] = get.value('kv_heads', COMMON['kv_heads']._replace(default=defaults.get('kv_heads', heads)))
-    width = defaults.get('head_dim', model['dim'] // heads)
-    model['head_dim'] = get.value('head_dim', COMMON['head_dim']._replace(default=width))
+    heads, width = model['heads'], family.defaults.get('head_dim', model['dim'] // model['heads'])
+    options = {'default': family.defaults.get('kv_heads', heads), 'null': get.config.get('num_attention_heads')}
+    model['kv_heads'] = get.value(COMMON['kv_heads']._replace(**options))
+    model['head_dim'] = get.value(COMMON['head_dim']._replace(default=width, null=width))
     model |= family.graph | {'activation': _activation(get, family)}
     model['embed_scale'] = family.scaled(model['dim']) if family.scaled else model['embed_scale']
     model['tied'] = model['tied'] or scored  # without a head of its own
@@ -122,12 +126,10 @@ def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[s
     """The kinds of layer, their windows and their rotary positions."""
     words, window = _words(get, family, model['layers'])
     theta, scaling = rotary(get, family, FULL)
-    local = (theta, scaling)
-    if family.local_theta:
-        local = rotary(get, family, SLIDING)
-        if local[1]:
-            raise UsageError(f'{get.where}: rope_parameters of {SLIDING} with a scaling are not in our graph')
     own = family.local_theta is not None
+    local = rotary(get, family, SLIDING) if own else (theta, scaling)
+    if own and local[1]:
+        raise UsageError(f'{get.where}: rope_parameters of {SLIDING} with a scaling are not in our graph')
     if set(words) == {'local'} and not own:
         return {'window': window, 'rope_theta': theta, 'rope_scaling': scaling}
     if scaling and 'local' in words and not own:
@@ -141,9 +143,12 @@ def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[s
 def _words(get: '_Keys', family: Family, layers: int) -> tuple[list[str], int | None]:
     """(the kind of each layer, the window of local ones)."""
     window = None
-    used = get.flag('use_sliding_window', False) if family.window == 'switched' else family.window != 'never'
+    if family.window == 'switched':
+        used = get.value(Key('use_sliding_window', False, kind='flag', null=False))
+    else:
+        used = family.window != 'never'
     if used:
-        window = get.value('window', Key('sliding_window', family.defaults.get('window')), optional=True)
+        window = get.value(Key('sliding_window', family.defaults.get('window'), kind='size', optional=True))
     rope = _rope_layers(get, family, layers)
     types = get.config.get('layer_types')
     if types is None:
@@ -168,12 +173,12 @@ def _slides(get: '_Keys', family: Family, layer: int, window: int | None, rope: 
     if window is None:
         return False
     if family.period:
-        period = get.value('layers', Key('sliding_window_pattern', family.period))
+        period = get.value(Key('sliding_window_pattern', family.period, kind='size'))
         return (layer + 1) % period != 0
     if family.nope:
         return not rope
     if family.window == 'switched':
-        return layer >= get.value('first', Key('max_window_layers', 28))
+        return layer >= get.value(Key('max_window_layers', 28, kind='count'))
     return True
 
 
@@ -183,7 +188,7 @@ def _rope_layers(get: '_Keys', family: Family, layers: int) -> list[bool]:
         return [True] * layers
     told = get.config.get('no_rope_layers')
     if told is None:
-        interval = get.value('layers', Key('no_rope_layer_interval', 4))
+        interval = get.value(Key('no_rope_layer_interval', 4, kind='size'))
         return [(i + 1) % interval != 0 for i in range(layers)]
     if not isinstance(told, list) or len(told) < layers or any(x not in (0, 1) for x in told):
         raise UsageError(f'{get.where}: no_rope_layers={_short(told)} is not a 0 or 1 for each of {layers} layers')
@@ -210,9 +215,9 @@ def rotary(get: '_Keys', family: Family, layer_type: str) -> tuple[float, str | 
     if layer_type == SLIDING:
         default, name = family.local_theta, 'rope_local_base_freq'
         params = params if nested else {}  # a scaling that stands alone is the global layers'
-    top = get.value('rope_theta', Key(name, default))
+    top = get.value(Key(name, default))
     rope = _Keys(params, f'{get.where}: rope_parameters')
-    theta = rope.value('rope_theta', Key('rope_theta', top))
+    theta = rope.value(Key('rope_theta', top))
     if params.get('partial_rotary_factor') not in (None, 1, 1.0):
         raise UsageError(
             f'{rope.where}.partial_rotary_factor={_short(params["partial_rotary_factor"])} is not in our graph'
@@ -226,10 +231,10 @@ def _scaling(rope: '_Keys') -> str | None:
     if kind in (None, 'default'):
         return None
     if kind == 'linear':
-        return f'linear,factor={_number(rope.value("factor", Key("factor")))}'
+        return f'linear,factor={_number(rope.value(Key("factor")))}'
     if kind != 'llama3':
         raise UsageError(f'{rope.where}.rope_type={_short(kind)} is not in our graph: default, linear and llama3 are')
-    values = {ours: _number(rope.value(ours, Key(theirs))) for theirs, ours in _LLAMA3.items()}
+    values = {ours: _number(rope.value(Key(theirs))) for theirs, ours in _LLAMA3.items()}
     return ','.join(['llama3', *(f'{name}={value}' for name, value in values.items())])
 
 
@@ -249,37 +254,18 @@ class _Keys:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where = config, where
 
-    def value(self, ours: str, key: Key, *, optional: bool = False) -> Any:
-        """model.`ours`; None where it is null and may be, or is absent and nothing is taken then."""
+    def value(self, key: Key) -> Any:
+        """A setting, None where it is optional and not there."""
         value = self.config.get(key.name, key.default)
-        if value is None and ours == 'kv_heads':
-            value = self.config.get('num_attention_heads')
-        if value is None and ours == 'head_dim':
-            value = key.default
-        if value is None and (optional or ours in ('context', 'logit_softcap', 'attn_softcap')):
+        value = key.null if value is None else value
+        if value is None and key.optional:
             return None
         if value is None:
             raise UsageError(f'{self.where} has no {key.name}')
-        if ours == 'tied':
-            return self.flag(key.name, value)
-        if ours in SIZES:
-            if type(value) is not int or not 1 <= value <= INT32_MAX:
-                raise UsageError(
-                    f'{self.where}: {key.name}={_short(value)} is not a whole number from 1 to {INT32_MAX}'
-                )
-        elif ours == 'first':
-            if type(value) is not int or value < 0:
-                raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a whole number from 0')
-        elif type(value) not in (int, float) or not 0 < value < 1e38:
-            raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a positive number')
-        return key.read(value if ours in SIZES or ours == 'first' else float(value))
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UsageError(f'{self.where}: {name}={_short(value)} is neither true nor false')
-        return value
+        fits, wanted = _KINDS[key.kind]
+        if not fits(value):
+            raise UsageError(f'{self.where}: {key.name}={_short(value)} is {wanted}')
+        return key.read(float(value) if key.kind == 'real' else value)
 
 
 # ---- writing ----
@@ -313,10 +299,9 @@ def compose(model: Mapping[str, Any], family: Family, *, scored: bool) -> dict[s
     config: dict[str, Any] = {
         'architectures': [family.scored if scored else family.causal], 'model_type': family.model_type,
     }  # fmt: skip
+    numbers = scales(model)
     for ours, key in (COMMON | family.keys).items():
-        value = model[ours]
-        if value is None:
-            value = {'query_scale': model['head_dim'] ** -0.5}.get(ours, 1.0 if ours.endswith('scale') else None)
+        value = numbers.get(ours, model[ours])
         config[key.name] = None if value is None else key.write(value)
     config |= {BIASED: True} if family.biased else {}
     names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == model['activation']]

@@ -19,9 +19,7 @@ PLAIN: dict[str, Any] = {
 
 def sizes(model: Mapping[str, Any]) -> dict[str, int]:
     """The size of each letter."""
-    letters = {
-        'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'
-    }  # fmt: skip
+    letters = {'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'}
     return {letter: model[key] for letter, key in letters.items()}
 
 
@@ -53,10 +51,16 @@ def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words[i % len(words)] for i in range(model['layers']))
 
 
+def scales(model: Mapping[str, Any]) -> dict[str, float]:
+    """The factors of a graph, as numbers where the settings have None."""
+    query = model['query_scale'] or model['head_dim'] ** -0.5
+    return {'query_scale': query} | {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
+
+
 def differences(wanted: Mapping[str, Any], kept: Mapping[str, Any], name: str) -> list[str]:
     """'model.KEY=THIS (NAME: THAT)' of the settings that a format's NAME would not keep; of what differs by layer, the
     pattern."""
-    a, b, misses = comparable(wanted), comparable(kept), {}
+    a, b, misses = _comparable(wanted), _comparable(kept), {}
     for key in (key for key in b if a[key] != b[key]):
         if isinstance(a[key], tuple) or isinstance(b[key], tuple):
             misses[f'model.pattern={wanted["pattern"]} ({name} has other kinds of layer)'] = None
@@ -65,23 +69,19 @@ def differences(wanted: Mapping[str, Any], kept: Mapping[str, Any], name: str) -
     return list(misses)
 
 
-def comparable(model: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     """A graph's settings, equal where two graphs are: what each layer does, in the place of what says it."""
-    words, patterned = kinds(model), model['pattern'] is not None
-    local = (model['rope_theta_local'] or model['rope_theta'], None) if patterned else None
-    shared = (model['rope_theta'], model['rope_scaling'])
-    turns = [(None, None) if w == 'nope' else local or shared if w == 'local' else shared for w in words]
+    words, shared = kinds(model), (model['rope_theta'], model['rope_scaling'])
+    local = shared if model['pattern'] is None else (model['rope_theta_local'] or model['rope_theta'], None)
+    turns = {'nope': (None, None), 'local': local, 'global': shared}
     m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
     m['window'] = _one([model['window'] if word == 'local' else None for word in words])
-    m['rope_theta'] = _one([theta for theta, _ in turns])
-    m['rope_scaling'] = _one([scaling for _, scaling in turns])
-    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
-    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
-    return {k: _rounded(v) for k, v in m.items()}
+    m['rope_theta'], m['rope_scaling'] = (_one([turns[word][i] for word in words]) for i in range(2))
+    return {k: _rounded(v) for k, v in (m | scales(model)).items()}
 
 
 def _one(values: Sequence[Any]) -> Any:
-    """What all layers have, or the list of what each has."""
+    """The value that all layers have, or the list of what each has."""
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
