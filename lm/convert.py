@@ -13,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
 from lm.interop import folders
+from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
@@ -59,8 +60,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def as_written(kind: str) -> str:
     """A kind of quantization as it is written in GGUF files: q4_k_m is Q4_K_M."""
-    from lm.interop.gguf_out import MIXES
-
     return next((known for known in MIXES if known.lower() == kind.lower()), kind)
 
 
@@ -86,7 +85,12 @@ def form_of(src: str) -> str:
     if src in PACKAGED or is_gguf(src):
         return 'gguf'
     folder = epath.Path(split_run(src)[0])
-    config = _json(folder / 'config.json')
+    config, file = {}, folder / 'config.json'
+    try:
+        config = json.loads(file.read_text()) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f'{file} is damaged ({error})') from None
+    config = config if isinstance(config, dict) else {}
     if 'config' in config:
         return 'run'
     if 'architectures' in config or 'model_type' in config:
@@ -94,14 +98,6 @@ def form_of(src: str) -> str:
     if folder.is_dir() and len(list(folder.glob('*.gguf'))) == 1:
         return 'gguf'
     raise UsageError(f'{src} {folders.reason(folder)}')
-
-
-def _json(file: epath.Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text()) if file.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{file} is damaged ({error})') from None
-    return found if isinstance(found, dict) else {}
 
 
 def target_form(dst: str, src_form: str, asked: str | None) -> str:
@@ -183,8 +179,6 @@ def reopened(dst: str, form: str) -> Opened:
 
 def check(flags: argparse.Namespace, form: str) -> None:
     """Raises UsageError for what cannot be done, before anything is read."""
-    from lm.interop.gguf_out import MIXES
-
     if files.is_bucket(flags.dst):  # it is written bit by bit, and read again through the memory
         raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
     if epath.Path(flags.dst).exists():

@@ -19,12 +19,13 @@ MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
 BIASED = 'attention_bias'
 QUANTIZED = ('quantization_config', 'quantization')  # of transformers, of MLX
 FULL, SLIDING = 'full_attention', 'sliding_attention'
-_LLAMA3 = {  # llama3's own names, and ours
-    'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
-    'original_max_position_embeddings': 'original',
+_SCALINGS = {  # by rope_type: its own names, and ours
+    'linear': {'factor': 'factor'},
+    'llama3': {
+        'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
+        'original_max_position_embeddings': 'original',
+    },
 }  # fmt: skip
-
-
 # Which values a key of each kind may have, and what others are told to be.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'size': (lambda x: type(x) is int and 1 <= x <= INT32_MAX, f'not a whole number from 1 to {INT32_MAX}'),
@@ -65,9 +66,8 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
             kind = told.get('quant_method', told) if isinstance(told, Mapping) else told
             raise UsageError(f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not')
     for key, value in NEUTRAL.items():
-        if family.biased and key == BIASED:
-            continue
-        if inner.get(key) not in (None, value) or config.get(key) not in (None, value):
+        neutral = all(x.get(key) in (None, value) for x in (inner, config))
+        if not neutral and not (family.biased and key == BIASED):
             raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
     names = config.get('id2label')
     labels = config.get('num_labels', len(names) if isinstance(names, Mapping) else 2)  # two, where nothing is said
@@ -116,9 +116,8 @@ def _activation(get: '_Keys', family: Family) -> str:
     if name == 'gelu' and family.model_type == 'gemma':  # of the first releases, which mean the approximation
         name = 'gelu_pytorch_tanh'
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise UsageError(
-            f'{get.where}: {family.activation}={_short(name)} is not in our graph: {", ".join(ACTIVATIONS)}'
-        )
+        known = ', '.join(ACTIVATIONS)
+        raise UsageError(f'{get.where}: {family.activation}={_short(name)} is not in our graph: {known}')
     return ACTIVATIONS[name]
 
 
@@ -142,48 +141,42 @@ def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[s
 
 def _words(get: '_Keys', family: Family, layers: int) -> tuple[list[str], int | None]:
     """(the kind of each layer, the window of local ones)."""
-    window = None
+    window, used = None, family.window != 'never'
     if family.window == 'switched':
         used = get.value(Key('use_sliding_window', False, kind='flag', null=False))
-    else:
-        used = family.window != 'never'
     if used:
         window = get.value(Key('sliding_window', family.defaults.get('window'), kind='size', optional=True))
     rope = _rope_layers(get, family, layers)
     types = get.config.get('layer_types')
     if types is None:
-        types = [SLIDING if _slides(get, family, i, window, rope[i]) else FULL for i in range(layers)]
+        types = [SLIDING if slides else FULL for slides in _sliding(get, family, window, rope)]
     if not isinstance(types, list) or len(types) != layers or any(t not in (FULL, SLIDING) for t in types):
         raise UsageError(f'{get.where}: layer_types={_short(types)} is not {layers} of {FULL} and {SLIDING}')
     if SLIDING in types and window is None:
         raise UsageError(f'{get.where}: layer_types has {SLIDING}, but there is no sliding_window in use')
     if family.window == 'always' and window is not None and FULL in types:
         raise UsageError(f'{get.where}: layer_types of more than one kind are not of {family.causal}')
-    words = ['local' if t == SLIDING else 'global' for t in types]
-    for i in range(layers):
-        if not rope[i]:
-            if words[i] == 'local':
-                raise UsageError(f'{get.where}: no_rope_layers with a sliding window (layer {i}) are not in our graph')
-            words[i] = 'nope'
-    return words, window
+    still = [i for i, turns in enumerate(rope) if not turns]
+    if clash := [i for i in still if types[i] == SLIDING]:
+        raise UsageError(f'{get.where}: no_rope_layers with a sliding window (layer {clash[0]}) are not in our graph')
+    return ['nope' if i in still else 'local' if t == SLIDING else 'global' for i, t in enumerate(types)], window
 
 
-def _slides(get: '_Keys', family: Family, layer: int, window: int | None, rope: bool) -> bool:
-    """Whether a layer has the sliding window where the file does not say."""
+def _sliding(get: '_Keys', family: Family, window: int | None, rope: Sequence[bool]) -> list[bool]:
+    """Tells which layers have the sliding window where the file does not say."""
     if window is None:
-        return False
+        return [False] * len(rope)
     if family.period:
         period = get.value(Key('sliding_window_pattern', family.period, kind='size'))
-        return (layer + 1) % period != 0
+        return [(i + 1) % period != 0 for i in range(len(rope))]
     if family.nope:
-        return not rope
-    if family.window == 'switched':
-        return layer >= get.value(Key('max_window_layers', 28, kind='count'))
-    return True
+        return [not turns for turns in rope]
+    first = get.value(Key('max_window_layers', 28, kind='count')) if family.window == 'switched' else 0
+    return [i >= first for i in range(len(rope))]
 
 
 def _rope_layers(get: '_Keys', family: Family, layers: int) -> list[bool]:
-    """Whether each layer has rotary positions."""
+    """Tells which layers have rotary positions."""
     if not family.nope:
         return [True] * layers
     told = get.config.get('no_rope_layers')
@@ -218,10 +211,8 @@ def rotary(get: '_Keys', family: Family, layer_type: str) -> tuple[float, str | 
     top = get.value(Key(name, default))
     rope = _Keys(params, f'{get.where}: rope_parameters')
     theta = rope.value(Key('rope_theta', top))
-    if params.get('partial_rotary_factor') not in (None, 1, 1.0):
-        raise UsageError(
-            f'{rope.where}.partial_rotary_factor={_short(params["partial_rotary_factor"])} is not in our graph'
-        )
+    if (part := params.get('partial_rotary_factor')) not in (None, 1, 1.0):
+        raise UsageError(f'{rope.where}.partial_rotary_factor={_short(part)} is not in our graph')
     return theta, _scaling(rope)
 
 
@@ -230,12 +221,10 @@ def _scaling(rope: '_Keys') -> str | None:
     kind = rope.config.get('rope_type', rope.config.get('type', 'default'))
     if kind in (None, 'default'):
         return None
-    if kind == 'linear':
-        return f'linear,factor={_number(rope.value(Key("factor")))}'
-    if kind != 'llama3':
+    if kind not in tuple(_SCALINGS):
         raise UsageError(f'{rope.where}.rope_type={_short(kind)} is not in our graph: default, linear and llama3 are')
-    values = {ours: _number(rope.value(Key(theirs))) for theirs, ours in _LLAMA3.items()}
-    return ','.join(['llama3', *(f'{name}={value}' for name, value in values.items())])
+    values = [f'{ours}={_number(rope.value(Key(theirs)))}' for theirs, ours in _SCALINGS[kind].items()]
+    return ','.join([kind, *values])
 
 
 def _number(x: float) -> str:
@@ -304,10 +293,10 @@ def compose(model: Mapping[str, Any], family: Family, *, scored: bool) -> dict[s
         value = numbers.get(ours, model[ours])
         config[key.name] = None if value is None else key.write(value)
     config |= {BIASED: True} if family.biased else {}
-    names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == model['activation']]
     if model['context'] is None:
         del config[COMMON['context'].name]  # which has no null
-    config[family.activation] = names[0] if names else model['activation']
+    activation = model['activation']
+    config[family.activation] = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), activation)
     return config | _windows(model, family) | _rope(model, family)
 
 
@@ -334,9 +323,9 @@ def _rope(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
         config['rope_local_base_freq'] = float(model['rope_theta_local'] or model['rope_theta'])
     scaling = RopeScaling.parse(model['rope_scaling'])
     if scaling:
-        config['rope_scaling'] = {'rope_type': scaling.kind, 'factor': scaling.factor}
+        values = {theirs: getattr(scaling, ours) for theirs, ours in _SCALINGS[scaling.kind].items()}
+        config['rope_scaling'] = {'rope_type': scaling.kind} | values
     if scaling and scaling.kind == 'llama3':
-        config['rope_scaling'] |= {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
         config['rope_scaling']['original_max_position_embeddings'] = int(scaling.original)
     return config
 

@@ -1,6 +1,6 @@
 """A GGUF file as an `Opened`: its metadata as `model.*`, its tensors as parameters that are read one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +58,26 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
         if get.raw(key, value) != value:
             raise UsageError(f'{where}: {name}.{key}={get.raw(key, None)} is not in our graph')
     model: dict[str, Any] = {key: get.size(gguf) for key, gguf in tables.SIZES.items()}
-    if model['layers'] > len(header.tensors):
-        raise UsageError(
-            f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors'
-        )
-    model['kv_heads'] = get.size('attention.head_count_kv', model['heads'])
-    model['head_dim'] = get.size('attention.key_length', model['dim'] // model['heads'] or None)
+    layers, heads, tensors = model['layers'], model['heads'], header.tensors
+    if layers > len(tensors):
+        raise UsageError(f'{where}: {name}.block_count={layers} is more than its {len(tensors)} tensors')
+    model['kv_heads'] = kv_heads = get.size('attention.head_count_kv', heads)
+    model['head_dim'] = head_dim = get.size('attention.key_length', model['dim'] // heads or None)
     for key in ('attention.value_length', 'rope.dimension_count'):
-        if get.size(key, model['head_dim']) != model['head_dim']:
-            raise UsageError(f'{where}: {name}.{key} is not the head dim {model["head_dim"]}: not in our graph')
-    if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
-        raise UsageError(
-            f'{where}: {model["heads"]} heads, {model["kv_heads"]} of keys, of {model["head_dim"]} do not fit together'
-        )
-    model['vocab_size'] = _vocabulary(header, where)
+        if get.size(key, head_dim) != head_dim:
+            raise UsageError(f'{where}: {name}.{key} is not the head dim {head_dim}: not in our graph')
+    if heads % kv_heads or head_dim % 2:
+        raise UsageError(f'{where}: {heads} heads, {kv_heads} of keys, of {head_dim} do not fit together')
+    if (embed := tables.TOP['embed_VD']) not in tensors:
+        raise UsageError(f'{where}: has no tensor {embed!r}')
+    model['vocab_size'] = tensors[embed].shape[0]
     model['context'] = get.size('context_length', None)
     model['norm_eps'] = get.real('attention.layer_norm_rms_epsilon')
     model['rope_theta'] = get.real('rope.freq_base', 10_000.0)
-    model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in header.tensors)
+    model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in tensors)
     model = PLAIN | model | arch.graph | _gemma(get, arch, model)
     if name == 'llama':
-        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in header.tensors
+        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in tensors
         window = get.size('attention.sliding_window', None)  # Mistral's
         model['window'] = window if window and window < (model['context'] or INT32_MAX) else None
     return model
@@ -94,9 +93,8 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
     linear = f'linear,factor={tables.plain_number(factor)}' if kind == 'linear' and factor != 1 else None
     info = header.tensors.get(tables.ROPE_FREQS)
     if info is not None and not arch.freqs:
-        raise UsageError(
-            f'{path}: has {tables.ROPE_FREQS}, which its architecture does not use: it is not what it says'
-        )
+        name = tables.ROPE_FREQS
+        raise UsageError(f'{path}: has {name}, which its architecture does not use: it is not what it says')
     if info is None:
         return linear
     factors = file.read(info).astype(np.float32).reshape(-1)
@@ -130,32 +128,24 @@ class _Keys:
 
     def size(self, key: str, *default: int | None) -> Any:
         """A whole number from 1; None only as the default."""
-        value = self.raw(key, default[0] if default else None)
-        if value is None and default:
-            return None
-        if type(value) is not int or not 1 <= value <= INT32_MAX:
-            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a whole number from 1 to {INT32_MAX}')
-        return value
+        fits = lambda value: type(value) is int and 1 <= value <= INT32_MAX
+        return self._checked(key, default, fits, f'a whole number from 1 to {INT32_MAX}')
 
     def real(self, key: str, *default: float | None) -> Any:
         """A positive number as its shortest text in float32, 1e-05 for 9.99999974e-06; None only as the default."""
-        value = self.raw(key, default[0] if default else None)
-        if value is None and default:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2.0**128:
-            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a positive number')
-        return float(str(np.float32(value)))
+        fits = lambda value: type(value) in (int, float) and 0 < value < 2.0**128
+        value = self._checked(key, default, fits, 'a positive number')
+        return None if value is None else float(str(np.float32(value)))
 
-
-def _vocabulary(header: file.Header, where: str) -> int:
-    embed = header.tensors.get(tables.TOP['embed_VD'])
-    if embed is None:
-        raise UsageError(f'{where}: has no tensor {tables.TOP["embed_VD"]!r}')
-    return embed.shape[0]
+    def _checked(self, key: str, default: tuple[Any, ...], fits: Callable[[Any], bool], wanted: str) -> Any:
+        value = self.raw(key, *default or (None,))
+        if not fits(value) and not (default and value is None):
+            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not {wanted}')
+        return value
 
 
 def _gemma(get: _Keys, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What Gemma has beside: local layers, soft-caps, scales; {} for others."""
+    """Settings that Gemma has beside: local layers, soft-caps, scales; {} for others."""
     if arch.period is None:
         return {}
     attention, logits = arch.softcaps

@@ -20,15 +20,12 @@ from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import gguf_in, graph, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tensors import DTYPES, Info, Tensor, first_exact, in_pieces
 from lm.model import parameters
 from lm.model.layers import RopeScaling
 
-# Names of --quantize: general.file_type.
-MIXES = {
-    'F32': 0, 'F16': 1, 'BF16': 32, 'Q8_0': 7, 'Q4_0': 2, 'Q4_K_S': 14, 'Q4_K_M': 15, 'Q5_K_M': 17, 'Q6_K': 18,
-}  # fmt: skip
 QUANTIZATION_VERSION = 2  # of the blocks' layout
 ALIGNMENT = 32  # the format's own
 CONTEXT = 2048  # tokens, of a model that does not say: llama.cpp does not open a file without it
@@ -109,7 +106,7 @@ def _general(opened: Opened, name: str, quantize: str) -> dict[str, Any]:
     stem = Path(opened.where.rstrip('/')).stem
     return {
         'general.architecture': name, 'general.type': 'model', 'general.name': stem or 'model',
-        'general.file_type': MIXES[quantize], 'general.quantization_version': QUANTIZATION_VERSION,
+        'general.file_type': MIXES[quantize][0], 'general.quantization_version': QUANTIZATION_VERSION,
     }  # fmt: skip
 
 

@@ -16,23 +16,13 @@ from etils import epath
 from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, generation_config, tokenizer_files
+from lm.interop import families, family_config, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
-from lm.interop.generation_config import IDS
 from lm.interop.graph import from_stored, shapes, to_stored
 from lm.interop.opened import Leaf, Opened
-from lm.interop.tensors import (
-    DTYPES,
-    Fetch,
-    Info,
-    Tensor,
-    check_surplus,
-    in_pieces,
-    names_of,
-    read_leaves,
-)  # fmt: skip
+from lm.interop.tensors import DTYPES, Fetch, Info, Tensor, check_surplus, in_pieces, names_of, read_leaves
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5_000_000_000  # of a file of weights
@@ -73,7 +63,7 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch = file.read) -> Opened:
     words = {name: _small(folder / name) for name in _WORDS if (folder / name).exists()}
     if {JSON_FILE, MODEL_FILE} & set(words):
         words, more = tokenizer_files.fitted(tokenizers.from_huggingface(words), told.model['vocab_size'])
-        notes += [f'{where}: {note}' for note in (*more, *generation_config.unfollowed(words))]
+        notes += [f'{where}: {note}' for note in (*more, *tokenizer_files.unfollowed(words))]
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
     scale = _scale(config, where) if told.scored else None
@@ -107,7 +97,7 @@ def _tensors(folder: epath.Path) -> dict[str, Info]:
     if (folder / WEIGHTS).exists():
         return file.read_header(folder / WEIGHTS)
     if not (folder / INDEX).exists():
-        if list(folder.glob('*.bin')) or list(folder.glob('*.pt')) or list(folder.glob('*.pth')):
+        if any(list(folder.glob(pattern)) for pattern in ('*.bin', '*.pt', '*.pth')):
             raise UsageError(
                 f'{folder}: has pickled weights alone, which run code when they are read: load them with transformers '
                 'and save_pretrained(…, safe_serialization=True) elsewhere'
@@ -140,11 +130,8 @@ def _text_model(tensors: Mapping[str, Info], told: Described, where: str) -> Map
     if not told.vision:
         return tensors
     own = {}
-    for name, info in tensors.items():
-        for theirs, ours in families.VISION_PREFIXES.items():
-            if name.startswith(theirs):
-                own[ours + name.removeprefix(theirs)] = info
-                break
+    for theirs, ours in reversed(families.VISION_PREFIXES.items()):
+        own |= {ours + name.removeprefix(theirs): x for name, x in tensors.items() if name.startswith(theirs)}
     if not own:
         raise UsageError(f'{where}: has no text model ({" or ".join(families.VISION_PREFIXES)}…)')
     return own
@@ -176,8 +163,8 @@ def _leaves(
     )  # fmt: skip
     names, zeros = _names(told.family, told.model, scored=told.scored), _zeros(told.family, told.model)
     leaves, notes = read(names, where=where), []
-    for name in tensors.keys() & set(zeros):
-        if np.any(fetch(tensors[name])):
+    for name in zeros:
+        if name in tensors and np.any(fetch(tensors[name])):
             raise UsageError(f'{where}: the tensor {name!r} is not zero, and a bias of the output is not in our graph')
     head = families.HEAD['head_DV']
     if told.model['tied'] and head in tensors and told.scored:
@@ -233,7 +220,8 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     family, config = _family_for(opened)
     plan = _plan(opened, family)
     words, ids = _words_of(opened, say)
-    if opened.scored and _pads_with_an_end(ids):
+    ends = ids['eos_token_id'] if isinstance(ids['eos_token_id'], list) else [ids['eos_token_id']]
+    if opened.scored and ids['pad_token_id'] is not None and ids['pad_token_id'] in ends:
         ids['pad_token_id'] = None  # transformers reads the score before the last padding: it would pass by the end
         say('the tokenizer has no padding of its own, so give transformers one row at a time, or set a pad_token')
     biggest = max(plan, key=lambda tensor: tensor.nbytes)
@@ -263,11 +251,6 @@ def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
         ) from None
 
 
-def _pads_with_an_end(ids: Mapping[str, Any]) -> bool:
-    ends = ids['eos_token_id']
-    return ids['pad_token_id'] is not None and ids['pad_token_id'] in (ends if isinstance(ends, list) else [ends])
-
-
 def _plan(opened: Opened, family: Family) -> list[Tensor]:
     """The tensors in their order."""
     model = {**opened.model, 'tied': opened.model['tied'] or opened.scored}
@@ -291,13 +274,13 @@ def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, byt
 
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer, and so the folder has none')
-        return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
+        return {}, dict.fromkeys(tokenizer_files.IDS)  # null: a family's own ids may be beyond a small vocabulary
     words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
-    return generation_config.exported(words, rows=opened.model['vocab_size'])
+    return tokenizer_files.exported(words, rows=opened.model['vocab_size'])
 
 
 def _of_scores(opened: Opened, say: Callable[[str], None]) -> dict[str, Any]:
-    """What config.json says of a reward model beside the graph."""
+    """The keys of config.json that a reward model has beside the graph's."""
     bias = float(opened.leaves['bias_score'].read(0))
     say(f'the score has a bias of {bias:.6g}, which transformers does not add: it stands in {CONFIG} as {BIAS}')
     if 'head_DV' in opened.leaves:
@@ -312,8 +295,7 @@ def _shards(plan: Sequence[Tensor]) -> list[list[Tensor]]:
     size = 0
     for tensor in plan:
         if shards[-1] and size + tensor.nbytes > SHARD:
-            shards.append([])
-            size = 0
+            shards, size = [*shards, []], 0
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
@@ -338,8 +320,9 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
 
 def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few rows at a time."""
-    if not tensor.leaf:
-        yield bytes(tensor.nbytes)
-        return
-    for rows in in_pieces(to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)):
+    if tensor.leaf:
+        stored = to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+    else:
+        stored = np.zeros(tensor.shape)
+    for rows in in_pieces(stored):
         yield rows.astype(DTYPES[tensor.kind], copy=False).tobytes()
