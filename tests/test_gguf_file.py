@@ -9,7 +9,8 @@ import pytest
 from gguf_bytes import ARRAY, BOOL, STRING, U8, array, header, padded, pair, string, tensor, text, u32
 
 from lm.errors import UsageError
-from lm.interop import gguf_file, tensors
+from lm.interop import gguf_file
+from lm.interop.graph import DTYPES
 
 HUGE = 2**62
 DATA = bytes(256)
@@ -99,8 +100,8 @@ def test_a_folder_and_no_file_are_one_line(tmp_path):
 def random_bytes(kind, shape, draw):
     """A tensor's bytes as blocks; scales are small, so that all numbers are finite."""
     elements, size = gguf_file.BLOCKS[kind]
-    if kind in tensors.DTYPES:
-        return draw.normal(size=shape).astype(tensors.DTYPES[kind]).view(np.uint8).reshape(shape[0], -1)
+    if kind in DTYPES:
+        return draw.normal(size=shape).astype(DTYPES[kind]).view(np.uint8).reshape(shape[0], -1)
     data = draw.integers(0, 256, (shape[0], shape[1] // elements, size), np.uint8)
     return (data & 0x3F).reshape(shape[0], -1)  # the top bits of a float16's exponent
 

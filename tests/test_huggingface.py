@@ -500,7 +500,7 @@ def test_a_score_without_a_head_and_with_a_bias(tmp_path):
 
 
 def test_writing_holds_a_piece_and_not_a_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr('lm.interop.tensors.ROWS', 2**14)
+    monkeypatch.setattr('lm.interop.graph.ROWS', 2**14)
     monkeypatch.setattr(files, 'STREAM_CHUNK', 2**16)
     first = open_folder(GOLDEN / 'llama')
     model = {**first.model, 'vocab_size': 2**16}

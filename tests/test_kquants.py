@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.interop import kquants, mixes
-from lm.interop.tensors import DTYPES
+from lm.interop.graph import DTYPES
 
 gguf = pytest.importorskip('gguf')
 GOLDEN = Path(__file__).parent / 'golden'

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
-from lm.interop.graph import PLAIN, differences, kinds, scales
-from lm.interop.tensors import first_exact
+from lm.interop.graph import PLAIN, differences, first_exact, kinds, scales
 from lm.model.layers import RopeScaling
 from lm.settings import INT32_MAX
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from lm.errors import UsageError, install
-from lm.interop.tensors import DTYPES, Info
+from lm.interop.graph import DTYPES, Info
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)  # 1 had counts of 32 bits, for some weeks of 2023
@@ -31,6 +31,10 @@ SCALARS = {
     0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
 }  # fmt: skip
 STRING, ARRAY = 8, 9
+SMALLEST = {kind: np.dtype(code).itemsize for kind, code in SCALARS.items()} | {
+    STRING: 8,
+    ARRAY: 12,
+}  # bytes of a value
 
 # Kinds of tensors that we read by their number: (name, elements a block, bytes a block).
 KINDS = {
@@ -175,10 +179,9 @@ def _array(cursor: _Cursor, what: str, depth: int) -> list[Any]:
     if depth >= MAX_DEPTH:
         cursor.wrong(f'{what} has arrays in arrays, more than {MAX_DEPTH} deep')
     kind = cursor.u32(what)
-    if kind not in SCALARS and kind not in (STRING, ARRAY):
+    if kind not in SMALLEST:
         cursor.wrong(f'{what} has elements of the type {kind}, which there is not')
-    smallest = {STRING: 8, ARRAY: 12}.get(kind) or np.dtype(SCALARS[kind]).itemsize
-    n = cursor.count(f'the elements of {what}', smallest=smallest)
+    n = cursor.count(f'the elements of {what}', smallest=SMALLEST[kind])
     if n > MAX_ELEMENTS:
         cursor.wrong(f'{what} has {n} elements, more than {MAX_ELEMENTS}')
     if kind in SCALARS:

@@ -11,9 +11,8 @@ from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import tokenizer_files
 from lm.interop.gguf_arch import ARCHS, Arch
-from lm.interop.graph import PLAIN, from_stored
+from lm.interop.graph import PLAIN, Fetch, Info, check_surplus, from_stored, names_of, read_leaves
 from lm.interop.opened import Leaf, Opened
-from lm.interop.tensors import Fetch, Info, check_surplus, names_of, read_leaves
 from lm.model import parameters
 from lm.settings import INT32_MAX
 

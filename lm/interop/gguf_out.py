@@ -4,25 +4,23 @@ Which architecture that is is asked of the reader: a model's settings are put as
 them, read back, and compared.
 """
 
+import io
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lm import files, interrupts, progress
+from lm import files, progress
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import gguf_in, graph, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.graph import DTYPES, Info, Tensor
 from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
-from lm.interop.tensors import DTYPES, Info, Tensor, first_exact, in_pieces
 from lm.model import parameters
 from lm.model.layers import RopeScaling
 
@@ -65,7 +63,7 @@ def choose(model: Mapping[str, Any]) -> tuple[str, Arch]:
     """The first architecture that is this graph exactly. Raises UsageError with the settings that the nearest lacks."""
     given = graph.PLAIN | dict(model)
     tried = ((name, (name, arch), _differences(name, arch, given)) for name, arch in ARCHS.items())
-    return first_exact('GGUF', tried)
+    return graph.first_exact('GGUF', tried)
 
 
 def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
@@ -155,22 +153,19 @@ def _tensor(name: str, kind: str, shape: tuple[int, ...], leaf: str, layer: int)
 
 def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
     """All before the first tensor."""
-    gguf = file.package()
-    with tempfile.TemporaryDirectory() as folder, interrupts.undoing(lambda _: shutil.rmtree(folder)):
-        path = os.path.join(folder, 'header')
-        writer = gguf.GGUFWriter(path, name)
-        for key, value in metadata.items():
-            if key != 'general.architecture':  # the writer's own
-                add_value(writer, key, value)
-        for tensor in plan:
-            kind = gguf.GGMLQuantizationType[tensor.kind]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        data = Path(path).read_bytes()
-    return data + bytes(-len(data) % ALIGNMENT)
+    gguf, data = file.package(), io.BytesIO()
+    writer = gguf.GGUFWriter(None, name)
+    for key, value in metadata.items():
+        if key != 'general.architecture':  # the writer's own
+            add_value(writer, key, value)
+    for tensor in plan:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.fout, writer.state = [data], gguf.gguf_writer.WriterState.EMPTY  # as an open file
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return data.getvalue() + bytes(-data.tell() % ALIGNMENT)
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
@@ -189,7 +184,7 @@ def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tenso
         yield tables.llama3_factors(model['rope_scaling'], theta=theta, head_dim=head_dim).view(np.uint8)
         return
     ours = opened.leaf(tensor.leaf).read(tensor.layer)
-    for rows in in_pieces(to_stored(ours, tensor.leaf, tensor.shape, arch)):
+    for rows in graph.in_pieces(to_stored(ours, tensor.leaf, tensor.shape, arch)):
         yield encode(rows, tensor.kind, tensor.name)
 
 

@@ -16,13 +16,12 @@ from etils import epath
 from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, tokenizer_files
+from lm.interop import families, family_config, graph, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
-from lm.interop.graph import from_stored, shapes, to_stored
+from lm.interop.graph import DTYPES, Fetch, Info, Tensor
 from lm.interop.opened import Leaf, Opened
-from lm.interop.tensors import DTYPES, Fetch, Info, Tensor, check_surplus, in_pieces, names_of, read_leaves
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5_000_000_000  # of a file of weights
@@ -130,7 +129,7 @@ def _text_model(tensors: Mapping[str, Info], told: Described, where: str) -> Map
     if not told.vision:
         return tensors
     own = {}
-    for theirs, ours in reversed(families.VISION_PREFIXES.items()):
+    for theirs, ours in families.VISION_PREFIXES.items():
         own |= {ours + name.removeprefix(theirs): x for name, x in tensors.items() if name.startswith(theirs)}
     if not own:
         raise UsageError(f'{where}: has no text model ({" or ".join(families.VISION_PREFIXES)}…)')
@@ -158,8 +157,8 @@ def _leaves(
 ) -> tuple[dict[str, Leaf], list[str]]:
     """(the parameters, notes). Raises UsageError for tensors that are not of the graph that config.json describes."""
     read = partial(
-        read_leaves, tensors=tensors, model=told.model, shaped_by=f'{CONFIG} makes it', dtypes=DTYPES,
-        read=lambda info, leaf, shape: from_stored(fetch(info), leaf, shape),
+        graph.read_leaves, tensors=tensors, model=told.model, shaped_by=f'{CONFIG} makes it', dtypes=DTYPES,
+        read=lambda info, leaf, shape: graph.from_stored(fetch(info), leaf, shape),
     )  # fmt: skip
     names, zeros = _names(told.family, told.model, scored=told.scored), _zeros(told.family, told.model)
     leaves, notes = read(names, where=where), []
@@ -173,7 +172,7 @@ def _leaves(
         told.model['tied'] = False  # as it is for transformers 5
         leaves |= read({'head_DV': [head]}, where=head)
         notes = [f'{head} differs from the embedding, so the two are not tied, whatever {CONFIG} says']
-    check_surplus(set(tensors).difference([head], zeros, *names.values()), IGNORED, where)
+    graph.check_surplus(set(tensors).difference([head], zeros, *names.values()), IGNORED, where)
     return leaves, notes
 
 
@@ -186,7 +185,7 @@ def _same(a: Info, b: Info, fetch: Fetch) -> bool:
 def _names(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, list[str]]:
     """{parameter: the name of its tensor, or those of its layers'}."""
     top = families.TOP | ({} if model['tied'] else families.HEAD) | (families.SCORE if scored else {})
-    return names_of(top, family.layer, families.LAYER_PREFIX, model['layers'])
+    return graph.names_of(top, family.layer, families.LAYER_PREFIX, model['layers'])
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -256,7 +255,7 @@ def _plan(opened: Opened, family: Family) -> list[Tensor]:
     model = {**opened.model, 'tied': opened.model['tied'] or opened.scored}
     plan = []
     for leaf, names in _names(family, model, scored=opened.scored).items():
-        dtype, (_, stored) = opened.leaf(leaf).dtype, shapes(leaf, model)
+        dtype, (_, stored) = opened.leaf(leaf).dtype, graph.shapes(leaf, model)
         kind, nbytes = file.kind_of(dtype), math.prod(stored) * dtype.itemsize
         plan += [Tensor(name, kind, stored, nbytes, leaf, layer) for layer, name in enumerate(names)]
     dim = opened.model['dim']
@@ -321,8 +320,8 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
 def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few rows at a time."""
     if tensor.leaf:
-        stored = to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+        stored = graph.to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
     else:
         stored = np.zeros(tensor.shape)
-    for rows in in_pieces(stored):
+    for rows in graph.in_pieces(stored):
         yield rows.astype(DTYPES[tensor.kind], copy=False).tobytes()

@@ -8,8 +8,8 @@ import numpy as np
 from lm.errors import UsageError, install
 from lm.interop import gguf_file, gguf_in, huggingface
 from lm.interop.gguf_file import CHUNK, READ_AS
+from lm.interop.graph import Info
 from lm.interop.opened import Opened
-from lm.interop.tensors import Info
 
 
 def open_gguf(path: str | Path) -> Opened:

@@ -6,8 +6,7 @@ values of attention and the way down of the MLP, there in some layers only.
 
 from collections.abc import Sequence
 
-from lm.interop.tensors import DTYPES
-
+PLAIN = ('F32', 'F16', 'BF16')
 # Names of --quantize: (general.file_type, the base kind).
 MIXES = {
     'F32': (0, 'F32'), 'F16': (1, 'F16'), 'BF16': (32, 'BF16'), 'Q8_0': (7, 'Q8_0'), 'Q4_0': (2, 'Q4_0'),
@@ -37,7 +36,7 @@ def kind_of(name: str, shape: Sequence[int], *, mix: str, layer: int, layers: in
         raise ValueError(f'{mix} is not one of {", ".join(MIXES)}')
     if len(shape) == 1:  # norms and biases: few, and they matter
         return 'F32'
-    if mix in DTYPES:
+    if mix in PLAIN:
         return mix
     return fitting(_wanted(name, shape, mix=mix, layer=layer, layers=layers, tied=tied), shape[-1])
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from lm.errors import RunError, UsageError
-from lm.interop.tensors import DTYPES, Info
+from lm.interop.graph import DTYPES, Info
 
 SIZES = {kind: dtype.itemsize for kind, dtype in DTYPES.items()} | {  # bytes of an element; others than weights, too
     'F64': 8, 'I64': 8, 'U64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2, 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1,

@@ -53,8 +53,8 @@ def read_model(content: bytes) -> Pieces:
     try:
         model.ParseFromString(content)
         pieces = tuple(Piece(piece.piece, piece.score, piece.type) for piece in model.pieces)
-    except (DecodeError, UnicodeDecodeError) as e:
-        raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another') from e
+    except (DecodeError, UnicodeDecodeError):
+        pieces = ()
     if not pieces:
         raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another')
     if model.trainer_spec.model_type != _BPE:

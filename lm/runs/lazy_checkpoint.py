@@ -250,15 +250,16 @@ def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf
     """Writes one array, a layer or some rows at a time, and returns its checksum."""
     stacked = leaf.layers is not None
     own = shape[1:] if stacked else shape
-    chunk = (_rows(own, leaf.dtype), *own[1:]) if own else ()
+    rows = _rows(own, leaf.dtype) if own else 1
+    chunk = (rows, *own[1:]) if own else ()
     array = _create(state, name, shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
     words, size = np.zeros(2, np.uint32), math.prod(own)
     for layer in range(leaf.layers or 1):
-        for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
+        for at, piece in _padded(leaf.read(layer), own, rows):
             words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
             part = slice(at, at + len(piece)) if own else ...
             with _told(state):
-                array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
+                array[(layer, part) if stacked else part].write(piece).result()
     return [int(w) for w in words]
 
 
@@ -268,9 +269,9 @@ def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[
         yield 0, x
         return
     for at in range(0, shape[0], rows):
-        piece = x[at : at + rows]
-        missing = [(0, n - m) for n, m in zip((min(rows, shape[0] - at), *shape[1:]), piece.shape, strict=True)]
-        yield at, np.pad(piece, missing) if any(n for _, n in missing) else piece
+        piece, part = np.zeros((min(rows, shape[0] - at), *shape[1:]), x.dtype), x[at : at + rows]
+        piece[tuple(map(slice, part.shape))] = part
+        yield at, piece
 
 
 def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> Any:
