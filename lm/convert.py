@@ -46,16 +46,14 @@ MOST_DIFFERENCE = 1e-3
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.convert', __doc__)
-    parser.add_argument('src', metavar='SRC', help='a run, a Hugging Face folder, a GGUF file, or smollm2')
-    parser.add_argument('dst', metavar='DST', help='where to: a new folder, or a new file NAME.gguf')
+    parser.add_argument('src', metavar='SRC', type=_place, help='a run, a Hugging Face folder, a GGUF file, or smollm2')
+    parser.add_argument('dst', metavar='DST', type=_place, help='where to: a new folder, or a new file NAME.gguf')
     parser.add_argument(
         '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
     )
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
-    flags = parser.parse_args(argv)
-    flags.src, flags.dst = (_place(path) for path in (flags.src, flags.dst))
-    return flags
+    return parser.parse_args(argv)
 
 
 def as_written(kind: str) -> str:

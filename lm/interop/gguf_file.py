@@ -116,6 +116,10 @@ class _Cursor:
     def wrong(self, why: str) -> NoReturn:
         raise UsageError(f'{self.path}: a damaged GGUF file: {why}')
 
+    def check(self, good: bool, why: str) -> None:
+        if not good:
+            self.wrong(why)
+
     def take(self, n: int, what: str) -> bytes:
         """The next n bytes."""
         if n > self.size - self.at:
@@ -132,8 +136,8 @@ class _Cursor:
     def count(self, what: str, *, smallest: int) -> int:
         """A number of things of at least `smallest` bytes each that are to follow."""
         n = self.u64(what)
-        if n > (self.size - self.at) // smallest:
-            self.wrong(f'{what}: {n} of them cannot be in a file of {self.size} bytes')
+        fits = n <= (self.size - self.at) // smallest
+        self.check(fits, f'{what}: {n} of them cannot be in a file of {self.size} bytes')
         return n
 
     def text(self, what: str, *, longest: int | None = None) -> str:
@@ -158,8 +162,7 @@ def _header(cursor: _Cursor) -> Header:
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = cursor.text('a key', longest=MAX_KEY)
-        if key in metadata:
-            cursor.wrong(f'it has the key {key!r} twice')
+        cursor.check(key not in metadata, f'it has the key {key!r} twice')
         metadata[key] = _value(cursor, cursor.u32(key), repr(key))
     return Header(metadata, _tensors(cursor, tensors, _alignment(cursor, metadata)))
 
@@ -170,20 +173,16 @@ def _value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
         return cursor.text(what)
     if kind == ARRAY:
         return _array(cursor, what, depth)
-    if kind not in SCALARS:
-        cursor.wrong(f'{what} has the type {kind}, which there is not')
+    cursor.check(kind in SCALARS, f'{what} has the type {kind}, which there is not')
     return _numbers(cursor, kind, 1, what)[0]
 
 
 def _array(cursor: _Cursor, what: str, depth: int) -> list[Any]:
-    if depth >= MAX_DEPTH:
-        cursor.wrong(f'{what} has arrays in arrays, more than {MAX_DEPTH} deep')
+    cursor.check(depth < MAX_DEPTH, f'{what} has arrays in arrays, more than {MAX_DEPTH} deep')
     kind = cursor.u32(what)
-    if kind not in SMALLEST:
-        cursor.wrong(f'{what} has elements of the type {kind}, which there is not')
+    cursor.check(kind in SMALLEST, f'{what} has elements of the type {kind}, which there is not')
     n = cursor.count(f'the elements of {what}', smallest=SMALLEST[kind])
-    if n > MAX_ELEMENTS:
-        cursor.wrong(f'{what} has {n} elements, more than {MAX_ELEMENTS}')
+    cursor.check(n <= MAX_ELEMENTS, f'{what} has {n} elements, more than {MAX_ELEMENTS}')
     if kind in SCALARS:
         return _numbers(cursor, kind, n, what)
     return [_value(cursor, kind, what, depth + 1) for _ in range(n)]
@@ -192,8 +191,7 @@ def _array(cursor: _Cursor, what: str, depth: int) -> list[Any]:
 def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> list[Any]:
     dtype = np.dtype(SCALARS[kind])
     data = cursor.take(n * dtype.itemsize, what)
-    if dtype == np.bool_ and data.strip(b'\0\1'):
-        cursor.wrong(f'{what} is a bool that is neither 0 nor 1')
+    cursor.check(dtype != np.bool_ or not data.strip(b'\0\1'), f'{what} is a bool that is neither 0 nor 1')
     return np.frombuffer(data, dtype).tolist()
 
 
@@ -209,8 +207,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Info]:
     infos: dict[str, Info] = {}
     for _ in range(count):
         name = cursor.text("a tensor's name", longest=MAX_KEY)
-        if name in infos:
-            cursor.wrong(f'it has the tensor {name!r} twice')
+        cursor.check(name not in infos, f'it has the tensor {name!r} twice')
         infos[name] = _tensor(cursor, name, alignment)
     start = -(-cursor.at // alignment) * alignment
     placed = {name: info._replace(at=start + info.at) for name, info in infos.items()}
@@ -221,18 +218,17 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Info]:
 def _tensor(cursor: _Cursor, name: str, alignment: int) -> Info:
     """A tensor as the header says it; `at` is from where tensors begin."""
     n = cursor.u32(f'the dims of {name!r}')
-    if not 1 <= n <= MAX_DIMS:
-        cursor.wrong(f'the tensor {name!r} has {n} dims, not 1 to {MAX_DIMS}')
+    cursor.check(1 <= n <= MAX_DIMS, f'the tensor {name!r} has {n} dims, not 1 to {MAX_DIMS}')
     shape = tuple(cursor.u64(f'a dim of {name!r}') for _ in range(n))[::-1]
     number, offset = cursor.u32(f'the kind of {name!r}'), cursor.u64(f'the offset of {name!r}')
     if number not in KINDS:
         readable = ', '.join(sorted(BLOCKS))
         raise UsageError(f'{cursor.path}: the tensor {name!r} is of kind {number}, not one that we read: {readable}')
     kind, elements, size = KINDS[number]
-    if not all(shape) or shape[-1] % elements:
-        cursor.wrong(f'the tensor {name!r} of shape {shape} cannot be of kind {kind}: blocks of {elements} in a row')
-    if offset % alignment:
-        cursor.wrong(f'the tensor {name!r} begins at {offset}, no multiple of {alignment}')
+    fits = all(shape) and shape[-1] % elements == 0
+    what = f'the tensor {name!r} of shape {shape}'
+    cursor.check(fits, f'{what} cannot be of kind {kind}: blocks of {elements} in a row')
+    cursor.check(offset % alignment == 0, f'the tensor {name!r} begins at {offset}, no multiple of {alignment}')
     nbytes = math.prod(shape) // elements * size
     return Info(cursor.path, name, kind, shape, offset, nbytes)
 
@@ -241,8 +237,7 @@ def _check_places(cursor: _Cursor, infos: Mapping[str, Info]) -> None:
     """Every tensor lies in the file, and none in another."""
     end, before = 0, ''
     for name, info in sorted(infos.items(), key=lambda item: item[1].at):
-        if info.at < end:
-            cursor.wrong(f'the tensors {before!r} and {name!r} overlap')
+        cursor.check(info.at >= end, f'the tensors {before!r} and {name!r} overlap')
         end, before = info.at + info.nbytes, name
-        if end > cursor.size:
-            cursor.wrong(f'the tensor {name!r} of shape {info.shape} reaches over the end of the file')
+        what = f'the tensor {name!r} of shape {info.shape}'
+        cursor.check(end <= cursor.size, f'{what} reaches over the end of the file')

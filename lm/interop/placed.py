@@ -1,6 +1,5 @@
 """The weights of an `Opened` straight to where a run keeps them, never whole in the memory of the host."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,22 +45,19 @@ def _array(leaf: Leaf, spec: Any) -> jax.Array:
     where = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spans = {_span(index, shape) for index in where.addressable_devices_indices_map(shape).values()}
     parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in spans}
+    stacked = leaf.layers is not None
     for layer in range(leaf.layers or 1):
-        wanted = [span for span in parts if leaf.layers is None or span[0][0] <= layer < span[0][1]]
-        if wanted:
-            _fill(leaf.read(layer), layer, leaf.layers is not None, {span: parts[span] for span in wanted})
+        wanted = {span: part for span, part in parts.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        if not wanted:
+            continue
+        found = leaf.read(layer)
+        for span, part in wanted.items():
+            span, into = (span[1:], part[layer - span[0][0]]) if stacked else (span, part)
+            piece = found[tuple(slice(*ends) for ends in span)]  # what the layer does not have stays 0
+            into[tuple(map(slice, piece.shape))] = piece
     return jax.make_array_from_callback(shape, where, lambda index: parts[_span(index, shape)])
 
 
 def _span(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(start, stop) of each axis."""
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
-
-
-def _fill(found: np.ndarray, layer: int, stacked: bool, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Copies one layer's share into each part; what the layer does not have stays 0."""
-    for span, part in parts.items():
-        rest, into = (span[1:], part[layer - span[0][0]]) if stacked else (span, part)
-        piece = found[tuple(slice(start, stop) for start, stop in rest)]
-        if math.prod(piece.shape):
-            into[tuple(slice(0, n) for n in piece.shape)] = piece

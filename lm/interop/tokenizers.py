@@ -174,38 +174,42 @@ def from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if model not in ('gpt2', 'llama'):
         raise UsageError(f'the tokenizer of the file is of the kind {str(model)[:40]!r}, and lm reads gpt2 and llama')
     pieces = _pieces_of(metadata)
-    names = [p.text for p in pieces]
     symbols = {key: i for key, name in _SYMBOLS.items() if (i := _id(metadata, name, len(pieces))) is not None}
     ends = [i for name in _ENDS if (i := _id(metadata, name, len(pieces))) is not None]
     if 'eos_token' not in symbols:
         raise UsageError(f'the tokenizer of the file names no token that ends a text ({_KEY}eos_token_id)')
-    ordinary = [key for key, i in symbols.items() if key in ('pad_token', 'unk_token') and pieces[i].kind == NORMAL]
-    symbols = {key: i for key, i in symbols.items() if key not in ordinary}  # a word that is used for it stays a word
-    pieces = _as_controls(pieces, [*symbols.values(), *ends])
+    for key in {'pad_token', 'unk_token'} & set(symbols):
+        if pieces[symbols[key]].kind == NORMAL:  # a word that is used for it stays a word
+            del symbols[key]
+    for i in (*symbols.values(), *ends):  # control symbols, whatever the file has them as
+        pieces[i] = pieces[i]._replace(kind=UNKNOWN if pieces[i].kind == UNKNOWN else CONTROL)
     way = None if model == 'llama' else pre_tokenizers.way(_get(metadata, 'pre', str, 'default'))
     begins = _get(metadata, 'add_bos_token', bool, way is None or way.begins) and 'bos_token' in symbols
-    bos = names[symbols['bos_token']] if begins else None
+    bos = pieces[symbols['bos_token']].text if begins else None
     if way is None:
         vocabulary = Pieces(tuple(pieces), _get(metadata, 'add_space_prefix', bool, True))
         spec = sentencepiece_json.to_json(vocabulary, bos=bos)
     else:
         spec = _byte_level(metadata, pieces, way, bos)
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **{key: names[i] for key, i in symbols.items()}}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **{key: pieces[i].text for key, i in symbols.items()}}
     config |= {'add_bos_token': begins, 'add_eos_token': False, 'clean_up_tokenization_spaces': False}
     ends = {'eos_token_id': list(dict.fromkeys(ends))}
     files = {JSON_FILE: dump(spec), CONFIG_FILE: dump(config), GENERATION_FILE: dump(ends)}
-    template = metadata.get(_TEMPLATE)
-    if template:
-        if not isinstance(template, str):
-            raise UsageError(f'the file is damaged ({_TEMPLATE} is no text): get it again')
+    if template := metadata.get(_TEMPLATE):
+        _check(isinstance(template, str), f'{_TEMPLATE} is no text')
         files[TEMPLATE_FILE] = template.encode(errors='replace')
     return checked(files)
 
 
+def _check(good: bool, why: str) -> None:
+    """Raises UsageError, with the reason, for a file that is not good."""
+    if not good:
+        raise UsageError(f'the file is damaged ({why}): get it again')
+
+
 def _get(metadata: Mapping[str, Any], name: str, kind: type, otherwise: Any) -> Any:
     value = metadata.get(_KEY + name, otherwise)
-    if value is not otherwise and not isinstance(value, kind):
-        raise UsageError(f'the file is damaged ({_KEY}{name} is a {type(value).__name__}): get it again')
+    _check(value is otherwise or isinstance(value, kind), f'{_KEY}{name} is a {type(value).__name__}')
     return value
 
 
@@ -214,8 +218,7 @@ def _id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     i = metadata.get(f'{_KEY}{name}_token_id')
     if i is None or i in (-1, 0xFFFFFFFF):
         return None
-    if type(i) is not int or not 0 <= i < size:
-        raise UsageError(f'the file is damaged ({_KEY}{name}_token_id is {i!r}, of {size} tokens): get it again')
+    _check(type(i) is int and 0 <= i < size, f'{_KEY}{name}_token_id is {i!r}, of {size} tokens')
     return i
 
 
@@ -224,45 +227,30 @@ def _list(metadata: Mapping[str, Any], name: str, size: int | None, kinds: tuple
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(values, list | tuple):
         raise UsageError(f'the tokenizer of the file has no {_KEY}{name}: get it again')
-    if size is not None and len(values) != size:
-        raise UsageError(f'the file is damaged ({_KEY}{name} has {len(values)} values for {size} tokens): get it again')
-    if not all(type(value) in kinds for value in values):
-        raise UsageError(f'the file is damaged ({_KEY}{name} holds what is no {kinds[0].__name__}): get it again')
+    _check(size in (None, len(values)), f'{_KEY}{name} has {len(values)} values for {size} tokens')
+    _check(all(type(value) in kinds for value in values), f'{_KEY}{name} holds what is no {kinds[0].__name__}')
     return values
 
 
 def _pieces_of(metadata: Mapping[str, Any]) -> list[Piece]:
     tokens = _list(metadata, 'tokens', None, (str,))
-    size = len(tokens)
-    if not 0 < size <= _MOST_TOKENS:
-        raise UsageError(f'the file is damaged ({size:,} tokens, and {_MOST_TOKENS:,} are the most): get it again')
-    if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
-        raise UsageError(f'the file is damaged (a token of {longest:,} characters): get it again')
-    if any(map(_SURROGATE.search, tokens)):
-        raise UsageError('the file is damaged (a token is no UTF-8): get it again')
+    size, longest = len(tokens), max(map(len, tokens), default=0)
+    _check(0 < size <= _MOST_TOKENS, f'{size:,} tokens, and {_MOST_TOKENS:,} are the most')
+    _check(longest <= _LONGEST_TOKEN, f'a token of {longest:,} characters')
+    _check(not any(map(_SURROGATE.search, tokens)), 'a token is no UTF-8')
     needs_scores = metadata[_KEY + 'model'] == 'llama'
     scores = _list(metadata, 'scores', size, (float, int)) if needs_scores else [0.0] * size
     kinds = _list(metadata, 'token_type', size, (int,)) if _KEY + 'token_type' in metadata else [NORMAL] * size
-    if wrong := [kind for kind in kinds if not 0 <= kind <= BYTE]:
-        raise UsageError(f'the file is damaged (a token of type {wrong[0]}): get it again')
-    if any(math.isnan(score) for score in scores):
-        raise UsageError(f'the file is damaged ({_KEY}scores holds what is no number): get it again')
+    wrong = next((kind for kind in kinds if not 0 <= kind <= BYTE), None)
+    _check(wrong is None, f'a token of type {wrong}')
+    _check(not any(map(math.isnan, scores)), f'{_KEY}scores holds what is no number')
     return [Piece(t, float(s), k or NORMAL) for t, s, k in zip(tokens, scores, kinds, strict=True)]
-
-
-def _as_controls(pieces: Sequence[Piece], ids: Sequence[int]) -> list[Piece]:
-    """The pieces, where those by which texts begin and end are control symbols, whatever the file has them as."""
-    found = list(pieces)
-    for i in ids:
-        found[i] = found[i]._replace(kind=CONTROL if found[i].kind != UNKNOWN else UNKNOWN)
-    return found
 
 
 def _byte_level(metadata: Mapping[str, Any], pieces: Sequence[Piece], way: Way, bos: str | None) -> dict[str, Any]:
     kept = {i: p for i, p in enumerate(pieces) if not (p.kind == UNUSED and _FILLER.fullmatch(p.text))}
     vocab = {p.text: i for i, p in kept.items()}
-    if len(vocab) < len(kept):
-        raise UsageError(f'the file is damaged ({len(kept) - len(vocab)} tokens are there twice): get it again')
+    _check(len(vocab) == len(kept), f'{len(kept) - len(vocab)} tokens are there twice')
     pairs = _merges(_list(metadata, 'merges', None, (str,)), vocab)
     splits = pre_tokenizers.to_json(way)
     return sentencepiece_json.described(
@@ -276,8 +264,8 @@ def _merges(lines: Sequence[str], vocab: Mapping[str, int]) -> list[list[str]]:
     for line in lines:
         at = line.find(' ', 1)
         left, right = line[:at], line[at + 1 :]
-        if at < 1 or left not in vocab or right not in vocab or left + right not in vocab:
-            raise UsageError(f'the file is damaged (it merges {line[:60]!r}, which are no tokens): get it again')
+        known = at > 0 and left in vocab and right in vocab and left + right in vocab
+        _check(known, f'it merges {line[:60]!r}, which are no tokens')
         pairs.append([left, right])
     return pairs
 
@@ -317,8 +305,8 @@ def unlike_llama_cpp(files: Mapping[str, bytes]) -> list[str]:
 
 
 def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
-    config, mapped = (json.loads(files.get(name, b'{}')) for name in (CONFIG_FILE, MAP_FILE))
-    config |= {k: v for k, v in mapped.items() if v}
+    config = json.loads(files.get(CONFIG_FILE, b'{}'))
+    config |= {k: v for k, v in json.loads(files.get(MAP_FILE, b'{}')).items() if v}
     text = template_of(files)
     template = None if text is None else ChatTemplate(text)
     end = ours.eos_id
