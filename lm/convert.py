@@ -72,12 +72,12 @@ def _place(path: str) -> str:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether it is a GGUF file by its name."""
+    """Tells whether it is a GGUF file by its name."""
     return path.lower().endswith('.gguf')
 
 
 def form_of(src: str) -> str:
-    """What lies there: one of FORMS. Raises UsageError if it is none of them."""
+    """The form of what lies there, one of FORMS. Raises UsageError if it is none of them."""
     if src in PACKAGED and epath.Path(src).exists():
         raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
     if src in PACKAGED or is_gguf(src):
@@ -99,7 +99,7 @@ def form_of(src: str) -> str:
 
 
 def target_form(dst: str, src_form: str, asked: str | None) -> str:
-    """What DST is to be. Raises UsageError if its name says otherwise than --format."""
+    """The form that DST is to have. Raises UsageError if its name says otherwise than --format."""
     named = 'gguf' if is_gguf(dst) else None
     if asked and (asked == 'gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
@@ -164,7 +164,7 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
 
 
 def reopened(dst: str, form: str) -> Opened:
-    """What was written, read by the format's own package, or a run with every checksum."""
+    """The model that was written, read by the format's own package, or a run with every checksum."""
     from lm.interop import independent
 
     if form == 'run':

@@ -40,10 +40,10 @@ NEUTRAL = {
 
 
 class Key(NamedTuple):
-    """Where a setting `model.*` stands in config.json.
+    """The key of config.json at which a setting `model.*` stands.
 
     Attributes:
-      name: the key.
+      name: the key itself.
       default: what `transformers` takes where it is absent.
       kind: 'size' from 1, 'count' from 0, 'real' above 0, or 'flag'.
       null: what is taken where it is null, or absent without a default; None: it may not be so.

@@ -1,4 +1,4 @@
-"""What the formats' readers and writers share: a model's graph as its settings `model.*` say it, and its tensors."""
+"""A model's graph as its settings `model.*` say it, and its tensors: the formats' readers and writers share these."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

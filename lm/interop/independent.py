@@ -1,4 +1,4 @@
-"""What was written, its tensors read again by others than our readers: the packages of the formats themselves."""
+"""Models that were written, their tensors read again by others than our readers: the packages of the formats."""
 
 import math
 from pathlib import Path

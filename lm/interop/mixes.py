@@ -1,4 +1,4 @@
-"""Which kind each tensor of a GGUF file gets: the mixes of llama.cpp's `llama-quantize`, for dense decoders.
+"""The kind that each tensor of a GGUF file gets: the mixes of llama.cpp's `llama-quantize`, for dense decoders.
 
 A mix has a base kind, which most matrices get; more bits go where errors cost most: to what makes the logits, to the
 values of attention and the way down of the MLP, there in some layers only.

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split a text before they merge: GGUF names the ways, tokenizer.json writes them out."""
+"""Ways to split a text before its pieces are merged: GGUF names them, a tokenizer.json writes them out."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ def way(name: str) -> Way:
 
 def name_of(spec: Mapping[str, Any]) -> str:
     """The name of the way in which a tokenizer.json splits. Raises UsageError if it has none."""
-    splits, whole_words = tuple(_splits(spec.get('pre_tokenizer'))), bool(spec['model'].get('ignore_merges'))
+    splits, whole_words = tuple(_splits(spec)), bool(spec['model'].get('ignore_merges'))
     for names, found in _WAYS.items():
         if (found.splits, found.whole_words) == (splits, whole_words):
             return names[0]
@@ -78,19 +78,25 @@ def to_json(found: Way) -> dict[str, Any]:
     return {'type': 'Sequence', 'pretokenizers': [*parts, BYTE_LEVEL]}
 
 
-def _splits(node: Any) -> Iterator[str]:
-    if not node:
-        return
-    kind = node['type']
-    if kind == 'Sequence':
-        for part in node['pretokenizers']:
-            yield from _splits(part)
-    elif kind == 'ByteLevel':
-        if node.get('use_regex', True):
+def nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer of a tokenizer.json and all that it is made of."""
+    if node:
+        yield node
+        for part in node.get('pretokenizers', ()):
+            yield from nodes(part)
+
+
+def _splits(spec: Mapping[str, Any]) -> Iterator[str]:
+    """The regular expressions of `Way.splits`. Raises UsageError for a part that is none of them."""
+    for node in nodes(spec.get('pre_tokenizer')):
+        kind, way = node['type'], (node.get('behavior'), node.get('invert', False))
+        if kind == 'ByteLevel' and node.get('use_regex', True):
             yield _GPT2
-    elif kind == 'Digits':
-        yield _DIGIT if node.get('individual_digits') else _DIGITS
-    elif (node.get('behavior'), node.get('invert', False)) in _ISOLATE and 'Regex' in node['pattern']:
-        yield node['pattern']['Regex'].replace(_ENDINGS_SPELLED, _ENDINGS)
-    else:
-        raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({kind})')
+        elif kind == 'Digits':
+            yield _DIGIT if node.get('individual_digits') else _DIGITS
+        elif kind in ('Sequence', 'ByteLevel'):
+            continue
+        elif way in _ISOLATE and 'Regex' in node['pattern']:
+            yield node['pattern']['Regex'].replace(_ENDINGS_SPELLED, _ENDINGS)
+        else:
+            raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({kind})')

@@ -7,8 +7,7 @@ its bytes, as NUL does, and nothing has to be replaced on the way in or out.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -17,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from lm.data import tokenizer_json
 from lm.data.tokenizer import SPACE
 from lm.errors import UsageError
+from lm.interop import pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # the types of pieces, GGUF's as well
 ModelProto: Any = vars(sentencepiece_model_pb2)['ModelProto']  # made when it is imported, where no type checker sees it
@@ -32,8 +32,7 @@ class Piece(NamedTuple):
     kind: int
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """A vocabulary of SentencePiece's.
 
     Attributes:
@@ -134,20 +133,12 @@ def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """
     scores = {_plain(p.text): p.score for p in pieces if p.kind == NORMAL}
     ordered = sorted(scores, key=lambda text: -scores[text])  # stable: of the same score in the order of ids
-    found: list[tuple[str, str]] = []
-    for text in ordered:
-        splits = [k for k in range(1, len(text)) if text[:k] in scores and text[k:] in scores]
-        found += [(text[:k], text[k:]) for k in splits]
-    return found
+    splits = ((text[:k], text[k:]) for text in ordered for k in range(1, len(text)))
+    return [(left, right) for left, right in splits if left in scores and right in scores]
 
 
 def _plain(text: str) -> str:
     return text.replace(SPACE, ' ')
-
-
-def byte_value(name: str) -> int | None:
-    """The byte that a piece as <0x0A> stands for."""
-    return int(name[3:5], 16) if _BYTE_NAME.fullmatch(name) else None
 
 
 def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
@@ -160,9 +151,8 @@ def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> di
     for i, (text, special) in more.items():
         content = _plain(text)
         if names.get(i, content) != content or vocab.get(content, i) != i:
-            raise UsageError(
-                f'the added token {content[:40]!r} is to have the id {i}, which is not free: mend the folder'
-            )
+            shown = repr(content[:40])
+            raise UsageError(f'the added token {shown} is to have the id {i}, which is not free: mend the folder')
         vocab[content], tokens[i] = i, added_token(i, content, special=special)
     return {**spec, 'added_tokens': [tokens[i] for i in sorted(tokens)], 'model': {**spec['model'], 'vocab': vocab}}
 
@@ -184,7 +174,7 @@ def from_json(spec: Mapping[str, Any]) -> Pieces:
     for i, piece in enumerate(pieces):
         text, kind = _plain(piece.text), UNKNOWN if piece.text == unknown else piece.kind
         score = piece.score if kind != NORMAL else -float(ranks.get(text, len(ranks) + i))
-        if kind == NORMAL and byte_value(text) is not None:
+        if kind == NORMAL and _BYTE_NAME.fullmatch(text):
             score, kind = 0.0, BYTE
         pieces[i] = Piece(text.replace(' ', SPACE), score, kind)
     listed = {(_plain(left), _plain(right)) for left, right in pairs}
@@ -209,14 +199,7 @@ def pieces_of(spec: Mapping[str, Any]) -> list[Piece]:
 
 def _check_plain(spec: Mapping[str, Any]) -> None:
     """Raises UsageError for a pre-tokenizer that keeps pieces from merging: a GGUF file has none."""
-    for node in _nodes(spec.get('pre_tokenizer')):
+    for node in pre_tokenizers.nodes(spec.get('pre_tokenizer')):
         on_space = node['type'] == 'Split' and node['pattern'] in ({'String': ' '}, {'String': SPACE})
         if node['type'] not in ('Sequence', 'Metaspace') and not on_space:
             raise UsageError(f'a GGUF file cannot say how the tokenizer splits texts ({node["type"]})')
-
-
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
-    if node:
-        yield node
-        for part in node.get('pretokenizers', ()):
-            yield from _nodes(part)
