@@ -305,8 +305,7 @@ def unlike_llama_cpp(files: Mapping[str, bytes]) -> list[str]:
 
 
 def _symbol_ids(files: Mapping[str, bytes], ours: Tokenizer) -> dict[str, Any]:
-    config = json.loads(files.get(CONFIG_FILE, b'{}'))
-    config |= {k: v for k, v in json.loads(files.get(MAP_FILE, b'{}')).items() if v}
+    config = _parse(files, CONFIG_FILE) | {k: v for k, v in _parse(files, MAP_FILE).items() if v}
     text = template_of(files)
     template = None if text is None else ChatTemplate(text)
     end = ours.eos_id
