@@ -5,7 +5,6 @@ name are the ones it takes then.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,12 +77,6 @@ ARCHS = {
     ),
     'gemma3': Arch(_GEMMA | {'qk_norm': True}, LAYER | POST_NORMS | QK_NORMS, period=6, scaled=62),
 }  # fmt: skip
-
-
-def query_scale(arch: Arch, model: Mapping[str, Any]) -> float:
-    """The factor by which llama.cpp multiplies q·k."""
-    wide = model['layers'] == arch.scaled
-    return (model['dim'] // model['heads'] if wide else model['head_dim']) ** -0.5
 
 
 # ---- rotary scaling ----

@@ -148,11 +148,12 @@ def _gemma(get: _Keys, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
     if arch.period is None:
         return {}
     attention, logits = arch.softcaps
+    wide = model['dim'] // model['heads'] if model['layers'] == arch.scaled else model['head_dim']
     local = get.real('rope.freq_base_swa', 10_000.0 if arch.linear else model['rope_theta'])
     window = get.size('attention.sliding_window', None if arch.linear else 4096)
     return {
         'embed_scale': model['dim'] ** 0.5,
-        'query_scale': tables.query_scale(arch, model),
+        'query_scale': wide**-0.5,
         'window': window,
         'pattern': _pattern(get, arch.period) if window else None,
         'rope_theta_local': local if window and local != model['rope_theta'] else None,

@@ -19,6 +19,7 @@ PLAIN: dict[str, Any] = {
     'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
     'logit_softcap': None, 'context': None,
 }  # fmt: skip
+LETTERS = {'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'}
 # The kinds of weights that are not quantized, as both formats name them.
 DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 ROWS = 2**22  # elements that are turned into a file's kind at once
@@ -27,16 +28,10 @@ ROWS = 2**22  # elements that are turned into a file's kind at once
 # ---- the graph ----
 
 
-def sizes(model: Mapping[str, Any]) -> dict[str, int]:
-    """The size of each letter."""
-    letters = {'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'}
-    return {letter: model[key] for letter, key in letters.items()}
-
-
 def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(a parameter's shape as we have it, as a file has it: [out, in], or one dim)."""
     row = parameters.row(leaf)
-    shape, fan_in = row.shape(sizes(model)), len(row.contracted)
+    shape, fan_in = row.shape({letter: model[key] for letter, key in LETTERS.items()}), len(row.contracted)
     if row.init == 'embedding':
         return shape, shape
     if not fan_in:

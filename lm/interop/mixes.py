@@ -38,14 +38,9 @@ def kind_of(name: str, shape: Sequence[int], *, mix: str, layer: int, layers: in
         return 'F32'
     if mix in PLAIN:
         return mix
-    return fitting(_wanted(name, shape, mix=mix, layer=layer, layers=layers, tied=tied), shape[-1])
-
-
-def fitting(kind: str, columns: int) -> str:
-    """That kind, or the one that takes its place for rows that its blocks do not divide."""
-    if kind in SMALLER and columns % SUPER:
-        kind = SMALLER[kind]
-    return kind if columns % BLOCK == 0 else 'F16'
+    kind = _wanted(name, shape, mix=mix, layer=layer, layers=layers, tied=tied)
+    kind = SMALLER.get(kind, kind) if shape[-1] % SUPER else kind
+    return kind if shape[-1] % BLOCK == 0 else 'F16'
 
 
 def more_bits(layer: int, layers: int) -> bool:
