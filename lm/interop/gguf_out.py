@@ -183,8 +183,8 @@ def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tenso
         theta, head_dim = model['rope_theta'], model['head_dim']
         yield tables.llama3_factors(model['rope_scaling'], theta=theta, head_dim=head_dim).view(np.uint8)
         return
-    ours = opened.leaf(tensor.leaf).read(tensor.layer)
-    for rows in graph.in_pieces(to_stored(ours, tensor.leaf, tensor.shape, arch)):
+    stored = to_stored(opened.leaf(tensor.leaf).read(tensor.layer), tensor.leaf, tensor.shape, arch)
+    for rows in graph.in_pieces(stored):
         yield encode(rows, tensor.kind, tensor.name)
 
 

@@ -286,10 +286,10 @@ def to_gguf(files: Mapping[str, bytes], *, vocab_size: int) -> dict[str, Any]:
     kinds, lowest = [p.kind for p in pieces], min(p.score for p in pieces) - 1
     if UNKNOWN in kinds:
         ids['unknown_token_id'] = kinds.index(UNKNOWN)
-    pieces += [Piece(f'[PAD{i}]', lowest, UNUSED) for i in range(len(pieces), vocab_size)]  # one for each row
-    listed = {'tokens': [p.text for p in pieces]}
-    listed |= {'scores': [p.score for p in pieces]} if first['model'] == 'llama' else {}
-    found = first | listed | {'token_type': [p.kind for p in pieces]} | last | ids
+    more = range(len(pieces), vocab_size)  # rows of the model's tables without a token
+    listed: dict[str, Any] = {'tokens': [*(p.text for p in pieces), *(f'[PAD{i}]' for i in more)]}
+    listed |= {'scores': [*(p.score for p in pieces), *[lowest] * len(more)]} if first['model'] == 'llama' else {}
+    found = first | listed | {'token_type': kinds + [UNUSED] * len(more)} | last | ids
     return {key if key == _TEMPLATE else _KEY + key: value for key, value in found.items()}
 
 
