@@ -13,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lm.config import nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
 from lm.interop import folders
+from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
@@ -45,22 +46,18 @@ MOST_DIFFERENCE = 1e-3
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.convert', __doc__)
-    parser.add_argument('src', metavar='SRC', help='a run, a Hugging Face folder, a GGUF file, or smollm2')
-    parser.add_argument('dst', metavar='DST', help='where to: a new folder, or a new file NAME.gguf')
+    parser.add_argument('src', metavar='SRC', type=_place, help='a run, a Hugging Face folder, a GGUF file, or smollm2')
+    parser.add_argument('dst', metavar='DST', type=_place, help='where to: a new folder, or a new file NAME.gguf')
     parser.add_argument(
         '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
     )
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
-    flags = parser.parse_args(argv)
-    flags.src, flags.dst = (_place(path) for path in (flags.src, flags.dst))
-    return flags
+    return parser.parse_args(argv)
 
 
 def as_written(kind: str) -> str:
     """A kind of quantization as it is written in GGUF files: q4_k_m is Q4_K_M."""
-    from lm.interop.gguf_out import MIXES
-
     return next((known for known in MIXES if known.lower() == kind.lower()), kind)
 
 
@@ -75,18 +72,23 @@ def _place(path: str) -> str:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether it is a GGUF file by its name."""
+    """Tells whether it is a GGUF file by its name."""
     return path.lower().endswith('.gguf')
 
 
 def form_of(src: str) -> str:
-    """What lies there: one of FORMS. Raises UsageError if it is none of them."""
+    """The form of what lies there, one of FORMS. Raises UsageError if it is none of them."""
     if src in PACKAGED and epath.Path(src).exists():
         raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
     if src in PACKAGED or is_gguf(src):
         return 'gguf'
     folder = epath.Path(split_run(src)[0])
-    config = _json(folder / 'config.json')
+    config, file = {}, folder / 'config.json'
+    try:
+        config = json.loads(file.read_text()) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f'{file} is damaged ({error})') from None
+    config = config if isinstance(config, dict) else {}
     if 'config' in config:
         return 'run'
     if 'architectures' in config or 'model_type' in config:
@@ -96,16 +98,8 @@ def form_of(src: str) -> str:
     raise UsageError(f'{src} {folders.reason(folder)}')
 
 
-def _json(file: epath.Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text()) if file.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{file} is damaged ({error})') from None
-    return found if isinstance(found, dict) else {}
-
-
 def target_form(dst: str, src_form: str, asked: str | None) -> str:
-    """What DST is to be. Raises UsageError if its name says otherwise than --format."""
+    """The form that DST is to have. Raises UsageError if its name says otherwise than --format."""
     named = 'gguf' if is_gguf(dst) else None
     if asked and (asked == 'gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
@@ -170,7 +164,7 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
 
 
 def reopened(dst: str, form: str) -> Opened:
-    """What was written, read by the format's own package, or a run with every checksum."""
+    """The model that was written, read by the format's own package, or a run with every checksum."""
     from lm.interop import independent
 
     if form == 'run':
@@ -183,8 +177,6 @@ def reopened(dst: str, form: str) -> Opened:
 
 def check(flags: argparse.Namespace, form: str) -> None:
     """Raises UsageError for what cannot be done, before anything is read."""
-    from lm.interop.gguf_out import MIXES
-
     if files.is_bucket(flags.dst):  # it is written bit by bit, and read again through the memory
         raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
     if epath.Path(flags.dst).exists():

@@ -117,7 +117,7 @@ def test_written_and_read_back_is_the_same_bit_for_bit(name, kind, dtype, tmp_pa
         assert got.dtype == read.dtype and got.shape == want.shape
         np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32), err_msg=leaf)
         matrix = 'norm' not in leaf and 'bias' not in leaf
-        assert read.dtype == (gguf_file.PLAIN[kind] if matrix else np.float32)
+        assert read.dtype == (graph.DTYPES[kind] if matrix else np.float32)
 
 
 @pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', pytest.param('Q4_K_M', marks=pytest.mark.slow)])

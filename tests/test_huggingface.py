@@ -14,7 +14,7 @@ import pytest
 from lm import files
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
-from lm.interop import families, family_config, huggingface, independent, safetensors_file, tokenizers
+from lm.interop import families, family_config, huggingface, independent, safetensors_file, tokenizer_files, tokenizers
 from lm.interop.huggingface import open_folder, write_folder
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
@@ -500,7 +500,7 @@ def test_a_score_without_a_head_and_with_a_bias(tmp_path):
 
 
 def test_writing_holds_a_piece_and_not_a_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, 'PIECE_BYTES', 2**16)
+    monkeypatch.setattr('lm.interop.graph.ROWS', 2**14)
     monkeypatch.setattr(files, 'STREAM_CHUNK', 2**16)
     first = open_folder(GOLDEN / 'llama')
     model = {**first.model, 'vocab_size': 2**16}
@@ -542,7 +542,7 @@ def test_ids_of_symbols_that_are_unknown_are_null(tmp_path):
     """Else transformers takes the family's own, 128004 in SmolLM 3, beyond this vocabulary."""
     write_folder(open_folder(GOLDEN / 'smollm3'), tmp_path / 'out', say=QUIET)
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert [config[key] for key in huggingface.IDS] == [None, None, None]
+    assert [config[key] for key in tokenizer_files.IDS] == [None, None, None]
 
 
 def test_padding_that_ends_an_answer_is_not_named_with_a_reward_model(dialogues, tmp_path):

@@ -330,6 +330,13 @@ def test_what_a_gguf_file_cannot_say_is_refused(ours):
         to_gguf({}, vocab_size=600)
 
 
+@pytest.mark.parametrize('content', [b'{', b'[]'])
+@pytest.mark.parametrize('name', ['tokenizer_config.json', 'special_tokens_map.json'])
+def test_a_damaged_file_beside_a_tokenizer_model_is_one_line(ours, name, content):
+    with pytest.raises(UsageError, match=f'{name} is damaged'):
+        to_gguf({**ours.saved, name: content}, vocab_size=600)
+
+
 def test_llama_cpp_gives_our_ids(ours, tmp_path):
     llama_cpp = pytest.importorskip('llama_cpp')
     pytest.importorskip('gguf')

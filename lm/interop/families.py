@@ -40,27 +40,33 @@ NEUTRAL = {
 
 
 class Key(NamedTuple):
-    """Where a setting `model.*` stands in config.json.
+    """The key of config.json at which a setting `model.*` stands.
 
     Attributes:
-      name: the key.
+      name: the key itself.
       default: what `transformers` takes where it is absent.
+      kind: 'size' from 1, 'count' from 0, 'real' above 0, or 'flag'.
+      null: what is taken where it is null, or absent without a default; None: it may not be so.
+      optional: then it may, and is None.
       read, write: the value as we have it, and as they do. The two are each other's inverse.
     """
 
     name: str
     default: Any = None
+    kind: str = 'real'
+    null: Any = None
+    optional: bool = False
     read: Callable[[Any], Any] = lambda x: x
     write: Callable[[Any], Any] = lambda x: x
 
 
 def _whole(x: float) -> float | int:
-    """As the int that some keys are declared to be, where it is one but for rounding."""
+    """The int that some keys are declared to be, where it is one but for rounding."""
     return round(x) if abs(x - round(x)) < 1e-6 * abs(x) else x
 
 
-_QUERY = Key('query_pre_attn_scalar', 256, lambda x: x**-0.5, lambda x: _whole(x**-2.0))
-_FINAL = Key('final_logit_softcapping')
+_QUERY = Key('query_pre_attn_scalar', 256, read=lambda x: x**-0.5, write=lambda x: _whole(x**-2.0))
+_FINAL = Key('final_logit_softcapping', optional=True)
 
 
 class Family(NamedTuple):
@@ -102,11 +108,13 @@ class Family(NamedTuple):
 
 
 # Settings that all have: model.* -> key, and what is taken where it is absent (None: it must be there, or follows).
-COMMON = {
-    'vocab_size': Key('vocab_size'), 'dim': Key('hidden_size'), 'layers': Key('num_hidden_layers'),
-    'heads': Key('num_attention_heads'), 'kv_heads': Key('num_key_value_heads'), 'head_dim': Key('head_dim'),
-    'ffn_dim': Key('intermediate_size'), 'norm_eps': Key('rms_norm_eps', 1e-6),
-    'context': Key('max_position_embeddings'), 'tied': Key('tie_word_embeddings', False),
+_SIZES = {
+    'vocab_size': 'vocab_size', 'dim': 'hidden_size', 'layers': 'num_hidden_layers', 'heads': 'num_attention_heads',
+    'kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim', 'ffn_dim': 'intermediate_size',
+}  # fmt: skip
+COMMON = {ours: Key(theirs, kind='size') for ours, theirs in _SIZES.items()} | {
+    'norm_eps': Key('rms_norm_eps', 1e-6), 'context': Key('max_position_embeddings', kind='size', optional=True),
+    'tied': Key('tie_word_embeddings', False, kind='flag'),
 }  # fmt: skip
 _GEMMA = {'norm_plus_one': True, 'activation': 'gelu'}
 _GEMMA_DEFAULTS = {'tied': True, 'head_dim': 256, 'activation': 'gelu_pytorch_tanh'}
@@ -135,13 +143,13 @@ FAMILIES = (
     _family('granite', 'Granite', {}, LAYER, scored=None, keys={
         'query_scale': Key('attention_multiplier', 1.0), 'embed_scale': Key('embedding_multiplier', 1.0),
         'residual_scale': Key('residual_multiplier', 1.0),
-        'logit_scale': Key('logits_scaling', 1.0, lambda x: 1 / x, lambda x: 1 / x),
+        'logit_scale': Key('logits_scaling', 1.0, read=lambda x: 1 / x, write=lambda x: 1 / x),
     }),
     _family('gemma', 'Gemma', _GEMMA, LAYER, scaled=lambda dim: dim**0.5, defaults=_GEMMA_DEFAULTS),
     _family('gemma2', 'Gemma2', _GEMMA | {'norms': 'both'}, _MATRICES | _BOTH, window='given', period=2,
             square=True, activation='hidden_activation', scaled=lambda dim: dim**0.5,
             keys={'query_scale': _QUERY, 'logit_softcap': _FINAL._replace(default=30.0),
-                  'attn_softcap': Key('attn_logit_softcapping', 50.0)},
+                  'attn_softcap': Key('attn_logit_softcapping', 50.0, optional=True)},
             defaults=_GEMMA_DEFAULTS | {'window': 4096, 'kv_heads': 4}),
     _family('gemma3_text', 'Gemma3', _GEMMA | {'norms': 'both', 'qk_norm': True}, _MATRICES | _BOTH | _QK_NORMS,
             scored='Gemma3TextForSequenceClassification', window='given', period=6, square=True,

@@ -5,28 +5,37 @@ for each type of layer). The first is written: both versions read it. Which arch
 reader: its settings are written for one, read back, and compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.errors import UsageError
 from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
-from lm.interop.graph import PLAIN, differences, kinds
+from lm.interop.graph import PLAIN, differences, first_exact, kinds, scales
 from lm.model.layers import RopeScaling
 from lm.settings import INT32_MAX
 
-SIZES = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'ffn_dim', 'context', 'window')
 MOST_LAYERS = 4096  # a hostile file's number is a loop of ours
 BIASED = 'attention_bias'
 QUANTIZED = ('quantization_config', 'quantization')  # of transformers, of MLX
 FULL, SLIDING = 'full_attention', 'sliding_attention'
-_LLAMA3 = {  # llama3's own names, and ours
-    'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
-    'original_max_position_embeddings': 'original',
+_SCALINGS = {  # by rope_type: its own names, and ours
+    'linear': {'factor': 'factor'},
+    'llama3': {
+        'factor': 'factor', 'low_freq_factor': 'low', 'high_freq_factor': 'high',
+        'original_max_position_embeddings': 'original',
+    },
 }  # fmt: skip
+# Which values a key of each kind may have, and what others are told to be.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'size': (lambda x: type(x) is int and 1 <= x <= INT32_MAX, f'not a whole number from 1 to {INT32_MAX}'),
+    'count': (lambda x: type(x) is int and x >= 0, 'not a whole number from 0'),
+    'real': (lambda x: type(x) in (int, float) and 0 < x < 1e38, 'not a positive number'),
+    'flag': (lambda x: isinstance(x, bool), 'neither true nor false'),
+}
 
 
 class Described(NamedTuple):
-    """What a config.json says.
+    """A model as its config.json says it.
 
     Attributes:
       family: the architecture.
@@ -45,8 +54,8 @@ class Described(NamedTuple):
 
 
 def describe(config: Mapping[str, Any], where: str) -> Described:
-    """What a config.json says. Raises UsageError for an architecture that we do not know, or a key that it has and our
-    decoder cannot express, by its name."""
+    """A model by its config.json. Raises UsageError for an architecture that we do not know, or a key that it has and
+    our decoder cannot express, by its name."""
     family, scored, vision = _family_of(config, where)
     inner = config.get('text_config') if vision else config
     if not isinstance(inner, Mapping):
@@ -56,11 +65,12 @@ def describe(config: Mapping[str, Any], where: str) -> Described:
             kind = told.get('quant_method', told) if isinstance(told, Mapping) else told
             raise UsageError(f'{where}: {key}={_short(kind)}: its weights are quantized, get those that are not')
     for key, value in NEUTRAL.items():
-        if family.biased and key == BIASED:
-            continue
-        if inner.get(key) not in (None, value) or config.get(key) not in (None, value):
+        neutral = all(x.get(key) in (None, value) for x in (inner, config))
+        if not neutral and not (family.biased and key == BIASED):
             raise UsageError(f'{where}: {key}={_short(inner.get(key, config.get(key)))} is not in our graph')
-    if scored and (labels := _labels(config)) != 1:
+    names = config.get('id2label')
+    labels = config.get('num_labels', len(names) if isinstance(names, Mapping) else 2)  # two, where nothing is said
+    if scored and labels != 1:
         raise UsageError(f'{where}: num_labels={labels}: a reward model has one')
     return Described(family, scored, graph(_Keys(inner, where), family, scored=scored), vision)
 
@@ -82,24 +92,18 @@ def _family_of(config: Mapping[str, Any], where: str) -> tuple[Family, bool, boo
     )
 
 
-def _labels(config: Mapping[str, Any]) -> Any:
-    """How many numbers the head gives: two, where nothing is said."""
-    labels = config.get('id2label')
-    return config.get('num_labels', len(labels) if isinstance(labels, Mapping) else 2)
-
-
 def graph(get: '_Keys', family: Family, *, scored: bool) -> dict[str, Any]:
     """`model.*` of a config."""
     model: dict[str, Any] = dict(PLAIN)
     for ours, key in (COMMON | family.keys).items():
         if ours not in ('kv_heads', 'head_dim'):
-            model[ours] = get.value(ours, key._replace(default=family.defaults.get(ours, key.default)))
+            model[ours] = get.value(key._replace(default=family.defaults.get(ours, key.default)))
     if model['layers'] > MOST_LAYERS:
         raise UsageError(f'{get.where}: num_hidden_layers={model["layers"]} is more than {MOST_LAYERS}')
-    heads, defaults = model['heads'], family.defaults
-    model['kv_heads'] = get.value('kv_heads', COMMON['kv_heads']._replace(default=defaults.get('kv_heads', heads)))
-    width = defaults.get('head_dim', model['dim'] // heads)
-    model['head_dim'] = get.value('head_dim', COMMON['head_dim']._replace(default=width))
+    heads, width = model['heads'], family.defaults.get('head_dim', model['dim'] // model['heads'])
+    options = {'default': family.defaults.get('kv_heads', heads), 'null': get.config.get('num_attention_heads')}
+    model['kv_heads'] = get.value(COMMON['kv_heads']._replace(**options))
+    model['head_dim'] = get.value(COMMON['head_dim']._replace(default=width, null=width))
     model |= family.graph | {'activation': _activation(get, family)}
     model['embed_scale'] = family.scaled(model['dim']) if family.scaled else model['embed_scale']
     model['tied'] = model['tied'] or scored  # without a head of its own
@@ -111,9 +115,8 @@ def _activation(get: '_Keys', family: Family) -> str:
     if name == 'gelu' and family.model_type == 'gemma':  # of the first releases, which mean the approximation
         name = 'gelu_pytorch_tanh'
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise UsageError(
-            f'{get.where}: {family.activation}={_short(name)} is not in our graph: {", ".join(ACTIVATIONS)}'
-        )
+        known = ', '.join(ACTIVATIONS)
+        raise UsageError(f'{get.where}: {family.activation}={_short(name)} is not in our graph: {known}')
     return ACTIVATIONS[name]
 
 
@@ -121,12 +124,10 @@ def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[s
     """The kinds of layer, their windows and their rotary positions."""
     words, window = _words(get, family, model['layers'])
     theta, scaling = rotary(get, family, FULL)
-    local = (theta, scaling)
-    if family.local_theta:
-        local = rotary(get, family, SLIDING)
-        if local[1]:
-            raise UsageError(f'{get.where}: rope_parameters of {SLIDING} with a scaling are not in our graph')
     own = family.local_theta is not None
+    local = rotary(get, family, SLIDING) if own else (theta, scaling)
+    if own and local[1]:
+        raise UsageError(f'{get.where}: rope_parameters of {SLIDING} with a scaling are not in our graph')
     if set(words) == {'local'} and not own:
         return {'window': window, 'rope_theta': theta, 'rope_scaling': scaling}
     if scaling and 'local' in words and not own:
@@ -139,50 +140,47 @@ def _positions(get: '_Keys', family: Family, model: Mapping[str, Any]) -> dict[s
 
 def _words(get: '_Keys', family: Family, layers: int) -> tuple[list[str], int | None]:
     """(the kind of each layer, the window of local ones)."""
-    window = None
-    used = get.flag('use_sliding_window', False) if family.window == 'switched' else family.window != 'never'
+    window, used = None, family.window != 'never'
+    if family.window == 'switched':
+        used = get.value(Key('use_sliding_window', False, kind='flag', null=False))
     if used:
-        window = get.value('window', Key('sliding_window', family.defaults.get('window')), optional=True)
+        window = get.value(Key('sliding_window', family.defaults.get('window'), kind='size', optional=True))
     rope = _rope_layers(get, family, layers)
     types = get.config.get('layer_types')
     if types is None:
-        types = [SLIDING if _slides(get, family, i, window, rope[i]) else FULL for i in range(layers)]
+        types = [SLIDING if slides else FULL for slides in _sliding(get, family, window, rope)]
     if not isinstance(types, list) or len(types) != layers or any(t not in (FULL, SLIDING) for t in types):
         raise UsageError(f'{get.where}: layer_types={_short(types)} is not {layers} of {FULL} and {SLIDING}')
     if SLIDING in types and window is None:
         raise UsageError(f'{get.where}: layer_types has {SLIDING}, but there is no sliding_window in use')
     if family.window == 'always' and window is not None and FULL in types:
         raise UsageError(f'{get.where}: layer_types of more than one kind are not of {family.causal}')
-    words = ['local' if t == SLIDING else 'global' for t in types]
-    for i in range(layers):
-        if not rope[i]:
-            if words[i] == 'local':
-                raise UsageError(f'{get.where}: no_rope_layers with a sliding window (layer {i}) are not in our graph')
-            words[i] = 'nope'
-    return words, window
+    still = [i for i, turns in enumerate(rope) if not turns]
+    if clash := [i for i in still if types[i] == SLIDING]:
+        raise UsageError(f'{get.where}: no_rope_layers with a sliding window (layer {clash[0]}) are not in our graph')
+    return ['nope' if i in still else 'local' if t == SLIDING else 'global' for i, t in enumerate(types)], window
 
 
-def _slides(get: '_Keys', family: Family, layer: int, window: int | None, rope: bool) -> bool:
-    """Whether a layer has the sliding window where the file does not say."""
+def _sliding(get: '_Keys', family: Family, window: int | None, rope: Sequence[bool]) -> list[bool]:
+    """Tells which layers have the sliding window where the file does not say."""
     if window is None:
-        return False
+        return [False] * len(rope)
     if family.period:
-        period = get.value('layers', Key('sliding_window_pattern', family.period))
-        return (layer + 1) % period != 0
+        period = get.value(Key('sliding_window_pattern', family.period, kind='size'))
+        return [(i + 1) % period != 0 for i in range(len(rope))]
     if family.nope:
-        return not rope
-    if family.window == 'switched':
-        return layer >= get.value('first', Key('max_window_layers', 28))
-    return True
+        return [not turns for turns in rope]
+    first = get.value(Key('max_window_layers', 28, kind='count')) if family.window == 'switched' else 0
+    return [i >= first for i in range(len(rope))]
 
 
 def _rope_layers(get: '_Keys', family: Family, layers: int) -> list[bool]:
-    """Whether each layer has rotary positions."""
+    """Tells which layers have rotary positions."""
     if not family.nope:
         return [True] * layers
     told = get.config.get('no_rope_layers')
     if told is None:
-        interval = get.value('layers', Key('no_rope_layer_interval', 4))
+        interval = get.value(Key('no_rope_layer_interval', 4, kind='size'))
         return [(i + 1) % interval != 0 for i in range(layers)]
     if not isinstance(told, list) or len(told) < layers or any(x not in (0, 1) for x in told):
         raise UsageError(f'{get.where}: no_rope_layers={_short(told)} is not a 0 or 1 for each of {layers} layers')
@@ -209,13 +207,11 @@ def rotary(get: '_Keys', family: Family, layer_type: str) -> tuple[float, str | 
     if layer_type == SLIDING:
         default, name = family.local_theta, 'rope_local_base_freq'
         params = params if nested else {}  # a scaling that stands alone is the global layers'
-    top = get.value('rope_theta', Key(name, default))
+    top = get.value(Key(name, default))
     rope = _Keys(params, f'{get.where}: rope_parameters')
-    theta = rope.value('rope_theta', Key('rope_theta', top))
-    if params.get('partial_rotary_factor') not in (None, 1, 1.0):
-        raise UsageError(
-            f'{rope.where}.partial_rotary_factor={_short(params["partial_rotary_factor"])} is not in our graph'
-        )
+    theta = rope.value(Key('rope_theta', top))
+    if (part := params.get('partial_rotary_factor')) not in (None, 1, 1.0):
+        raise UsageError(f'{rope.where}.partial_rotary_factor={_short(part)} is not in our graph')
     return theta, _scaling(rope)
 
 
@@ -224,12 +220,10 @@ def _scaling(rope: '_Keys') -> str | None:
     kind = rope.config.get('rope_type', rope.config.get('type', 'default'))
     if kind in (None, 'default'):
         return None
-    if kind == 'linear':
-        return f'linear,factor={_number(rope.value("factor", Key("factor")))}'
-    if kind != 'llama3':
+    if kind not in tuple(_SCALINGS):
         raise UsageError(f'{rope.where}.rope_type={_short(kind)} is not in our graph: default, linear and llama3 are')
-    values = {ours: _number(rope.value(ours, Key(theirs))) for theirs, ours in _LLAMA3.items()}
-    return ','.join(['llama3', *(f'{name}={value}' for name, value in values.items())])
+    values = [f'{ours}={_number(rope.value(Key(theirs)))}' for theirs, ours in _SCALINGS[kind].items()]
+    return ','.join([kind, *values])
 
 
 def _number(x: float) -> str:
@@ -248,37 +242,18 @@ class _Keys:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where = config, where
 
-    def value(self, ours: str, key: Key, *, optional: bool = False) -> Any:
-        """model.`ours`; None where it is null and may be, or is absent and nothing is taken then."""
+    def value(self, key: Key) -> Any:
+        """A setting, None where it is optional and not there."""
         value = self.config.get(key.name, key.default)
-        if value is None and ours == 'kv_heads':
-            value = self.config.get('num_attention_heads')
-        if value is None and ours == 'head_dim':
-            value = key.default
-        if value is None and (optional or ours in ('context', 'logit_softcap', 'attn_softcap')):
+        value = key.null if value is None else value
+        if value is None and key.optional:
             return None
         if value is None:
             raise UsageError(f'{self.where} has no {key.name}')
-        if ours == 'tied':
-            return self.flag(key.name, value)
-        if ours in SIZES:
-            if type(value) is not int or not 1 <= value <= INT32_MAX:
-                raise UsageError(
-                    f'{self.where}: {key.name}={_short(value)} is not a whole number from 1 to {INT32_MAX}'
-                )
-        elif ours == 'first':
-            if type(value) is not int or value < 0:
-                raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a whole number from 0')
-        elif type(value) not in (int, float) or not 0 < value < 1e38:
-            raise UsageError(f'{self.where}: {key.name}={_short(value)} is not a positive number')
-        return key.read(value if ours in SIZES or ours == 'first' else float(value))
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UsageError(f'{self.where}: {name}={_short(value)} is neither true nor false')
-        return value
+        fits, wanted = _KINDS[key.kind]
+        if not fits(value):
+            raise UsageError(f'{self.where}: {key.name}={_short(value)} is {wanted}')
+        return key.read(float(value) if key.kind == 'real' else value)
 
 
 # ---- writing ----
@@ -292,17 +267,11 @@ def choose(model: Mapping[str, Any], *, scored: bool, without: str | None = None
 
     Raises UsageError with the settings that the nearest lacks.
     """
-    given, misses = _all_local(PLAIN | dict(model)), []
-    for family in FAMILIES:
-        if (scored and family.scored is None) or family.model_type == without:
-            continue
-        config = compose(given, family, scored=scored)
-        missed = _differences(given, config, family, scored=scored)
-        if not missed:
-            return family, config
-        misses.append((family.causal, missed))
-    name, missed = min(misses, key=lambda miss: len(miss[1]))
-    raise UsageError(f'no architecture of Hugging Face is this graph; {name} is but for {", ".join(missed)}')
+    given = _all_local(PLAIN | dict(model))
+    able = [family for family in FAMILIES if (family.scored or not scored) and family.model_type != without]
+    configs = ((family, compose(given, family, scored=scored)) for family in able)
+    tried = ((f.causal, (f, config), _differences(given, config, f, scored=scored)) for f, config in configs)
+    return first_exact('Hugging Face', tried)
 
 
 def _all_local(model: dict[str, Any]) -> dict[str, Any]:
@@ -318,16 +287,15 @@ def compose(model: Mapping[str, Any], family: Family, *, scored: bool) -> dict[s
     config: dict[str, Any] = {
         'architectures': [family.scored if scored else family.causal], 'model_type': family.model_type,
     }  # fmt: skip
+    numbers = scales(model)
     for ours, key in (COMMON | family.keys).items():
-        value = model[ours]
-        if value is None:
-            value = {'query_scale': model['head_dim'] ** -0.5}.get(ours, 1.0 if ours.endswith('scale') else None)
+        value = numbers.get(ours, model[ours])
         config[key.name] = None if value is None else key.write(value)
     config |= {BIASED: True} if family.biased else {}
-    names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == model['activation']]
     if model['context'] is None:
         del config[COMMON['context'].name]  # which has no null
-    config[family.activation] = names[0] if names else model['activation']
+    activation = model['activation']
+    config[family.activation] = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), activation)
     return config | _windows(model, family) | _rope(model, family)
 
 
@@ -354,9 +322,9 @@ def _rope(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
         config['rope_local_base_freq'] = float(model['rope_theta_local'] or model['rope_theta'])
     scaling = RopeScaling.parse(model['rope_scaling'])
     if scaling:
-        config['rope_scaling'] = {'rope_type': scaling.kind, 'factor': scaling.factor}
+        values = {theirs: getattr(scaling, ours) for theirs, ours in _SCALINGS[scaling.kind].items()}
+        config['rope_scaling'] = {'rope_type': scaling.kind} | values
     if scaling and scaling.kind == 'llama3':
-        config['rope_scaling'] |= {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
         config['rope_scaling']['original_max_position_embeddings'] = int(scaling.original)
     return config
 

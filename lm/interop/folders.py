@@ -1,5 +1,6 @@
 """Names what lies at a path where a model was to be and is none, and what to do instead."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,16 +47,14 @@ def _run_around(folder: epath.Path) -> epath.Path | None:
 
 def _models_in(folder: epath.Path) -> list[str]:
     """The first models that lie in a folder, as a trainer's checkpoints or the snapshots of the hub's cache do."""
-    places = [folder, *([folder / 'snapshots'] if (folder / 'snapshots').is_dir() else [])]
-    found = (
-        child for place in places for child in sorted(place.iterdir()) if child.is_dir() or child.suffix == '.gguf'
-    )
-    models = (str(child) for child in found if child.suffix == '.gguf' or _holds_model(child))
-    return [name for name, _ in zip(models, range(_NAMED), strict=False)]
+    places = [place for place in (folder, folder / 'snapshots') if place.is_dir()]
+    children = (child for place in places for child in sorted(place.iterdir()))
+    models = (str(child) for child in children if child.suffix == '.gguf' or _holds_model(child))
+    return list(itertools.islice(models, _NAMED))
 
 
-def _holds_model(folder: epath.Path) -> bool:
-    return (folder / CONFIG).exists() or (folder / ADAPTER).exists()
+def _holds_model(path: epath.Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in (CONFIG, ADAPTER))
 
 
 def _object(file: epath.Path) -> Mapping[str, Any]:

@@ -5,7 +5,6 @@ name are the ones it takes then.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from lm.errors import UsageError
 from lm.model.layers import RopeScaling
 
+LAYER_PREFIX = 'blk.{}.'
 TOP = {'embed_VD': 'token_embd.weight', 'final_norm_D': 'output_norm.weight'}
 HEAD = {'head_DV': 'output.weight'}
 ROPE_FREQS = 'rope_freqs.weight'  # what the rotary frequencies are divided by: llama3 scaling
@@ -77,12 +77,6 @@ ARCHS = {
     ),
     'gemma3': Arch(_GEMMA | {'qk_norm': True}, LAYER | POST_NORMS | QK_NORMS, period=6, scaled=62),
 }  # fmt: skip
-
-
-def query_scale(arch: Arch, model: Mapping[str, Any]) -> float:
-    """What llama.cpp multiplies q·k by."""
-    wide = model['layers'] == arch.scaled
-    return (model['dim'] // model['heads'] if wide else model['head_dim']) ** -0.5
 
 
 # ---- rotary scaling ----

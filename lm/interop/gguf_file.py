@@ -7,15 +7,15 @@ offset is held against the size of the file before anything is allocated by it, 
 
 import math
 import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import ml_dtypes
 import numpy as np
+from etils import epath
 
 from lm.errors import UsageError, install
+from lm.interop.graph import DTYPES, Info
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)  # 1 had counts of 32 bits, for some weeks of 2023
@@ -28,19 +28,13 @@ SMALLEST_PAIR, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes in the he
 
 # Scalar types of metadata by their number; 8 is a string, 9 an array.
 SCALARS = {
-    0: '<u1',
-    1: '<i1',
-    2: '<u2',
-    3: '<i2',
-    4: '<u4',
-    5: '<i4',
-    6: '<f4',
-    7: '?',
-    10: '<u8',
-    11: '<i8',
-    12: '<f8',
-}
+    0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
+}  # fmt: skip
 STRING, ARRAY = 8, 9
+SMALLEST = {kind: np.dtype(code).itemsize for kind, code in SCALARS.items()} | {
+    STRING: 8,
+    ARRAY: 12,
+}  # bytes of a value
 
 # Kinds of tensors that we read by their number: (name, elements a block, bytes a block).
 KINDS = {
@@ -49,27 +43,12 @@ KINDS = {
     12: ('Q4_K', 256, 144), 13: ('Q5_K', 256, 176), 14: ('Q6_K', 256, 210),
 }  # fmt: skip
 BLOCKS = {name: (elements, size) for name, elements, size in KINDS.values()}
-PLAIN = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+READ_AS = dict.fromkeys(BLOCKS, np.dtype(np.float32)) | DTYPES  # what `read` gives
 CHUNK = 2**22  # bytes of a file that are turned into numbers at once
 
 
-class Info(NamedTuple):
-    """One tensor of a file.
-
-    Attributes:
-      shape: as numpy has it: the file's dims the other way round.
-      kind: 'F32', 'Q4_K' …
-      offset, size: bytes, from the start of the file.
-    """
-
-    shape: tuple[int, ...]
-    kind: str
-    offset: int
-    size: int
-
-
 class Header(NamedTuple):
-    """What a file says before its tensors: values are int, float, bool, str and lists of them."""
+    """All that a file says before its tensors: values are int, float, bool, str and lists of them."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Info]
@@ -87,44 +66,25 @@ def read_header(path: str | Path) -> Header:
         raise UsageError(f'{path}: cannot be read ({error.strerror or error})') from None
 
 
-def read(path: str | Path, info: Info, rows: slice | None = None) -> np.ndarray:
-    """A tensor, or rows `rows` (of its first dim, step 1) of it: F32, F16 and BF16 as they are, others as float32.
+def read(info: Info) -> np.ndarray:
+    """A tensor: F32, F16 and BF16 as they are, others as float32.
 
     Nothing of the file stays mapped; a few MB of it are in memory at once beside the result.
     """
-    start, stop, _ = (rows or slice(None)).indices(info.shape[0])
-    shape = (max(0, stop - start), *info.shape[1:])
-    columns, (elements, size) = info.shape[-1], BLOCKS[info.kind]
-    row = math.prod(info.shape[1:])
-    if info.kind in PLAIN:
-        begin = info.offset + start * row * size
-        return _bytes(path, begin, math.prod(shape) * size).view(PLAIN[info.kind]).reshape(shape)
-    if len(info.shape) == 1:  # one row of blocks
-        return _dequantize(path, info.offset, 1, info.shape[0], info.kind).reshape(-1)[start:stop]
-    flat = math.prod(shape[:-1])
-    first = info.offset + start * row // elements * size
-    return _dequantize(path, first, flat, columns, info.kind).reshape(shape)
-
-
-def dtype_of(info: Info) -> np.dtype:
-    """What `read` gives."""
-    return PLAIN.get(info.kind, np.dtype(np.float32))
-
-
-def _dequantize(path: str | Path, offset: int, rows: int, columns: int, kind: str) -> np.ndarray:
-    """Float32 [rows, columns], a few rows at a time."""
-    quants, number = package().quants, package().GGMLQuantizationType[kind]
-    elements, size = BLOCKS[kind]
-    width = columns // elements * size
+    if info.kind in DTYPES:
+        return _bytes(info.path, info.at, info.nbytes).view(DTYPES[info.kind]).reshape(info.shape)
+    quants, number = package().quants, package().GGMLQuantizationType[info.kind]
+    out = np.empty((math.prod(info.shape[:-1]), info.shape[-1]), np.float32)
+    width = info.nbytes // len(out)
     step = max(1, CHUNK // width)
-    out = np.empty((rows, columns), np.float32)
-    for i in range(0, rows, step):
-        n = min(step, rows - i)
-        out[i : i + n] = quants.dequantize(_bytes(path, offset + i * width, n * width).reshape(n, width), number)
-    return out
+    for i in range(0, len(out), step):
+        n = min(step, len(out) - i)
+        data = _bytes(info.path, info.at + i * width, n * width).reshape(n, width)
+        out[i : i + n] = quants.dequantize(data, number)
+    return out.reshape(info.shape)
 
 
-def _bytes(path: str | Path, offset: int, size: int) -> np.ndarray:
+def _bytes(path: epath.PathLike, offset: int, size: int) -> np.ndarray:
     """uint8 [size] of a file, read and not mapped."""
     try:
         data = np.fromfile(path, np.uint8, size, offset=offset)
@@ -156,6 +116,10 @@ class _Cursor:
     def wrong(self, why: str) -> NoReturn:
         raise UsageError(f'{self.path}: a damaged GGUF file: {why}')
 
+    def check(self, good: bool, why: str) -> None:
+        if not good:
+            self.wrong(why)
+
     def take(self, n: int, what: str) -> bytes:
         """The next n bytes."""
         if n > self.size - self.at:
@@ -164,16 +128,16 @@ class _Cursor:
         return self.data[self.at - n : self.at]
 
     def u32(self, what: str) -> int:
-        return struct.unpack('<I', self.take(4, what))[0]
+        return int.from_bytes(self.take(4, what), 'little')
 
     def u64(self, what: str) -> int:
-        return struct.unpack('<Q', self.take(8, what))[0]
+        return int.from_bytes(self.take(8, what), 'little')
 
     def count(self, what: str, *, smallest: int) -> int:
         """A number of things of at least `smallest` bytes each that are to follow."""
         n = self.u64(what)
-        if n > (self.size - self.at) // smallest:
-            self.wrong(f'{what}: {n} of them cannot be in a file of {self.size} bytes')
+        fits = n <= (self.size - self.at) // smallest
+        self.check(fits, f'{what}: {n} of them cannot be in a file of {self.size} bytes')
         return n
 
     def text(self, what: str, *, longest: int | None = None) -> str:
@@ -198,8 +162,7 @@ def _header(cursor: _Cursor) -> Header:
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = cursor.text('a key', longest=MAX_KEY)
-        if key in metadata:
-            cursor.wrong(f'it has the key {key!r} twice')
+        cursor.check(key not in metadata, f'it has the key {key!r} twice')
         metadata[key] = _value(cursor, cursor.u32(key), repr(key))
     return Header(metadata, _tensors(cursor, tensors, _alignment(cursor, metadata)))
 
@@ -210,21 +173,16 @@ def _value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
         return cursor.text(what)
     if kind == ARRAY:
         return _array(cursor, what, depth)
-    if kind not in SCALARS:
-        cursor.wrong(f'{what} has the type {kind}, which there is not')
+    cursor.check(kind in SCALARS, f'{what} has the type {kind}, which there is not')
     return _numbers(cursor, kind, 1, what)[0]
 
 
 def _array(cursor: _Cursor, what: str, depth: int) -> list[Any]:
-    if depth >= MAX_DEPTH:
-        cursor.wrong(f'{what} has arrays in arrays, more than {MAX_DEPTH} deep')
+    cursor.check(depth < MAX_DEPTH, f'{what} has arrays in arrays, more than {MAX_DEPTH} deep')
     kind = cursor.u32(what)
-    if kind not in SCALARS and kind not in (STRING, ARRAY):
-        cursor.wrong(f'{what} has elements of the type {kind}, which there is not')
-    smallest = {STRING: 8, ARRAY: 12}.get(kind) or np.dtype(SCALARS[kind]).itemsize
-    n = cursor.count(f'the elements of {what}', smallest=smallest)
-    if n > MAX_ELEMENTS:
-        cursor.wrong(f'{what} has {n} elements, more than {MAX_ELEMENTS}')
+    cursor.check(kind in SMALLEST, f'{what} has elements of the type {kind}, which there is not')
+    n = cursor.count(f'the elements of {what}', smallest=SMALLEST[kind])
+    cursor.check(n <= MAX_ELEMENTS, f'{what} has {n} elements, more than {MAX_ELEMENTS}')
     if kind in SCALARS:
         return _numbers(cursor, kind, n, what)
     return [_value(cursor, kind, what, depth + 1) for _ in range(n)]
@@ -233,8 +191,7 @@ def _array(cursor: _Cursor, what: str, depth: int) -> list[Any]:
 def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> list[Any]:
     dtype = np.dtype(SCALARS[kind])
     data = cursor.take(n * dtype.itemsize, what)
-    if dtype == np.bool_ and data.strip(b'\0\1'):
-        cursor.wrong(f'{what} is a bool that is neither 0 nor 1')
+    cursor.check(dtype != np.bool_ or not data.strip(b'\0\1'), f'{what} is a bool that is neither 0 nor 1')
     return np.frombuffer(data, dtype).tolist()
 
 
@@ -250,39 +207,37 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Info]:
     infos: dict[str, Info] = {}
     for _ in range(count):
         name = cursor.text("a tensor's name", longest=MAX_KEY)
-        if name in infos:
-            cursor.wrong(f'it has the tensor {name!r} twice')
+        cursor.check(name not in infos, f'it has the tensor {name!r} twice')
         infos[name] = _tensor(cursor, name, alignment)
     start = -(-cursor.at // alignment) * alignment
-    placed = {name: info._replace(offset=start + info.offset) for name, info in infos.items()}
+    placed = {name: info._replace(at=start + info.at) for name, info in infos.items()}
     _check_places(cursor, placed)
     return placed
 
 
 def _tensor(cursor: _Cursor, name: str, alignment: int) -> Info:
-    """What the header says of a tensor; its offset is from where tensors begin."""
+    """A tensor as the header says it; `at` is from where tensors begin."""
     n = cursor.u32(f'the dims of {name!r}')
-    if not 1 <= n <= MAX_DIMS:
-        cursor.wrong(f'the tensor {name!r} has {n} dims, not 1 to {MAX_DIMS}')
+    cursor.check(1 <= n <= MAX_DIMS, f'the tensor {name!r} has {n} dims, not 1 to {MAX_DIMS}')
     shape = tuple(cursor.u64(f'a dim of {name!r}') for _ in range(n))[::-1]
     number, offset = cursor.u32(f'the kind of {name!r}'), cursor.u64(f'the offset of {name!r}')
     if number not in KINDS:
         readable = ', '.join(sorted(BLOCKS))
         raise UsageError(f'{cursor.path}: the tensor {name!r} is of kind {number}, not one that we read: {readable}')
     kind, elements, size = KINDS[number]
-    if not all(shape) or shape[-1] % elements:
-        cursor.wrong(f'the tensor {name!r} of shape {shape} cannot be of kind {kind}: blocks of {elements} in a row')
-    if offset % alignment:
-        cursor.wrong(f'the tensor {name!r} begins at {offset}, no multiple of {alignment}')
-    return Info(shape, kind, offset, math.prod(shape) // elements * size)
+    fits = all(shape) and shape[-1] % elements == 0
+    what = f'the tensor {name!r} of shape {shape}'
+    cursor.check(fits, f'{what} cannot be of kind {kind}: blocks of {elements} in a row')
+    cursor.check(offset % alignment == 0, f'the tensor {name!r} begins at {offset}, no multiple of {alignment}')
+    nbytes = math.prod(shape) // elements * size
+    return Info(cursor.path, name, kind, shape, offset, nbytes)
 
 
 def _check_places(cursor: _Cursor, infos: Mapping[str, Info]) -> None:
     """Every tensor lies in the file, and none in another."""
     end, before = 0, ''
-    for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
-        if info.offset < end:
-            cursor.wrong(f'the tensors {before!r} and {name!r} overlap')
-        end, before = info.offset + info.size, name
-        if end > cursor.size:
-            cursor.wrong(f'the tensor {name!r} of shape {info.shape} reaches over the end of the file')
+    for name, info in sorted(infos.items(), key=lambda item: item[1].at):
+        cursor.check(info.at >= end, f'the tensors {before!r} and {name!r} overlap')
+        end, before = info.at + info.nbytes, name
+        what = f'the tensor {name!r} of shape {info.shape}'
+        cursor.check(end <= cursor.size, f'{what} reaches over the end of the file')

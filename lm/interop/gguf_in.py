@@ -11,7 +11,7 @@ from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import tokenizer_files
 from lm.interop.gguf_arch import ARCHS, Arch
-from lm.interop.graph import PLAIN, from_stored, shapes
+from lm.interop.graph import PLAIN, Fetch, Info, check_surplus, from_stored, names_of, read_leaves
 from lm.interop.opened import Leaf, Opened
 from lm.model import parameters
 from lm.settings import INT32_MAX
@@ -19,21 +19,17 @@ from lm.settings import INT32_MAX
 IGNORED = ('rope.freqs', 'attn_rot_embd.weight', 'rotary_emb.inv_freq')  # old files' copies of what follows from theta
 
 
-Fetch = Callable[[str, file.Info], np.ndarray]  # a tensor by its name
-
-
-def open_gguf(path: str | Path, *, fetch: Fetch | None = None) -> Opened:
+def open_gguf(path: str | Path, *, fetch: Fetch = file.read) -> Opened:
     """A GGUF file of one of the architectures in `ARCHS`. Raises UsageError for what we cannot express.
 
     Args:
-      fetch: reads a tensor; None: `gguf_file.read`.
+      fetch: reads a tensor.
     """
     from lm.interop import tokenizers
 
     header = file.read_header(path)
     name, arch = architecture(header.metadata, str(path))
     model = graph(header, name, arch, where=str(path))
-    fetch = fetch or (lambda _, info: file.read(path, info))
     leaves = _leaves(path, header, arch, model, fetch)
     words, notes = tokenizer_files.fitted(tokenizers.from_gguf(header.metadata), model['vocab_size'])
     return Opened(str(path), model, leaves, words, notes=tuple(notes))
@@ -61,27 +57,26 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
         if get.raw(key, value) != value:
             raise UsageError(f'{where}: {name}.{key}={get.raw(key, None)} is not in our graph')
     model: dict[str, Any] = {key: get.size(gguf) for key, gguf in tables.SIZES.items()}
-    if model['layers'] > len(header.tensors):
-        raise UsageError(
-            f'{where}: {name}.block_count={model["layers"]} is more than its {len(header.tensors)} tensors'
-        )
-    model['kv_heads'] = get.size('attention.head_count_kv', model['heads'])
-    model['head_dim'] = get.size('attention.key_length', model['dim'] // model['heads'] or None)
+    layers, heads, tensors = model['layers'], model['heads'], header.tensors
+    if layers > len(tensors):
+        raise UsageError(f'{where}: {name}.block_count={layers} is more than its {len(tensors)} tensors')
+    model['kv_heads'] = kv_heads = get.size('attention.head_count_kv', heads)
+    model['head_dim'] = head_dim = get.size('attention.key_length', model['dim'] // heads or None)
     for key in ('attention.value_length', 'rope.dimension_count'):
-        if get.size(key, model['head_dim']) != model['head_dim']:
-            raise UsageError(f'{where}: {name}.{key} is not the head dim {model["head_dim"]}: not in our graph')
-    if model['heads'] % model['kv_heads'] or model['head_dim'] % 2:
-        raise UsageError(
-            f'{where}: {model["heads"]} heads, {model["kv_heads"]} of keys, of {model["head_dim"]} do not fit together'
-        )
-    model['vocab_size'] = _vocabulary(header, where)
+        if get.size(key, head_dim) != head_dim:
+            raise UsageError(f'{where}: {name}.{key} is not the head dim {head_dim}: not in our graph')
+    if heads % kv_heads or head_dim % 2:
+        raise UsageError(f'{where}: {heads} heads, {kv_heads} of keys, of {head_dim} do not fit together')
+    if (embed := tables.TOP['embed_VD']) not in tensors:
+        raise UsageError(f'{where}: has no tensor {embed!r}')
+    model['vocab_size'] = tensors[embed].shape[0]
     model['context'] = get.size('context_length', None)
     model['norm_eps'] = get.real('attention.layer_norm_rms_epsilon')
     model['rope_theta'] = get.real('rope.freq_base', 10_000.0)
-    model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in header.tensors)
+    model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in tensors)
     model = PLAIN | model | arch.graph | _gemma(get, arch, model)
     if name == 'llama':
-        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in header.tensors
+        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in tensors
         window = get.size('attention.sliding_window', None)  # Mistral's
         model['window'] = window if window and window < (model['context'] or INT32_MAX) else None
     return model
@@ -97,12 +92,11 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
     linear = f'linear,factor={tables.plain_number(factor)}' if kind == 'linear' and factor != 1 else None
     info = header.tensors.get(tables.ROPE_FREQS)
     if info is not None and not arch.freqs:
-        raise UsageError(
-            f'{path}: has {tables.ROPE_FREQS}, which its architecture does not use: it is not what it says'
-        )
+        name = tables.ROPE_FREQS
+        raise UsageError(f'{path}: has {name}, which its architecture does not use: it is not what it says')
     if info is None:
         return linear
-    factors = file.read(path, info).astype(np.float32).reshape(-1)
+    factors = file.read(info).astype(np.float32).reshape(-1)
     options = {'theta': model['rope_theta'], 'head_dim': model['head_dim'], 'where': str(path)}
     found = tables.llama3_scaling(factors, **options)
     if linear and found:
@@ -110,12 +104,12 @@ def scaling(path: str | Path, header: file.Header, arch: Arch, model: Mapping[st
     return found or linear
 
 
-def to_ours(tensor: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
-    """A parameter of this name and shape, from a file's tensor; a view where that is possible."""
-    ours = from_stored(tensor, name, shape)
-    if arch.interleaved and name in tables.ROTATED:  # neighbours -> halves
+def to_ours(tensor: np.ndarray, leaf: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
+    """A parameter of this path and shape, from a file's tensor; a view where that is possible."""
+    ours = from_stored(tensor, leaf, shape)
+    if arch.interleaved and leaf.endswith(tables.ROTATED):  # neighbours -> halves
         ours = ours.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
-    return ours - ours.dtype.type(1) if parameters.row(name).is_norm and arch.graph.get('norm_plus_one') else ours
+    return ours - ours.dtype.type(1) if parameters.row(leaf).is_norm and arch.graph.get('norm_plus_one') else ours
 
 
 class _Keys:
@@ -133,40 +127,33 @@ class _Keys:
 
     def size(self, key: str, *default: int | None) -> Any:
         """A whole number from 1; None only as the default."""
-        value = self.raw(key, default[0] if default else None)
-        if value is None and default:
-            return None
-        if type(value) is not int or not 1 <= value <= INT32_MAX:
-            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a whole number from 1 to {INT32_MAX}')
-        return value
+        fits = lambda value: type(value) is int and 1 <= value <= INT32_MAX
+        return self._checked(key, default, fits, f'a whole number from 1 to {INT32_MAX}')
 
     def real(self, key: str, *default: float | None) -> Any:
         """A positive number as its shortest text in float32, 1e-05 for 9.99999974e-06; None only as the default."""
-        value = self.raw(key, default[0] if default else None)
-        if value is None and default:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2.0**128:
-            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not a positive number')
-        return float(str(np.float32(value)))
+        fits = lambda value: type(value) in (int, float) and 0 < value < 2.0**128
+        value = self._checked(key, default, fits, 'a positive number')
+        return None if value is None else float(str(np.float32(value)))
 
-
-def _vocabulary(header: file.Header, where: str) -> int:
-    embed = header.tensors.get(tables.TOP['embed_VD'])
-    if embed is None:
-        raise UsageError(f'{where}: has no tensor {tables.TOP["embed_VD"]!r}')
-    return embed.shape[0]
+    def _checked(self, key: str, default: tuple[Any, ...], fits: Callable[[Any], bool], wanted: str) -> Any:
+        value = self.raw(key, *default or (None,))
+        if not fits(value) and not (default and value is None):
+            raise UsageError(f'{self.where}: {self.name}.{key}={value!r} is not {wanted}')
+        return value
 
 
 def _gemma(get: _Keys, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What Gemma has beside: local layers, soft-caps, scales; {} for others."""
+    """Settings that Gemma has beside: local layers, soft-caps, scales; {} for others."""
     if arch.period is None:
         return {}
     attention, logits = arch.softcaps
+    wide = model['dim'] // model['heads'] if model['layers'] == arch.scaled else model['head_dim']
     local = get.real('rope.freq_base_swa', 10_000.0 if arch.linear else model['rope_theta'])
     window = get.size('attention.sliding_window', None if arch.linear else 4096)
     return {
         'embed_scale': model['dim'] ** 0.5,
-        'query_scale': tables.query_scale(arch, model),
+        'query_scale': wide**-0.5,
         'window': window,
         'pattern': _pattern(get, arch.period) if window else None,
         'rope_theta_local': local if window and local != model['rope_theta'] else None,
@@ -186,40 +173,16 @@ def _pattern(get: _Keys, period: int) -> str:
 def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, Any], fetch: Fetch) -> dict[str, Leaf]:
     """The parameters; settles model['rope_scaling'], which a tensor says."""
     model['rope_scaling'] = scaling(path, header, arch, model)
-    left = {name for name in header.tensors if not name.endswith((*IGNORED, tables.ROPE_FREQS))}
-    leaves = {}
     top = tables.TOP | ({} if model['tied'] else tables.HEAD)
     layer = arch.layer | (tables.BIASES if model['qkv_bias'] else {})
-    for name, gguf in (top | {f'layers/{k}': v for k, v in layer.items()}).items():
-        layers = model['layers'] if name.startswith('layers/') else None
-        places = [gguf] if layers is None else [f'blk.{i}.{gguf}' for i in range(layers)]
-        leaves[name] = _leaf(path, header, arch, model, name, places, layers, fetch)
-        left.difference_update(places)
-    if left:
-        some = ', '.join(sorted(left)[:3])
-        raise UsageError(f'{path}: has {len(left)} tensors that are not in our graph ({some}{", …" * (len(left) > 3)})')
+    names = names_of(top, layer, tables.LAYER_PREFIX, model['layers'])
+
+    def read(info: Info, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        return to_ours(fetch(info), leaf, shape, arch)
+
+    leaves = read_leaves(
+        names, header.tensors, model, where=str(path), shaped_by='its metadata make it', dtypes=file.READ_AS, read=read
+    )
+    left = set(header.tensors).difference(*names.values())
+    check_surplus(left, (*IGNORED, tables.ROPE_FREQS), str(path))
     return leaves
-
-
-def _leaf(
-    path: str | Path, header: file.Header, arch: Arch, model: Mapping[str, Any], leaf: str, places: list[str],
-    layers: int | None, fetch: Fetch,
-) -> Leaf:  # fmt: skip
-    """One parameter, of the tensors of these names."""
-    shape, stored = shapes(leaf, model)
-    infos = []
-    for place in places:
-        info = header.tensors.get(place)
-        if info is None:
-            raise UsageError(f'{path}: has no tensor {place!r}')
-        if info.shape != stored:
-            raise UsageError(f'{path}: the tensor {place!r} has the shape {info.shape}; its metadata make it {stored}')
-        infos.append(info)
-    dtypes = {file.dtype_of(info) for info in infos}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    name = leaf.rpartition('/')[2]
-
-    def read(i: int) -> np.ndarray:
-        return to_ours(fetch(places[i], infos[i]), name, shape, arch).astype(dtype, copy=False)
-
-    return Leaf(shape, dtype, layers, read)

@@ -4,44 +4,29 @@ Which architecture that is is asked of the reader: a model's settings are put as
 them, read back, and compared.
 """
 
+import io
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lm import files, interrupts, progress
+from lm import files, progress
 from lm.errors import RunError, UsageError
 from lm.interop import gguf_arch as tables
 from lm.interop import gguf_file as file
 from lm.interop import gguf_in, graph, kquants, mixes
 from lm.interop.gguf_arch import ARCHS, Arch
-from lm.interop.opened import Leaf, Opened
+from lm.interop.graph import DTYPES, Info, Tensor
+from lm.interop.mixes import MIXES
+from lm.interop.opened import Opened
 from lm.model import parameters
 from lm.model.layers import RopeScaling
 
-# Names of --quantize: general.file_type.
-MIXES = {
-    'F32': 0, 'F16': 1, 'BF16': 32, 'Q8_0': 7, 'Q4_0': 2, 'Q4_K_S': 14, 'Q4_K_M': 15, 'Q5_K_M': 17, 'Q6_K': 18,
-}  # fmt: skip
 QUANTIZATION_VERSION = 2  # of the blocks' layout
 ALIGNMENT = 32  # the format's own
 CONTEXT = 2048  # tokens, of a model that does not say: llama.cpp does not open a file without it
-ROWS = 2**22  # elements that are turned into a kind at once
-
-
-class Tensor(NamedTuple):
-    """One tensor to write: layer `layer` of a parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    leaf: str
-    layer: int
 
 
 def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say: Callable[[str], None]) -> None:
@@ -68,7 +53,7 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
         for tensor in progress.over(plan, 'tensors'):
             for data in _encoded(opened, arch, model, tensor):
                 write(data.tobytes())
-            write(bytes(-_nbytes(tensor) % ALIGNMENT))
+            write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
 # ---- which architecture ----
@@ -77,18 +62,13 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
 def choose(model: Mapping[str, Any]) -> tuple[str, Arch]:
     """The first architecture that is this graph exactly. Raises UsageError with the settings that the nearest lacks."""
     given = graph.PLAIN | dict(model)
-    misses = {}
-    for name, arch in ARCHS.items():
-        misses[name] = _differences(name, arch, given)
-        if not misses[name]:
-            return name, arch
-    name = min(misses, key=lambda n: len(misses[n]))
-    raise UsageError(f'no architecture of GGUF is this graph; {name} is but for {", ".join(misses[name])}')
+    tried = ((name, (name, arch), _differences(name, arch, given)) for name, arch in ARCHS.items())
+    return graph.first_exact('GGUF', tried)
 
 
 def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     """'model.KEY=THIS (ARCHITECTURE: THAT)' of the settings that a file of this architecture would not keep."""
-    tensors = {tensor.name: file.Info(tensor.shape, 'F32', 0, 0) for tensor in _plan(arch, model, 'F32')}
+    tensors = {t.name: Info('', t.name, t.kind, t.shape, 0, t.nbytes) for t in _plan(arch, model, 'F32')}
     seen = gguf_in.graph(file.Header(_described(name, arch, model), tensors), name, arch, where=name)
     kind = (model['rope_scaling'] or 'none').split(',')[0]
     kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
@@ -124,7 +104,7 @@ def _general(opened: Opened, name: str, quantize: str) -> dict[str, Any]:
     stem = Path(opened.where.rstrip('/')).stem
     return {
         'general.architecture': name, 'general.type': 'model', 'general.name': stem or 'model',
-        'general.file_type': MIXES[quantize], 'general.quantization_version': QUANTIZATION_VERSION,
+        'general.file_type': MIXES[quantize][0], 'general.quantization_version': QUANTIZATION_VERSION,
     }  # fmt: skip
 
 
@@ -157,55 +137,44 @@ def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
         places += [(f'layers/{leaf}', f'blk.{i}.{gguf}', i) for leaf, gguf in arch.layer.items()]
     plan = []
     if arch.freqs and (model['rope_scaling'] or '').startswith('llama3'):
-        plan.append(Tensor(tables.ROPE_FREQS, (model['head_dim'] // 2,), 'F32', '', 0))
+        plan.append(_tensor(tables.ROPE_FREQS, 'F32', (model['head_dim'] // 2,), '', 0))
     for leaf, gguf, i in places:
         _, shape = graph.shapes(leaf, model)
         tied = 'head_DV' not in top
         kind = mixes.kind_of(gguf, shape, mix=quantize, layer=i, layers=model['layers'], tied=tied)
-        plan.append(Tensor(gguf, shape, kind, leaf, i))
+        plan.append(_tensor(gguf, kind, shape, leaf, i))
     return plan
+
+
+def _tensor(name: str, kind: str, shape: tuple[int, ...], leaf: str, layer: int) -> Tensor:
+    elements, size = file.BLOCKS[kind]
+    return Tensor(name, kind, shape, math.prod(shape) // elements * size, leaf, layer)
 
 
 def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
     """All before the first tensor."""
-    gguf = file.package()
-    with tempfile.TemporaryDirectory() as folder, interrupts.undoing(lambda _: shutil.rmtree(folder)):
-        path = os.path.join(folder, 'header')
-        writer = gguf.GGUFWriter(path, name)
-        for key, value in metadata.items():
-            if key != 'general.architecture':  # the writer's own
-                add_value(writer, key, value)
-        for tensor in plan:
-            kind = gguf.GGMLQuantizationType[tensor.kind]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        data = Path(path).read_bytes()
-    return data + bytes(-len(data) % ALIGNMENT)
+    gguf, data = file.package(), io.BytesIO()
+    writer = gguf.GGUFWriter(None, name)
+    for key, value in metadata.items():
+        if key != 'general.architecture':  # the writer's own
+            add_value(writer, key, value)
+    for tensor in plan:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.fout, writer.state = [data], gguf.gguf_writer.WriterState.EMPTY  # as an open file
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return data.getvalue() + bytes(-data.tell() % ALIGNMENT)
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
-    """A value of metadata, in the type that readers expect of such a one."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
+    """Puts a value into the metadata, in the type that readers expect of such a one."""
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adders.get(type(value), writer.add_array)(key, value)
 
 
 # ---- the tensors ----
-
-
-def _nbytes(tensor: Tensor) -> int:
-    elements, size = file.BLOCKS[tensor.kind]
-    return math.prod(tensor.shape) // elements * size
 
 
 def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tensor) -> Iterator[np.ndarray]:
@@ -214,39 +183,30 @@ def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tenso
         theta, head_dim = model['rope_theta'], model['head_dim']
         yield tables.llama3_factors(model['rope_scaling'], theta=theta, head_dim=head_dim).view(np.uint8)
         return
-    leaf = _leaf(opened, tensor)
-    stored = to_stored(leaf.read(tensor.layer), tensor.leaf.rpartition('/')[2], tensor.shape, arch)
-    step = max(1, ROWS // math.prod(tensor.shape[1:])) if stored.ndim > 1 else stored.shape[0]
-    for i in range(0, stored.shape[0], step):
-        yield encode(stored[i : i + step], tensor.kind, tensor.name)
+    stored = to_stored(opened.leaf(tensor.leaf).read(tensor.layer), tensor.leaf, tensor.shape, arch)
+    for rows in graph.in_pieces(stored):
+        yield encode(rows, tensor.kind, tensor.name)
 
 
-def _leaf(opened: Opened, tensor: Tensor) -> Leaf:
-    leaf = opened.leaves.get(tensor.leaf)
-    if leaf is None:
-        raise UsageError(f'{opened.where}: has no parameter {tensor.leaf}')
-    return leaf
-
-
-def to_stored(ours: np.ndarray, name: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
+def to_stored(ours: np.ndarray, leaf: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
     """`gguf_in.to_ours`, back: a view where that is possible."""
-    if arch.interleaved and name in tables.ROTATED:  # halves -> neighbours
+    if arch.interleaved and leaf.endswith(tables.ROTATED):  # halves -> neighbours
         *lead, wide = ours.shape
         ours = ours.reshape(*lead, 2, wide // 2).swapaxes(-1, -2).reshape(*lead, wide)
-    if parameters.row(name).is_norm and arch.graph.get('norm_plus_one'):
+    if parameters.row(leaf).is_norm and arch.graph.get('norm_plus_one'):
         ours = ours.astype(np.float32) + 1
-    return graph.to_stored(ours, name, shape)
+    return graph.to_stored(ours, leaf, shape)
 
 
 def encode(rows: np.ndarray, kind: str, name: str) -> np.ndarray:
     """uint8 of rows [n, columns] (or a vector) in a kind. Raises RunError for numbers that it has no room for."""
-    if kind not in file.PLAIN:
+    if kind not in DTYPES:
         try:
             return kquants.quantize(rows, kind)
         except ValueError as error:
             raise RunError(f'{name}: {error}: use BF16 or F32') from error
     with np.errstate(over='ignore'):
-        out = np.ascontiguousarray(rows.astype(file.PLAIN[kind]))
+        out = np.ascontiguousarray(rows.astype(DTYPES[kind]))
     if kind == 'F16' and not np.isfinite(out).all() and np.isfinite(rows.astype(np.float32)).all():
         raise RunError(f'{name} has numbers above 65504, which F16 has no room for: use BF16 or F32')
     return out.view(np.uint8)

@@ -1,11 +1,15 @@
-"""A model's graph as its settings `model.*` say it: what the formats' readers and writers share."""
+"""A model's graph as its settings `model.*` say it, and its tensors: the formats' readers and writers share these."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
+from etils import epath
 
+from lm.errors import UsageError
+from lm.interop.opened import Leaf
 from lm.model import parameters
 
 # What a graph is where its architecture says nothing else.
@@ -15,20 +19,19 @@ PLAIN: dict[str, Any] = {
     'pattern': None, 'window': None, 'rope_theta_local': None, 'rope_scaling': None, 'attn_softcap': None,
     'logit_softcap': None, 'context': None,
 }  # fmt: skip
+LETTERS = {'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'}
+# The kinds of weights that are not quantized, as both formats name them.
+DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+ROWS = 2**22  # elements that are turned into a file's kind at once
 
 
-def sizes(model: Mapping[str, Any]) -> dict[str, int]:
-    """The size of each letter."""
-    letters = {
-        'D': 'dim', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'ffn_dim', 'V': 'vocab_size'
-    }  # fmt: skip
-    return {letter: model[key] for letter, key in letters.items()}
+# ---- the graph ----
 
 
 def shapes(leaf: str, model: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(a parameter's shape as we have it, as a file has it: [out, in], or one dim)."""
     row = parameters.row(leaf)
-    shape, fan_in = row.shape(sizes(model)), len(row.contracted)
+    shape, fan_in = row.shape({letter: model[key] for letter, key in LETTERS.items()}), len(row.contracted)
     if row.init == 'embedding':
         return shape, shape
     if not fan_in:
@@ -53,10 +56,16 @@ def kinds(model: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words[i % len(words)] for i in range(model['layers']))
 
 
+def scales(model: Mapping[str, Any]) -> dict[str, float]:
+    """The factors of a graph, as numbers where the settings have None."""
+    query = model['query_scale'] or model['head_dim'] ** -0.5
+    return {'query_scale': query} | {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
+
+
 def differences(wanted: Mapping[str, Any], kept: Mapping[str, Any], name: str) -> list[str]:
     """'model.KEY=THIS (NAME: THAT)' of the settings that a format's NAME would not keep; of what differs by layer, the
     pattern."""
-    a, b, misses = comparable(wanted), comparable(kept), {}
+    a, b, misses = _comparable(wanted), _comparable(kept), {}
     for key in (key for key in b if a[key] != b[key]):
         if isinstance(a[key], tuple) or isinstance(b[key], tuple):
             misses[f'model.pattern={wanted["pattern"]} ({name} has other kinds of layer)'] = None
@@ -65,26 +74,120 @@ def differences(wanted: Mapping[str, Any], kept: Mapping[str, Any], name: str) -
     return list(misses)
 
 
-def comparable(model: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     """A graph's settings, equal where two graphs are: what each layer does, in the place of what says it."""
-    words, patterned = kinds(model), model['pattern'] is not None
-    local = (model['rope_theta_local'] or model['rope_theta'], None) if patterned else None
-    shared = (model['rope_theta'], model['rope_scaling'])
-    turns = [(None, None) if w == 'nope' else local or shared if w == 'local' else shared for w in words]
+    words, shared = kinds(model), (model['rope_theta'], model['rope_scaling'])
+    local = shared if model['pattern'] is None else (model['rope_theta_local'] or model['rope_theta'], None)
+    turns = {'nope': (None, None), 'local': local, 'global': shared}
     m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
     m['window'] = _one([model['window'] if word == 'local' else None for word in words])
-    m['rope_theta'] = _one([theta for theta, _ in turns])
-    m['rope_scaling'] = _one([scaling for _, scaling in turns])
-    m['query_scale'] = model['query_scale'] or model['head_dim'] ** -0.5
-    m |= {key: model[key] or 1.0 for key in ('embed_scale', 'residual_scale', 'logit_scale')}
-    return {k: _rounded(v) for k, v in m.items()}
+    m['rope_theta'], m['rope_scaling'] = (_one([turns[word][i] for word in words]) for i in range(2))
+    return {k: _rounded(v) for k, v in (m | scales(model)).items()}
 
 
 def _one(values: Sequence[Any]) -> Any:
-    """What all layers have, or the list of what each has."""
+    """The value that all layers have, or the list of what each has."""
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 def _rounded(value: Any) -> Any:
     """Float32's precision is all that the decoder has."""
     return float(str(np.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
+
+
+# ---- its tensors ----
+
+
+class Info(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+      kind: 'F32', 'Q4_K' …
+      shape: as numpy has it.
+      at, nbytes: bytes, `at` from the file's start.
+    """
+
+    path: epath.PathLike
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    at: int
+    nbytes: int
+
+
+Fetch = Callable[[Info], np.ndarray]
+
+
+class Tensor(NamedTuple):
+    """A tensor to write: layer `layer` of a parameter, or what no parameter is where `leaf` is ''."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+    leaf: str
+    layer: int
+
+
+def names_of(top: Mapping[str, str], layer: Mapping[str, str], prefix: str, layers: int) -> dict[str, list[str]]:
+    """{parameter: the name of its tensor, or those of its layers', which begin with prefix.format(i)}."""
+    stacked = {f'layers/{leaf}': [prefix.format(i) + name for i in range(layers)] for leaf, name in layer.items()}
+    return {leaf: [name] for leaf, name in top.items()} | stacked
+
+
+def read_leaves(
+    names: Mapping[str, Sequence[str]], tensors: Mapping[str, Info], model: Mapping[str, Any], *, where: str,
+    shaped_by: str, dtypes: Mapping[str, np.dtype], read: Callable[[Info, str, tuple[int, ...]], np.ndarray],
+) -> dict[str, Leaf]:  # fmt: skip
+    """The parameters `names`. Raises UsageError for a tensor that is missing, or of another shape or kind.
+
+    Args:
+      shaped_by: the words before the shape that a tensor should have.
+      dtypes: what a kind is read as; a parameter whose layers are of several is float32.
+      read: (tensor, the parameter's name, its shape) -> the parameter.
+    """
+
+    def leaf_of(leaf: str, places: Sequence[str]) -> Leaf:
+        shape, stored = shapes(leaf, model)
+        for place in places:
+            info = tensors.get(place)
+            if info is None:
+                raise UsageError(f'{where}: has no tensor {place!r}')
+            if info.shape != stored:
+                raise UsageError(f'{where}: the tensor {place!r} has the shape {info.shape}; {shaped_by} {stored}')
+            if info.kind not in dtypes:
+                raise UsageError(f'{where}: the tensor {place!r} is {info.kind}: F32, F16 and BF16 are read')
+        infos = [tensors[place] for place in places]
+        kinds = {dtypes[info.kind] for info in infos}
+        dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        read_layer = lambda i: read(infos[i], leaf, shape).astype(dtype, copy=False)
+        return Leaf(shape, dtype, len(places) if leaf.startswith('layers/') else None, read_layer)
+
+    return {leaf: leaf_of(leaf, places) for leaf, places in names.items()}
+
+
+def check_surplus(names: Iterable[str], ignored: tuple[str, ...], where: str) -> None:
+    """Raises UsageError for tensors that are no parameters and end with none of `ignored`: it is another graph then."""
+    odd = sorted(name for name in names if not name.endswith(ignored))
+    if odd:
+        some = ', '.join(odd[:3]) + (', …' if len(odd) > 3 else '')
+        raise UsageError(f'{where}: has {len(odd)} tensors that are not in our graph ({some})')
+
+
+def first_exact(form: str, candidates: Iterable[tuple[str, Any, list[str]]]) -> Any:
+    """The first architecture, of (its name, what is returned, the settings that it lacks), that lacks none. Raises
+    UsageError with the settings that the nearest lacks."""
+    misses = []
+    for name, found, missed in candidates:
+        if not missed:
+            return found
+        misses.append((name, missed))
+    name, missed = min(misses, key=lambda miss: len(miss[1]))
+    raise UsageError(f'no architecture of {form} is this graph; {name} is but for {", ".join(missed)}')
+
+
+def in_pieces(stored: np.ndarray) -> Iterator[np.ndarray]:
+    """A tensor, a few rows at a time."""
+    step = max(1, ROWS // math.prod(stored.shape[1:]))
+    for at in range(0, len(stored), step):
+        yield stored[at : at + step]

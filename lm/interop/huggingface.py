@@ -6,8 +6,9 @@ when they are asked for, and written in pieces, so that memory holds one of them
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -15,18 +16,15 @@ from etils import epath
 from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, generation_config, tokenizer_files
+from lm.interop import families, family_config, graph, tokenizer_files
 from lm.interop import safetensors_file as file
 from lm.interop.families import Family
 from lm.interop.family_config import Described
-from lm.interop.generation_config import IDS
-from lm.interop.graph import from_stored, shapes, to_stored
+from lm.interop.graph import DTYPES, Fetch, Info, Tensor
 from lm.interop.opened import Leaf, Opened
-from lm.interop.safetensors_file import Info
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5_000_000_000  # of a file of weights
-PIECE_BYTES = 2**24  # that are put in order for writing at once
 IGNORED = ('rotary_emb.inv_freq', 'masked_bias')  # old files' copies of what follows from config.json
 PEFT = 'base_model.'  # before the names of a model that has an adapter
 BIAS, MEAN, STD = 'reward_bias', 'reward_mean', 'reward_std'  # keys of ours in config.json: theirs have none
@@ -36,17 +34,14 @@ _WORDS = (
     'chat_template.jinja', 'chat_template.json', 'generation_config.json', CONFIG,
 )  # fmt: skip
 
-Fetch = Callable[[str, Info], np.ndarray]  # a tensor by its name
-
-
 # ---- reading ----
 
 
-def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
+def open_folder(path: epath.PathLike, *, fetch: Fetch = file.read) -> Opened:
     """A folder of one of the architectures in `families.FAMILIES`. Raises UsageError for what we cannot express.
 
     Args:
-      fetch: reads a tensor; None: `safetensors_file.read`.
+      fetch: reads a tensor.
     """
     from lm.interop import tokenizers
 
@@ -55,23 +50,19 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch | None = None) -> Opened:
         raise UsageError(f'{where}: has no {CONFIG}: name a folder that transformers has saved')
     config = _object(folder / CONFIG)
     told = family_config.describe(config, f'{where}/{CONFIG}')
-    tensors = _tensors(folder)
-    names, prefixed = _names(tensors, told, where)
-    _check_names(names, where)
-    fetch = fetch or (lambda _, info: file.read(info))
-    leaves, left = _leaves(names, told, where, lambda name, info: fetch(prefixed[name], info))
-    notes = _settle_head(told, names, left, leaves, fetch, prefixed)
+    tensors = _text_model(_tensors(folder), told, where)
+    _check_names(tensors, where)
+    leaves, notes = _leaves(tensors, told, where, fetch)
     if told.scored:
         bias = np.array(_number(config, BIAS, where) or 0, np.float32)
         leaves['bias_score'] = Leaf((), bias.dtype, None, lambda _: bias)
         notes += [] if BIAS in config else [f'{where}: has no bias of its score: it is 0']
     if told.vision:
         notes.append(f'{where}: the text model was taken, and what reads images was left out')
-    _check_surplus(left, where)
-    words = _small_files(folder)
+    words = {name: _small(folder / name) for name in _WORDS if (folder / name).exists()}
     if {JSON_FILE, MODEL_FILE} & set(words):
         words, more = tokenizer_files.fitted(tokenizers.from_huggingface(words), told.model['vocab_size'])
-        notes += [f'{where}: {note}' for note in (*more, *generation_config.unfollowed(words))]
+        notes += [f'{where}: {note}' for note in (*more, *tokenizer_files.unfollowed(words))]
     else:
         words, notes = {}, [*notes, f'{where}: has no tokenizer']
     scale = _scale(config, where) if told.scored else None
@@ -100,16 +91,12 @@ def _small(path: epath.Path) -> bytes:
         raise UsageError(f'{path}: cannot be read ({error.strerror or error})') from None
 
 
-def _small_files(folder: epath.Path) -> dict[str, bytes]:
-    return {name: _small(folder / name) for name in _WORDS if (folder / name).exists()}
-
-
 def _tensors(folder: epath.Path) -> dict[str, Info]:
     """{name: tensor} of all of a folder's files of weights."""
     if (folder / WEIGHTS).exists():
         return file.read_header(folder / WEIGHTS)
     if not (folder / INDEX).exists():
-        if list(folder.glob('*.bin')) or list(folder.glob('*.pt')) or list(folder.glob('*.pth')):
+        if any(list(folder.glob(pattern)) for pattern in ('*.bin', '*.pt', '*.pth')):
             raise UsageError(
                 f'{folder}: has pickled weights alone, which run code when they are read: load them with transformers '
                 'and save_pretrained(…, safe_serialization=True) elsewhere'
@@ -137,22 +124,19 @@ def _shard(folder: epath.Path, name: str) -> epath.Path:
     return folder / name
 
 
-def _names(tensors: Mapping[str, Info], told: Described, where: str) -> tuple[dict[str, Info], dict[str, str]]:
-    """({name that a text model has: tensor}, {that name: its own}), whatever holds the text model beside others."""
+def _text_model(tensors: Mapping[str, Info], told: Described, where: str) -> Mapping[str, Info]:
+    """{name that a text model has: tensor}, whatever holds the text model beside others."""
     if not told.vision:
-        return dict(tensors), {name: name for name in tensors}
+        return tensors
     own = {}
-    for name in tensors:
-        for theirs, ours in families.VISION_PREFIXES.items():
-            if name.startswith(theirs):
-                own[ours + name.removeprefix(theirs)] = name
-                break
+    for theirs, ours in families.VISION_PREFIXES.items():
+        own |= {ours + name.removeprefix(theirs): x for name, x in tensors.items() if name.startswith(theirs)}
     if not own:
         raise UsageError(f'{where}: has no text model ({" or ".join(families.VISION_PREFIXES)}…)')
-    return {name: tensors[theirs] for name, theirs in own.items()}, own
+    return own
 
 
-def _check_names(names: Mapping[str, Info], where: str) -> None:
+def _check_names(names: Collection[str], where: str) -> None:
     """Raises UsageError for tensors that are called otherwise than the same model's own: what they say, and what to do
     about it."""
     first = families.TOP['embed_VD']
@@ -168,74 +152,40 @@ def _check_names(names: Mapping[str, Info], where: str) -> None:
         raise UsageError(f"{where}: its tensors lack the beginning 'model.': save the ForCausalLM that it belongs to")
 
 
-def _leaves(names: Mapping[str, Info], told: Described, where: str, fetch: Fetch) -> tuple[dict[str, Leaf], set[str]]:
-    """(the parameters, the names of tensors that are none)."""
-    left, leaves = set(names), {}
-    for leaf, places in _places(told.family, told.model, scored=told.scored).items():
-        leaves[leaf] = _leaf(names, told.model, where, leaf, places, fetch)
-        left.difference_update(places)
-    for name in left.intersection(_zeros(told.family, told.model)):
-        if np.any(fetch(name, names[name])):
+def _leaves(
+    tensors: Mapping[str, Info], told: Described, where: str, fetch: Fetch
+) -> tuple[dict[str, Leaf], list[str]]:
+    """(the parameters, notes). Raises UsageError for tensors that are not of the graph that config.json describes."""
+    read = partial(
+        graph.read_leaves, tensors=tensors, model=told.model, shaped_by=f'{CONFIG} makes it', dtypes=DTYPES,
+        read=lambda info, leaf, shape: graph.from_stored(fetch(info), leaf, shape),
+    )  # fmt: skip
+    names, zeros = _names(told.family, told.model, scored=told.scored), _zeros(told.family, told.model)
+    leaves, notes = read(names, where=where), []
+    for name in zeros:
+        if name in tensors and np.any(fetch(tensors[name])):
             raise UsageError(f'{where}: the tensor {name!r} is not zero, and a bias of the output is not in our graph')
-        left.remove(name)
-    return leaves, left
+    head = families.HEAD['head_DV']
+    if told.model['tied'] and head in tensors and told.scored:
+        notes = [f'{head} was left out: no score is made of it']
+    elif told.model['tied'] and head in tensors and not _same(tensors[head], tensors[families.TOP['embed_VD']], fetch):
+        told.model['tied'] = False  # as it is for transformers 5
+        leaves |= read({'head_DV': [head]}, where=head)
+        notes = [f'{head} differs from the embedding, so the two are not tied, whatever {CONFIG} says']
+    graph.check_surplus(set(tensors).difference([head], zeros, *names.values()), IGNORED, where)
+    return leaves, notes
 
 
-def _places(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, list[str]]:
+def _same(a: Info, b: Info, fetch: Fetch) -> bool:
+    """Tells whether two tensors are the same bit for bit."""
+    alike = (a.shape, a.kind) == (b.shape, b.kind)
+    return alike and np.array_equal(fetch(a).view(np.uint8), fetch(b).view(np.uint8))
+
+
+def _names(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, list[str]]:
     """{parameter: the name of its tensor, or those of its layers'}."""
     top = families.TOP | ({} if model['tied'] else families.HEAD) | (families.SCORE if scored else {})
-    layers = range(model['layers'])
-    stacked = {f'layers/{k}': [families.LAYER_PREFIX.format(i) + v for i in layers] for k, v in family.layer.items()}
-    return {name: [theirs] for name, theirs in top.items()} | stacked
-
-
-def _leaf(
-    names: Mapping[str, Info], model: Mapping[str, Any], where: str, leaf: str, places: Sequence[str], fetch: Fetch
-) -> Leaf:
-    """One parameter, of the tensors of these names."""
-    shape, stored = shapes(leaf, model)
-    infos = []
-    for place in places:
-        info = names.get(place)
-        if info is None:
-            raise UsageError(f'{where}: has no tensor {place!r}')
-        if info.shape != stored:
-            raise UsageError(f'{where}: the tensor {place!r} has the shape {info.shape}; {CONFIG} makes it {stored}')
-        if info.kind not in file.DTYPES:
-            raise UsageError(f'{where}: the tensor {place!r} is {info.kind}: F32, F16 and BF16 are read')
-        infos.append(info)
-    dtypes = {file.DTYPES[info.kind] for info in infos}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-
-    def read(layer: int) -> np.ndarray:
-        return from_stored(fetch(places[layer], infos[layer]), leaf, shape).astype(dtype, copy=False)
-
-    return Leaf(shape, dtype, len(places) if leaf.startswith('layers/') else None, read)
-
-
-def _settle_head(
-    told: Described, names: Mapping[str, Info], left: set[str], leaves: dict[str, Leaf], fetch: Fetch,
-    prefixed: Mapping[str, str],
-) -> list[str]:  # fmt: skip
-    """A head that is stored though config.json ties it: left out if it is the embedding, else it counts, as it does for
-    transformers 5. Returns notes."""
-    head = families.HEAD['head_DV']
-    if not told.model['tied'] or head not in left:
-        return []
-    left.remove(head)
-    if told.scored:
-        return [f'{head} was left out: no score is made of it']
-    embed, info = families.TOP['embed_VD'], names[head]
-    same = info.shape == names[embed].shape and info.kind == names[embed].kind
-    if same and np.array_equal(_bits(fetch(prefixed[head], info)), _bits(fetch(prefixed[embed], names[embed]))):
-        return []
-    told.model['tied'] = False
-    leaves['head_DV'] = _leaf(names, told.model, head, 'head_DV', [head], lambda name, i: fetch(prefixed[name], i))
-    return [f'{head} differs from the embedding, so the two are not tied, whatever {CONFIG} says']
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    return x.view(np.uint8)
+    return graph.names_of(top, family.layer, families.LAYER_PREFIX, model['layers'])
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -254,29 +204,7 @@ def _scale(config: Mapping[str, Any], where: str) -> tuple[float, float] | None:
     return mean, std
 
 
-def _check_surplus(left: set[str], where: str) -> None:
-    """Raises UsageError for tensors that are not in the graph that config.json describes: it is another then."""
-    odd = sorted(name for name in left if not name.endswith(IGNORED))
-    if odd:
-        some = ', '.join(odd[:3]) + (', …' if len(odd) > 3 else '')
-        raise UsageError(f'{where}: has {len(odd)} tensors that are not in our graph ({some})')
-
-
 # ---- writing ----
-
-
-class Tensor(NamedTuple):
-    """One tensor to write: layer `layer` of a parameter, or zeros where `leaf` is ''."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    leaf: str
-    layer: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * file.DTYPES[self.kind].itemsize
 
 
 def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], None]) -> None:
@@ -291,12 +219,12 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
     family, config = _family_for(opened)
     plan = _plan(opened, family)
     words, ids = _words_of(opened, say)
-    if opened.scored and _pads_with_an_end(ids):
+    ends = ids['eos_token_id'] if isinstance(ids['eos_token_id'], list) else [ids['eos_token_id']]
+    if opened.scored and ids['pad_token_id'] is not None and ids['pad_token_id'] in ends:
         ids['pad_token_id'] = None  # transformers reads the score before the last padding: it would pass by the end
         say('the tokenizer has no padding of its own, so give transformers one row at a time, or set a pad_token')
-    config |= ids | _more(opened, plan)
-    if opened.scored:
-        _say_of_scores(opened, say)
+    biggest = max(plan, key=lambda tensor: tensor.nbytes)
+    config |= ids | {'torch_dtype': DTYPES[biggest.kind].name} | (_of_scores(opened, say) if opened.scored else {})
     with files.new_folder(folder) as made:
         for name, content in words.items():
             files.write_bytes(made / name, content)
@@ -322,22 +250,16 @@ def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
         ) from None
 
 
-def _pads_with_an_end(ids: Mapping[str, Any]) -> bool:
-    ends = ids['eos_token_id']
-    return ids['pad_token_id'] is not None and ids['pad_token_id'] in (ends if isinstance(ends, list) else [ends])
-
-
 def _plan(opened: Opened, family: Family) -> list[Tensor]:
     """The tensors in their order."""
     model = {**opened.model, 'tied': opened.model['tied'] or opened.scored}
     plan = []
-    for leaf, places in _places(family, model, scored=opened.scored).items():
-        if leaf not in opened.leaves:
-            raise UsageError(f'{opened.where}: has no parameter {leaf}')
-        kind, (_, stored) = file.kind_of(opened.leaves[leaf].dtype), shapes(leaf, model)
-        plan += [Tensor(name, kind, stored, leaf, layer) for layer, name in enumerate(places)]
-    zeros = _zeros(family, opened.model)
-    return plan + [Tensor(name, 'F32', (opened.model['dim'],), '', 0) for name in zeros]
+    for leaf, names in _names(family, model, scored=opened.scored).items():
+        dtype, (_, stored) = opened.leaf(leaf).dtype, graph.shapes(leaf, model)
+        kind, nbytes = file.kind_of(dtype), math.prod(stored) * dtype.itemsize
+        plan += [Tensor(name, kind, stored, nbytes, leaf, layer) for layer, name in enumerate(names)]
+    dim = opened.model['dim']
+    return plan + [Tensor(name, 'F32', (dim,), 4 * dim, '', 0) for name in _zeros(family, opened.model)]
 
 
 def _zeros(family: Family, model: Mapping[str, Any]) -> list[str]:
@@ -351,28 +273,19 @@ def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, byt
 
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer, and so the folder has none')
-        return {}, dict.fromkeys(IDS)  # null: a family's own ids may be beyond a small vocabulary
+        return {}, dict.fromkeys(tokenizer_files.IDS)  # null: a family's own ids may be beyond a small vocabulary
     words = tokenizers.to_huggingface(opened.tokenizer, context=opened.model.get('context'))
-    return generation_config.exported(words, rows=opened.model['vocab_size'])
+    return tokenizer_files.exported(words, rows=opened.model['vocab_size'])
 
 
-def _more(opened: Opened, plan: Sequence[Tensor]) -> dict[str, Any]:
-    """What config.json says beside the graph."""
-    names = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-    biggest = max(plan, key=lambda tensor: tensor.nbytes)
-    config: dict[str, Any] = {'torch_dtype': names[biggest.kind]}
-    if opened.scored:
-        config |= {'num_labels': 1, 'id2label': {'0': 'score'}, 'label2id': {'score': 0}}
-        config[BIAS] = float(opened.leaves['bias_score'].read(0))
-        config |= dict(zip((MEAN, STD), opened.scale, strict=True)) if opened.scale else {}
-    return config
-
-
-def _say_of_scores(opened: Opened, say: Callable[[str], None]) -> None:
+def _of_scores(opened: Opened, say: Callable[[str], None]) -> dict[str, Any]:
+    """The keys of config.json that a reward model has beside the graph's."""
     bias = float(opened.leaves['bias_score'].read(0))
     say(f'the score has a bias of {bias:.6g}, which transformers does not add: it stands in {CONFIG} as {BIAS}')
     if 'head_DV' in opened.leaves:
         say('the head of the language model, which no score is made of, is left out')
+    scale = dict(zip((MEAN, STD), opened.scale, strict=True)) if opened.scale else {}
+    return {'num_labels': 1, 'id2label': {'0': 'score'}, 'label2id': {'score': 0}, BIAS: bias} | scale
 
 
 def _shards(plan: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -381,8 +294,7 @@ def _shards(plan: Sequence[Tensor]) -> list[list[Tensor]]:
     size = 0
     for tensor in plan:
         if shards[-1] and size + tensor.nbytes > SHARD:
-            shards.append([])
-            size = 0
+            shards, size = [*shards, []], 0
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
@@ -407,11 +319,9 @@ def _write_weights(opened: Opened, folder: epath.Path, plan: Sequence[Tensor], s
 
 def _pieces(opened: Opened, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor, a few rows at a time."""
-    if not tensor.leaf:
-        yield bytes(tensor.nbytes)
-        return
-    stored = to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
-    row = max(1, tensor.nbytes // tensor.shape[0])
-    step = max(1, PIECE_BYTES // row)
-    for at in range(0, tensor.shape[0], step):
-        yield stored[at : at + step].astype(file.DTYPES[tensor.kind], copy=False).tobytes()
+    if tensor.leaf:
+        stored = graph.to_stored(opened.leaves[tensor.leaf].read(tensor.layer), tensor.leaf, tensor.shape)
+    else:
+        stored = np.zeros(tensor.shape)
+    for rows in graph.in_pieces(stored):
+        yield rows.astype(DTYPES[tensor.kind], copy=False).tobytes()

@@ -1,4 +1,4 @@
-"""What was written, its tensors read again by others than our readers: the packages of the formats themselves."""
+"""Models that were written, their tensors read again by others than our readers: the packages of the formats."""
 
 import math
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 
 from lm.errors import UsageError, install
 from lm.interop import gguf_file, gguf_in, huggingface
-from lm.interop.gguf_file import CHUNK, Info, dtype_of
+from lm.interop.gguf_file import CHUNK, READ_AS
+from lm.interop.graph import Info
 from lm.interop.opened import Opened
-from lm.interop.safetensors_file import Info as Stored
 
 
 def open_gguf(path: str | Path) -> Opened:
@@ -17,11 +17,11 @@ def open_gguf(path: str | Path) -> Opened:
     gguf = gguf_file.package()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
-    def fetch(name: str, info: Info) -> np.ndarray:
+    def fetch(info: Info) -> np.ndarray:
         """Some rows at a time, and read: what is mapped, as the package would, counts as our memory while it lives."""
-        found = tensors[name]
+        found = tensors[info.name]
         kind, width = found.data.dtype, found.data.shape[-1]
-        out = np.empty((found.data.size // width, math.prod(info.shape) * width // found.data.size), dtype_of(info))
+        out = np.empty((found.data.size // width, math.prod(info.shape) * width // found.data.size), READ_AS[info.kind])
         step = max(1, CHUNK // (width * kind.itemsize))
         for at in range(0, len(out), step):
             n = min(step, len(out) - at)
@@ -40,8 +40,8 @@ def open_folder(path: str | Path) -> Opened:
     except ImportError:
         raise UsageError(f'needs the package safetensors: {install("convert")}') from None
 
-    def fetch(name: str, tensor: Stored) -> np.ndarray:
-        with safe_open(str(tensor.path), 'np') as file:
-            return file.get_tensor(name)
+    def fetch(info: Info) -> np.ndarray:
+        with safe_open(str(info.path), 'np') as file:
+            return file.get_tensor(info.name)
 
     return huggingface.open_folder(path, fetch=fetch)

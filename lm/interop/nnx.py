@@ -11,7 +11,6 @@ The module is a view: its parameters have the names that they have in a run, lay
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,7 @@ class Decoder(nnx.Module):
           params: arrays, as `loading.load(run, warn=print).params`, loaded under `sharding.use_mesh()`.
         """
         self.cfg = cfg
-        self.parameters = nnx.data(_wrapped(params))
+        self.parameters = nnx.data(jax.tree.map(nnx.Param, dict(params)))
 
     def __call__(self, tokens_BT: jax.Array, **rows: Any) -> jax.Array:
         """Float32 logits [B, T, vocab_size]; `rows` as for `transformer.forward`: segments_BT, positions_BT."""
@@ -50,8 +49,7 @@ def to_nnx(params: Params, cfg: ModelConfig) -> Decoder:
 
 def from_nnx(module: Decoder) -> dict[str, Any]:
     """The parameters of a module, as it has them now."""
-    unwrap = lambda node: {k: unwrap(v) if isinstance(v, Mapping) else v[...] for k, v in node.items()}
-    return unwrap(module.parameters)
+    return jax.tree.map(lambda x: x[...], module.parameters, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def opened(module: Decoder, like: Opened) -> Opened:
@@ -73,7 +71,3 @@ def _read(x: jax.Array, leaf: Leaf, layer: int) -> np.ndarray:
     """A layer without the vocabulary's padding."""
     whole = np.asarray(x if leaf.layers is None else x[layer])
     return whole[tuple(slice(n) for n in leaf.shape)]
-
-
-def _wrapped(params: Params) -> dict[str, Any]:
-    return {k: _wrapped(v) if isinstance(v, Mapping) else nnx.Param(v) for k, v in params.items()}

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm.errors import UsageError
+
 
 class Leaf(NamedTuple):
     """One parameter, as `lm.model.parameters` names it and lays it out.
@@ -55,3 +57,9 @@ class Opened:
     scored: bool = False
     scale: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+
+    def leaf(self, name: str) -> Leaf:
+        """Raises UsageError if there is no such parameter."""
+        if name not in self.leaves:
+            raise UsageError(f'{self.where}: has no parameter {name}')
+        return self.leaves[name]

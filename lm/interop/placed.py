@@ -1,6 +1,5 @@
 """The weights of an `Opened` straight to where a run keeps them, never whole in the memory of the host."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,21 +29,13 @@ def arrays(opened: Opened, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(lambda path, _: placed['/'.join(k.key for k in path)], dict(abstract))
 
 
-def _own(leaf: Leaf) -> tuple[int, ...]:
-    """A leaf's shape with its layers."""
-    return leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
-
-
 def _check(opened: Opened, path: str, spec: Any) -> None:
     """The shapes agree but for the padding of the vocabulary."""
-    own, wanted = _own(opened.leaves[path]), tuple(spec.shape)
-    dims = sharding.dims_of(path)
-    padded = dims.index('V') if 'V' in dims else None  # no layer has it
-    fits = len(own) == len(wanted) and all(
-        have == want or (axis == padded and have < want)
-        for axis, (have, want) in enumerate(zip(own, wanted, strict=True))
-    )
-    if not fits:
+    leaf, wanted = opened.leaves[path], tuple(spec.shape)
+    own = leaf.shape if leaf.layers is None else (leaf.layers, *leaf.shape)
+    letters = sharding.dims_of(path).rjust(len(own))
+    agrees = lambda letter, have, want: have == want or (letter == 'V' and have < want)
+    if len(own) != len(wanted) or not all(map(agrees, letters, own, wanted)):
         raise UsageError(f'{opened.where}: {path} has the shape {own}, and the settings make it {wanted}')
 
 
@@ -52,26 +43,21 @@ def _array(leaf: Leaf, spec: Any) -> jax.Array:
     """One parameter on its devices, each of which gets its part of each layer as that is read."""
     shape, dtype = tuple(spec.shape), np.dtype(spec.dtype)
     where = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = where.addressable_devices_indices_map(shape)
-    spans = {device: _span(index or (), shape) for device, index in places.items()}
-    parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in set(spans.values())}
+    spans = {_span(index, shape) for index in where.addressable_devices_indices_map(shape).values()}
+    parts = {span: np.zeros([stop - start for start, stop in span], dtype) for span in spans}
+    stacked = leaf.layers is not None
     for layer in range(leaf.layers or 1):
-        wanted = [span for span in parts if leaf.layers is None or span[0][0] <= layer < span[0][1]]
-        if wanted:
-            _fill(leaf.read(layer), layer, leaf.layers is not None, {span: parts[span] for span in wanted})
-    pieces = [jax.device_put(parts[span], device) for device, span in spans.items()]
-    return jax.make_array_from_single_device_arrays(shape, where, pieces)
+        wanted = {span: part for span, part in parts.items() if not stacked or span[0][0] <= layer < span[0][1]}
+        if not wanted:
+            continue
+        found = leaf.read(layer)
+        for span, part in wanted.items():
+            span, into = (span[1:], part[layer - span[0][0]]) if stacked else (span, part)
+            piece = found[tuple(slice(*ends) for ends in span)]  # what the layer does not have stays 0
+            into[tuple(map(slice, piece.shape))] = piece
+    return jax.make_array_from_callback(shape, where, lambda index: parts[_span(index, shape)])
 
 
-def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _span(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(start, stop) of each axis."""
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def _fill(found: np.ndarray, layer: int, stacked: bool, parts: Mapping[tuple, np.ndarray]) -> None:
-    """Copies one layer's share into each part; what the layer does not have stays 0."""
-    for span, part in parts.items():
-        rest, into = (span[1:], part[layer - span[0][0]]) if stacked else (span, part)
-        piece = found[tuple(slice(start, stop) for start, stop in rest)]
-        if math.prod(piece.shape):
-            into[tuple(slice(0, n) for n in piece.shape)] = piece
+    return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split a text before they merge: GGUF names the ways, tokenizer.json writes them out."""
+"""Ways to split a text before its pieces are merged: GGUF names them, a tokenizer.json writes them out."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ _CASES = (rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+', rf'[^\r\n\p{{L}}\p{{N}}]
 _REST_OF_CASES = r'| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _TEKKEN = '|'.join(_CASES) + r'|\p{N}' + _REST_OF_CASES
 _GPT4O = '|'.join(f'{case}{_ENDINGS}?' for case in _CASES) + r'|\p{N}{1,3}' + _REST_OF_CASES
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
 # (behavior, invert) of a Split: what matches is a word, and with these patterns nothing is left over.
 _ISOLATE = (('Isolated', False), ('Removed', True))
 
@@ -62,38 +63,40 @@ def way(name: str) -> Way:
 
 def name_of(spec: Mapping[str, Any]) -> str:
     """The name of the way in which a tokenizer.json splits. Raises UsageError if it has none."""
-    splits, whole_words = tuple(_splits(spec.get('pre_tokenizer'))), bool(spec['model'].get('ignore_merges'))
-    same = [(names[0], found) for names, found in _WAYS.items() if found.splits == splits]
-    for name, found in same:
-        if found.whole_words == whole_words:
-            return name
+    splits, whole_words = tuple(_splits(spec)), bool(spec['model'].get('ignore_merges'))
+    for names, found in _WAYS.items():
+        if (found.splits, found.whole_words) == (splits, whole_words):
+            return names[0]
     shown = ' then '.join(splits)[:200] or 'nothing'
     raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({shown})')
 
 
 def to_json(found: Way) -> dict[str, Any]:
     """The pre-tokenizer of a tokenizer.json."""
-    parts: list[dict[str, Any]] = [
-        {'type': 'Split', 'pattern': {'Regex': split}, 'behavior': 'Isolated', 'invert': False}
-        for split in found.splits
-    ]
-    bytes_ = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    return {'type': 'Sequence', 'pretokenizers': [*parts, bytes_]}
+    whole = {'behavior': 'Isolated', 'invert': False}
+    parts = [{'type': 'Split', 'pattern': {'Regex': split}, **whole} for split in found.splits]
+    return {'type': 'Sequence', 'pretokenizers': [*parts, BYTE_LEVEL]}
 
 
-def _splits(node: Any) -> Iterator[str]:
-    if not node:
-        return
-    kind = node['type']
-    if kind == 'Sequence':
-        for part in node['pretokenizers']:
-            yield from _splits(part)
-    elif kind == 'ByteLevel':
-        if node.get('use_regex', True):
+def nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer of a tokenizer.json and all that it is made of."""
+    if node:
+        yield node
+        for part in node.get('pretokenizers', ()):
+            yield from nodes(part)
+
+
+def _splits(spec: Mapping[str, Any]) -> Iterator[str]:
+    """The regular expressions of `Way.splits`. Raises UsageError for a part that is none of them."""
+    for node in nodes(spec.get('pre_tokenizer')):
+        kind, way = node['type'], (node.get('behavior'), node.get('invert', False))
+        if kind == 'ByteLevel' and node.get('use_regex', True):
             yield _GPT2
-    elif kind == 'Digits':
-        yield _DIGIT if node.get('individual_digits') else _DIGITS
-    elif (node.get('behavior'), node.get('invert', False)) in _ISOLATE and 'Regex' in node['pattern']:
-        yield node['pattern']['Regex'].replace(_ENDINGS_SPELLED, _ENDINGS)
-    else:
-        raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({kind})')
+        elif kind == 'Digits':
+            yield _DIGIT if node.get('individual_digits') else _DIGITS
+        elif kind in ('Sequence', 'ByteLevel'):
+            continue
+        elif way in _ISOLATE and 'Regex' in node['pattern']:
+            yield node['pattern']['Regex'].replace(_ENDINGS_SPELLED, _ENDINGS)
+        else:
+            raise UsageError(f'a GGUF file has no name for the way in which the tokenizer splits words ({kind})')

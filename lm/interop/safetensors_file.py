@@ -8,34 +8,20 @@ read when it is asked for and nothing else stays in memory, and a hostile header
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from lm.errors import RunError, UsageError
+from lm.interop.graph import DTYPES, Info
 
-# The types that weights come in, which are not quantized.
-DTYPES = {
-    'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
-OTHERS = {  # bytes of an element: what a file may hold beside weights
+SIZES = {kind: dtype.itemsize for kind, dtype in DTYPES.items()} | {  # bytes of an element; others than weights, too
     'F64': 8, 'I64': 8, 'U64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2, 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1,
     'F8_E5M2': 1, 'F8_E8M0': 1, 'C64': 8,
 }  # fmt: skip
 MOST_HEADER = 100_000_000  # bytes: the format's own limit
 ALIGNMENT = 8  # of the first tensor, as the package writes it
-
-
-class Info(NamedTuple):
-    """A tensor in a file: `at` counts from the file's start."""
-
-    path: epath.Path
-    kind: str
-    shape: tuple[int, ...]
-    at: int
-    nbytes: int
 
 
 def read_header(path: epath.PathLike) -> dict[str, Info]:
@@ -72,15 +58,15 @@ def _info(path: epath.Path, name: str, told: Any, begin: int) -> Info:
     """One entry of a header, whose bytes are as many as its shape and type say."""
     told = told if isinstance(told, dict) else {}
     kind = told.get('dtype')
-    if not isinstance(kind, str) or kind not in DTYPES and kind not in OTHERS:
+    if not isinstance(kind, str) or kind not in SIZES:
         raise UsageError(f'{path}: the tensor {name!r} is of the type {kind!r}, which is not read')
     shape, places = _sizes(told.get('shape')), _sizes(told.get('data_offsets'))
     if shape is None or places is None or len(places) != 2:
         raise UsageError(f'{path}: the tensor {name!r} has no proper shape and place')
-    nbytes = math.prod(shape) * (DTYPES[kind].itemsize if kind in DTYPES else OTHERS[kind])
+    nbytes = math.prod(shape) * SIZES[kind]
     if places[1] - places[0] != nbytes:
         raise UsageError(f'{path}: the tensor {name!r} has {places[1] - places[0]} bytes; its shape makes it {nbytes}')
-    return Info(path, kind, tuple(shape), begin + places[0], nbytes)
+    return Info(path, name, kind, tuple(shape), begin + places[0], nbytes)
 
 
 def _sizes(found: Any) -> list[int] | None:
@@ -102,7 +88,7 @@ def _check_places(path: epath.Path, tensors: Mapping[str, Info], begin: int, siz
 def read(info: Info) -> np.ndarray:
     """A tensor of one of DTYPES. Raises RunError if the file has changed since."""
     try:
-        with info.path.open('rb') as f:
+        with epath.Path(info.path).open('rb') as f:
             f.seek(info.at)
             data = f.read(info.nbytes)
     except OSError as error:
@@ -114,10 +100,10 @@ def read(info: Info) -> np.ndarray:
 
 def kind_of(dtype: np.dtype) -> str:
     """The format's name of a dtype. Raises UsageError if weights are not stored in it here."""
-    for kind, known in DTYPES.items():
-        if dtype == known:
-            return kind
-    raise UsageError(f'weights of {dtype} have no place in a safetensors file: cast them to float32 or bfloat16')
+    kinds = {known: kind for kind, known in DTYPES.items()}
+    if dtype not in kinds:
+        raise UsageError(f'weights of {dtype} have no place in a safetensors file: cast them to float32 or bfloat16')
+    return kinds[dtype]
 
 
 def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
@@ -125,7 +111,7 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     told: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # without it `transformers` does not load the file
     at = 0
     for name, (kind, shape) in tensors.items():
-        nbytes = math.prod(shape) * DTYPES[kind].itemsize
+        nbytes = math.prod(shape) * SIZES[kind]
         told[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [at, at + nbytes]}
         at += nbytes
     text = json.dumps(told, separators=(',', ':')).encode()

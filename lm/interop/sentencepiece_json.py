@@ -7,8 +7,7 @@ its bytes, as NUL does, and nothing has to be replaced on the way in or out.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -17,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from lm.data import tokenizer_json
 from lm.data.tokenizer import SPACE
 from lm.errors import UsageError
+from lm.interop import pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # the types of pieces, GGUF's as well
 ModelProto: Any = vars(sentencepiece_model_pb2)['ModelProto']  # made when it is imported, where no type checker sees it
@@ -32,8 +32,7 @@ class Piece(NamedTuple):
     kind: int
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """A vocabulary of SentencePiece's.
 
     Attributes:
@@ -53,8 +52,8 @@ def read_model(content: bytes) -> Pieces:
     try:
         model.ParseFromString(content)
         pieces = tuple(Piece(piece.piece, piece.score, piece.type) for piece in model.pieces)
-    except (DecodeError, UnicodeDecodeError) as e:
-        raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another') from e
+    except (DecodeError, UnicodeDecodeError):
+        pieces = ()
     if not pieces:
         raise UsageError('tokenizer.model is not a SentencePiece model, or is damaged: name another')
     if model.trainer_spec.model_type != _BPE:
@@ -70,47 +69,48 @@ def read_model(content: bytes) -> Pieces:
 
 def to_json(vocabulary: Pieces, *, bos: str | None = None) -> dict[str, Any]:
     """The description that the library reads; `bos` is put before a text."""
-    pieces = vocabulary.pieces
-    named = [(i, p) for i, p in enumerate(pieces) if p.kind != UNUSED]
-    vocab = {_plain(p.text): i for i, p in named}
-    if len(vocab) < len(named):
-        raise UsageError(f'{len(named) - len(vocab)} of the pieces of the tokenizer are there twice: name another')
-    unknown = next((p.text for _, p in named if p.kind == UNKNOWN), None)
-    added = [_added(i, p) for i, p in named if p.kind in (UNKNOWN, CONTROL, USER)]
+    named = {i: p._replace(text=_plain(p.text)) for i, p in enumerate(vocabulary.pieces) if p.kind != UNUSED}
+    if doubled := len(named) - len({p.text for p in named.values()}):
+        raise UsageError(f'{doubled} of the pieces of the tokenizer are there twice: name another')
     decoders: list[dict[str, Any]] = [{'type': 'ByteFallback'}, {'type': 'Fuse'}]
     if vocabulary.space_first:
         decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+    return described(
+        named,
+        bos,
+        {'type': 'Sequence', 'decoders': decoders},
+        normalizer={'type': 'Prepend', 'prepend': ' '} if vocabulary.space_first else None,
+        unk_token=next((p.text for p in named.values() if p.kind == UNKNOWN), None),
+        byte_fallback=True,
+        merges=[list(pair) for pair in merges(vocabulary.pieces)],
+    )
+
+
+def described(
+    pieces: Mapping[int, Piece], bos: str | None, decoder: Mapping[str, Any], *, merges: list[list[str]],
+    normalizer: Any = None, pre_tokenizer: Any = None, unk_token: str | None = None, byte_fallback: bool = False,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """A tokenizer.json of BPE, by its parts; a pre-tokenizer is the one of a byte-level tokenizer."""
+    vocab, affix = {p.text: i for i, p in pieces.items()}, '' if pre_tokenizer else None
+    special = ((i, p) for i, p in pieces.items() if p.kind in (UNKNOWN, CONTROL, USER))
     return {
-        'version': '1.0',
-        'truncation': None,
-        'padding': None,
-        'added_tokens': added,
-        'normalizer': {'type': 'Prepend', 'prepend': ' '} if vocabulary.space_first else None,
-        'pre_tokenizer': None,
-        'post_processor': put_before(bos, vocab[bos]) if bos else None,
-        'decoder': {'type': 'Sequence', 'decoders': decoders},
+        'version': '1.0', 'truncation': None, 'padding': None,
+        'added_tokens': [added_token(i, p.text, special=p.kind != USER) for i, p in special],
+        'normalizer': normalizer, 'pre_tokenizer': pre_tokenizer,
+        'post_processor': put_before(bos, vocab[bos]) if bos else decoder if pre_tokenizer else None,
+        'decoder': decoder,
         'model': {
-            'type': 'BPE',
-            'dropout': None,
-            'unk_token': unknown,
-            'continuing_subword_prefix': None,
-            'end_of_word_suffix': None,
-            'fuse_unk': False,
-            'byte_fallback': True,
-            'ignore_merges': False,
-            'vocab': vocab,
-            'merges': [list(pair) for pair in merges(pieces)],
+            'type': 'BPE', 'dropout': None, 'unk_token': unk_token, 'continuing_subword_prefix': affix,
+            'end_of_word_suffix': affix, 'fuse_unk': False, 'byte_fallback': byte_fallback,
+            'ignore_merges': ignore_merges, 'vocab': vocab, 'merges': merges,
         },
-    }
-
-
-def _added(i: int, piece: Piece) -> dict[str, Any]:
-    return added_token(i, _plain(piece.text), special=piece.kind != USER)
+    }  # fmt: skip
 
 
 def added_token(i: int, content: str, *, special: bool) -> dict[str, Any]:
     """A token that is found in a text as it is, before all else."""
-    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    plain = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
     return {'id': i, 'content': content, **plain, 'special': special}
 
 
@@ -133,20 +133,12 @@ def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """
     scores = {_plain(p.text): p.score for p in pieces if p.kind == NORMAL}
     ordered = sorted(scores, key=lambda text: -scores[text])  # stable: of the same score in the order of ids
-    found: list[tuple[str, str]] = []
-    for text in ordered:
-        splits = [k for k in range(1, len(text)) if text[:k] in scores and text[k:] in scores]
-        found += [(text[:k], text[k:]) for k in splits]
-    return found
+    splits = ((text[:k], text[k:]) for text in ordered for k in range(1, len(text)))
+    return [(left, right) for left, right in splits if left in scores and right in scores]
 
 
 def _plain(text: str) -> str:
     return text.replace(SPACE, ' ')
-
-
-def byte_value(name: str) -> int | None:
-    """The byte that a piece as <0x0A> stands for."""
-    return int(name[3:5], 16) if _BYTE_NAME.fullmatch(name) else None
 
 
 def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
@@ -159,9 +151,8 @@ def with_added(spec: dict[str, Any], more: Mapping[int, tuple[str, bool]]) -> di
     for i, (text, special) in more.items():
         content = _plain(text)
         if names.get(i, content) != content or vocab.get(content, i) != i:
-            raise UsageError(
-                f'the added token {content[:40]!r} is to have the id {i}, which is not free: mend the folder'
-            )
+            shown = repr(content[:40])
+            raise UsageError(f'the added token {shown} is to have the id {i}, which is not free: mend the folder')
         vocab[content], tokens[i] = i, added_token(i, content, special=special)
     return {**spec, 'added_tokens': [tokens[i] for i in sorted(tokens)], 'model': {**spec['model'], 'vocab': vocab}}
 
@@ -175,14 +166,17 @@ def from_json(spec: Mapping[str, Any]) -> Pieces:
     Raises UsageError if SentencePiece would merge otherwise, or it splits or changes texts in a way of its own.
     """
     _check_plain(spec)
-    model = spec['model']
-    pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in spec['model']['merges']]
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(_plain(left + right), rank)
-    added = {token['id']: token for token in spec.get('added_tokens') or ()}
-    names = {i: name for name, i in model['vocab'].items()} | {i: token['content'] for i, token in added.items()}
-    pieces = [_scored(i, names, added, ranks, model.get('unk_token')) for i in range(max(names) + 1)]
+    pieces, unknown = pieces_of(spec), spec['model'].get('unk_token')
+    for i, piece in enumerate(pieces):
+        text, kind = _plain(piece.text), UNKNOWN if piece.text == unknown else piece.kind
+        score = piece.score if kind != NORMAL else -float(ranks.get(text, len(ranks) + i))
+        if kind == NORMAL and _BYTE_NAME.fullmatch(text):
+            score, kind = 0.0, BYTE
+        pieces[i] = Piece(text.replace(' ', SPACE), score, kind)
     listed = {(_plain(left), _plain(right)) for left, right in pairs}
     if missing := [pair for pair in merges(pieces) if pair not in listed]:
         raise UsageError(
@@ -192,32 +186,20 @@ def from_json(spec: Mapping[str, Any]) -> Pieces:
     return Pieces(tuple(pieces), space_first=tokenizer_json.prepend_scheme(spec) != 'never')
 
 
-def _scored(
-    i: int, names: Mapping[int, str], added: Mapping[int, Any], ranks: Mapping[str, int], unknown: str | None
-) -> Piece:
-    if i not in names:
-        return Piece(f'[PAD{i}]', -1e9, UNUSED)
-    name = _plain(names[i])
-    text = name.replace(' ', SPACE)
-    if names[i] == unknown:
-        return Piece(text, 0.0, UNKNOWN)
-    if i in added:
-        return Piece(text, 0.0, CONTROL if added[i]['special'] else USER)
-    if byte_value(name) is not None:
-        return Piece(text, 0.0, BYTE)
-    return Piece(text, -float(ranks.get(name, len(ranks) + i)), NORMAL)
+def pieces_of(spec: Mapping[str, Any]) -> list[Piece]:
+    """A piece for each id of a tokenizer.json, by its name there: controls, the user's, and others."""
+    added = {token['id']: token for token in spec.get('added_tokens') or ()}
+    names = {i: name for name, i in spec['model']['vocab'].items()} | {i: t['content'] for i, t in added.items()}
+    pieces = [Piece(f'[PAD{i}]', -1e9, UNUSED) for i in range(max(names) + 1)]
+    for i, name in names.items():
+        kind = NORMAL if i not in added else CONTROL if added[i]['special'] else USER
+        pieces[i] = Piece(name, 0.0, kind)
+    return pieces
 
 
 def _check_plain(spec: Mapping[str, Any]) -> None:
     """Raises UsageError for a pre-tokenizer that keeps pieces from merging: a GGUF file has none."""
-    for node in _nodes(spec.get('pre_tokenizer'), 'pretokenizers'):
+    for node in pre_tokenizers.nodes(spec.get('pre_tokenizer')):
         on_space = node['type'] == 'Split' and node['pattern'] in ({'String': ' '}, {'String': SPACE})
         if node['type'] not in ('Sequence', 'Metaspace') and not on_space:
             raise UsageError(f'a GGUF file cannot say how the tokenizer splits texts ({node["type"]})')
-
-
-def _nodes(node: Any, parts: str) -> Iterator[dict[str, Any]]:
-    if node:
-        yield node
-        for part in node.get(parts, ()):
-            yield from _nodes(part, parts)

@@ -7,11 +7,12 @@ Orbax restores (0.12), with the checksums of `lm.runs.checkpoint`.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -141,9 +142,7 @@ def _leaf(array: Any, names: Sequence[str], vocab_size: int) -> Leaf:
 
 def _whole_pieces(array: Any, *, stacked: bool) -> Iterator[tuple[int, np.ndarray]]:
     """(elements before it, piece) of an array with its padding, a layer or some rows at a time."""
-    if not array.shape:
-        yield 0, np.asarray(array.read().result())
-        return
+    array = array if array.shape else array[ts.newaxis]
     row = math.prod(array.shape[1:])
     rows = 1 if stacked else _rows(array.shape, array.dtype.numpy_dtype)
     for at in range(0, array.shape[0], rows):
@@ -151,7 +150,7 @@ def _whole_pieces(array: Any, *, stacked: bool) -> Iterator[tuple[int, np.ndarra
 
 
 def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """How many rows of an array of this shape fit a chunk."""
+    """The number of rows of an array of this shape that fit a chunk."""
     return max(1, min(shape[0], CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize)))
 
 
@@ -212,70 +211,54 @@ def _config(opened: Opened) -> Config:
     return config
 
 
-class _Written(NamedTuple):
-    """What the lists beside the arrays say of one."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    words: list[int]
-
-
 def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
     expected, inside = _expected(opened, cfg), (ITEM, _about(opened).role)
+    tree, sums, dtypes = {}, {}, {}
     (path / 'state').mkdir(parents=True)
-    leaves = progress.over(expected.items(), 'tensors')
-    written = [
-        _write_leaf(path / 'state', (*inside, *name.split('/')), shape, opened.leaves[name]) for name, shape in leaves
-    ]
-    tree = {str(w.names): _tree_entry(w) for w in written}
+    for name, shape in progress.over(expected.items(), 'tensors'):
+        names, leaf = (*inside, *name.split('/')), opened.leaves[name]
+        key = checkpoint.leaf_key(names)
+        sums[key], dtypes[key] = _write_leaf(path / 'state', '.'.join(names), shape, leaf), leaf.dtype.name
+        tree[str(names)] = {
+            'key_metadata': [{'key': part, 'key_type': 2} for part in names],  # of a dict
+            'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)},
+        }
     told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
     files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
-    keys = [checkpoint.leaf_key(w.names) for w in written]
-    sums = {key: w.words for key, w in zip(keys, written, strict=True)}
-    dtypes = {key: w.dtype for key, w in zip(keys, written, strict=True)}
     meta = {'layout': checkpoint.LAYOUT, 'step': 0, 'checksums': sums, 'dtypes': dtypes}
     files.write_text(path / 'meta' / 'metadata', json.dumps(checkpoint.sealed(meta)))
 
 
-def _tree_entry(leaf: _Written) -> dict[str, Any]:
-    """An array as `_METADATA` lists it; key_type 2 is a dict's key."""
-    keys = [{'key': name, 'key_type': 2} for name in leaf.names]
-    value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(leaf.shape)}
-    return {'key_metadata': keys, 'value_metadata': value}
-
-
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    wanted = {name: x.shape for name, x in by_path(loading.shapes(cfg, _about(opened).role)).items()}
+    role = _about(opened).role
+    wanted = {name: x.shape for name, x in by_path(loading.shapes(cfg, role)).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
         raise RunError(f'{opened.where} {what} {odd[0]}, unlike a model of its settings: it cannot be converted')
-    for name, shape in wanted.items():
-        leaf, letters = opened.leaves[name], sharding.dims_of(name)
-        own = tuple(
-            cfg.vocab_size if letter == 'V' else n
-            for letter, n in zip(letters, shape[-len(letters) :] if letters else (), strict=True)
-        )
-        if leaf.shape != own or leaf.layers != (shape[0] if name.startswith('layers/') else None):
-            raise RunError(f'{opened.where}: {name} has the shape {leaf.layers} × {leaf.shape}, not {shape}')
+    for name, x in by_path(loading.shapes(dataclasses.replace(cfg, vocab_multiple=1), role)).items():
+        leaf = opened.leaves[name]
+        own = (x.shape[0], x.shape[1:]) if name.startswith('layers/') else (None, x.shape)
+        if (leaf.layers, leaf.shape) != own:
+            raise RunError(f'{opened.where}: {name} has the shape {leaf.layers} × {leaf.shape}, not {wanted[name]}')
     return wanted
 
 
-def _write_leaf(state: epath.Path, names: tuple[str, ...], shape: tuple[int, ...], leaf: Leaf) -> _Written:
-    """Writes one array, a layer or some rows at a time."""
+def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf) -> list[int]:
+    """Writes one array, a layer or some rows at a time, and returns its checksum."""
     stacked = leaf.layers is not None
     own = shape[1:] if stacked else shape
-    chunk = (_rows(own, leaf.dtype), *own[1:]) if own else ()
-    array = _create(state, '.'.join(names), shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
+    rows = _rows(own, leaf.dtype) if own else 1
+    chunk = (rows, *own[1:]) if own else ()
+    array = _create(state, name, shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
     words, size = np.zeros(2, np.uint32), math.prod(own)
     for layer in range(leaf.layers or 1):
-        for at, piece in _padded(leaf.read(layer), own, chunk[0] if chunk else 1):
+        for at, piece in _padded(leaf.read(layer), own, rows):
             words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
             part = slice(at, at + len(piece)) if own else ...
             with _told(state):
-                array[(layer, part) if stacked else part].write(np.array(piece, order='C')).result()
-    return _Written(names, shape, leaf.dtype.name, [int(w) for w in words])
+                array[(layer, part) if stacked else part].write(piece).result()
+    return [int(w) for w in words]
 
 
 def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -284,9 +267,9 @@ def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[
         yield 0, x
         return
     for at in range(0, shape[0], rows):
-        piece = x[at : at + rows]
-        missing = [(0, n - m) for n, m in zip((min(rows, shape[0] - at), *shape[1:]), piece.shape, strict=True)]
-        yield at, np.pad(piece, missing) if any(n for _, n in missing) else piece
+        piece, part = np.zeros((min(rows, shape[0] - at), *shape[1:]), x.dtype), x[at : at + rows]
+        piece[tuple(map(slice, part.shape))] = part
+        yield at, piece
 
 
 def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -306,7 +289,7 @@ def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[i
 
 @contextlib.contextmanager
 def _told(path: epath.Path) -> Iterator[None]:
-    """What TensorStore could not write becomes a RunError that says why."""
+    """Turns what TensorStore could not write into a RunError that says why."""
     try:
         yield
     except ValueError as error:
