@@ -186,7 +186,7 @@ def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
     key, own = RENAMED.get(key, key), dict(leaves(config))
     if key not in own:
-        owners = [kind().stage for kind in _kinds() if key in fields_of(kind)]
+        owners = dict.fromkeys(kind().stage for kind in _kinds() if key in fields_of(kind))
         if owners:
             raise UsageError(
                 f'{key} is a setting of stage {" and ".join(owners)}: stage {config.stage} has no use for it'

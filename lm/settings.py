@@ -250,7 +250,6 @@ class RewardSource:
     fn: str | None = setting(
         None, "'package.module:function' of (prompts, responses) -> scores, and answers= if it asks"
     )
-    weight: float = setting(1.0, 'of the function, beside that of reward_from, which is 1', FROM_0)
 
 
 @dataclass(frozen=True)
@@ -275,43 +274,31 @@ class Rl:
     kl_budget: float | None = setting(None, 'nats a response off the reference that end the run; None: none', POSITIVE)
     truncated: str = setting(
         'score',
-        'score | mask | penalty: what a response without an end of turn gets',
+        'score | mask | penalty (−1): what a response without an end of turn gets',
         one_of(*TRUNCATED),
     )
-    penalty: float = setting(-1.0, 'what it gets in place of its score')
     mismatch: str = setting(
         'none', 'none | truncate | mask: where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask')
     )
-    mismatch_cap: float = setting(2.0, 'the largest importance weight, and one over the least', FROM_1)
 
 
 @dataclass(frozen=True)
-class Grpo(Settings):
+class Online(Settings):
+    """What all stages have that learn from what their policy draws."""
+
     stage: str = setting('grpo', 'of lm.stages')
     data: DialogueData = DialogueData()
     rl: Rl = Rl()
     reward: RewardSource = RewardSource()
-    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model')
+    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model; the critic of PPO starts from it, too')
+
+
+@dataclass(frozen=True)
+class Grpo(Online):
     advantage: str = setting(
         'group', 'group | group_std | rloo | batch_std | max_rl | reinforce++',
         one_of('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++'),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PpoRl(Rl):
-    prompts: int = setting(128, 'prompts a rollout', COUNT)
-    group: int = setting(1, 'responses to each prompt', COUNT)
-    epochs: int = setting(2, 'times that each response is learned from', COUNT)
-    clip_high: float = setting(0.2, 'how far up', FROM_0)
-    kl: str = setting('reward', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
-    beta: float = setting(0.05, 'coefficient of the leash', FROM_0)
-    kl_budget: float | None = setting(20.0, 'nats a response off the reference that end the run; None: none', POSITIVE)
-    truncated: str = setting(
-        'penalty',
-        'score | mask | penalty: what a response without an end of turn gets',
-        one_of(*TRUNCATED),
-    )
 
 
 @dataclass(frozen=True)
@@ -325,11 +312,7 @@ class Critic:
 
 
 @dataclass(frozen=True)
-class Ppo(Settings):
+class Ppo(Online):
     stage: str = setting('ppo', 'of lm.stages')
-    data: DialogueData = DialogueData()
-    rl: PpoRl = PpoRl()
     critic: Critic = Critic()
-    reward: RewardSource = RewardSource()
-    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model, from which the critic starts too')
     lam: float = setting(0.95, "λ of GAE for the policy's advantages", PART)

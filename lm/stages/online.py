@@ -33,6 +33,8 @@ from lm.stages.spec import ROWS, Batch, Say, Source, Task
 from lm.training import step as training
 
 ROUND = 32  # tokens to which the width of a row is rounded up
+PENALTY = np.float32(-1)  # in place of the score of a response without an end of turn
+MISMATCH_CAP = 2.0  # the largest importance weight of a token, and one over the least
 WINDOW = 6  # rollouts over which a rising reward is seen
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
 # token), and k1 from the reference in nats a response.
@@ -210,7 +212,7 @@ class Online(Task):
         self.note(**self._told(rows, score, ended))
         self.means = np.append(self.means[1:], np.float32(score.mean()))
         if rl.truncated == 'penalty':
-            score = np.where(ended, score, np.float32(rl.penalty))
+            score = np.where(ended, score, PENALTY)
         elif rl.truncated == 'mask':
             rows['weights_BT'] = rows['weights_BT'] * ended[:, None]
         return rows | self.weigh(rows, score, rollout)
@@ -256,7 +258,7 @@ class Online(Task):
                 except Exception as error:  # a user's own code
                     raise RunError(f'reward.fn={c.reward.fn}: {type(error).__name__}: {error}') from error
                 told = rewards.checked(given, prompts, f'reward.fn={c.reward.fn}').tolist()
-            total += np.float32(c.reward.weight) * np.asarray(processes.all_gather(told)[0], np.float32)
+            total += np.asarray(processes.all_gather(told)[0], np.float32)
         return total
 
     def _told(self, rows: Mapping[str, np.ndarray], score: np.ndarray, ended: np.ndarray) -> dict[str, float]:
