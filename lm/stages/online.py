@@ -315,7 +315,7 @@ class Online(Task):
             logp_BT, entropy_BT, aux = token_log_probs(models['policy'], cfg, batch, rl.temperature)
             weight_BT = losses.token_weights(mask_BT, rl.aggregation)
             weight_BT *= losses.mismatch_weights(
-                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, cap=rl.mismatch_cap
+                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, cap=MISMATCH_CAP
             )
             loss_BT, told = losses.surrogate(logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip)
             found = {'policy': jnp.sum(weight_BT * loss_BT), **aux}
