@@ -249,11 +249,21 @@ def _run_file(path: str, arg: str) -> Config:
         spec.loader.exec_module(module)
         if 'get_config' not in vars(module):
             raise UsageError(f'--config={path}: has no function get_config(arg)')
-        return module.get_config(arg)
+        return _with_todays_names(module.get_config(arg))
     except UsageError:
         raise
     except Exception as error:  # whatever a person's own file does; a name, a place and a reason fit one line
-        raise UsageError(f'--config={path}{_line_in(file, error)}: {type(error).__name__}: {error}') from error
+        reason = (str(error).splitlines() or [''])[0][:200]  # ml_collections shows the whole config after it
+        old = next((f' ({o} is {new} now)' for o, new in RENAMED.items() if f'"{o}"' in reason), '')
+        raise UsageError(f'--config={path}{_line_in(file, error)}: {type(error).__name__}: {reason}{old}') from error
+
+
+def _with_todays_names(config: Config) -> Config:
+    """The config of a file that adds settings by the names that they had before."""
+    for key, value in dict(leaves(config)).items():
+        if key in RENAMED:
+            override(config, key, str(value))
+    return config
 
 
 def _line_in(file: Path, error: Exception) -> str:
@@ -300,9 +310,10 @@ def with_todays_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     for old, today in RENAMED.items():
         (*parents, name), (group, field) = old.split('.'), today.split('.')
         node = new.get(parents[0]) if parents else new
-        if isinstance(node, dict) and name in node:
-            new.setdefault(group, {})[field] = node.pop(name)
-    new.pop('precision', None)
+        if isinstance(node, dict) and name in node and isinstance(new.setdefault(group, {}), dict):
+            new[group][field] = node.pop(name)
+    if new.get('precision') == {}:
+        del new['precision']
     return new
 
 

@@ -389,7 +389,8 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
         ({'about': {'data': 'text', 'output': 'text', 'adapter': 'new'}}, 'has an adapter (new)'),
         ({'parents': 'x'}, 'is damaged'), ({'parents': {'reference': 'x'}}, 'is damaged'),
         ({'parents': {'reference': {'path': 'x'}}}, 'is damaged'), ({'config.optim': 3}, 'config.optim'),
-        ({'config.data': []}, 'config.data'), ({'config.execution': 3}, 'config.execution'),
+        ({'config.data': []}, 'config.data'), ({'config.execution': 3}, 'config.execution'), ({'config.precision': None}, 'config.precision'),
+        ({'config.execution': 5, 'config.microbatch': 4}, 'config.execution'),
     ],
     ids=str,
 )  # fmt: skip

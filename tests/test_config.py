@@ -229,6 +229,16 @@ def test_a_stage_may_add_settings(tmp_path):
     assert configs.load(write(tmp_path / 'mine.py', text), [('mine', '4')])[0].mine == 4
 
 
+def test_a_file_that_says_a_setting_by_its_name_of_before(tmp_path):
+    text = 'from lm import config\ndef get_config(arg):\n    c = config.base()\n'
+    with pytest.raises(UsageError) as refused:
+        configs.load(write(tmp_path / 'mine.py', f'{text}    c.microbatch = 4\n    return c\n'))
+    said = str(refused.value)
+    assert said.endswith('(microbatch is execution.microbatch now)') and '\n' not in said and 'mine.py:4' in said
+    opened = f'{text}    with c.unlocked():\n        c.microbatch = 4\n    return c\n'
+    assert configs.load(write(tmp_path / 'other.py', opened))[0].execution.microbatch == 4
+
+
 # ---- what stands after the colon ----
 
 

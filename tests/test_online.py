@@ -40,6 +40,10 @@ def nothing(prompts, responses):
     return [None] * len(responses)
 
 
+def below(prompts, responses):
+    return [-float(i) for i in range(len(responses))]
+
+
 def raises(prompts, responses):
     raise KeyError('no such verifier')
 
@@ -125,9 +129,13 @@ def test_a_reward_that_is_no_number_ends_the_run_before_the_step(learn, tmp_path
         ({'rl__kl': 'reward'}, 'rl.kl=reward with rl.beta=0 is no leash'),
         ({'rl__max_new_tokens': 48}, 'leaves no room for a prompt in seq_len=48'),
         ({'rl__max_new_tokens': 47}, 'no prompt leaves room for rl.max_new_tokens=47'),
-        ({'reward__fn': 'nowhere.at:all'}, 'reward.fn=nowhere.at:all: No module named'),
+        ({'reward__fn': 'nowhere.at:all'}, 'reward.fn=nowhere.at:all: ModuleNotFoundError: No module named'),
         ({'reward__fn': 'short'}, 'must be package.module:function'),
         ({'data__replay': 0.2}, 'this stage replays no text'),
+        ({'reward__fn': ':short'}, 'must be package.module:function'),
+        ({'reward__fn': 'builtins:__doc__'}, 'is no function'),
+        ({'rl__beta': 0.5}, 'rl.beta=0.5 with rl.kl=none does nothing'),
+        ({'advantage': 'max_rl', 'reward__fn': 'test_online:below'}, 'advantage=max_rl takes scores of at least 0'),
         ({'advantage': 'groups'}, 'advantage=groups (did you mean group?)'),
     ],
 )
@@ -140,6 +148,11 @@ def test_settings_that_cannot_be_are_refused(learn, settings, wanted):
 def test_a_reward_from_what_gives_no_scores_is_refused(learn, dialogues):
     with pytest.raises(UsageError, match='is no reward model: name a run that gives scores'):
         learn('grpo', reward_from=str(dialogues.run('sft')))
+
+
+def test_one_response_a_prompt_is_compared_with_the_batch(learn, tmp_path):
+    learn('grpo', reward__fn='test_online:short', advantage='reinforce++', rl__group=1, rl__prompts=16, steps=2)
+    assert measured(tmp_path / 'run')[1, 'train/grad_norm'] > 0
 
 
 @pytest.mark.slow

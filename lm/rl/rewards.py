@@ -1,5 +1,6 @@
 """Rewards: (prompts, responses) -> a float score of each response."""
 
+import contextlib
 import importlib
 import inspect
 import math
@@ -23,17 +24,18 @@ Function = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 
 def function(name: str) -> Function:
     """A user's own reward, 'package.module:function'. Raises UsageError if there is none."""
-    module, colon, attribute = name.partition(':')
-    if not colon or not attribute:
+    module, _, attribute = name.partition(':')
+    if not module or not attribute:
         raise UsageError(f'reward.fn={name}: must be package.module:function')
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f'reward.fn={name}: {error}') from None
+    except (Exception, SystemExit) as error:  # whatever a person's own module does
+        raise UsageError(f'reward.fn={name}: {type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
     if not callable(found):
         raise UsageError(f'reward.fn={name} is no function')
-    if 'answers' in inspect.signature(found).parameters:
-        return lambda prompts, responses, answers: found(prompts, responses, answers=answers)
+    with contextlib.suppress(ValueError, TypeError):  # one of C, whose parameters nobody knows
+        if 'answers' in inspect.signature(found).parameters:
+            return lambda prompts, responses, answers: found(prompts, responses, answers=answers)
     return lambda prompts, responses, answers: found(prompts, responses)
 
 

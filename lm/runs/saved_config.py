@@ -48,7 +48,7 @@ def check(saved: Mapping[str, Any]) -> None:
     """Raises UsageError, as the rest of a sentence on a config.json, for what is not of the form that it should be, or
     of a newer version."""
     config = saved['config']
-    for name in ('model', 'optim', 'data', 'execution'):
+    for name in ('model', 'optim', 'data', 'execution', *({'precision'} & set(config))):
         if not isinstance(config.get(name), Mapping):
             raise UsageError(f'is damaged (config.{name} is missing or no group): restore it, or name another run')
     told = saved.get('about', {})

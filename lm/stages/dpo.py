@@ -34,7 +34,8 @@ def check(config: Config) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not config.init_from:
-        raise UsageError(f'stage={config.stage} compares with the run it starts from: set --config.init_from=DIR')
+        why = 'compares with the run it starts from, and does not branch'
+        raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
 
 
 def prepare(config: Config, tokenizer: str | None, say: Say) -> PairData:

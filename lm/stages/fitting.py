@@ -99,8 +99,9 @@ def _ways(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> It
         yield from ('execution.remat=full',) * (cfg.remat != 'full')
         yield from ('a smaller microbatch',) * ((config.execution.microbatch or 1) > 1)
         yield 'a shorter seq_len'
-    devices = jax.sharding.get_mesh().size * at_least(config, cfg, state) / limit
-    yield f'{math.ceil(devices * 1.1):,} or more such devices (mesh.fsdp)'  # a tenth for what compiling adds
+    here = jax.sharding.get_mesh().size
+    devices = max(here + 1, math.ceil(1.1 * here * at_least(config, cfg, state) / limit))
+    yield f'{devices:,} or more such devices (mesh.fsdp)'  # a tenth for what compiling adds
 
 
 def _with_adafactor(config: Config, state: TrainState) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lm import advantages
 from lm.config import Config
-from lm.errors import UsageError
+from lm.errors import RunError, UsageError
 from lm.stages import online
 from lm.stages.spec import StageSpec
 
@@ -29,8 +29,13 @@ class Grpo(online.Online):
         if rl.kl == 'reward':
             score = score - rl.beta * ((rows['old_BT'] - rows['reference_BT']) * mask_BT).sum(1)
         score_PG = jnp.asarray(score.reshape(rl.prompts, rl.group))
+        if self.config.advantage == 'max_rl' and float(score_PG.min()) < 0:
+            raise RunError(
+                f'advantage=max_rl takes scores of at least 0, and one is {float(score_PG.min()):.3g}: set another'
+            )
         found = np.asarray(advantages.OF_GROUPS[self.config.advantage](score_PG)).reshape(-1, 1)
-        same = np.repeat(np.asarray(advantages.same(score_PG)), rl.group)
+        grouped = self.config.advantage != 'reinforce++'
+        same = grouped & np.repeat(np.asarray(advantages.same(score_PG)), rl.group)
         self.note(groups_without_variance=float(same.mean()))
         return {'advantage_BT': found * mask_BT, 'weights_BT': mask_BT * ~same[:, None]}
 

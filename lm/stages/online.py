@@ -45,7 +45,8 @@ def check(config: Config) -> None:
     """Raises UsageError for settings that make no sense together, before anything is read."""
     rl = config.rl
     if not config.init_from:
-        raise UsageError(f'stage={config.stage} begins with a model that answers: set --config.init_from=DIR')
+        why = 'begins with a model that answers, and does not branch'
+        raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
     if not config.reward_from and not config.reward.fn:
         raise UsageError(
             f'stage={config.stage} needs a reward: set reward_from=DIR or reward.fn=package.module:function'
@@ -61,6 +62,8 @@ def check(config: Config) -> None:
         raise UsageError(
             f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in seq_len={config.seq_len}'
         )
+    if rl.kl == 'none' and rl.beta:
+        raise UsageError(f'rl.beta={rl.beta} with rl.kl=none does nothing: set rl.kl=reward or k3, or leave it out')
     if rl.kl != 'none' and not rl.beta:
         raise UsageError(f'rl.kl={rl.kl} with rl.beta=0 is no leash: set rl.beta, or rl.kl=none')
     if config.optim.batch_warmup:
@@ -255,7 +258,7 @@ class Online(Task):
                 wanted = [tokenizer.decode(q.answer) for q in questions]
                 try:
                     given = rewards.function(c.reward.fn)(prompts, said, wanted)
-                except Exception as error:  # a user's own code
+                except (Exception, SystemExit) as error:  # a user's own code
                     raise RunError(f'reward.fn={c.reward.fn}: {type(error).__name__}: {error}') from error
                 told = rewards.checked(given, prompts, f'reward.fn={c.reward.fn}').tolist()
             total += np.asarray(processes.all_gather(told)[0], np.float32)
