@@ -12,7 +12,7 @@ same, so that its row shows where it began.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import jax
 from lm import config as configs
 from lm.data import chats, pairs, pipeline
 from lm.data.chat_template import ChatTemplate
-from lm.data.prepare import TEXT, Form, Prepared, prepare
+from lm.data.prepare import TEXT, Prepared, prepare
 from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
@@ -32,6 +32,7 @@ from lm.settings import INT32_MAX
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 Say = Callable[[str], None]
+_FORMS = {'chat': chats.form, 'pairs': pairs.form}
 
 
 class Limits(NamedTuple):
@@ -60,16 +61,12 @@ class Subject:
 
     @property
     def template(self) -> ChatTemplate:
-        return template_of(self.run, self.model)
+        """Raises UsageError if the run's tokenizer has none."""
+        return ChatTemplate.load(rundir.tokenizer_folder(self.run), self.model.tokenizer)
 
     @property
     def rows_at_once(self) -> int:
         return rows_at_once(self.model.config['execution']['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
-
-
-def template_of(run: str, model: Model) -> ChatTemplate:
-    """The chat template of a run. Raises UsageError if its tokenizer has none."""
-    return ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer)
 
 
 def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
@@ -109,24 +106,20 @@ def _refusals(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str,
 
 def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
     model, seq_len, metrics = subject.model, subject.seq_len, {}
+    measure = preferences.scores if subject.scored else preferences.log_probs
     reference = None if subject.scored else reference_of(subject)
     for s in prepared.sources:
         if not pairs.sizes(s.heldout, seq_len).survey.used:
             subject.say(f'left out {s.name}: no held-out pair has two different responses within seq_len={seq_len}')
             continue
-
-        def measured(of: Callable, params: Any, store: pairs.PairStore = s.heldout) -> Any:
-            batches = preferences.in_order(
-                store, seq_len=seq_len, batch_size=subject.rows_at_once, most=limits.rows
-            )  # fmt: skip
-            return of(params, model.cfg, batches, store.pairs)
-
+        options = {'seq_len': seq_len, 'batch_size': subject.rows_at_once, 'most': limits.rows}
+        batches, count = preferences.in_order(s.heldout, **options), s.heldout.pairs
+        before = None if reference is None else measure(reference, model.cfg, batches, count)
+        after = measure(model.params, model.cfg, batches, count)
         if subject.scored:
-            found = preferences.reward_metrics(s.heldout, measured(preferences.scores, model.params), seq_len=seq_len)
+            found = preferences.reward_metrics(s.heldout, after, seq_len=seq_len)
         else:
-            log_probs = lambda params, measured=measured: measured(preferences.log_probs, params)
-            before = None if reference is None else log_probs(reference)
-            found = preferences.policy_metrics(s.heldout, log_probs(model.params), before, seq_len=seq_len)
+            found = preferences.policy_metrics(s.heldout, after, before, seq_len=seq_len)
         metrics |= _named(s.name, found)
     return metrics
 
@@ -213,7 +206,7 @@ def _mixture(task: str, saved: Mapping[str, Mapping[str, Any]], given: str | Non
     mixture = given or _usual(task, saved)
     texts = [saved_config.pretraining_of(run) for run in saved.values() if saved_config.about(run).output != 'scores']
     for part in [mixture] if mixture else filter(None, dict.fromkeys(texts)):
-        for name in _sources(part):
+        for name, _ in parse_mixture(part):
             open_source(name, TASKS[task].kind)
     return mixture
 
@@ -233,10 +226,6 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     raise UsageError(
         'no run read the default data (botocore, chitchat); --chats and --pairs name other questions, pairs'
     )
-
-
-def _sources(mixture: str) -> Iterable[str]:
-    return (name for name, _ in parse_mixture(mixture))
 
 
 # ---- measuring ----
@@ -278,18 +267,9 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
         if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
             return found
     # A run that learned from single answers is asked about such.
-    unpaired = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
-    return prepare(
-        mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), form=_form(subject, kind), unpaired=unpaired,
-        **options,
-    )  # fmt: skip
-
-
-def _form(subject: Subject, kind: Kind) -> Form:
-    """Returns the form in which data of a kind are stored for a subject."""
-    if kind == 'text':
-        return TEXT
-    return chats.form(subject.template) if kind == 'chat' else pairs.form(subject.template)
+    options['unpaired'] = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
+    options['form'] = TEXT if kind == 'text' else _FORMS[kind](subject.template)
+    return prepare(mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), **options)
 
 
 def known(names: Sequence[str]) -> list[str]:
