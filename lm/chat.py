@@ -141,9 +141,8 @@ def talk(flags: argparse.Namespace) -> None:
 
 
 def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace) -> None:
-    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named; a
-    continuation is read with its beginning."""
-    from lm.sampling.conversation import answer, forget
+    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named."""
+    from lm.sampling.conversation import forget, heading, print_answer
 
     if text == RESET and flags.prompt is None:
         for talker in talkers:
@@ -152,16 +151,11 @@ def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace
     if len(talkers) > 1 and not flags.raw:
         print(f'> {text}')
     for talker in talkers:
-        beside = talker.template is None and not flags.raw
         if len(talkers) > 1:
-            print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
-        if talker.template is None:
-            print(text, end='', flush=True)
+            print(heading(talker, raw=flags.raw))
         drawn = sampling(flags, talker.model.tokenizer.saved)
         options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
-        for piece in answer(talker, text, warn=say, **options):
-            print(piece, end='', flush=True)
-        print(flush=True)
+        print_answer(talker, text, warn=say, **options)
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -78,12 +78,7 @@ def dropped(prepared: Prepared) -> list[str]:
     return lines
 
 
-class Token(NamedTuple):
-    """A token of a row to show; `marked`: learned in a conversation, or followed by what is not learned in a text."""
-
-    id: int
-    segment: int
-    marked: bool
+Token = tuple[int, int, bool]  # id, segment, and whether its look says that it is learned, or its next one is not
 
 
 def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversations: bool = False) -> Text:
@@ -96,9 +91,9 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversatio
     """
     names = {i: name for name, i in tokenizer.controls.items()}
     text = Text()
-    kind = lambda token: (token.segment, token.marked, names.get(token.id))
+    kind = lambda token: (*token[1:], names.get(token[0]))
     for (segment, marked, name), run in groupby(_learned(row) if conversations else _text(row), kind):
-        ids = [token.id for token in run]
+        ids = [i for i, *_ in run]
         words = tokenizer.decode(ids, continued=True) if name is None else name * len(ids)
         colour = COLOURS[(segment - 1) % len(COLOURS)]
         if not segment:
@@ -113,7 +108,7 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversatio
 
 def _text(row: Mapping[str, np.ndarray]) -> list[Token]:
     columns = zip(row['tokens_T'].tolist(), row['segments_T'].tolist(), row['weights_T'].tolist(), strict=True)
-    return [Token(i, segment, not weight) for i, segment, weight in columns]
+    return [(i, segment, not weight) for i, segment, weight in columns]
 
 
 def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
@@ -124,10 +119,10 @@ def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
     for segment, places in groupby(columns, lambda place: place[-1]):
         learned, target = False, None
         for i, next_i, weight, _ in places:
-            found.append(Token(i, segment, learned))
+            found.append((i, segment, learned))
             learned, target = weight > 0, next_i
         if learned and target is not None:
-            found.append(Token(target, segment, True))
+            found.append((target, segment, True))
     return found
 
 

@@ -368,12 +368,8 @@ def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) 
 
 def check(source: PreparedSource, *, seq_len: int) -> None:
     """Raises UsageError if a part of a source has no usable pair."""
-    for part, store in (('training', source.train), ('held-out', source.heldout)):
-        if not sizes(store, seq_len).survey.used:
-            raise UsageError(
-                f'no {part} pair of {source.name} has two different responses within seq_len={seq_len}: set a longer '
-                '--config.seq_len'
-            )
+    wanted = f'two different responses within seq_len={seq_len}'
+    chats.check_parts(source, partial(sizes, seq_len=seq_len), 'pair', wanted)
 
 
 def mix(

@@ -143,6 +143,27 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
     talker.turns = [*turns, {'role': 'assistant', 'content': ''.join(said)}]
 
 
+def heading(talker: Talker, *, raw: bool) -> str:
+    """The line before an answer of one of several runs."""
+    beside = talker.template is None and not raw
+    return f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}'
+
+
+def print_answer(
+    talker: Talker, text: str, *, warn: Callable[[str], None], stopped: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Prints an answer as it is drawn, until it is stopped; a continuation with its beginning. Raises as `answer`."""
+    if talker.template is None:
+        print(text, end='', flush=True)
+    with contextlib.closing(answer(talker, text, warn=warn, **options)) as pieces:
+        for piece in pieces:
+            print(piece, end='', flush=True)
+            if stopped():
+                break
+    print(flush=True)
+
+
 def _asked(text: str) -> Message:
     return {'role': 'user', 'content': text}
 
