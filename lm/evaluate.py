@@ -34,7 +34,7 @@ from rich.table import Table
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser, UsageError, checked, install, leave, run_command
-from lm.evals import scores, tasks
+from lm.evals import tasks
 from lm.evals.tasks import Limits, Subject
 from lm.progress import say, task
 from lm.runs import checkpoint, loading, rundir, saved_config
@@ -132,7 +132,7 @@ def score(flags: argparse.Namespace) -> dict[str, Any]:
     runtime.start_jax()
     with sharding.use_mesh():
         subject = loaded(run)
-        found = scores.score(subject, *flags.score)
+        found = tasks.score(subject, *flags.score)
     if found['cut']:
         say(f'the answer is longer than {run} was trained on: its first {found["tokens"]} tokens are scored')
     return {'run': run, 'step': subject.model.step, **found}
@@ -161,7 +161,7 @@ def unlike(saved: Mapping[str, Mapping[str, Any]]) -> None:
 def columns(found: Sequence[Mapping[str, Any]]) -> Iterator[Column]:
     """The columns of what is known of any run, source by source."""
     keys = dict.fromkeys(key for row in found for key in row)
-    for source in dict.fromkeys(source_of(key) for key in keys if source_of(key)):
+    for source in filter(None, dict.fromkeys(map(source_of, keys))):
         for name, words in SHOWN.items():
             if (key := f'eval/{source}/{name}') in keys:
                 yield key, os.path.basename(source), words

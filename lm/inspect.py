@@ -27,7 +27,6 @@ from lm.settings import INT32_MAX
 from lm.stages import find, plan
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
-OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
 COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
 
@@ -54,7 +53,7 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
     """
     table = Table(box=None, pad_edge=False)
     table.add_column('source', overflow='fold')
-    for name in (*NUMBERS, *(OF_TEXT if lengths is None else OF_DIALOGUES)):
+    for name in (*NUMBERS, *(('bytes/token',) if lengths is None else ('cut', 'left out'))):
         table.add_column(name, justify='right', no_wrap=True)
     for i, s in enumerate(prepared.sources):
         c = s.counts

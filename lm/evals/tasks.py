@@ -1,11 +1,5 @@
-"""The evaluation tasks, whatever the run's stage: the same questions, pairs and texts for each, so that their rows
-compare.
-
-answers       greedy answers to held-out questions: whether they end by themselves, F1 against the data's answers
-preferences   held-out pairs: which response is likelier per token; which one the reward is higher for, that of a reward
-              model or, after preference optimisation, the implicit one
-refusals      invented operations and real ones: how many of each are declined
-heldout       loss, perplexity and bits per byte (exact bytes) of held-out text, a source at a time
+"""The evaluation tasks that `lm.evaluate` lists, the same questions, pairs and texts whatever the run's stage, so that
+their rows compare; and a reward model's score of one answer.
 
 What a run was only pretrained on has no marks of a conversation; it is asked through its tokenizer's template all the
 same, so that its row shows where it began.
@@ -17,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
 from lm import config as configs
 from lm.data import chats, pairs, pipeline
@@ -26,7 +23,9 @@ from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.runs import loading, rundir, saved_config
+from lm.model import sequences, transformer
+from lm.model.config import ModelConfig
+from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.loading import Model
 from lm.settings import INT32_MAX
 
@@ -280,3 +279,38 @@ def known(names: Sequence[str]) -> list[str]:
                 f'--tasks={name}{configs.nearest(name, list(TASKS))}: it must be of {", ".join(TASKS)}, or lm_eval:TASK'
             )
     return list(names)
+
+
+# ---- one answer ----
+
+
+def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
+    """{'score', 'raw', 'mean', 'std', 'tokens', 'cut'}: the normalised score (raw − mean)/std of an answer to a prompt.
+
+    It is read at the last token of the prompt with the answer and the end of its turn; or, as in training, where the
+    sequence is cut because it is longer than what the model was trained on.
+
+    Raises:
+      UsageError: it is no reward model, something is empty, or nothing of the answer is left.
+      RunError: the run has kept no scale for its scores yet.
+    """
+    if not subject.scored:
+        raise UsageError(f'{subject.run} is no reward model (stage={subject.model.config["stage"]}): name one')
+    if not prompt.strip() or not answer.strip():
+        raise UsageError(f'--score: the {"prompt" if not prompt.strip() else "answer"} is empty')
+    model, seq_len = subject.model, subject.seq_len
+    messages = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
+    ids, trained = subject.template.encode(model.tokenizer, messages)
+    if not any(trained[:seq_len]):
+        raise UsageError(f'--score: the prompt alone fills the {seq_len} tokens that {subject.run} was trained on')
+    scale = reward_scale.read(epath.Path(configs.split_run(subject.run)[0]), model.step)
+    row_BT = np.array([ids[:seq_len]], np.int32)
+    raw = float(jax.jit(_last_score, static_argnums=1)(model.params, model.cfg, row_BT))
+    found = {'score': (raw - scale.mean) / scale.std, 'raw': raw, **scale._asdict(), 'tokens': row_BT.size}
+    return found | {'cut': len(ids) > seq_len}
+
+
+def _last_score(params: Any, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+    """The score at the last place of one row."""
+    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
+    return jnp.sum(score_BT * (jnp.arange(tokens_BT.shape[1]) == tokens_BT.shape[1] - 1))

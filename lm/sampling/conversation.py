@@ -97,8 +97,7 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
     model = loading.load(run, warn=warn)
     template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
     talker = Talker(run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
-    if system is not None:
-        talker.turns.append({'role': 'system', 'content': system})
+    instruct(talker, system)
     return talker
 
 
