@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.config import whole
+from lm.config import check_flags, whole
 from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.settings import COUNT_OR_0, FLOAT32_END, MAX_NEW_TOKENS, PART, SEED_MAX, Bound, up_to
 
@@ -59,10 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be drawn with."""
-    for name, bound in {'max_new_tokens': up_to(MAX_NEW_TOKENS, 1), 'seed': up_to(SEED_MAX), **LIMITS}.items():
-        value = vars(flags)[name]
-        if value is not None and not bound.holds(value):
-            raise UsageError(f'--{name}={value} must be {bound.words}')
+    check_flags(vars(flags), {'max_new_tokens': up_to(MAX_NEW_TOKENS, 1), 'seed': up_to(SEED_MAX), **LIMITS})
     checked(flags.prompt or '', 'the prompt')
     checked(flags.system or '', '--system')
     if flags.system is not None and flags.raw:

@@ -38,7 +38,7 @@ from lm.evals import tasks
 from lm.evals.tasks import Limits, Subject
 from lm.progress import say, task
 from lm.runs import checkpoint, loading, rundir, saved_config
-from lm.settings import INT32_MAX, MAX_NEW_TOKENS
+from lm.settings import INT32_MAX, MAX_NEW_TOKENS, Bound, up_to
 
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
@@ -69,10 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be measured with."""
-    for name, least, most in (('rows', 1, INT32_MAX), ('max_new_tokens', 1, MAX_NEW_TOKENS), ('num_fewshot', 0, 1000)):
-        value = vars(flags)[name]
-        if value is not None and not least <= value <= most:
-            raise UsageError(f'--{name}={value} must be at least {least} and at most {most}')
+    limits = {'rows': (1, INT32_MAX), 'max_new_tokens': (1, MAX_NEW_TOKENS), 'num_fewshot': (0, 1000)}
+    bound = lambda least, most: Bound(f'at least {least} and at most {most}', up_to(most, least).holds)
+    configs.check_flags(vars(flags), {name: bound(*ends) for name, ends in limits.items()})
     if flags.score and (len(flags.runs) > 1 or flags.tasks):
         raise UsageError('--score asks one reward model for one score: name one run and no --tasks')
     for name, text in zip(('prompt', 'answer'), flags.score or (), strict=False):

@@ -20,10 +20,10 @@ from lm import config as configs
 from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Parser, UsageError, leave, run_command
+from lm.errors import Parser, leave, run_command
 from lm.progress import say, task
 from lm.runs import lineage
-from lm.settings import INT32_MAX
+from lm.settings import COUNT_OR_0
 from lm.stages import find, plan
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
@@ -171,8 +171,7 @@ def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
     """Prints the counts, and the first rows or pairs of the mixture."""
     config, _ = configs.load(flags.config, settings)
-    if not 0 <= flags.rows <= INT32_MAX:
-        raise UsageError(f'--rows={flags.rows} must be from 0 to {INT32_MAX}')
+    configs.check_flags(vars(flags), {'rows': COUNT_OR_0})
     spec = find(config.stage)
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)

@@ -215,11 +215,9 @@ def _handle(number: int, frame: Any) -> None:
     global _spared, _raised
     del frame
     with _lock:
-        heard = _read()
-        if not heard and _spared:  # the thread was quicker
-            _spared = 0
+        heard, spared, _spared = _read(), _spared, 0
+        if spared and not heard:  # the thread was quicker
             return
-        _spared = 0
         ending = _take(heard or [number])  # none: an event loop reads in our place
     if ending is None:
         return
