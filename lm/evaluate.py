@@ -86,7 +86,12 @@ def asked(flags: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     harness = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
     if harness and importlib.util.find_spec('lm_eval') is None:
         raise UsageError(f'{HARNESS}TASK needs the package lm-eval: {install("eval")}')
-    return tasks.known([name for name in names if not name.startswith(HARNESS)]), harness
+    own = [name for name in names if not name.startswith(HARNESS)]
+    for name in own:
+        if name not in tasks.TASKS:
+            known = f'it must be of {", ".join(tasks.TASKS)}, or {HARNESS}TASK'
+            raise UsageError(f'--tasks={name}{configs.nearest(name, list(tasks.TASKS))}: {known}')
+    return own, harness
 
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import config as configs
+from lm.config import split_run
 from lm.data import chats, pairs, pipeline
 from lm.data.chat_template import ChatTemplate
 from lm.data.prepare import TEXT, Prepared, prepare
@@ -250,8 +250,7 @@ def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits)
         if mixture is None:
             subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
             continue
-        found = prepared(subject, TASKS[name].kind, mixture)
-        metrics |= TASKS[name].measure(subject, found, limits)
+        metrics |= TASKS[name].measure(subject, prepared(subject, TASKS[name].kind, mixture), limits)
     return metrics
 
 
@@ -269,16 +268,6 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
     options['unpaired'] = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
     options['form'] = TEXT if kind == 'text' else _FORMS[kind](subject.template)
     return prepare(mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), **options)
-
-
-def known(names: Sequence[str]) -> list[str]:
-    """The names. Raises UsageError for one that is no task."""
-    for name in names:
-        if name not in TASKS:
-            raise UsageError(
-                f'--tasks={name}{configs.nearest(name, list(TASKS))}: it must be of {", ".join(TASKS)}, or lm_eval:TASK'
-            )
-    return list(names)
 
 
 # ---- one answer ----
@@ -303,7 +292,7 @@ def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
     ids, trained = subject.template.encode(model.tokenizer, messages)
     if not any(trained[:seq_len]):
         raise UsageError(f'--score: the prompt alone fills the {seq_len} tokens that {subject.run} was trained on')
-    scale = reward_scale.read(epath.Path(configs.split_run(subject.run)[0]), model.step)
+    scale = reward_scale.read(epath.Path(split_run(subject.run)[0]), model.step)
     row_BT = np.array([ids[:seq_len]], np.int32)
     raw = float(jax.jit(_last_score, static_argnums=1)(model.params, model.cfg, row_BT))
     found = {'score': (raw - scale.mean) / scale.std, 'raw': raw, **scale._asdict(), 'tokens': row_BT.size}
