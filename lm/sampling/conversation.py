@@ -104,7 +104,7 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
 def instruct(talker: Talker, system: str | None) -> None:
     """Sets the words of the system from now on; None: none."""
     turns = [turn for turn in talker.turns if turn['role'] != 'system']
-    talker.turns = [{'role': 'system', 'content': system}, *turns] if system else turns
+    talker.turns = turns if system is None else [{'role': 'system', 'content': system}, *turns]
 
 
 def forget(talker: Talker) -> None:
