@@ -77,7 +77,8 @@ def dropped(prepared: Prepared) -> list[str]:
     return lines
 
 
-Token = tuple[int, int, bool]  # id, segment, and whether its look says that it is learned, or its next one is not
+# (id, segment, marked: learned in a conversation, or followed by what is not learned in a text) of a token to show.
+Token = tuple[int, int, bool]
 
 
 def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversations: bool = False) -> Text:
