@@ -30,6 +30,7 @@ from lm.data.tokenizer import train_tokenizer
 from lm.errors import Parser, UsageError, run_command
 from lm.evals import agreement
 from lm.interop.opened import Leaf, Opened
+from lm.model.config import ModelConfig
 from lm.presets import PRESETS
 from lm.runs import loading
 
@@ -46,7 +47,7 @@ def model(size: str) -> Opened:
         *parents, last = key.split('.')
         (config[parents[0]] if parents else config)[last] = value
     settings = {k: v for k, v in dict(config.model).items() if k != 'scan'} | {'context': config.seq_len}
-    flat = jax.tree_util.tree_leaves_with_path(loading.shapes(agreement.config_of(settings)))
+    flat = jax.tree_util.tree_leaves_with_path(loading.shapes(ModelConfig(**settings)))
     named = {'/'.join(key.key for key in path): x.shape for path, x in flat}
     leaves = {name: leaf(name, shape, settings['vocab_size']) for name, shape in named.items()}
     words = train_tokenizer(agreement.TEXT.splitlines(), vocab_size=384)

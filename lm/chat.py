@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.config import whole
+from lm.config import check_flags, whole
 from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.settings import COUNT_OR_0, FLOAT32_END, MAX_NEW_TOKENS, PART, SEED_MAX, Bound, up_to
 
@@ -59,10 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be drawn with."""
-    for name, bound in {'max_new_tokens': up_to(MAX_NEW_TOKENS, 1), 'seed': up_to(SEED_MAX), **LIMITS}.items():
-        value = vars(flags)[name]
-        if value is not None and not bound.holds(value):
-            raise UsageError(f'--{name}={value} must be {bound.words}')
+    check_flags(vars(flags), {'max_new_tokens': up_to(MAX_NEW_TOKENS, 1), 'seed': up_to(SEED_MAX), **LIMITS})
     checked(flags.prompt or '', 'the prompt')
     checked(flags.system or '', '--system')
     if flags.system is not None and flags.raw:
@@ -141,9 +138,8 @@ def talk(flags: argparse.Namespace) -> None:
 
 
 def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace) -> None:
-    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named; a
-    continuation is read with its beginning."""
-    from lm.sampling.conversation import answer, forget
+    """Prints the answer of each run to a text that nobody sees beside it, or does as it says. Several are named."""
+    from lm.sampling.conversation import forget, heading, print_answer
 
     if text == RESET and flags.prompt is None:
         for talker in talkers:
@@ -152,16 +148,11 @@ def answer_all(talkers: 'Sequence[Talker]', text: str, flags: argparse.Namespace
     if len(talkers) > 1 and not flags.raw:
         print(f'> {text}')
     for talker in talkers:
-        beside = talker.template is None and not flags.raw
         if len(talkers) > 1:
-            print(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
-        if talker.template is None:
-            print(text, end='', flush=True)
+            print(heading(talker, raw=flags.raw))
         drawn = sampling(flags, talker.model.tokenizer.saved)
         options = {'max_new_tokens': flags.max_new_tokens, 'sampling': drawn, 'seed': flags.seed}
-        for piece in answer(talker, text, warn=say, **options):
-            print(piece, end='', flush=True)
-        print(flush=True)
+        print_answer(talker, text, warn=say, **options)
 
 
 def main() -> int:

@@ -182,6 +182,13 @@ def whole(flag: str) -> Callable[[str], int]:
     return lambda text: parse_value(flag, text, int, False)
 
 
+def check_flags(flags: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
+    """Raises UsageError for a command's flag that is set and not within its bound."""
+    for name, bound in bounds.items():
+        if flags[name] is not None and not bound.holds(flags[name]):
+            raise UsageError(f'--{name}={flags[name]} must be {bound.words}')
+
+
 def override(config: Config, key: str, text: str) -> None:
     """Sets one dotted key from its text. Raises UsageError for an unknown key (naming the nearest) or a wrong type."""
     key, own = RENAMED.get(key, key), dict(leaves(config))

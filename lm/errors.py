@@ -59,14 +59,6 @@ def checked(text: str, what: str) -> str:
 def run_command(command: Callable[[], None]) -> int:
     """Runs an entry point's work and returns its exit status; an error that we know is one line on stderr."""
     try:
-        return _run(command)
-    except Exception:  # a fault of ours: the interpreter's own end may crash, see `leave`
-        traceback.print_exc()
-        return 1
-
-
-def _run(command: Callable[[], None]) -> int:
-    try:
         with interrupts.heard():
             command()
         sys.stdout.flush()
@@ -77,22 +69,19 @@ def _run(command: Callable[[], None]) -> int:
         return 0
     except (UsageError, RunError, Ending) as error:
         return _told(str(error), error.status)
-    except ImportError as error:  # fsspec's, of a bucket: it says which package to install
-        if not str(error).startswith('Please install'):
-            raise
-        return _told(str(error), UsageError.status)
-    except OSError as error:  # what is not written or read through `lm.files`
-        return _told(str(error), RunError.status)
-    except RuntimeError as error:  # XLA's, when the device's memory is full
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        return _told(
-            f'out of memory ({reason}): a smaller execution.microbatch, more mesh.fsdp or execution.remat=full',
-            RunError.status,
-        )
     except KeyboardInterrupt:  # a library's
         return _told('interrupted', Interrupted().status)
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, ImportError) and text.startswith('Please install'):  # fsspec's, of a bucket
+            return _told(text, UsageError.status)
+        if isinstance(error, OSError):  # what is not written or read through `lm.files`
+            return _told(text, RunError.status)
+        if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in text:  # XLA's, when the device's memory is full
+            hint = 'a smaller execution.microbatch, more mesh.fsdp or execution.remat=full'
+            return _told(f'out of memory ({text.splitlines()[0][:200]}): {hint}', RunError.status)
+        traceback.print_exc()  # a fault of ours: the interpreter's own end may crash, see `leave`
+        return 1
 
 
 def leave(status: int) -> NoReturn:

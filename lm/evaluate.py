@@ -21,23 +21,24 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import jax
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lm import config as configs
 from lm import runtime, sharding
 from lm.errors import Parser, UsageError, checked, install, leave, run_command
-from lm.evals import scores, tasks
+from lm.evals import tasks
 from lm.evals.tasks import Limits, Subject
 from lm.progress import say, task
 from lm.runs import checkpoint, loading, rundir, saved_config
-from lm.settings import INT32_MAX, MAX_NEW_TOKENS
+from lm.settings import INT32_MAX, MAX_NEW_TOKENS, Bound, up_to
 
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
@@ -45,9 +46,7 @@ SHOWN = {
     'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
     'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
 }  # fmt: skip
-
-
-GAP = 2  # characters between columns
+Column = tuple[str, str, str]  # metric, source or task, what it is
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,10 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot be measured with."""
-    for name, least, most in (('rows', 1, INT32_MAX), ('max_new_tokens', 1, MAX_NEW_TOKENS), ('num_fewshot', 0, 1000)):
-        value = vars(flags)[name]
-        if value is not None and not least <= value <= most:
-            raise UsageError(f'--{name}={value} must be at least {least} and at most {most}')
+    limits = {'rows': (1, INT32_MAX), 'max_new_tokens': (1, MAX_NEW_TOKENS), 'num_fewshot': (0, 1000)}
+    bound = lambda least, most: Bound(f'at least {least} and at most {most}', up_to(most, least).holds)
+    configs.check_flags(vars(flags), {name: bound(*ends) for name, ends in limits.items()})
     if flags.score and (len(flags.runs) > 1 or flags.tasks):
         raise UsageError('--score asks one reward model for one score: name one run and no --tasks')
     for name, text in zip(('prompt', 'answer'), flags.score or (), strict=False):
@@ -88,7 +86,12 @@ def asked(flags: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     harness = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
     if harness and importlib.util.find_spec('lm_eval') is None:
         raise UsageError(f'{HARNESS}TASK needs the package lm-eval: {install("eval")}')
-    return tasks.known([name for name in names if not name.startswith(HARNESS)]), harness
+    own = [name for name in names if not name.startswith(HARNESS)]
+    for name in own:
+        if name not in tasks.TASKS:
+            known = f'it must be of {", ".join(tasks.TASKS)}, or {HARNESS}TASK'
+            raise UsageError(f'--tasks={name}{configs.nearest(name, list(tasks.TASKS))}: {known}')
+    return own, harness
 
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def score(flags: argparse.Namespace) -> dict[str, Any]:
     runtime.start_jax()
     with sharding.use_mesh():
         subject = loaded(run)
-        found = scores.score(subject, *flags.score)
+        found = tasks.score(subject, *flags.score)
     if found['cut']:
         say(f'the answer is longer than {run} was trained on: its first {found["tokens"]} tokens are scored')
     return {'run': run, 'step': subject.model.step, **found}
@@ -149,21 +152,20 @@ def ask_harness(subject: Subject, names: Sequence[str], flags: argparse.Namespac
 
 def unlike(saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Says what keeps the rows of several runs from comparing."""
-    for name, of in (
-        ('seq_len', lambda s: s['config']['seq_len']),
-        ('text of pretraining', saved_config.pretraining_of),
-    ):
-        if len(values := {of(run) for run in saved.values()}) > 1:
+    lengths = {run['config']['seq_len'] for run in saved.values()}
+    texts = {saved_config.pretraining_of(run) for run in saved.values()}
+    for name, values in (('seq_len', lengths), ('text of pretraining', texts)):
+        if len(values) > 1:
             say(f'these runs differ in their {name} ({", ".join(map(str, values))}): not all of their rows compare')
 
 
 # ---- the table ----
 
 
-def columns(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """(metric, source or task, what it is) of what is known of any run, source by source."""
+def columns(found: Sequence[Mapping[str, Any]]) -> Iterator[Column]:
+    """The columns of what is known of any run, source by source."""
     keys = dict.fromkeys(key for row in found for key in row)
-    for source in dict.fromkeys(source_of(key) for key in keys if source_of(key)):
+    for source in filter(None, dict.fromkeys(map(source_of, keys))):
         for name, words in SHOWN.items():
             if (key := f'eval/{source}/{name}') in keys:
                 yield key, os.path.basename(source), words
@@ -182,7 +184,9 @@ def source_of(key: str) -> str:
 def show(found: Sequence[Mapping[str, Any]]) -> None:
     """The runs as rows, on stderr: below each other as many tables as it takes to cut no word off."""
     console = Console(stderr=True, width=width_of(), highlight=False)
-    for shown in side_by_side(list(columns(found)), console.width - widest(found)):
+    options = console.options.update(width=2 * console.width)  # in which a table that is too wide is seen to be
+    fits = lambda shown: Measurement.get(console, options, table(found, shown)).maximum <= console.width
+    for shown in side_by_side(columns(found), fits):
         console.print(table(found, shown))
 
 
@@ -191,45 +195,28 @@ def width_of() -> int | None:
     return None if sys.stderr.isatty() else 1000
 
 
-def widest(found: Sequence[Mapping[str, Any]]) -> int:
-    """Characters that the first two columns and the table's own edges take."""
-    longest = [max(len('step'), *(len(str(row[name])) for row in found)) for name in ('run', 'step')]
-    return 1 + sum(n + GAP for n in longest)
-
-
-def side_by_side(shown: Sequence[tuple[str, str, str]], room: int) -> Iterator[list[tuple[str, str, str]]]:
-    """Columns in groups that take at most `room` characters, a source's together where that is possible."""
-    group: list[tuple[str, str, str]] = []
-    for _, same in groupby(shown, lambda column: column[1]):
-        same = list(same)
-        if group and taken([*group, *same]) > room:
-            yield group
-            group = []
-        for column in same:
-            if group and taken([*group, column]) > room:
+def side_by_side(shown: Iterable[Column], fits: Callable[[Sequence[Column]], bool]) -> Iterator[list[Column]]:
+    """Columns in groups of which each fits, a source's together where that is possible."""
+    group: list[Column] = []
+    for _, of_source in groupby(shown, lambda column: column[1]):
+        same = list(of_source)
+        for i, column in enumerate(same):
+            if group and not fits([*group, column] if i else group + same):
                 yield group
                 group = []
             group.append(column)
     yield group
 
 
-def taken(group: Sequence[tuple[str, str, str]]) -> int:
-    """Characters that columns take; a source is named above the first of its own."""
-    return sum(max(map(len, heading(group, i).split('\n'))) + GAP for i in range(len(group)))
-
-
-def heading(group: Sequence[tuple[str, str, str]], i: int) -> str:
-    _, source, words = group[i]
-    return f'{"" if i and group[i - 1][1] == source else source}\n{words:>5}'
-
-
-def table(found: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, str, str]]) -> Table:
-    """The runs as rows, with some of the columns."""
+def table(found: Sequence[Mapping[str, Any]], shown: Sequence[Column]) -> Table:
+    """The runs as rows, with some of the columns; a source is named above the first of its own."""
     made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     made.add_column('run', overflow='fold')
     made.add_column('step', justify='right')
-    for i in range(len(shown)):
-        made.add_column(heading(shown, i), justify='right', no_wrap=True)
+    before = None
+    for _, source, words in shown:
+        made.add_column(f'{"" if source == before else source}\n{words:>5}', justify='right', no_wrap=True)
+        before = source
     for row in found:
         cells = [f'{row[key]:.3f}' if key in row else '' for key, *_ in shown]
         made.add_row(row['run'], str(row['step']), *cells)

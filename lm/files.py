@@ -24,9 +24,8 @@ from lm.errors import RunError
 # TensorStore, has written there since.
 os.environ.setdefault('FSSPEC_GCS_USE_LISTINGS_CACHE', 'false')
 STREAM_CHUNK = 2**24  # bytes of a streamed file that are written, and flushed to the disk, at once
-BUCKET_SECONDS = (
-    30  # between two writes of what grows: a bucket takes one a second of an object, and it is written whole
-)
+# Between two writes of what grows: a bucket takes one a second of an object, and it is written whole.
+BUCKET_SECONDS = 30
 
 
 def is_bucket(path: epath.PathLike) -> bool:
@@ -73,22 +72,18 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     Raises RunError if it cannot be written.
     """
     path = epath.Path(path)
-    if is_bucket(path):  # an object appears whole
-        with _told(path):
-            _write(path, data, 'wb')
-        return
-    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
-    with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _discarded(temporary):
-            _write(temporary, data, 'wb')
-            temporary.replace(path)
+    with _replaced(path) as new, _told(path):
+        _write(new, data, 'wb')
 
 
 @contextlib.contextmanager
-def _discarded(temporary: epath.Path) -> Iterator[None]:
-    """A temporary file inside, which is removed, if the system lets us, where the block fails or is interrupted: why it
-    was not written matters more."""
+def _replaced(path: epath.Path) -> Iterator[epath.Path]:
+    """The file to write, which becomes `path` when the block ends. A temporary one is removed, if the system lets us,
+    where the block fails or is interrupted: why it was not written matters more."""
+    if is_bucket(path):  # an object appears whole
+        yield path
+        return
+    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
 
     def discard(*_: Any) -> None:
         with contextlib.suppress(OSError):
@@ -96,7 +91,11 @@ def _discarded(temporary: epath.Path) -> Iterator[None]:
 
     with interrupts.undoing(discard):
         try:
-            yield
+            with _told(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with _told(path):
+                temporary.replace(path)
         except BaseException:
             discard()
             raise
@@ -109,27 +108,21 @@ def streamed(path: epath.PathLike) -> Iterator[Callable[[bytes], None]]:
 
     Raises RunError if it cannot be written.
     """
-    path = epath.Path(path)
-    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp'
-    held = bytearray()
+    path, held = epath.Path(path), bytearray()
+    with _replaced(path) as new:
 
-    def flush() -> None:
-        with _told(path):
-            _write(temporary, bytes(held), 'ab')
-        held.clear()
+        def flush() -> None:
+            with _told(path):
+                _write(new, bytes(held), 'ab')
+            held.clear()
 
-    def write(data: bytes) -> None:
-        held.extend(data)
-        if len(held) >= STREAM_CHUNK:
-            flush()
+        def write(data: bytes) -> None:
+            held.extend(data)
+            if len(held) >= STREAM_CHUNK:
+                flush()
 
-    with _discarded(temporary):
-        with _told(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         yield write
         flush()
-        with _told(path):
-            temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -224,18 +217,12 @@ def read_json_lines(path: epath.PathLike, *, warn: Callable[[str], None] | None 
     *whole, tail = path.read_bytes().split(b'\n')
     records = []
     for number, line in enumerate([*whole, tail], start=1):
-        record = _json_object(line)
-        if record is not None:
+        try:
+            record = json.loads(line)
+        except ValueError:  # also where a character was cut
+            record = None
+        if isinstance(record, dict):
             records.append(record)
         elif line and number <= len(whole) and warn:
             warn(f'{path}:{number} is damaged and left out')
     return records
-
-
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    """The object in a line, None if there is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:  # also where a character was cut
-        return None
-    return record if isinstance(record, dict) else None

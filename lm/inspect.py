@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,14 +20,13 @@ from lm import config as configs
 from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Parser, UsageError, leave, run_command
+from lm.errors import Parser, leave, run_command
 from lm.progress import say, task
 from lm.runs import lineage
-from lm.settings import INT32_MAX
+from lm.settings import COUNT_OR_0
 from lm.stages import find, plan
 
 NUMBERS = ('share', 'read', 'kept', 'held out', 'tokens')
-OF_TEXT, OF_DIALOGUES = ('bytes/token',), ('cut', 'left out')
 COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 
 
@@ -54,7 +53,7 @@ def counts(prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None)
     """
     table = Table(box=None, pad_edge=False)
     table.add_column('source', overflow='fold')
-    for name in (*NUMBERS, *(OF_TEXT if lengths is None else OF_DIALOGUES)):
+    for name in (*NUMBERS, *(('bytes/token',) if lengths is None else ('cut', 'left out'))):
         table.add_column(name, justify='right', no_wrap=True)
     for i, s in enumerate(prepared.sources):
         c = s.counts
@@ -78,12 +77,8 @@ def dropped(prepared: Prepared) -> list[str]:
     return lines
 
 
-class Token(NamedTuple):
-    """A token of a row to show; `marked`: learned in a conversation, or followed by what is not learned in a text."""
-
-    id: int
-    segment: int
-    marked: bool
+# (id, segment, marked: learned in a conversation, or followed by what is not learned in a text) of a token to show.
+Token = tuple[int, int, bool]
 
 
 def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversations: bool = False) -> Text:
@@ -96,9 +91,9 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversatio
     """
     names = {i: name for name, i in tokenizer.controls.items()}
     text = Text()
-    kind = lambda token: (token.segment, token.marked, names.get(token.id))
+    kind = lambda token: (*token[1:], names.get(token[0]))
     for (segment, marked, name), run in groupby(_learned(row) if conversations else _text(row), kind):
-        ids = [token.id for token in run]
+        ids = [i for i, *_ in run]
         words = tokenizer.decode(ids, continued=True) if name is None else name * len(ids)
         colour = COLOURS[(segment - 1) % len(COLOURS)]
         if not segment:
@@ -113,7 +108,7 @@ def row_text(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, conversatio
 
 def _text(row: Mapping[str, np.ndarray]) -> list[Token]:
     columns = zip(row['tokens_T'].tolist(), row['segments_T'].tolist(), row['weights_T'].tolist(), strict=True)
-    return [Token(i, segment, not weight) for i, segment, weight in columns]
+    return [(i, segment, not weight) for i, segment, weight in columns]
 
 
 def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
@@ -124,10 +119,10 @@ def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
     for segment, places in groupby(columns, lambda place: place[-1]):
         learned, target = False, None
         for i, next_i, weight, _ in places:
-            found.append(Token(i, segment, learned))
+            found.append((i, segment, learned))
             learned, target = weight > 0, next_i
         if learned and target is not None:
-            found.append(Token(target, segment, True))
+            found.append((target, segment, True))
     return found
 
 
@@ -177,8 +172,7 @@ def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
     """Prints the counts, and the first rows or pairs of the mixture."""
     config, _ = configs.load(flags.config, settings)
-    if not 0 <= flags.rows <= INT32_MAX:
-        raise UsageError(f'--rows={flags.rows} must be from 0 to {INT32_MAX}')
+    configs.check_flags(vars(flags), {'rows': COUNT_OR_0})
     spec = find(config.stage)
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)

@@ -81,16 +81,22 @@ def install() -> None:
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
     """Hears signals inside, if nobody does yet."""
+    global _pipe
     if _pipe is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    report = sys.unraisablehook
+    before, report = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
     _listen()
     try:
         yield
     finally:
-        _forget(before, report)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        sys.unraisablehook = report
+        for descriptor in _pipe or ():
+            os.close(descriptor)
+        _pipe = None
 
 
 def rearm() -> None:
@@ -109,17 +115,6 @@ def _listen() -> None:
         signal.signal(number, _handle)
     report = sys.unraisablehook
     sys.unraisablehook = lambda dropped: _report(dropped, report)
-
-
-def _forget(before: dict[signal.Signals, Any], report: Any) -> None:
-    global _pipe
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
-    sys.unraisablehook = report
-    for descriptor in _pipe or ():
-        os.close(descriptor)
-    _pipe = None
 
 
 # ---- what a signal does ----
@@ -220,11 +215,9 @@ def _handle(number: int, frame: Any) -> None:
     global _spared, _raised
     del frame
     with _lock:
-        heard = _read()
-        if not heard and _spared:  # the thread was quicker
-            _spared = 0
+        heard, spared, _spared = _read(), _spared, 0
+        if spared and not heard:  # the thread was quicker
             return
-        _spared = 0
         ending = _take(heard or [number])  # none: an event loop reads in our place
     if ending is None:
         return

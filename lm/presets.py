@@ -1,8 +1,9 @@
 """Sizes by name, and the dial: what stands after the colon in `--config=configs/pretrain.py:ARG`."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from lm.config import Config, nearest, override
+from lm.config import Config, leaves, nearest, override
 from lm.errors import UsageError
 
 GPT2_VOCAB = 50_304  # 50,257 ids padded to a multiple of 128
@@ -12,24 +13,23 @@ LLAMA3_VOCAB = 128_256
 def _size(
     dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab_size: int, **more: Any
 ) -> dict[str, Any]:
+    """A model's shape; `more` of its settings are as they are named."""
     shape = {
         'dim': dim, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': dim // heads,
         'ffn_dim': ffn_dim, 'vocab_size': vocab_size,
     }  # fmt: skip
-    return {f'model.{k}': v for k, v in shape.items()} | more
+    return {f'model.{name}': value for name, value in (shape | more).items()}
 
 
-def _cluster(lr: float, batch_size: int, seq_len: int, steps: int, **more: Any) -> dict[str, Any]:
-    schedule = {
-        'optim.name': 'adamw',
-        'optim.lr': lr,
-        'optim.warmup': min(2000, steps // 10),
-        'optim.schedule': 'cosine',
-        'optim.final': 0.1,
-    }
-    return {'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps} | schedule | more
+def _cluster(lr: float, batch_size: int, seq_len: int, steps: int) -> dict[str, Any]:
+    return {
+        'batch_size': batch_size, 'seq_len': seq_len, 'steps': steps, 'optim.name': 'adamw', 'optim.lr': lr,
+        'optim.warmup': min(2000, steps // 10), 'optim.schedule': 'cosine', 'optim.final': 0.1,
+    }  # fmt: skip
 
 
+_UNTIED = {'tied': False}
+_8B, _70B = _cluster(3e-4, 1024, 8192, 19_000), _cluster(1.5e-4, 2048, 8192, 84_000)
 # Widths and depths of the GPT-2 family (Radford et al., 2019) with a gated feed-forward of 8/3 the width, and of
 # Llama 3 (Grattafiori et al., 2024, table 3); AdamW and its rates from the same papers; steps for 20 tokens a parameter
 # (Hoffmann et al., 2022).
@@ -37,11 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     '124m': _size(768, 12, 12, 12, 2048, GPT2_VOCAB) | _cluster(6e-4, 480, 1024, 5_000),
     '350m': _size(1024, 24, 16, 16, 2816, GPT2_VOCAB) | _cluster(3e-4, 480, 1024, 14_000),
     '1b': _size(2048, 16, 32, 8, 8192, LLAMA3_VOCAB) | _cluster(3e-4, 512, 4096, 12_000),
-    '8b': _size(4096, 32, 32, 8, 14336, LLAMA3_VOCAB)
-    | _cluster(3e-4, 1024, 8192, 19_000, **{'model.rope_theta': 5e5, 'model.tied': False}),
-    '70b': _size(8192, 80, 64, 8, 28672, LLAMA3_VOCAB)
-    | _cluster(1.5e-4, 2048, 8192, 84_000, **{'model.rope_theta': 5e5, 'model.tied': False}),
-}  # fmt: skip
+    '8b': _size(4096, 32, 32, 8, 14336, LLAMA3_VOCAB, rope_theta=5e5, **_UNTIED) | _8B,
+    '70b': _size(8192, 80, 64, 8, 28672, LLAMA3_VOCAB, rope_theta=5e5, **_UNTIED) | _70B,
+}
 
 
 SIZES = tuple(PRESETS)  # ours, from small to large
@@ -53,18 +51,14 @@ def _like(
     """A published model's shape; `heads` is 'queries/keys·head_dim'. What is not said is as in the Llama family."""
     counts, _, head_dim = heads.partition('·')
     queries, _, keys = counts.partition('/')
-    model = {
-        'head_dim': int(head_dim), 'context': context, 'rope_theta': theta, 'norm_eps': 1e-5, 'qk_norm': False, **more,
-    }  # fmt: skip
-    shape = _size(dim, layers, int(queries), int(keys), ffn_dim, vocab_size)
-    return shape | {f'model.{key}': value for key, value in model.items()}
+    plain = {'head_dim': int(head_dim), 'context': context, 'rope_theta': theta, 'norm_eps': 1e-5, 'qk_norm': False}
+    return _size(dim, layers, int(queries), int(keys), ffn_dim, vocab_size, **(plain | more))
 
 
 _QWEN2 = {'norm_eps': 1e-6, 'qkv_bias': True}
 _QWEN3 = {'norm_eps': 1e-6, 'qk_norm': True}
 _GEMMA = {'norm_eps': 1e-6, 'norm_plus_one': True, 'activation': 'gelu'}
 _GEMMA2 = _GEMMA | {'norms': 'both', 'query_scale': 256**-0.5}
-_UNTIED = {'tied': False}
 _LLAMA32 = {'rope_scaling': 'llama3,factor=32,low=1,high=4,original=8192'}
 _SMALL = _cluster(1e-3, 512, 2048, 10_000)  # below a billion parameters
 _MIDDLE = _cluster(3e-4, 512, 4096, 30_000)
@@ -75,10 +69,8 @@ _LARGE = _cluster(3e-4, 1024, 4096, 40_000)
 # but as above, at about 20 tokens a parameter for the larger ones of a group.
 PRESETS |= {
     'llama2-7b': _like(4096, 32, '32/32·128', 11008, 32_000, 4096, 1e4, **_UNTIED) | _LARGE,
-    'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
-    | _cluster(3e-4, 1024, 8192, 19_000),
-    'llama3-70b': _like(8192, 80, '64/8·128', 28672, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED)
-    | _cluster(1.5e-4, 2048, 8192, 84_000),
+    'llama3-8b': _like(4096, 32, '32/8·128', 14336, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED) | _8B,
+    'llama3-70b': _like(8192, 80, '64/8·128', 28672, LLAMA3_VOCAB, 8192, 5e5, **_UNTIED) | _70B,
     'llama3.2-1b': _like(2048, 16, '32/8·64', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
     'llama3.2-3b': _like(3072, 28, '24/8·128', 8192, LLAMA3_VOCAB, 131_072, 5e5, **_LLAMA32) | _MIDDLE,
     'smollm2-135m': _like(576, 30, '9/3·64', 1536, 49_152, 8192, 1e5) | _SMALL,
@@ -118,13 +110,9 @@ PRESETS |= {
 # stage train it further on a laptop: few steps, and rates that spare what it knows. One answer of the reference costs
 # as much as a step of training, so that to compute all of them beforehand would take longer than the few steps do.
 _GENTLY = {
-    'optim.name': 'adamw',
-    'optim.schedule': 'linear',
-    'optim.warmup': 4,
-    'optim.weight_decay': 0.0,
-    'eval.rows': 16,
+    'optim.name': 'adamw', 'optim.schedule': 'linear', 'optim.warmup': 4, 'optim.weight_decay': 0.0, 'eval.rows': 16,
     'execution.remat': 'names',  # thirty layers' activations of a batch are most of 14 GB
-}
+}  # fmt: skip
 CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
     'smollm2': {
         'sft': _GENTLY | {'steps': 40, 'batch_size': 8, 'optim.lr': 2e-4, 'data.replay': 0.0},
@@ -221,15 +209,12 @@ def _preset(name: str, stage: str) -> dict[str, Any]:
     return CONVERTED[name][stage]
 
 
-def _set(config: Config, values: dict[str, Any]) -> None:
+def _set(config: Config, values: Mapping[str, Any]) -> None:
+    now, changed = dict(leaves(config)), {}
     for key, value in values.items():
-        *parents, last = key.split('.')
-        node = config
-        for parent in parents:
-            node = node[parent]
-        if isinstance(value, tuple):  # ('×', factor): relative to the config's own value; an epoch stays an epoch
-            if node[last] is None:
-                continue
-            product = node[last] * value[1]
-            value = round(product) if isinstance(node[last], int) else float(f'{product:.3g}')
-        node[last] = value
+        if not isinstance(value, tuple):
+            changed[key] = value
+        elif now[key] is not None:  # ('×', factor): relative to the config's own value; an epoch stays an epoch
+            product = now[key] * value[1]
+            changed[key] = round(product) if isinstance(now[key], int) else float(f'{product:.3g}')
+    config.update_from_flattened_dict(changed)

@@ -11,7 +11,7 @@ import contextlib
 import operator
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -72,31 +72,28 @@ class _Screen:
         self.console = Console(stderr=True, highlight=False)
         self.tasks: list[Task] = []
         self.spoke = time.monotonic()
-        self._live: Live | None = None
-        self._ended = threading.Event()
+        self._stop: Callable[[], None] = lambda: None  # stops showing them
 
     def open(self, task: Task) -> None:
         self.tasks.append(task)
         if len(self.tasks) > 1 or not processes.first():
             return
         if self.console.is_terminal:
-            self._live = Live(
+            live = Live(
                 get_renderable=self._bars, console=self.console, refresh_per_second=REFRESHES, transient=True,
                 redirect_stdout=False,
             )  # fmt: skip
-            self._live.start()
+            live.start()
+            self._stop = live.stop
         else:
-            self._ended = threading.Event()
-            threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
+            ended = threading.Event()
+            threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
+            self._stop = ended.set
 
     def close(self, task: Task) -> None:
         self.tasks.remove(task)
-        if self.tasks:
-            return
-        self._ended.set()
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
+        if not self.tasks:
+            self._stop()
 
     def say(self, text: str, style: str | None = None) -> None:
         self.spoke = time.monotonic()

@@ -87,13 +87,11 @@ def answering() -> Iterator[None]:
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     tty.setcbreak(descriptor, termios.TCSANOW)
-    sys.stdout.write(PASTE_ON)
-    sys.stdout.flush()
+    print(PASTE_ON, end='', flush=True)
     try:
         yield
     finally:
-        sys.stdout.write(PASTE_OFF)
-        sys.stdout.flush()
+        print(PASTE_OFF, end='', flush=True)
         termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 

@@ -17,6 +17,7 @@ from lm.data.tokenizer import train_tokenizer
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
 from lm.interop.opened import Leaf, Opened
+from lm.model.config import ModelConfig
 from lm.runs import checkpoint, lazy_checkpoint, loading
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -40,7 +41,7 @@ def make(words):
         shape = {'vocab_size': 390, 'dim': 32, 'layers': 3, 'heads': 4, 'kv_heads': 2, 'head_dim': 8, 'ffn_dim': 48}
         config.model.update(shape | {'tied': False, 'context': 64} | changed)
         model = dict(config.model)
-        shapes = loading.shapes(agreement.config_of(model), 'reward' if scored else 'policy')
+        shapes = loading.shapes(ModelConfig(**model), 'reward' if scored else 'policy')
         flat = jax.tree_util.tree_leaves_with_path(shapes)
         draw = np.random.default_rng(0)
         leaves = {}

@@ -8,7 +8,7 @@ one that has nothing left to learn then is left out.
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -191,12 +191,15 @@ def chat_rows(source: PreparedSource, part: str, *, seq_len: int, seed: int = 0,
 
 def check(source: PreparedSource, *, seq_len: int) -> None:
     """Raises UsageError if a part of a source has nothing to learn in rows of seq_len."""
-    for part, name in (('train', 'training'), ('heldout', 'held-out')):
-        if not chat_rows(source, part, seq_len=seq_len).sizes.survey.used:
-            raise UsageError(
-                f'no {name} conversation of {source.name} has an answer within seq_len={seq_len}: set a longer '
-                '--config.seq_len'
-            )
+    sizes = lambda store: ChatRows(store, seq_len, seed=0).sizes
+    check_parts(source, sizes, 'conversation', f'an answer within seq_len={seq_len}')
+
+
+def check_parts(source: PreparedSource, sizes: Callable[[Any], Sizes], record: str, wanted: str) -> None:
+    """Raises UsageError if a part of a source has no usable record by its store's sizes, which says what is wanted."""
+    for part, store in (('training', source.train), ('held-out', source.heldout)):
+        if not sizes(store).survey.used:
+            raise UsageError(f'no {part} {record} of {source.name} has {wanted}: set a longer --config.seq_len')
 
 
 @dataclass(frozen=True, eq=False)

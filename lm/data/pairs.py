@@ -68,6 +68,10 @@ class PairStore:
     def pairs(self) -> int:
         return len(self.table)
 
+    @property
+    def pad_id(self) -> int:
+        return self.sequences.pad_id
+
     def answers(self, side: int) -> int:
         """The number of pairs with a response on this side."""
         there = lambda start: self.tokens_of(start, min(start + bestfit.WINDOW, self.pairs))[:, side]
@@ -210,7 +214,7 @@ class PairRows:
     @cached_property
     def empty(self) -> Row:
         """A row without pairs."""
-        return pipeline.empty_like(self.row(0), self.store.sequences.pad_id)
+        return pipeline.empty_like(self.row(0), self.store.pad_id)
 
     def numbers(self, i: int) -> np.ndarray:
         """The numbers of the pairs of row i ≥ 0; epochs follow each other."""
@@ -227,7 +231,7 @@ class PairRows:
         reference_SIDE_P."""
         numbers = self.numbers(i)
         sequences = [side for n in numbers.tolist() for side in self.pair(n)]
-        row = _places(sequences, self.width, self.store.sequences.pad_id)
+        row = _places(sequences, self.width, self.store.pad_id)
         pad = lambda values: np.pad(np.array(values, np.float32), (0, self.slots - len(numbers)))
         row |= {'weight_P': pad(np.ones(len(numbers)))}
         row |= {f'{name}_P': pad(self.store.table[numbers, k]) for k, name in enumerate(('label', 'margin'))}
@@ -364,12 +368,8 @@ def abstract(rows: int, width: int, pairs: int, *, sides: int, reference: bool) 
 
 def check(source: PreparedSource, *, seq_len: int) -> None:
     """Raises UsageError if a part of a source has no usable pair."""
-    for part, store in (('training', source.train), ('held-out', source.heldout)):
-        if not sizes(store, seq_len).survey.used:
-            raise UsageError(
-                f'no {part} pair of {source.name} has two different responses within seq_len={seq_len}: set a longer '
-                '--config.seq_len'
-            )
+    wanted = f'two different responses within seq_len={seq_len}'
+    chats.check_parts(source, partial(sizes, seq_len=seq_len), 'pair', wanted)
 
 
 def mix(

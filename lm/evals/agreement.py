@@ -4,7 +4,7 @@ Of each model one layer is in memory at a time, so that what does not fit there 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +83,7 @@ def ids_of(opened: Opened, tokens: int) -> list[int]:
 
 def logits_of(opened: Opened, ids: Sequence[int]) -> np.ndarray:
     """Float32 logits [T, V] of a row of ids."""
-    h_BTD, cfg = hidden(opened, ids), config_of(opened.model)
+    h_BTD, cfg = hidden(opened, ids), ModelConfig(**opened.model)
     parts = []
     for w, name in _head(opened, cfg):
         words = w.shape[0 if cfg.tied else 1]
@@ -108,7 +108,7 @@ def scores(opened: Opened, ids: Sequence[int]) -> np.ndarray:
 
 def hidden(opened: Opened, ids: Sequence[int]) -> jax.Array:
     """Final hidden states [1, T, D] of a row of ids."""
-    cfg = config_of(opened.model)
+    cfg = ModelConfig(**opened.model)
     rows_TD = _float(opened.leaves['embed_VD'].read(0)[np.asarray(ids)])
     x_BTD = transformer.embed({'embed_VD': rows_TD}, cfg, jnp.arange(len(ids))[None])
     for i in progress.over(range(cfg.layers), f'layers of {opened.where}'):  # each is done before the next is read
@@ -124,11 +124,6 @@ def layer_of(opened: Opened, i: int) -> dict[str, jax.Array]:
 
 _layer: Any = jax.jit(transformer.layer, static_argnames=('cfg', 'number'))
 _logits: Any = jax.jit(transformer.logits, static_argnames='cfg')
-
-
-def config_of(model: Mapping[str, Any]) -> ModelConfig:
-    """The shape that settings `model.*` describe, computed in float32."""
-    return ModelConfig(**model)
 
 
 def _float(x: np.ndarray) -> jax.Array:

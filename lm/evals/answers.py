@@ -10,7 +10,7 @@ from lm.data.decline import is_decline
 from lm.data.heldout import normalized
 from lm.data.tokenizer import Tokenizer
 from lm.model.config import ModelConfig
-from lm.sampling.generate import GREEDY, Generation, Sampling, generate
+from lm.sampling.generate import generate
 
 BATCH = 64  # questions answered at once
 
@@ -21,23 +21,6 @@ def f1(answer: str, truth: str) -> float:
     found, true = Counter(normalized(answer).split()), Counter(normalized(truth).split())
     common = (found & true).total()
     return 2 * common / (found.total() + true.total()) if common else float(found == true)
-
-
-def answers(
-    params: Any, cfg: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int],
-    max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0,
-) -> list[Generation]:  # fmt: skip
-    """An answer to each prompt, BATCH at a time, those of like length together."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'sampling': sampling, 'seed': seed}
-    options['allowed'] = tokenizer.is_token
-    found: dict[int, Generation] = {}
-    with progress.task('answers', len(order)) as task:
-        for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
-            found |= dict(zip(some, generate(params, cfg, [prompts[i] for i in some], **options), strict=True))
-            task.advance(len(some))
-    return [found[i] for i in range(len(prompts))]
 
 
 class Answered(NamedTuple):
@@ -52,11 +35,18 @@ def answered(
     params: Any, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question], *, stop_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[Answered]:  # fmt: skip
-    """Returns a model's greedy answer to each question."""
-    options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens}
-    given = answers(params, cfg, tokenizer, [q.prompt for q in questions], **options)
-    text = tokenizer.decode
-    return [Answered(text(g.ids), text(q.answer), g.ended) for g, q in zip(given, questions, strict=True)]
+    """Returns a model's greedy answer to each question, BATCH at a time, those of like length together."""
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'allowed': tokenizer.is_token}
+    found: dict[int, Answered] = {}
+    with progress.task('answers', len(order)) as task:
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            drawn = generate(params, cfg, [questions[i].prompt for i in some], **options)
+            for i, (ids, ended) in zip(some, drawn, strict=True):
+                found[i] = Answered(tokenizer.decode(ids), tokenizer.decode(questions[i].answer), ended)
+            task.advance(len(some))
+    return [found[i] for i in range(len(questions))]
 
 
 def quality(found: Sequence[Answered]) -> dict[str, float]:

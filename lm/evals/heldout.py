@@ -53,9 +53,8 @@ def sums(
         spelled_BT = (bytes_BT > 0).astype(np.float32)
         found.append(_sums(params, sharding.shard_batch({**batch, 'spelled_BT': spelled_BT}), cfg=cfg))
         jax.block_until_ready(found[-2:-1])  # so that what is shown as done is done
-    nll = {
-        name: float(np.sum([f[name] for f in jax.device_get(found)], dtype=np.float64)) for name in ('nll', 'byte_nll')
-    }
+    sums_of = jax.device_get(found)
+    nll = {name: float(np.sum([s[name] for s in sums_of], dtype=np.float64)) for name in ('nll', 'byte_nll')}
     return {**nll, 'tokens': tokens, 'bytes': written}
 
 

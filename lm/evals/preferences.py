@@ -1,10 +1,9 @@
 """Preference metrics: how a model, or a reward model, takes held-out pairs, beside what their lengths alone would
 tell."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from lm.model.config import ModelConfig
 from lm.model.parameters import Params
 
 BINS = 10  # of the probability, for calibration
-Batches = Iterable[tuple[np.ndarray, Mapping[str, jax.Array]]]
+Batches: TypeAlias = pipeline.InOrder  # of `pairs.PairRows`
 
 
 @partial(jax.jit, static_argnames=('cfg', 'measure'))
@@ -35,44 +34,24 @@ def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batch
     Args:
       batches: from `in_order`.
     """
-    found: list[tuple[np.ndarray, Any]] = []
-    for numbers, batch in progress.over(batches, 'batches of pairs'):
-        found.append((numbers, _measured(params, batch, cfg=cfg, measure=measure)))
-        jax.block_until_ready([values for _, values in found[-2:-1]])  # so that what is shown as done is done
-    sides = len(found[0][1][0])
-    out = np.full((count, sides), np.nan, np.float32)
-    for numbers, (values, weight_BP) in jax.device_get(found):
-        for side in range(sides):
-            out[numbers, side] = values[side][weight_BP > 0]
+    found, rows = [], batches.rows
+    for batch in progress.over(batches, 'batches of pairs'):
+        found.append(_measured(params, sharding.shard_batch(batch), cfg=cfg, measure=measure))
+        jax.block_until_ready(found[-2:-1])  # so that what is shown as done is done
+    values, weight_BP = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+    numbers = np.concatenate([rows.numbers(i) for i in range(len(rows))])
+    out = np.full((count, len(values)), np.nan, np.float32)
+    out[numbers] = np.stack([side_BP[weight_BP > 0] for side_BP in values], axis=-1)
     return out
 
 
 log_probs, scores = (partial(of_pairs, measure) for measure in (sequences.log_probs, sequences.scores))
 
 
-@dataclass(frozen=True)
-class _InOrder:
-    """Batches of rows with the numbers of their pairs."""
-
-    rows: pairs.PairRows
-    at_once: int
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.at_once)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, Mapping[str, jax.Array]]]:
-        for start in range(0, len(self.rows), self.at_once):
-            here = range(start, min(start + self.at_once, len(self.rows)))
-            rows = [self.rows.row(i) for i in here]
-            rows += [self.rows.empty] * (self.at_once - len(rows))
-            yield np.concatenate([self.rows.numbers(i) for i in here]), sharding.shard_batch(pipeline.stack(rows))
-
-
 def in_order(store: PairStore, *, seq_len: int, batch_size: int, most: int | None = None) -> Batches:
-    """(numbers of its pairs in the order of their slots, batch) of the first `most` usable pairs of a store, on the
-    mesh, `batch_size` rows at a time."""
-    found = pairs.in_order(store, seq_len=seq_len, most=most)
-    return _InOrder(found, rows_shared(min(batch_size, len(found))))
+    """Batches of the first `most` usable pairs of a store, `batch_size` rows at a time."""
+    rows = pairs.in_order(store, seq_len=seq_len, most=most)
+    return pipeline.in_order(rows, batch_size=rows_shared(min(batch_size, len(rows))))
 
 
 def rows_shared(needed: int, microbatches: int = 1) -> int:
@@ -82,14 +61,13 @@ def rows_shared(needed: int, microbatches: int = 1) -> int:
     return -(-needed // parts) * parts
 
 
-def lengths(store: PairStore, measured: np.ndarray, *, seq_len: int) -> np.ndarray:
-    """[measured, 2] tokens of the two responses of some pairs, as far as they are within seq_len.
-
-    Args:
-      measured: [pairs] bool, which pairs.
-    """
-    here = np.flatnonzero(measured).tolist()
-    return np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in here], np.int64)
+def measured(store: PairStore, values: np.ndarray, *, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([pairs] bool, which of them have values and are measured; [measured] labels; [measured, 2] tokens of the two
+    responses, as far as they are within seq_len)."""
+    here = ~np.isnan(values[:, 0])
+    numbers = np.flatnonzero(here).tolist()
+    size = np.array([[t[1:seq_len].sum() for _, t in store.pair(i)[:2]] for i in numbers], np.int64)
+    return here, store.table[here, 0], size
 
 
 def ranked(value: np.ndarray, size: np.ndarray, labels: np.ndarray) -> float | None:
@@ -113,11 +91,9 @@ def wins(margins: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean((1 + np.sign(margins) * np.sign(labels - 0.5)) / 2))
 
 
-def baselines(store: PairStore, measured: np.ndarray, *, seq_len: int) -> dict[str, float]:
-    """{'longer_wins', 'shorter_wins'}: the accuracy of preferring by length alone, on the pairs that are measured."""
-    here = ~np.isnan(measured[:, 0])
-    size = lengths(store, here, seq_len=seq_len)
-    longer = ranked(size, size, store.table[here, 0])
+def baselines(size: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """{'longer_wins', 'shorter_wins'}: accuracies of preferring by length alone, of [pairs, 2] tokens of responses."""
+    longer = ranked(size, size, labels)
     return {} if longer is None else {'longer_wins': longer, 'shorter_wins': 1 - longer}
 
 
@@ -132,8 +108,7 @@ def policy_metrics(
     chosen_loss, rejected_loss   −log p per token: both can rise while the accuracies do (likelihood displacement)
     reference_…           the last three of the reference
     """
-    here = ~np.isnan(policy[:, 0])
-    label, size = store.table[here, 0], lengths(store, here, seq_len=seq_len)
+    here, label, size = measured(store, policy, seq_len=seq_len)
 
     def of(logp: np.ndarray) -> dict[str, float]:
         found = {'accuracy_per_token': ranked(logp[:, :2] / np.maximum(size, 1), size, label)}
@@ -141,7 +116,7 @@ def policy_metrics(
             found[name] = -float(logp[:, side].sum() / size[:, side].sum()) if size[:, side].any() else None
         return {name: value for name, value in found.items() if value is not None}
 
-    found = of(policy[here]) | baselines(store, policy, seq_len=seq_len)
+    found = of(policy[here]) | baselines(size, label)
     if reference is None:
         return found
     gained = (policy[here] - reference[here])[:, :2]
@@ -153,14 +128,14 @@ def policy_metrics(
 def reward_metrics(store: PairStore, score: np.ndarray, *, seq_len: int) -> dict[str, float]:
     """Metrics of scores [pairs, 2]: accuracy and mean margin, the log loss of σ(margin), its expected calibration error
     (Guo et al., 2017, equation 3), the correlation of score with length, and the baselines of length."""
-    here = ~np.isnan(score[:, 0])
-    label, size, score = store.table[here, 0], lengths(store, here, seq_len=seq_len), score[here].astype(np.float64)
+    here, label, size = measured(store, score, seq_len=seq_len)
+    score = score[here].astype(np.float64)
     margin = score[:, 0] - score[:, 1]
     loss = label * np.logaddexp(0, -margin) + (1 - label) * np.logaddexp(0, margin)
     return {
         'accuracy': wins(margin, label), 'margin': float(margin.mean()), 'log_loss': float(loss.mean()),
         'calibration_error': calibration_error(margin, label), 'length_correlation': correlation(score, size),
-        **baselines(store, np.where(here[:, None], 0.0, np.nan), seq_len=seq_len),
+        **baselines(size, label),
     }  # fmt: skip
 
 

@@ -1,37 +1,37 @@
-"""The evaluation tasks, whatever the run's stage: the same questions, pairs and texts for each, so that their rows
-compare.
-
-answers       greedy answers to held-out questions: whether they end by themselves, F1 against the data's answers
-preferences   held-out pairs: which response is likelier per token; which one the reward is higher for, that of a reward
-              model or, after preference optimisation, the implicit one
-refusals      invented operations and real ones: how many of each are declined
-heldout       loss, perplexity and bits per byte (exact bytes) of held-out text, a source at a time
+"""The evaluation tasks that `lm.evaluate` lists, the same questions, pairs and texts whatever the run's stage, so that
+their rows compare; and a reward model's score of one answer.
 
 What a run was only pretrained on has no marks of a conversation; it is asked through its tokenizer's template all the
 same, so that its row shows where it began.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
-from lm import config as configs
+from lm.config import split_run
 from lm.data import chats, pairs, pipeline
 from lm.data.chat_template import ChatTemplate
-from lm.data.prepare import TEXT, Form, Prepared, prepare
+from lm.data.prepare import TEXT, Prepared, prepare
 from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.runs import loading, rundir, saved_config
+from lm.model import sequences, transformer
+from lm.model.config import ModelConfig
+from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.loading import Model
 from lm.settings import INT32_MAX
 
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 Say = Callable[[str], None]
+_FORMS = {'chat': chats.form, 'pairs': pairs.form}
 
 
 class Limits(NamedTuple):
@@ -60,16 +60,12 @@ class Subject:
 
     @property
     def template(self) -> ChatTemplate:
-        return template_of(self.run, self.model)
+        """Raises UsageError if the run's tokenizer has none."""
+        return ChatTemplate.load(rundir.tokenizer_folder(self.run), self.model.tokenizer)
 
     @property
     def rows_at_once(self) -> int:
         return rows_at_once(self.model.config['execution']['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
-
-
-def template_of(run: str, model: Model) -> ChatTemplate:
-    """The chat template of a run. Raises UsageError if its tokenizer has none."""
-    return ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer)
 
 
 def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
@@ -109,24 +105,20 @@ def _refusals(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str,
 
 def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
     model, seq_len, metrics = subject.model, subject.seq_len, {}
+    measure = preferences.scores if subject.scored else preferences.log_probs
     reference = None if subject.scored else reference_of(subject)
     for s in prepared.sources:
         if not pairs.sizes(s.heldout, seq_len).survey.used:
             subject.say(f'left out {s.name}: no held-out pair has two different responses within seq_len={seq_len}')
             continue
-
-        def measured(of: Callable, params: Any, store: pairs.PairStore = s.heldout) -> Any:
-            batches = preferences.in_order(
-                store, seq_len=seq_len, batch_size=subject.rows_at_once, most=limits.rows
-            )  # fmt: skip
-            return of(params, model.cfg, batches, store.pairs)
-
+        options = {'seq_len': seq_len, 'batch_size': subject.rows_at_once, 'most': limits.rows}
+        batches, count = preferences.in_order(s.heldout, **options), s.heldout.pairs
+        before = None if reference is None else measure(reference, model.cfg, batches, count)
+        after = measure(model.params, model.cfg, batches, count)
         if subject.scored:
-            found = preferences.reward_metrics(s.heldout, measured(preferences.scores, model.params), seq_len=seq_len)
+            found = preferences.reward_metrics(s.heldout, after, seq_len=seq_len)
         else:
-            log_probs = lambda params, measured=measured: measured(preferences.log_probs, params)
-            before = None if reference is None else log_probs(reference)
-            found = preferences.policy_metrics(s.heldout, log_probs(model.params), before, seq_len=seq_len)
+            found = preferences.policy_metrics(s.heldout, after, before, seq_len=seq_len)
         metrics |= _named(s.name, found)
     return metrics
 
@@ -213,7 +205,7 @@ def _mixture(task: str, saved: Mapping[str, Mapping[str, Any]], given: str | Non
     mixture = given or _usual(task, saved)
     texts = [saved_config.pretraining_of(run) for run in saved.values() if saved_config.about(run).output != 'scores']
     for part in [mixture] if mixture else filter(None, dict.fromkeys(texts)):
-        for name in _sources(part):
+        for name, _ in parse_mixture(part):
             open_source(name, TASKS[task].kind)
     return mixture
 
@@ -233,10 +225,6 @@ def _usual(task: str, saved: Mapping[str, Mapping[str, Any]]) -> str | None:
     raise UsageError(
         'no run read the default data (botocore, chitchat); --chats and --pairs name other questions, pairs'
     )
-
-
-def _sources(mixture: str) -> Iterable[str]:
-    return (name for name, _ in parse_mixture(mixture))
 
 
 # ---- measuring ----
@@ -262,8 +250,7 @@ def measure(subject: Subject, planned: Mapping[str, str | None], limits: Limits)
         if mixture is None:
             subject.say(f'{subject.run}: what it was pretrained on is not known; --mixture names text to measure on')
             continue
-        found = prepared(subject, TASKS[name].kind, mixture)
-        metrics |= TASKS[name].measure(subject, found, limits)
+        metrics |= TASKS[name].measure(subject, prepared(subject, TASKS[name].kind, mixture), limits)
     return metrics
 
 
@@ -278,25 +265,41 @@ def prepared(subject: Subject, kind: Kind, mixture: str) -> Prepared:
         if found.tokenizer.fingerprint == subject.model.tokenizer.fingerprint:
             return found
     # A run that learned from single answers is asked about such.
-    unpaired = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
-    return prepare(
-        mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), form=_form(subject, kind), unpaired=unpaired,
-        **options,
-    )  # fmt: skip
+    options['unpaired'] = kind == 'pairs' and subject.model.config.get('loss') == 'kto'
+    options['form'] = TEXT if kind == 'text' else _FORMS[kind](subject.template)
+    return prepare(mixture=mixture, tokenizer=rundir.tokenizer_folder(subject.run), **options)
 
 
-def _form(subject: Subject, kind: Kind) -> Form:
-    """Returns the form in which data of a kind are stored for a subject."""
-    if kind == 'text':
-        return TEXT
-    return chats.form(subject.template) if kind == 'chat' else pairs.form(subject.template)
+# ---- one answer ----
 
 
-def known(names: Sequence[str]) -> list[str]:
-    """The names. Raises UsageError for one that is no task."""
-    for name in names:
-        if name not in TASKS:
-            raise UsageError(
-                f'--tasks={name}{configs.nearest(name, list(TASKS))}: it must be of {", ".join(TASKS)}, or lm_eval:TASK'
-            )
-    return list(names)
+def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
+    """{'score', 'raw', 'mean', 'std', 'tokens', 'cut'}: the normalised score (raw − mean)/std of an answer to a prompt.
+
+    It is read at the last token of the prompt with the answer and the end of its turn; or, as in training, where the
+    sequence is cut because it is longer than what the model was trained on.
+
+    Raises:
+      UsageError: it is no reward model, something is empty, or nothing of the answer is left.
+      RunError: the run has kept no scale for its scores yet.
+    """
+    if not subject.scored:
+        raise UsageError(f'{subject.run} is no reward model (stage={subject.model.config["stage"]}): name one')
+    if not prompt.strip() or not answer.strip():
+        raise UsageError(f'--score: the {"prompt" if not prompt.strip() else "answer"} is empty')
+    model, seq_len = subject.model, subject.seq_len
+    messages = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
+    ids, trained = subject.template.encode(model.tokenizer, messages)
+    if not any(trained[:seq_len]):
+        raise UsageError(f'--score: the prompt alone fills the {seq_len} tokens that {subject.run} was trained on')
+    scale = reward_scale.read(epath.Path(split_run(subject.run)[0]), model.step)
+    row_BT = np.array([ids[:seq_len]], np.int32)
+    raw = float(jax.jit(_last_score, static_argnums=1)(model.params, model.cfg, row_BT))
+    found = {'score': (raw - scale.mean) / scale.std, 'raw': raw, **scale._asdict(), 'tokens': row_BT.size}
+    return found | {'cut': len(ids) > seq_len}
+
+
+def _last_score(params: Any, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+    """The score at the last place of one row."""
+    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
+    return jnp.sum(score_BT * (jnp.arange(tokens_BT.shape[1]) == tokens_BT.shape[1] - 1))

@@ -97,15 +97,14 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
     model = loading.load(run, warn=warn)
     template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
     talker = Talker(run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
-    if system is not None:
-        talker.turns.append({'role': 'system', 'content': system})
+    instruct(talker, system)
     return talker
 
 
 def instruct(talker: Talker, system: str | None) -> None:
     """Sets the words of the system from now on; None: none."""
     turns = [turn for turn in talker.turns if turn['role'] != 'system']
-    talker.turns = [{'role': 'system', 'content': system}, *turns] if system else turns
+    talker.turns = turns if system is None else [{'role': 'system', 'content': system}, *turns]
 
 
 def forget(talker: Talker) -> None:
@@ -141,6 +140,27 @@ def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options:
         if not any(said):
             return
     talker.turns = [*turns, {'role': 'assistant', 'content': ''.join(said)}]
+
+
+def heading(talker: Talker, *, raw: bool) -> str:
+    """The line before an answer of one of several runs."""
+    beside = talker.template is None and not raw
+    return f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}'
+
+
+def print_answer(
+    talker: Talker, text: str, *, warn: Callable[[str], None], stopped: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Prints an answer as it is drawn, until it is stopped; a continuation with its beginning. Raises as `answer`."""
+    if talker.template is None:
+        print(text, end='', flush=True)
+    with contextlib.closing(answer(talker, text, warn=warn, **options)) as pieces:
+        for piece in pieces:
+            print(piece, end='', flush=True)
+            if stopped():
+                break
+    print(flush=True)
 
 
 def _asked(text: str) -> Message:

@@ -12,7 +12,7 @@ from lm import files, interrupts, progress, terminal
 from lm.config import nearest
 from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
-from lm.sampling.conversation import Talker, answer, forget, instruct, needs
+from lm.sampling.conversation import Talker, forget, heading, instruct, needs, print_answer
 from lm.sampling.generate import Sampling, fixed_slots
 from lm.settings import SEED_MAX, Bound
 
@@ -29,19 +29,6 @@ KEYS = 'Enter sends, Alt-Enter begins a line, Ctrl-C clears the line or stops an
 note = partial(progress.say, style='bright_black')  # a line that is no answer
 
 
-class Stop:
-    """Tells whether the answer is to stop: the first Ctrl-C asks for it, the second leaves."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def react(self, name: str) -> Ending | None:
-        if self.asked or name != 'SIGINT':
-            return Interrupted()
-        self.asked = True
-        return None
-
-
 class Dialogue:
     """The runs and how each draws, at temperatures that `warmth` allows; the seed is one more after each message, so
     that asking again is answered anew."""
@@ -51,7 +38,7 @@ class Dialogue:
         history: Path,
     ) -> None:  # fmt: skip
         self.talkers, self.draws, self.seed, self._warmth = talkers, list(draws), flags.seed, warmth
-        self._max_new_tokens, self._raw = flags.max_new_tokens, flags.raw
+        self._max_new_tokens, self._raw, self._stopped = flags.max_new_tokens, flags.raw, False
         self._editor = terminal.Editor(COMMANDS, history)
 
     def hold(self) -> None:
@@ -63,11 +50,11 @@ class Dialogue:
             while True:
                 typed = self._editor.read()
                 text = typed.strip()
-                first = text.split(maxsplit=1)[0] if text else ''
-                if typed.startswith('/quit') and first == '/quit':
+                command = text.split()[0] if typed.startswith('/') else ''
+                if command == '/quit':
                     return
-                if typed.startswith('/') and first[1:].isalpha():
-                    self.obey(first, text.removeprefix(first).strip())
+                if command[1:].isalpha():
+                    self.obey(command, text.removeprefix(command).strip())
                 elif text:
                     self.say(text)
         except EOFError:
@@ -78,43 +65,41 @@ class Dialogue:
     # ---- answers ----
 
     def say(self, text: str) -> None:
-        """Prints what each run says to a text."""
-        stop = Stop()
-        with terminal.answering(), interrupts.reacting(stop.react):
+        """Prints each run's answer to a text."""
+        self._stopped = False
+        with terminal.answering(), interrupts.reacting(self._react):
             for talker, draw in zip(self.talkers, self.draws, strict=True):
                 try:
-                    self._reply(talker, draw, text, stop)
+                    self._reply(talker, draw, text)
                 except UsageError as error:  # its template refuses this: the others may not
                     note(f'{error}')
-                if stop.asked:
+                if self._stopped:
                     break
         for talker in self.talkers:
-            if not stop.asked and talker.template is not None:
+            if not self._stopped and talker.template is not None:
                 self._prepare(talker)
         self.seed = (self.seed + 1) % (SEED_MAX + 1)
 
-    def _reply(self, talker: Talker, draw: Sampling, text: str, stop: Stop) -> None:
+    def _react(self, name: str) -> Ending | None:
+        """The first Ctrl-C asks the answer to stop, the second leaves."""
+        if self._stopped or name != 'SIGINT':
+            return Interrupted()
+        self._stopped = True
+        return None
+
+    def _reply(self, talker: Talker, draw: Sampling, text: str) -> None:
         if len(self.talkers) > 1:
-            beside = talker.template is None and not self._raw
-            note(f'--- {talker.name}{" (only pretrained: it continues the text)" if beside else ""}')
-        if not self._compiled(talker, text, stop):
+            note(heading(talker, raw=self._raw))
+        if not self._compiled(talker, text):
             return
-        if talker.template is None:
-            print(text, end='', flush=True)
         options = {'max_new_tokens': self._max_new_tokens, 'sampling': draw, 'seed': self.seed}
-        pieces = answer(talker, text, warn=note, **options)
-        for piece in pieces:
-            print(piece, end='', flush=True)
-            if stop.asked:
-                break
-        pieces.close()
-        print(flush=True)
-        if stop.asked:
+        print_answer(talker, text, warn=note, stopped=lambda: self._stopped, **options)
+        if self._stopped:
             note('stopped')
         elif not talker.ended:
             note(f'cut at {self._max_new_tokens} tokens: --max_new_tokens sets how many')
 
-    def _compiled(self, talker: Talker, text: str, stop: Stop) -> bool:
+    def _compiled(self, talker: Talker, text: str) -> bool:
         """Waits for what the answer runs, and says so; false if that was stopped."""
         assert talker.ahead is not None
         slots = needs(talker, text, max_new_tokens=self._max_new_tokens)
@@ -122,7 +107,7 @@ class Dialogue:
         if not talker.ahead.ready(slots, 0.2):
             note('compiling, once for a model and a length of conversation …')
         while not talker.ahead.ready(slots, 0.1):
-            if stop.asked:
+            if self._stopped:
                 note('stopped')
                 return False
         return True
