@@ -95,17 +95,21 @@ def base(kind: type[Settings] = Settings) -> Config:
 
 
 @functools.cache
-def fields_of(kind: type, prefix: str = '') -> Mapping[str, Field]:
+def fields_of(kind: type[Settings]) -> Mapping[str, Field]:
     """{dotted key: setting} of a class of settings."""
-    found, types = {}, typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        key, alternatives = prefix + field.name, typing.get_args(types[field.name])
-        if dataclasses.is_dataclass(field.default):
-            found |= fields_of(type(field.default), f'{key}.')
+    return dict(_fields_in(kind(), ''))
+
+
+def _fields_in(group: Any, prefix: str) -> Iterator[tuple[str, Field]]:
+    """(dotted key, setting) of a group of settings, whose values are the defaults."""
+    types = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        key, default, alternatives = prefix + field.name, getattr(group, field.name), typing.get_args(types[field.name])
+        if dataclasses.is_dataclass(default):
+            yield from _fields_in(default, f'{key}.')
         else:
             one = alternatives[0] if alternatives else types[field.name]
-            found[key] = Field(field.default, one, type(None) in alternatives, field.metadata['bound'])
-    return found
+            yield key, Field(default, one, type(None) in alternatives, field.metadata['bound'])
 
 
 def known() -> dict[str, Field]:

@@ -50,21 +50,18 @@ def setting(default: Any, meaning: str, bound: Bound | None = None) -> Any:
 # ---- what all stages have ----
 
 
+ATTENTIONS, REMATS = ('blocks', 'dense', 'cudnn', 'splash'), ('auto', 'none', 'dots', 'names', 'full')
+
+
 @dataclass(frozen=True)
 class Execution:
     """The execution of the program, which changes rounding, time and memory alone. None: decided for the platform, the
     model and the memory, see `lm.runs.execution`."""
 
     dtype: str | None = setting(None, 'of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16'))
-    attention: str | None = setting(
-        None, "blocks | dense | cudnn | splash; None: the platform's own, said when a run starts",
-        one_of('blocks', 'dense', 'cudnn', 'splash'),
-    )  # fmt: skip
+    attention: str | None = setting(None, "None: the platform's own, said when a run starts", one_of(*ATTENTIONS))
     scan: bool | None = setting(None, 'one layer compiled and repeated, or all of them; None: by depth')
-    remat: str = setting(
-        'auto', 'none | dots | names | full: what the backward pass computes again instead of keeping; auto: what fits',
-        one_of('auto', 'none', 'dots', 'names', 'full'),
-    )  # fmt: skip
+    remat: str = setting('auto', 'what the backward pass computes again, not kept; auto: what fits', one_of(*REMATS))
     microbatch: int | None = setting(None, 'sequences in memory at once; None: measured', COUNT)
 
 
@@ -85,12 +82,9 @@ class Model:
     qk_norm_joint: bool = setting(False, 'RMS-normalise queries and keys over all heads at once (OLMo 2)')
     tied: bool = setting(True, 'one matrix for the embedding and the head')
     qkv_bias: bool = setting(False, 'biases of queries, keys and values (Qwen 2)')
-    norms: str = setting(
-        'pre', 'of what a sub-layer reads (pre), of what it adds (post, OLMo 2), or both (Gemma 2, 3)',
-        one_of('pre', 'post', 'both'),
-    )  # fmt: skip
+    norms: str = setting('pre', 'of what a sub-layer reads, adds (OLMo 2), both (Gemma)', one_of('pre', 'post', 'both'))
     norm_plus_one: bool = setting(False, 'norms multiply by 1 + their weight (Gemma)')
-    activation: str = setting('silu', 'silu | gelu: of the gate', one_of('silu', 'gelu'))
+    activation: str = setting('silu', 'of the gate', one_of('silu', 'gelu'))
     window: int | None = setting(None, 'attend to this many last tokens in local layers; None: all', COUNT)
     pattern: str | None = setting(
         None, "'local,global', with nope: kinds of layer, repeated over the depth; None: all by window"
@@ -112,13 +106,11 @@ SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 
 @dataclass(frozen=True)
 class Optim:
-    name: str = setting('adamw', 'adamw | muon (for matrices, AdamW for the rest) | adafactor', one_of(*OPTIMIZERS))
+    name: str = setting('adamw', 'muon: for matrices, AdamW for the rest', one_of(*OPTIMIZERS))
     lr: float = setting(6e-3, 'peak learning rate', POSITIVE)
-    schedule: str = setting('linear', 'cosine | wsd | linear | constant, each after the warmup', one_of(*SCHEDULES))
+    schedule: str = setting('linear', 'of the learning rate after the warmup', one_of(*SCHEDULES))
     warmup: int = setting(100, 'steps', COUNT_OR_0)
-    batch_warmup: int = setting(
-        0, 'steps over which the batch grows from one microbatch to batch_size', up_to(MAX_BATCH_WARMUP)
-    )
+    batch_warmup: int = setting(0, 'steps in which one microbatch grows to batch_size', up_to(MAX_BATCH_WARMUP))
     decay: float = setting(0.2, 'wsd: the last part of the run over which the rate falls to the final one', PART)
     final: float = setting(0.0, 'the last rate, as a fraction of lr', PART)
     weight_decay: float = setting(0.1, 'not on norms and embeddings', FROM_0)
@@ -224,15 +216,16 @@ class Reward(Settings):
     margins: float = setting(0.0, "what a pair's margin is multiplied by; 0: the better one need only lead", FROM_0)
 
 
+PREFERENCES = ('dpo', 'cdpo', 'robust', 'ipo', 'simpo', 'orpo', 'kto')
+
+
 @dataclass(frozen=True)
 class Dpo(Settings):
     stage: str = setting('dpo', 'of lm.stages')
     data: DialogueData = DialogueData()
-    loss: str = setting('dpo', 'dpo | cdpo | robust | ipo | simpo | orpo | kto')
-    reference: str = setting('cached', 'cached: its log-probs are computed once; live: at each step, beside the model')
-    beta: float | None = setting(
-        None, "how strongly it holds to the reference; None, here and below: the loss's own", POSITIVE
-    )
+    loss: str = setting('dpo', 'of lm.losses.preference', one_of(*PREFERENCES))
+    reference: str = setting('cached', 'log-probs computed once, or at each step', one_of('cached', 'live'))
+    beta: float | None = setting(None, "strength of the reference; None, here and below: the loss's own", POSITIVE)
     margin: float | None = setting(None, 'by how much simpo has the chosen response lead', FROM_0)
     label_smoothing: float | None = setting(None, 'cdpo and robust: the part of labels that are wrong')
     lambda_d: float | None = setting(None, 'kto: what a good answer weighs', FROM_0)
@@ -240,16 +233,11 @@ class Dpo(Settings):
     nll: float | None = setting(None, "coefficient of the chosen responses' own loss beside it", FROM_0)
 
 
-LEASHES, TRUNCATED = ('none', 'reward', 'k3'), ('score', 'mask', 'penalty')
-
-
 @dataclass(frozen=True)
 class RewardSource:
     """What scores a response; several are added up."""
 
-    fn: str | None = setting(
-        None, "'package.module:function' of (prompts, responses) -> scores, and answers= if it asks"
-    )
+    fn: str | None = setting(None, "'package.module:function': (prompts, responses) -> scores; answers= if it asks")
     weight: float = setting(1.0, 'of the function, beside that of reward_from, which is 1', FROM_0)
 
 
@@ -262,27 +250,21 @@ class Rl:
     epochs: int = setting(1, 'times that each response is learned from', COUNT)
     max_new_tokens: int = setting(64, 'of a response', up_to(MAX_NEW_TOKENS, 1))
     temperature: float = setting(1.0, 'of the draws, and of every log-prob that is taken of them', POSITIVE)
-    ratio: str = setting('token', 'token | sequence: of the probabilities now and then', one_of('token', 'sequence'))
-    clip: str = setting('clip', 'clip | cispo | dppo: where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
+    ratio: str = setting('token', 'of the probabilities now and then', one_of('token', 'sequence'))
+    clip: str = setting('clip', 'where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
     clip_low: float = setting(0.2, 'how far down', FROM_0)
     clip_high: float = setting(0.28, 'how far up', FROM_0)
-    aggregation: str = setting(
-        'tokens', 'tokens | constant | response: what the sum over tokens is divided by',
-        one_of('tokens', 'constant', 'response'),
-    )  # fmt: skip
-    kl: str = setting('none', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
+    aggregation: str = setting('tokens', 'the divisor of the sum over tokens', one_of('tokens', 'constant', 'response'))
+    kl: str = setting('none', 'the leash: k1 in the reward, or k3 as a loss', one_of('none', 'reward', 'k3'))
     beta: float = setting(0.0, 'coefficient of the leash', FROM_0)
     kl_budget: float | None = setting(None, 'nats a response off the reference that end the run; None: none', POSITIVE)
-    truncated: str = setting(
-        'score',
-        'score | mask | penalty: what a response without an end of turn gets',
-        one_of(*TRUNCATED),
-    )
+    truncated: str = setting('score', 'of a response without an end of turn', one_of('score', 'mask', 'penalty'))
     penalty: float = setting(-1.0, 'what it gets in place of its score')
-    mismatch: str = setting(
-        'none', 'none | truncate | mask: where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask')
-    )
+    mismatch: str = setting('none', 'where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask'))
     mismatch_cap: float = setting(2.0, 'the largest importance weight, and one over the least', FROM_1)
+
+
+ADVANTAGES = ('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++')
 
 
 @dataclass(frozen=True)
@@ -292,26 +274,7 @@ class Grpo(Settings):
     rl: Rl = Rl()
     reward: RewardSource = RewardSource()
     reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model')
-    advantage: str = setting(
-        'group', 'group | group_std | rloo | batch_std | max_rl | reinforce++',
-        one_of('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++'),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PpoRl(Rl):
-    prompts: int = setting(128, 'prompts a rollout', COUNT)
-    group: int = setting(1, 'responses to each prompt', COUNT)
-    epochs: int = setting(2, 'times that each response is learned from', COUNT)
-    clip_high: float = setting(0.2, 'how far up', FROM_0)
-    kl: str = setting('reward', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
-    beta: float = setting(0.05, 'coefficient of the leash', FROM_0)
-    kl_budget: float | None = setting(20.0, 'nats a response off the reference that end the run; None: none', POSITIVE)
-    truncated: str = setting(
-        'penalty',
-        'score | mask | penalty: what a response without an end of turn gets',
-        one_of(*TRUNCATED),
-    )
+    advantage: str = setting('group', 'of lm.advantages', one_of(*ADVANTAGES))
 
 
 @dataclass(frozen=True)
@@ -328,7 +291,9 @@ class Critic:
 class Ppo(Settings):
     stage: str = setting('ppo', 'of lm.stages')
     data: DialogueData = DialogueData()
-    rl: PpoRl = PpoRl()
+    rl: Rl = Rl(
+        prompts=128, group=1, epochs=2, clip_high=0.2, kl='reward', beta=0.05, kl_budget=20.0, truncated='penalty'
+    )
     critic: Critic = Critic()
     reward: RewardSource = RewardSource()
     reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model, from which the critic starts too')
