@@ -136,8 +136,8 @@ class Online(Task):
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         names = ('old_BT', 'sampler_BT', 'advantage_BT', *self.extra)
         names += ('reference_BT',) if 'reference' in self.frozen else ()
-        arrays = ROWS | dict.fromkeys(names, np.float32)
-        return plan.abstract_batch(arrays, batch_size=self.config.batch_size, seq_len=self.width)
+        shape, arrays = (self.config.batch_size, self.width), ROWS | dict.fromkeys(names, np.float32)
+        return plan.abstract_batch({name: (shape, dtype) for name, dtype in arrays.items()})
 
     # ---- rollouts ----
 

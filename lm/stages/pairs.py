@@ -1,6 +1,6 @@
 """Shared by the stages that learn from pairs: their data and batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -17,7 +17,7 @@ from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import preferences
-from lm.stages import language
+from lm.stages import language, plan
 from lm.stages.spec import Say, Source, Task
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
@@ -69,7 +69,7 @@ class PairTask(Task):
             found = self.batches()
             needed, a_row, width = found.rows, found.slots, found.width
         rows = _rows_of_run(self.config, needed)
-        return abstract_arrays(pairs.abstract(rows, width, a_row, sides=self.sides, reference=self.cached))
+        return plan.abstract_batch(pairs.abstract(rows, width, a_row, sides=self.sides, reference=self.cached))
 
     def source(self, start: int) -> Source:
         found = self.batches()
@@ -101,13 +101,6 @@ def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, replay: f
 
 def _rows_of_run(config: Config, needed: int) -> int:
     return preferences.rows_shared(needed, config.batch_size // config.execution.microbatch)
-
-
-def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name: (shape, dtype)} as arrays on the current mesh; the name ends with the dims."""
-    mesh = jax.sharding.get_mesh()
-    where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
-    return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in shapes.items()}
 
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:

@@ -135,6 +135,11 @@ def growth(config: Config) -> Growth:
     return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
 
 
+def planned_tokens(config: Config, tokens: int) -> int:
+    """Places for tokens in all steps of a config, given those of a full batch."""
+    return tokens * growth(config).first(config.steps) // config.batch_size
+
+
 def make_optimizer(config: Config) -> tuple[Any, Any]:
     """(the optimizer, its schedule) of a config with its steps resolved."""
     o = config.optim
@@ -190,8 +195,8 @@ def autotune_microbatch(
     return build(config.execution.microbatch), f'microbatch {config.execution.microbatch} ({choice.why}{later})'
 
 
-def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of [B, T] arrays, {name: dtype}, as shapes and shardings."""
-    mesh, shape = jax.sharding.get_mesh(), (batch_size, seq_len)
-    where = jax.NamedSharding(mesh, sharding.activation_spec('BT', shape))
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in names.items()}
+def abstract_batch(arrays: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch, {name: (shape, dtype)}, as shapes and shardings on the current mesh; a name ends with its dims."""
+    mesh = jax.sharding.get_mesh()
+    where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
+    return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in arrays.items()}

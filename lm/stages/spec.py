@@ -87,7 +87,8 @@ class Task(abc.ABC):
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes and shardings, at most these in a dry run: `tokens_BT`, `segments_BT`, `weights_BT` and
         what else the loss takes."""
-        return plan.abstract_batch(ROWS, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
+        shape = self.config.batch_size, self.config.seq_len
+        return plan.abstract_batch({name: (shape, dtype) for name, dtype in ROWS.items()})
 
     @abc.abstractmethod
     def source(self, start: int) -> Source:
