@@ -20,7 +20,7 @@ codebase is for, and a pipeline schedule would put a second execution order next
 import bisect
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -164,6 +164,13 @@ def param_specs(params: Any) -> Any:
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """NamedShardings on a mesh for a tree of partition specs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def on_shards(fn: Callable, args: tuple, specs: tuple, out_specs: Any) -> Any:
+    """Calls `fn` on each device's parts of the arguments, laid out as their specs say; one may be None."""
+    put = lambda x, spec: None if x is None else jax.reshard(x, spec)
+    args = jax.tree.map(put, args, specs, is_leaf=lambda x: x is None)
+    return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
 
 class LocalRows(NamedTuple):

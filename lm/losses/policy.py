@@ -18,9 +18,6 @@ import jax
 import jax.numpy as jnp
 
 RATIOS = ('token', 'sequence')
-CLIPS = ('clip', 'cispo', 'dppo')
-AGGREGATIONS = ('tokens', 'constant', 'response')
-MISMATCHES = ('none', 'truncate', 'mask')
 
 
 class Clip(NamedTuple):

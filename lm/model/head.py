@@ -93,16 +93,9 @@ def _run(local, h_BTD, w, per_token, dims, returns):
     """Calls `local(h_MD, w_VD, per_token…, axis)` on each device's tokens M and its part of the vocabulary."""
     w = seam.dense(w)
     w_VD = (w if dims == 'VD' else w.T).astype(h_BTD.dtype)
-    V = w_VD.shape[0]
-    if not sharding.axis_sizes():
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        out = local(flat(h_BTD), w_VD, *map(flat, per_token), axes=None)
-        return out if returns == 'sums' else tuple(x.reshape(h_BTD.shape[:2]) for x in out)
-
-    (B, T, _) = h_BTD.shape
-    taken = sharding.assign({'B': B, 'V': V, 'T': T})
+    B, T, _ = h_BTD.shape
+    taken = sharding.assign({'B': B, 'V': w_VD.shape[0], 'T': T})
     vocab_axes, token_axes = taken['V'], taken['B'] + taken['T']
-    row = sharding.spec('BT', taken)
 
     def shard(h_BTD, w_VD, *per_token):
         shape = h_BTD.shape[:2]
@@ -112,12 +105,12 @@ def _run(local, h_BTD, w, per_token, dims, returns):
             return tuple(x.reshape(shape) for x in out)
         return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
 
-    w_spec, h_spec = sharding.spec('VD', {'V': vocab_axes}), P(*row, None)
+    if not sharding.axis_sizes():
+        return shard(h_BTD, w_VD, *per_token)
+    row = sharding.spec('BT', taken)
+    specs = (P(*row, None), sharding.spec('VD', {'V': vocab_axes}), *(row for _ in per_token))
     out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
-    fn = jax.shard_map(
-        shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False
-    )
-    out = fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
+    out = sharding.on_shards(shard, (h_BTD, w_VD, *per_token), specs, out_specs)
     return out if returns == 'sums' else jax.reshard(out, sharding.activation_spec('BT', (B, T)))
 
 
