@@ -94,26 +94,21 @@ class Hub:
         self._listener.close()
 
     def _serve(self, line: Line) -> None:
-        try:
-            self._listen_to(line)
-        finally:
-            line.close()
-
-    def _listen_to(self, line: Line) -> None:
-        hello = line.receive()
-        if hello is None or hello.get('lm') != 'hello':  # somebody else's, e.g. a scan of ports
-            return
-        index = hello['index']
-        with self._lock:
-            if not self._welcome(index, hello, line):
+        with contextlib.closing(line):
+            hello = line.receive()
+            if hello is None or hello.get('lm') != 'hello':  # somebody else's, e.g. a scan of ports
                 return
-        while (message := line.receive()) is not None:
+            index = hello['index']
             with self._lock:
-                self._handle(index, **message)
-            if message['lm'] == 'bye':
-                return
-        with self._lock:
-            self._lost(index, None, RunError.status)
+                if not self._welcome(index, hello, line):
+                    return
+            while (message := line.receive()) is not None:
+                with self._lock:
+                    self._handle(index, **message)
+                if message['lm'] == 'bye':
+                    return
+            with self._lock:
+                self._lost(index, None, RunError.status)
 
     def _tell(self, **message: Any) -> None:
         """To all, process 0 last: it may end as soon as it knows."""

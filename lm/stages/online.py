@@ -357,15 +357,8 @@ class Online(Task):
         c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
         for s in data.own.sources:
             questions = chats.questions(s.heldout, c.eval.rows, longest=c.seq_len)
-            found = answers.answered(
-                policy,
-                self.cfg,
-                data.tokenizer,
-                questions,
-                stop_ids=data.stop_ids,
-                max_new_tokens=c.eval.max_new_tokens,
-            )
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
+            found = answers.quality(language.answered(self, policy, questions))
+            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)

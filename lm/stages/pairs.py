@@ -13,7 +13,6 @@ from lm.config import Config
 from lm.data import pairs, pipeline
 from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
-from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import preferences
@@ -83,14 +82,8 @@ class PairTask(Task):
         return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
 
     def describe(self) -> list[str]:
-        return [*map(self._describe, self.data.own.sources), *language.describe_replay(self.config, self.data)]
-
-    def _describe(self, s: PreparedSource) -> str:
-        c, length = s.counts, language.told_of_length(self.config, pairs.sizes(s.train, self.config.seq_len))
-        return (
-            f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-            f'{language.told_of_heldout(s)}; {length}; {language.told_of_drops(s)}'
-        )
+        sizes = lambda s, seq_len: pairs.sizes(s.train, seq_len)
+        return language.describe_dialogue(self.config, self.data, 'pairs', 'pairs', sizes)
 
 
 @lru_cache(maxsize=2)  # asked for by several parts of a run, and each time the plan would be verified

@@ -7,7 +7,6 @@ from typing import Any
 from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import WithReplay
-from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import answers, heldout
@@ -41,15 +40,8 @@ class Sft(Task):
         return plan.growth(self.config).steps_in(self._mixture().rows_in_epoch())
 
     def describe(self) -> list[str]:
-        return [*map(self._describe, self.data.own.sources), *language.describe_replay(self.config, self.data)]
-
-    def _describe(self, s: PreparedSource) -> str:
-        c, rows = s.counts, chats.chat_rows(s, 'train', seq_len=self.config.seq_len)
-        return (
-            f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
-            f'{c["train_tokens"]:,} tokens, {language.told_of_heldout(s)}; '
-            f'{language.told_of_length(self.config, rows.sizes)}; {language.told_of_drops(s)}'
-        )
+        sizes = lambda s, seq_len: chats.chat_rows(s, 'train', seq_len=seq_len).sizes
+        return language.describe_dialogue(self.config, self.data, "conversations' rows", 'conversations', sizes)
 
     def heldout_prompts(self) -> list[Prompt]:
         ask = partial(chats.questions, longest=self.config.seq_len)
@@ -78,11 +70,8 @@ class Sft(Task):
             batches = pipeline.in_order(rows, batch_size=config.execution.microbatch, max_rows=config.eval.rows)
             totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
             questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-            found = answers.answered(
-                params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids,
-                max_new_tokens=config.eval.max_new_tokens,
-            )  # fmt: skip
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
+            found = answers.quality(language.answered(self, params, questions))
+            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
             metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
         return metrics
 

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from lm.config import Config
 from lm.data.prompts import Prompt
 from lm.data.records import Kind
-from lm.data.tokenizer import Tokenizer
 from lm.model import parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
@@ -41,22 +40,14 @@ ROWS = {
 }
 
 
-class Data(Protocol):
-    """The data that a stage trains on; `fingerprint` changes with all that it is made of."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
 @dataclass(eq=False)
 class Task(abc.ABC):
     """The work of a stage in one run. It closes over its data and what it was asked for.
 
     Attributes:
-      config: resolved but for what the plan finds out (the microbatch). data: None in a dry run, which reads none.
+      config: resolved but for what the plan finds out (the microbatch).
+      data: has a `tokenizer`, and a `fingerprint` that changes with all it is made of; None in a dry run, which reads
+        none.
       prompts: the fixed prompts to answer at evaluations. recorder: where it tells and keeps what it measures.
     """
 
