@@ -142,23 +142,19 @@ def param_specs(params: Any) -> Any:
     not an array is asked for the dims of its fields: `weight.dims('DNH') -> {'scale': 'NH', …}`.
     """
 
-    def leaf(dims: str, value: Any, stacked: bool) -> Any:
+    def spec_of(dims: str, value: Any, stacked: bool) -> Any:
         if hasattr(value, 'dims'):
             fields = value.dims(dims)
-            return value.replace(**{f: leaf(d, vars(value)[f], stacked) for f, d in fields.items()})
+            return value.replace(**{f: spec_of(d, vars(value)[f], stacked) for f, d in fields.items()})
         shape = value.shape[1:] if stacked else value.shape
         own = array_spec(dims, shape)
         return P(None, *own) if stacked else own
 
-    def tree(node: Mapping[str, Any], stacked: bool) -> dict[str, Any]:
-        return {
-            name: tree(value, stacked or name == 'layers')
-            if isinstance(value, Mapping)
-            else leaf(dims_of(name), value, stacked)
-            for name, value in node.items()
-        }
+    def leaf(path: Any, value: Any) -> Any:
+        names = [key.key for key in path]
+        return spec_of(dims_of(names[-1]), value, 'layers' in names)
 
-    return tree(params, False)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda x: hasattr(x, 'dims'))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

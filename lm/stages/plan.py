@@ -121,14 +121,6 @@ def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     recorder.flush()
 
 
-def with_microbatch(config: Config, microbatch: int) -> Config:
-    """A copy of the config with its microbatch resolved. `ConfigDict(config)` would not do: a copy made so shares the
-    references that placeholders are, and setting one sets the other (ml_collections 1.1)."""
-    config = config.copy_and_resolve_references()
-    config.execution.microbatch = microbatch
-    return config
-
-
 def growth(config: Config) -> Growth:
     """The growth of a config's batch, its microbatch resolved."""
     microbatch = config.execution.microbatch or config.batch_size

@@ -31,13 +31,8 @@ Batch = Mapping[str, jax.Array]
 Source = Callable[[Any, int], Batch]  # (state, i) -> batch i; only an online task looks at the state
 Say = Callable[[str], None]
 # Packed rows of tokens.
-ROWS = {
-    'tokens_BT': np.int32,
-    'targets_BT': np.int32,
-    'weights_BT': np.float32,
-    'segments_BT': np.int32,
-    'positions_BT': np.int32,
-}
+IDS = ('tokens_BT', 'targets_BT', 'segments_BT', 'positions_BT')
+ROWS = dict.fromkeys(IDS, np.int32) | {'weights_BT': np.float32}
 
 
 @dataclass(eq=False)
@@ -164,8 +159,11 @@ class Task(abc.ABC):
 
     def at(self, microbatch: int) -> 'Task':
         """The same task with its microbatch resolved."""
+        # `ConfigDict(config)` would not do: a copy made so shares the references that placeholders are, and setting one
+        # sets the other (ml_collections 1.1).
         task = copy.copy(self)
-        task.config = plan.with_microbatch(self.config, microbatch)
+        task.config = self.config.copy_and_resolve_references()
+        task.config.execution.microbatch = microbatch
         return task
 
 
