@@ -86,9 +86,7 @@ class Model:
     norm_plus_one: bool = setting(False, 'norms multiply by 1 + their weight (Gemma)')
     activation: str = setting('silu', 'of the gate', one_of('silu', 'gelu'))
     window: int | None = setting(None, 'attend to this many last tokens in local layers; None: all', COUNT)
-    pattern: str | None = setting(
-        None, "'local,global', with nope: kinds of layer, repeated over the depth; None: all by window"
-    )
+    pattern: str | None = setting(None, "kinds of layer, repeated, 'local,global' with nope; None: all by window")
     rope_theta_local: float | None = setting(None, "of a pattern's local layers; None: rope_theta", FROM_1)
     rope_scaling: str | None = setting(None, "'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'")
     query_scale: float | None = setting(None, 'what q·k is multiplied by; None: 1/√head_dim', POSITIVE)
@@ -126,9 +124,7 @@ class Optim:
 @dataclass(frozen=True)
 class Data:
     mixture: str = setting('', "'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py")
-    tokenizer: str | None = setting(
-        None, "folder or tokenizer.json; None: trained on the mixture, or that of init_from's run"
-    )
+    tokenizer: str | None = setting(None, "folder or tokenizer.json; None: init_from's, or trained on the mixture")
     heldout: float = setting(0.02, "part of each source's documents that is kept out for evaluation", INNER)
 
 
@@ -153,9 +149,7 @@ class Checkpoint:
 class Eval:
     every: int = setting(250, 'steps; the last step is always evaluated', COUNT)
     rows: int = setting(256, 'held-out rows of each source', COUNT)
-    prompts: str | None = setting(
-        None, 'a .jsonl file; None: configs/prompts.jsonl, of own data its held-out beginnings'
-    )
+    prompts: str | None = setting(None, 'a .jsonl file; None: configs/prompts.jsonl, of own data held-out beginnings')
     max_new_tokens: int = setting(48, 'of an answer', up_to(MAX_NEW_TOKENS, 1))
 
 

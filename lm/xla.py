@@ -61,11 +61,8 @@ def lines() -> list[str]:
     """The flags that XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'; then why, a line
     for each flag of ours."""
     name = platform()
-    set_here = {
-        variable: ' '.join(os.environ.get(variable, '').split()) for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
-    }
-    told = [f'{variable}={value}' for variable, value in set_here.items() if value]
-    words = ' '.join(set_here.values()).split()
+    words = {variable: os.environ.get(variable, '').split() for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+    told = ''.join(f' {variable}={" ".join(own)}' for variable, own in words.items() if own)
     ours = {f'--{flag}={value}': reason for flag, (value, reason) in FLAGS.get(name, {}).items()}
-    why = [f'  {word}: {reason}' for word, reason in ours.items() if word in words]
-    return [f'xla: {name}' + (' ' + ' '.join(told) if told else ', its defaults'), *why]
+    why = [f'  {word}: {reason}' for word, reason in ours.items() if word in sum(words.values(), [])]
+    return [f'xla: {name}{told or ", its defaults"}', *why]

@@ -41,8 +41,7 @@ def _settings(config: Config) -> dict[str, float]:
 def prepare(config: Config, tokenizer: str | None, say: Say) -> PairData:
     """Pairs, and for a loss that compares single answers with a baseline also these, each with an answer to another
     prompt."""
-    baseline = LOSSES[config.loss].baseline
-    return pairs.prepare(config, tokenizer, say, sides=3 if baseline else 2, unpaired=baseline)
+    return pairs.prepare(config, tokenizer, say, unpaired=LOSSES[config.loss].baseline)
 
 
 class Dpo(pairs.PairTask):

@@ -32,14 +32,15 @@ class PairData(WithReplay):
     before: Sequence[Any] = field(default=(), repr=False)
 
 
-def prepare(config: Config, tokenizer: str | None, say: Say, *, sides: int = 2, unpaired: bool = False) -> PairData:
-    """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too.
+def prepare(config: Config, tokenizer: str | None, say: Say, *, unpaired: bool = False) -> PairData:
+    """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too, and beside each two an
+    answer to another prompt.
 
     Raises UsageError without a run to start from, and for settings that pairs have no use for.
     """
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
-    form = lambda template: pairs.form(template, sides=sides)
+    form = lambda template: pairs.form(template, sides=3 if unpaired else 2)
     data = language.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
     for s in data.own.sources:
         pairs.check(s, seq_len=config.seq_len)

@@ -14,7 +14,7 @@ from etils import epath
 from lm import progress, sharding, xla
 from lm.config import Config
 from lm.data import chat_template
-from lm.data.tokenizer import Tokenizer, find_tokenizer
+from lm.data.tokenizer import find_tokenizer
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
@@ -90,7 +90,10 @@ def _train(
     recorder.open(workdir)
     with plan.log_failure(recorder, ledger):
         if processes.first():
-            _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+            # With the chat template beside it, else ours if it fits: a run's directory is all it takes to talk to it.
+            data.tokenizer.save(own)
+            if (template := chat_template.find(tokenizer, data.tokenizer)) is not None:
+                template.save(own)
         if found and checkpoint.listed(checkpoints)[0] == config.steps and _is_done(task, workdir):
             return recorder.last
         _fit(task, workdir, parents, kept, ledger, stop)
@@ -102,15 +105,6 @@ def _state_before_data(task: Task) -> training.TrainState:
     task = task.at(task.config.execution.microbatch)
     task.config.steps = task.config.steps or 1
     return abstract_state(task, plan.make_optimizer(task.config)[0])
-
-
-def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
-    """The tokenizer in the run's folder, and the chat template that lies beside it, else ours if it fits: a run's
-    directory is all that it takes to talk to it."""
-    tokenizer.save(folder)
-    template = chat_template.find(given, tokenizer)
-    if template is not None:
-        template.save(folder)
 
 
 def _is_done(task: Task, workdir: epath.Path) -> bool:

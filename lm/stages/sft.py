@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from lm.config import Config
 from lm.data import chats, pipeline
@@ -55,24 +54,18 @@ class Sft(Task):
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
         """Answers to held-out questions, the text that may have been forgotten, and the fixed prompts."""
-        policy = state.models['policy']
-        metrics = self._chat_metrics(policy)
-        if self.data.text:
-            metrics |= language.text_metrics(self.config, self.cfg, self.data.text, policy)
-        language.log_samples(self, policy, step, metrics, self.data.template)
-        return metrics
-
-    def _chat_metrics(self, params: Any) -> dict[str, float]:
-        """{'eval/SOURCE/response_loss', 'ended', 'f1'} of each source's held-out conversations."""
-        config, cfg, data, metrics = self.config, self.cfg, self.data, {}
+        config, cfg, data, policy, metrics = self.config, self.cfg, self.data, state.models['policy'], {}
         for s in data.own.sources:
             rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
             batches = pipeline.in_order(rows, batch_size=config.execution.microbatch, max_rows=config.eval.rows)
-            totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
+            totals = heldout.sums(policy, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
             questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-            found = answers.quality(language.answered(self, params, questions))
+            found = answers.quality(language.answered(self, policy, questions))
             metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
             metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
+        if data.text:
+            metrics |= language.text_metrics(config, cfg, data.text, policy)
+        language.log_samples(self, policy, step, metrics, data.template)
         return metrics
 
 

@@ -80,15 +80,11 @@ class Task(abc.ABC):
     def source(self, start: int) -> Source:
         """source(state, i): batch i, from `start` on, on this process's devices."""
 
-    def abstract(self) -> Any:
-        """The parameters that are trained, as shapes and shardings."""
-        if self.adapter is not None:
-            return loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))
-        return loading.abstract_params(self.cfg, self.trains)
-
     def abstract_roles(self) -> dict[str, Any]:
         """{role: the parameters that are trained, as shapes and shardings}: mostly of one role."""
-        return {self.trains: self.abstract()}
+        if self.adapter is None:
+            return {self.trains: loading.abstract_params(self.cfg, self.trains)}
+        return {self.trains: loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))}
 
     def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
         """({role: the weights to begin with}, {role: the run they come from}) of what is trained."""
