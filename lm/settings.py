@@ -229,7 +229,7 @@ class Dpo(Settings):
 
 @dataclass(frozen=True)
 class RewardSource:
-    """What scores a response; several are added up."""
+    """The sources of a response's score; several are added up."""
 
     fn: str | None = setting(None, "'package.module:function': (prompts, responses) -> scores; answers= if it asks")
     weight: float = setting(1.0, 'of the function, beside that of reward_from, which is 1', FROM_0)
