@@ -38,33 +38,33 @@ RENAMED = {
 }
 # Settings by the names that other trainers give them, and ours.
 ELSEWHERE = {
-    **dict.fromkeys(('learning_rate', 'peak_lr', 'max_lr'), 'optim.lr'),
-    **dict.fromkeys(('optimizer', 'optimizer_name', 'optim_type'), 'optim.name'),
-    **dict.fromkeys(('lr_scheduler_type', 'lr_schedule', 'scheduler'), 'optim.schedule'),
-    **dict.fromkeys(('warmup_steps', 'warmup_iters'), 'optim.warmup'),
-    **dict.fromkeys(('max_grad_norm', 'grad_clip', 'gradient_clip'), 'optim.clip'),
-    **dict.fromkeys(('beta1', 'adam_beta1'), 'optim.b1'),
-    **dict.fromkeys(('beta2', 'adam_beta2'), 'optim.b2'),
-    **dict.fromkeys(('max_steps', 'max_iters', 'num_steps', 'train_steps', 'total_steps', 'num_iterations'), 'steps'),
-    **dict.fromkeys(('batch', 'bsz', 'global_batch_size', 'train_batch_size'), 'batch_size'),
-    **dict.fromkeys(
-        ('per_device_train_batch_size', 'per_device_batch_size', 'micro_batch_size', 'gradient_accumulation_steps'),
-        'execution.microbatch',
-    ),
-    **dict.fromkeys(
-        ('max_length', 'max_seq_length', 'max_seq_len', 'sequence_length', 'context_length', 'block_size'), 'seq_len'
-    ),
-    **dict.fromkeys(('gradient_checkpointing', 'activation_checkpointing'), 'execution.remat'),
-    **dict.fromkeys(('data', 'dataset', 'datasets', 'dataset_name', 'data_path', 'train_file'), 'data.mixture'),
-    **dict.fromkeys(('model_name', 'model_name_or_path', 'init_checkpoint', 'pretrained'), 'init_from'),
-    **dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'emb_dim', 'width'), 'model.dim'),
-    **dict.fromkeys(('n_layer', 'n_layers', 'num_layers', 'num_hidden_layers', 'depth'), 'model.layers'),
-    **dict.fromkeys(('n_head', 'n_heads', 'num_heads', 'num_attention_heads'), 'model.heads'),
-    **dict.fromkeys(('intermediate_size', 'mlp_dim', 'd_ff'), 'model.ffn_dim'),
-    **dict.fromkeys(('save_steps', 'save_interval', 'save_every'), 'checkpoint.every'),
-    **dict.fromkeys(('eval_steps', 'eval_interval', 'eval_every'), 'eval.every'),
-    **dict.fromkeys(('logging_steps', 'log_interval', 'log_every'), 'log.every'),
-    **dict.fromkeys(('dtype', 'bf16', 'mixed_precision', 'torch_dtype', 'precision'), 'execution.dtype'),
+    name: ours
+    for ours, names in {
+        'optim.lr': 'learning_rate peak_lr max_lr',
+        'optim.name': 'optimizer optimizer_name optim_type',
+        'optim.schedule': 'lr_scheduler_type lr_schedule scheduler',
+        'optim.warmup': 'warmup_steps warmup_iters',
+        'optim.clip': 'max_grad_norm grad_clip gradient_clip',
+        'optim.b1': 'beta1 adam_beta1',
+        'optim.b2': 'beta2 adam_beta2',
+        'steps': 'max_steps max_iters num_steps train_steps total_steps num_iterations',
+        'batch_size': 'batch bsz global_batch_size train_batch_size',
+        'execution.microbatch': 'gradient_accumulation_steps per_device_train_batch_size per_device_batch_size '
+        'micro_batch_size',
+        'seq_len': 'max_length max_seq_length max_seq_len sequence_length context_length block_size',
+        'execution.remat': 'gradient_checkpointing activation_checkpointing',
+        'data.mixture': 'data dataset datasets dataset_name data_path train_file',
+        'init_from': 'model_name model_name_or_path init_checkpoint pretrained',
+        'model.dim': 'hidden_size d_model n_embd emb_dim width',
+        'model.layers': 'n_layer n_layers num_layers num_hidden_layers depth',
+        'model.heads': 'n_head n_heads num_heads num_attention_heads',
+        'model.ffn_dim': 'intermediate_size mlp_dim d_ff',
+        'checkpoint.every': 'save_steps save_interval save_every',
+        'eval.every': 'eval_steps eval_interval eval_every',
+        'log.every': 'logging_steps log_interval log_every',
+        'execution.dtype': 'dtype bf16 mixed_precision torch_dtype precision',
+    }.items()
+    for name in names.split()
 }
 
 
@@ -95,17 +95,21 @@ def base(kind: type[Settings] = Settings) -> Config:
 
 
 @functools.cache
-def fields_of(kind: type, prefix: str = '') -> Mapping[str, Field]:
+def fields_of(kind: type[Settings]) -> Mapping[str, Field]:
     """{dotted key: setting} of a class of settings."""
-    found, types = {}, typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        key, alternatives = prefix + field.name, typing.get_args(types[field.name])
-        if dataclasses.is_dataclass(field.default):
-            found |= fields_of(type(field.default), f'{key}.')
+    return dict(_fields_in(kind(), ''))
+
+
+def _fields_in(group: Any, prefix: str) -> Iterator[tuple[str, Field]]:
+    """(dotted key, setting) of a group of settings, whose values are the defaults."""
+    types = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        key, default, alternatives = prefix + field.name, getattr(group, field.name), typing.get_args(types[field.name])
+        if dataclasses.is_dataclass(default):
+            yield from _fields_in(default, f'{key}.')
         else:
             one = alternatives[0] if alternatives else types[field.name]
-            found[key] = Field(field.default, one, type(None) in alternatives, field.metadata['bound'])
-    return found
+            yield key, Field(default, one, type(None) in alternatives, field.metadata['bound'])
 
 
 def known() -> dict[str, Field]:

@@ -22,28 +22,21 @@ from lm.multihost import processes
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """(the flags, the settings)."""
     parser = Parser('python -m lm.main', __doc__)
-    parser.add_argument(
-        '--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)'
-    )
-    parser.add_argument(
-        '--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3'
-    )
-    parser.add_argument('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
-    parser.add_argument(
-        '--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing'
-    )
-    several = parser.add_argument_group('several processes, which train one run together')
-    number = lambda name: configs.whole(f'--{name}')
-    several.add_argument(
+    add = parser.add_argument
+    add('--config', required=True, help='configs/STAGE.py, or configs/STAGE.py:ARG (a preset, or KEY=VALUE,…)')
+    add('--config.KEY', dest='ignored', metavar='VALUE', help='any setting, e.g. --config.optim.lr=1e-3')
+    add('--workdir', help='directory of the run; default runs/STAGE or runs/STAGE-ARG')
+    add('--dry_run', action='store_true', help='compile the step, print memory and FLOPs, allocate nothing')
+    add = parser.add_argument_group('several processes, which train one run together').add_argument
+    whole = {name: configs.whole(f'--{name}') for name in ('num_processes', 'process_id', 'wait')}
+    add(
         '--coordinator',
         metavar='HOST:PORT',
         help='where process 0 listens; auto: ask the cluster (Cloud TPU, Slurm, …)',
     )
-    several.add_argument('--num_processes', metavar='N', type=number('num_processes'), help='how many there are')
-    several.add_argument('--process_id', metavar='I', type=number('process_id'), help='which of them this is, from 0')
-    several.add_argument(
-        '--wait', metavar='SECONDS', type=number('wait'), default=300, help='for the others to come (300)'
-    )
+    add('--num_processes', metavar='N', type=whole['num_processes'], help='how many there are')
+    add('--process_id', metavar='I', type=whole['process_id'], help='which of them this is, from 0')
+    add('--wait', metavar='SECONDS', type=whole['wait'], default=300, help='for the others to come (300)')
     words, settings = configs.split_settings(argv)
     return parser.parse_args(words), settings
 

@@ -4,7 +4,7 @@ it."""
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,7 +28,9 @@ def setup(*, keep_memory: bool = True) -> None:
 
     JAX caches by default only what took a second to compile; the laptop's steps are quicker and still worth keeping.
     """
-    _tell_malloc(KEEP if keep_memory else HAND_BACK)
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt, and perhaps no such cost
+        for option, value in (KEEP if keep_memory else HAND_BACK).items():
+            ctypes.CDLL(None).mallopt(option, value)
     xla.setup()
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     cache = Path(os.environ.get('LM_CACHE', '~/.cache/lm')).expanduser() / 'xla'
@@ -36,13 +38,6 @@ def setup(*, keep_memory: bool = True) -> None:
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
-def _tell_malloc(options: Mapping[int, int]) -> None:
-    """Sets options of glibc's mallopt."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt, and perhaps no such cost
-        for option, value in options.items():
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def start_jax() -> None:

@@ -50,21 +50,18 @@ def setting(default: Any, meaning: str, bound: Bound | None = None) -> Any:
 # ---- what all stages have ----
 
 
+ATTENTIONS, REMATS = ('blocks', 'dense', 'cudnn', 'splash'), ('auto', 'none', 'dots', 'names', 'full')
+
+
 @dataclass(frozen=True)
 class Execution:
     """The execution of the program, which changes rounding, time and memory alone. None: decided for the platform, the
     model and the memory, see `lm.runs.execution`."""
 
     dtype: str | None = setting(None, 'of activations; None: bfloat16, on CPU float32', one_of('float32', 'bfloat16'))
-    attention: str | None = setting(
-        None, "blocks | dense | cudnn | splash; None: the platform's own, said when a run starts",
-        one_of('blocks', 'dense', 'cudnn', 'splash'),
-    )  # fmt: skip
+    attention: str | None = setting(None, "None: the platform's own, said when a run starts", one_of(*ATTENTIONS))
     scan: bool | None = setting(None, 'one layer compiled and repeated, or all of them; None: by depth')
-    remat: str = setting(
-        'auto', 'none | dots | names | full: what the backward pass computes again instead of keeping; auto: what fits',
-        one_of('auto', 'none', 'dots', 'names', 'full'),
-    )  # fmt: skip
+    remat: str = setting('auto', 'what the backward pass computes again, not kept; auto: what fits', one_of(*REMATS))
     microbatch: int | None = setting(None, 'sequences in memory at once; None: measured', COUNT)
 
 
@@ -85,16 +82,11 @@ class Model:
     qk_norm_joint: bool = setting(False, 'RMS-normalise queries and keys over all heads at once (OLMo 2)')
     tied: bool = setting(True, 'one matrix for the embedding and the head')
     qkv_bias: bool = setting(False, 'biases of queries, keys and values (Qwen 2)')
-    norms: str = setting(
-        'pre', 'of what a sub-layer reads (pre), of what it adds (post, OLMo 2), or both (Gemma 2, 3)',
-        one_of('pre', 'post', 'both'),
-    )  # fmt: skip
+    norms: str = setting('pre', 'of what a sub-layer reads, adds (OLMo 2), both (Gemma)', one_of('pre', 'post', 'both'))
     norm_plus_one: bool = setting(False, 'norms multiply by 1 + their weight (Gemma)')
-    activation: str = setting('silu', 'silu | gelu: of the gate', one_of('silu', 'gelu'))
+    activation: str = setting('silu', 'of the gate', one_of('silu', 'gelu'))
     window: int | None = setting(None, 'attend to this many last tokens in local layers; None: all', COUNT)
-    pattern: str | None = setting(
-        None, "'local,global', with nope: kinds of layer, repeated over the depth; None: all by window"
-    )
+    pattern: str | None = setting(None, "kinds of layer, repeated, 'local,global' with nope; None: all by window")
     rope_theta_local: float | None = setting(None, "of a pattern's local layers; None: rope_theta", FROM_1)
     rope_scaling: str | None = setting(None, "'linear,factor=8' | 'llama3,factor=8,low=1,high=4,original=8192'")
     query_scale: float | None = setting(None, 'what q·k is multiplied by; None: 1/√head_dim', POSITIVE)
@@ -112,13 +104,11 @@ SCHEDULES = ('cosine', 'wsd', 'linear', 'constant')
 
 @dataclass(frozen=True)
 class Optim:
-    name: str = setting('adamw', 'adamw | muon (for matrices, AdamW for the rest) | adafactor', one_of(*OPTIMIZERS))
+    name: str = setting('adamw', 'muon: for matrices, AdamW for the rest', one_of(*OPTIMIZERS))
     lr: float = setting(6e-3, 'peak learning rate', POSITIVE)
-    schedule: str = setting('linear', 'cosine | wsd | linear | constant, each after the warmup', one_of(*SCHEDULES))
+    schedule: str = setting('linear', 'of the learning rate after the warmup', one_of(*SCHEDULES))
     warmup: int = setting(100, 'steps', COUNT_OR_0)
-    batch_warmup: int = setting(
-        0, 'steps over which the batch grows from one microbatch to batch_size', up_to(MAX_BATCH_WARMUP)
-    )
+    batch_warmup: int = setting(0, 'steps in which one microbatch grows to batch_size', up_to(MAX_BATCH_WARMUP))
     decay: float = setting(0.2, 'wsd: the last part of the run over which the rate falls to the final one', PART)
     final: float = setting(0.0, 'the last rate, as a fraction of lr', PART)
     weight_decay: float = setting(0.1, 'not on norms and embeddings', FROM_0)
@@ -134,9 +124,7 @@ class Optim:
 @dataclass(frozen=True)
 class Data:
     mixture: str = setting('', "'name:weight,…': botocore, files, folders, tfds:NAME, hf:NAME; see lm/data/sources.py")
-    tokenizer: str | None = setting(
-        None, "folder or tokenizer.json; None: trained on the mixture, or that of init_from's run"
-    )
+    tokenizer: str | None = setting(None, "folder or tokenizer.json; None: init_from's, or trained on the mixture")
     heldout: float = setting(0.02, "part of each source's documents that is kept out for evaluation", INNER)
 
 
@@ -161,9 +149,7 @@ class Checkpoint:
 class Eval:
     every: int = setting(250, 'steps; the last step is always evaluated', COUNT)
     rows: int = setting(256, 'held-out rows of each source', COUNT)
-    prompts: str | None = setting(
-        None, 'a .jsonl file; None: configs/prompts.jsonl, of own data its held-out beginnings'
-    )
+    prompts: str | None = setting(None, 'a .jsonl file; None: configs/prompts.jsonl, of own data held-out beginnings')
     max_new_tokens: int = setting(48, 'of an answer', up_to(MAX_NEW_TOKENS, 1))
 
 
@@ -224,15 +210,16 @@ class Reward(Settings):
     margins: float = setting(0.0, "what a pair's margin is multiplied by; 0: the better one need only lead", FROM_0)
 
 
+PREFERENCES = ('dpo', 'cdpo', 'robust', 'ipo', 'simpo', 'orpo', 'kto')
+
+
 @dataclass(frozen=True)
 class Dpo(Settings):
     stage: str = setting('dpo', 'of lm.stages')
     data: DialogueData = DialogueData()
-    loss: str = setting('dpo', 'dpo | cdpo | robust | ipo | simpo | orpo | kto')
-    reference: str = setting('cached', 'cached: its log-probs are computed once; live: at each step, beside the model')
-    beta: float | None = setting(
-        None, "how strongly it holds to the reference; None, here and below: the loss's own", POSITIVE
-    )
+    loss: str = setting('dpo', 'of lm.losses.preference', one_of(*PREFERENCES))
+    reference: str = setting('cached', 'log-probs computed once, or at each step', one_of('cached', 'live'))
+    beta: float | None = setting(None, "strength of the reference; None, here and below: the loss's own", POSITIVE)
     margin: float | None = setting(None, 'by how much simpo has the chosen response lead', FROM_0)
     label_smoothing: float | None = setting(None, 'cdpo and robust: the part of labels that are wrong')
     lambda_d: float | None = setting(None, 'kto: what a good answer weighs', FROM_0)
@@ -240,16 +227,11 @@ class Dpo(Settings):
     nll: float | None = setting(None, "coefficient of the chosen responses' own loss beside it", FROM_0)
 
 
-LEASHES, TRUNCATED = ('none', 'reward', 'k3'), ('score', 'mask', 'penalty')
-
-
 @dataclass(frozen=True)
 class RewardSource:
-    """What scores a response; several are added up."""
+    """The sources of a response's score; several are added up."""
 
-    fn: str | None = setting(
-        None, "'package.module:function' of (prompts, responses) -> scores, and answers= if it asks"
-    )
+    fn: str | None = setting(None, "'package.module:function': (prompts, responses) -> scores; answers= if it asks")
 
 
 @dataclass(frozen=True)
@@ -261,25 +243,19 @@ class Rl:
     epochs: int = setting(1, 'times that each response is learned from', COUNT)
     max_new_tokens: int = setting(64, 'of a response', up_to(MAX_NEW_TOKENS, 1))
     temperature: float = setting(1.0, 'of the draws, and of every log-prob that is taken of them', POSITIVE)
-    ratio: str = setting('token', 'token | sequence: of the probabilities now and then', one_of('token', 'sequence'))
-    clip: str = setting('clip', 'clip | cispo | dppo: where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
+    ratio: str = setting('token', 'of the probabilities now and then', one_of('token', 'sequence'))
+    clip: str = setting('clip', 'where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
     clip_low: float = setting(0.2, 'how far down', FROM_0)
     clip_high: float = setting(0.28, 'how far up', FROM_0)
-    aggregation: str = setting(
-        'tokens', 'tokens | constant | response: what the sum over tokens is divided by',
-        one_of('tokens', 'constant', 'response'),
-    )  # fmt: skip
-    kl: str = setting('none', 'none | reward | k3: the leash, k1 in the reward or k3 as a loss', one_of(*LEASHES))
+    aggregation: str = setting('tokens', 'the divisor of the sum over tokens', one_of('tokens', 'constant', 'response'))
+    kl: str = setting('none', 'the leash: k1 in the reward, or k3 as a loss', one_of('none', 'reward', 'k3'))
     beta: float = setting(0.0, 'coefficient of the leash', FROM_0)
     kl_budget: float | None = setting(None, 'nats a response off the reference that end the run; None: none', POSITIVE)
-    truncated: str = setting(
-        'score',
-        'score | mask | penalty (−1): what a response without an end of turn gets',
-        one_of(*TRUNCATED),
-    )
-    mismatch: str = setting(
-        'none', 'none | truncate | mask: where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask')
-    )
+    truncated: str = setting('score', 'of one without end of turn; penalty: −1', one_of('score', 'mask', 'penalty'))
+    mismatch: str = setting('none', 'where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask'))
+
+
+ADVANTAGES = ('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++')
 
 
 @dataclass(frozen=True)
@@ -295,10 +271,7 @@ class Online(Settings):
 
 @dataclass(frozen=True)
 class Grpo(Online):
-    advantage: str = setting(
-        'group', 'group | group_std | rloo | batch_std | max_rl | reinforce++',
-        one_of('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++'),
-    )  # fmt: skip
+    advantage: str = setting('group', 'of lm.advantages', one_of(*ADVANTAGES))
 
 
 @dataclass(frozen=True)

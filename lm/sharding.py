@@ -20,7 +20,7 @@ codebase is for, and a pipeline schedule would put a second execution order next
 import bisect
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,28 +142,31 @@ def param_specs(params: Any) -> Any:
     not an array is asked for the dims of its fields: `weight.dims('DNH') -> {'scale': 'NH', …}`.
     """
 
-    def leaf(dims: str, value: Any, stacked: bool) -> Any:
+    def spec_of(dims: str, value: Any, stacked: bool) -> Any:
         if hasattr(value, 'dims'):
             fields = value.dims(dims)
-            return value.replace(**{f: leaf(d, vars(value)[f], stacked) for f, d in fields.items()})
+            return value.replace(**{f: spec_of(d, vars(value)[f], stacked) for f, d in fields.items()})
         shape = value.shape[1:] if stacked else value.shape
         own = array_spec(dims, shape)
         return P(None, *own) if stacked else own
 
-    def tree(node: Mapping[str, Any], stacked: bool) -> dict[str, Any]:
-        return {
-            name: tree(value, stacked or name == 'layers')
-            if isinstance(value, Mapping)
-            else leaf(dims_of(name), value, stacked)
-            for name, value in node.items()
-        }
+    def leaf(path: Any, value: Any) -> Any:
+        names = [key.key for key in path]
+        return spec_of(dims_of(names[-1]), value, 'layers' in names)
 
-    return tree(params, False)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda x: hasattr(x, 'dims'))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """NamedShardings on a mesh for a tree of partition specs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def on_shards(fn: Callable, args: tuple, specs: tuple, out_specs: Any) -> Any:
+    """Calls `fn` on each device's parts of the arguments, laid out as their specs say; one may be None."""
+    put = lambda x, spec: None if x is None else jax.reshard(x, spec)
+    args = jax.tree.map(put, args, specs, is_leaf=lambda x: x is None)
+    return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
 
 class LocalRows(NamedTuple):

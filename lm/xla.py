@@ -11,11 +11,8 @@ from pathlib import Path
 
 import jax
 
-VARIABLE = {'cpu': 'XLA_FLAGS', 'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS'}
-
-# {platform: {flag: (value, reason)}}
+# {platform: {flag: (value, reason)}}; what helps on CPU is memory that stays with the process: `lm.runtime`
 FLAGS: dict[str, dict[str, tuple[str, str]]] = {
-    'cpu': {},  # what helps there is memory that stays with the process: `lm.runtime`
     'gpu': {
         'xla_gpu_enable_latency_hiding_scheduler': ('true', 'gathers and sums of FSDP run beside the products'),
         'xla_gpu_enable_pipelined_all_gather': ('true', "in a scan over layers: the next layer's weights come early"),
@@ -52,7 +49,7 @@ def _installed(module: str) -> bool:
 def setup() -> None:
     """Adds the platform's flags to the environment, before JAX starts. A flag that stands there already is left."""
     name = platform()
-    variable, flags = VARIABLE.get(name, 'XLA_FLAGS'), FLAGS.get(name, {})
+    variable, flags = 'LIBTPU_INIT_ARGS' if name == 'tpu' else 'XLA_FLAGS', FLAGS.get(name, {})
     words = os.environ.get(variable, '').split()
     named = {word.lstrip('-').partition('=')[0] for word in words}
     added = [f'--{flag}={value}' for flag, (value, _) in flags.items() if flag not in named]
@@ -64,11 +61,8 @@ def lines() -> list[str]:
     """The flags that XLA is told, for the log: 'xla: gpu XLA_FLAGS=--…', or 'xla: cpu, its defaults'; then why, a line
     for each flag of ours."""
     name = platform()
-    set_here = {
-        variable: ' '.join(os.environ.get(variable, '').split()) for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
-    }
-    told = [f'{variable}={value}' for variable, value in set_here.items() if value]
-    words = ' '.join(set_here.values()).split()
+    words = {variable: os.environ.get(variable, '').split() for variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+    told = ''.join(f' {variable}={" ".join(own)}' for variable, own in words.items() if own)
     ours = {f'--{flag}={value}': reason for flag, (value, reason) in FLAGS.get(name, {}).items()}
-    why = [f'  {word}: {reason}' for word, reason in ours.items() if word in words]
-    return [f'xla: {name}' + (' ' + ' '.join(told) if told else ', its defaults'), *why]
+    why = [f'  {word}: {reason}' for word, reason in ours.items() if word in sum(words.values(), [])]
+    return [f'xla: {name}{told or ", its defaults"}', *why]

@@ -18,13 +18,10 @@ import jax
 import jax.numpy as jnp
 
 RATIOS = ('token', 'sequence')
-CLIPS = ('clip', 'cispo', 'dppo')
-AGGREGATIONS = ('tokens', 'constant', 'response')
-MISMATCHES = ('none', 'truncate', 'mask')
 
 
 class Clip(NamedTuple):
-    """How far the policy may move on one batch: the kind, and how far down and up.
+    """The distance that the policy may move on one batch: the kind, and how far down and up.
 
     clip: the ratio within [1 − low, 1 + high]. cispo: the ratio at most `high`, low has no part in it. dppo: the
     probability of the token within ± `high` of what it was.
@@ -101,14 +98,14 @@ def k3_loss(logp_BT: jax.Array, reference_BT: jax.Array, old_BT: jax.Array, mask
 
 
 def token_weights(mask_BT: jax.Array, aggregation: str) -> jax.Array:
-    """What each token's loss is multiplied by before it is summed: 1, and for `response` 1/(the response's tokens)."""
+    """The factor of each token's loss before it is summed: 1, and for `response` 1/(the response's tokens)."""
     if aggregation == 'response':
         return mask_BT / jnp.maximum(jnp.sum(mask_BT, 1, keepdims=True), 1)
     return mask_BT
 
 
 def denominator(mask_BT: jax.Array, aggregation: str, *, longest: int) -> jax.Array:
-    """What that sum over the whole batch is divided by: the tokens (DAPO), the responses × the longest that they may be
+    """The divisor of that sum over the whole batch: the tokens (DAPO), the responses × the longest that they may be
     (Dr. GRPO), or the responses (GRPO)."""
     responses = jnp.sum(jnp.any(mask_BT > 0, axis=1).astype(jnp.float32))
     return {'tokens': jnp.sum(mask_BT), 'constant': responses * longest, 'response': responses}[aggregation]
@@ -117,7 +114,7 @@ def denominator(mask_BT: jax.Array, aggregation: str, *, longest: int) -> jax.Ar
 def mismatch_weights(
     old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array, *, how: str, cap: float
 ) -> jax.Array:
-    """What a token's loss is multiplied by because the sampler is not quite the trainer, [B, T], without gradient: 1,
+    """The factor of a token's loss because the sampler is not quite the trainer, [B, T], without gradient: 1,
     min(π_trainer/π_sampler, cap) (truncated importance sampling), or that ratio where it is within [1/cap, cap] and
     else 0 (IcePop)."""
     w_BT = jnp.exp((old_BT - sampler_BT) * mask_BT)

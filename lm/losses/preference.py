@@ -270,22 +270,17 @@ def metrics(name: str, pairs: Pairs, beta: float, z0: jax.Array | None = None) -
     With a baseline z0 single answers are what is compared, each with it: the accuracy is that of the sign of its gain.
     """
     chosen, rejected = (LOSSES[name].reward(r, beta) for r in (pairs.chosen, pairs.rejected))
-    rewards = {'reward_chosen': chosen, 'reward_rejected': rejected}
+    shown = {'logp_chosen': pairs.chosen.logp, 'logp_rejected': pairs.rejected.logp}
+    shown |= {'reward_chosen': chosen, 'reward_rejected': rejected}
     if z0 is not None:
         right = is_there(pairs.chosen) * agreement(chosen - beta * z0, pairs.label)
         right += is_there(pairs.rejected) * agreement(beta * z0 - rejected, pairs.label)
-        return rewards | {
-            'accuracy': right / 2,
-            'logp_chosen': pairs.chosen.logp,
-            'logp_rejected': pairs.rejected.logp,
-        }
+        return shown | {'accuracy': right / 2}
     per_token = [r.logp / tokens(r) for r in (pairs.chosen, pairs.rejected)]
-    return rewards | {
+    return shown | {
         'margin': chosen - rejected,
         'accuracy': agreement(chosen - rejected, pairs.label),
         'accuracy_per_token': agreement(per_token[0] - per_token[1], pairs.label),
-        'logp_chosen': pairs.chosen.logp,
-        'logp_rejected': pairs.rejected.logp,
     }
 
 

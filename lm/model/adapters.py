@@ -5,18 +5,9 @@ An adapter is a tree like a part of the model's, with a weight (`seam.Weight`) a
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-
-
-class AdapterLeaf(Protocol):
-    """A leaf of an adapter's tree."""
-
-    def over(self, base: Any) -> Any:
-        """Returns the weight of the model: this one over the base's."""
-        ...
-
 
 # {name: init(key, the base's parameters or their shapes) -> the adapter's tree}; a run names the one that it trains.
 ADAPTERS: dict[str, Callable[[jax.Array, Any], Any]] = {}

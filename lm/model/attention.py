@@ -60,28 +60,21 @@ def _sharded(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT):
         )
     # B first, then heads, then what is left of T's axes
     q_spec, kv_spec, row = sharding.spec('BTNH', taken), sharding.spec('BSNH', taken), sharding.spec('BT', taken)
-    all_rows = P(row[0], None)
     sequence_axes = taken['T']
 
     def local(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
         offset = jax.lax.axis_index(sequence_axes) * q_BTNH.shape[1] if sequence_axes else None
         return attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, offset=offset)
 
-    put = lambda x, to: None if x is None else jax.reshard(x, to)
-    args = (
-        put(q_BTNH, q_spec), put(k_BSKH, kv_spec), put(v_BSKH, kv_spec),
-        put(segments_BT, row), put(segments_BT, all_rows),
-    )  # fmt: skip
-    specs = (q_spec, kv_spec, kv_spec, row, all_rows)
-    return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(*args)
+    specs = (q_spec, kv_spec, kv_spec, row, P(row[0], None))
+    return sharding.on_shards(local, (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BT), specs, q_spec)
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, *, offset, window, softcap):
     """One device's attention: in causal blocks of queries where query t is key t, else over all keys at once."""
     q_BKTJH, k_BKSH, v_BKSH = _lead_heads(q_BTNH, k_BSKH, v_BSKH)
     if offset is None:
-        out_BKTJH = causal_blocks(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window=window, softcap=softcap)
-        return _follow_heads(out_BKTJH)
+        return _follow_heads(causal_blocks(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap))
     sizes = q_BTNH.shape[1], k_BSKH.shape[1]
     mask_BTS = kernels.visible(*sizes, offset=offset, window=window, segments_BT=segments_BT, segments_BS=segments_BS)
     return _follow_heads(_block(q_BKTJH, k_BKSH, v_BKSH, mask_BTS, softcap=softcap))
@@ -136,9 +129,8 @@ def cached_attention(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions: CachePos
     q_spec, kv_spec, cache_spec = (sharding.spec(dims, taken) for dims in ('BTKH', 'BSKH', 'BKSH'))
     row, all_rows = sharding.spec('BT', taken), sharding.spec('BS', taken)
     specs = (q_spec, kv_spec, kv_spec, cache_spec, cache_spec, CachePositions(row, all_rows, all_rows, P()))
-    args = jax.tree.map(jax.reshard, (q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions), specs)
-    out_specs = (q_spec, cache_spec, cache_spec)
-    return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+    args = (q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions)
+    return sharding.on_shards(local, args, specs, (q_spec, cache_spec, cache_spec))
 
 
 def _cached(q_BTNH, k_BTKH, v_BTKH, k_BKSH, v_BKSH, positions, *, window, softcap):

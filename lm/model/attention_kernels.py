@@ -77,18 +77,17 @@ def _obstacle(name: str, device: Device, *, dtype: str, head_dim: int, softcap: 
     platform, words = NEEDS.get(name, (device.platform, ''))
     if platform != device.platform:
         return f'needs {words}, this is {device.platform}'
-    if name != 'cudnn':
-        return None
     largest = 256 if device.capability >= 9 else 128
-    if device.capability < 8:
-        return f'needs compute capability 8.0 (Ampere), {device.kind} has {device.capability}'
-    if dtype not in ('bfloat16', 'float16'):
-        return f'computes in bfloat16, execution.dtype is {dtype}'
-    if softcap is not None:
-        return f'has no soft-cap, model.attn_softcap is {softcap}'
-    if head_dim % 8 or head_dim > largest:
-        return f'takes heads of a multiple of 8 up to {largest}, model.head_dim is {head_dim}'
-    return None
+    limits = (
+        (device.capability < 8, f'needs compute capability 8.0 (Ampere), {device.kind} has {device.capability}'),
+        (dtype not in ('bfloat16', 'float16'), f'computes in bfloat16, execution.dtype is {dtype}'),
+        (softcap is not None, f'has no soft-cap, model.attn_softcap is {softcap}'),
+        (
+            head_dim % 8 or head_dim > largest,
+            f'takes heads of a multiple of 8 up to {largest}, model.head_dim is {head_dim}',
+        ),
+    )
+    return next((why for applies, why in limits if applies), None) if name == 'cudnn' else None
 
 
 # ---- the kernels ----

@@ -12,24 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.model.attention_kernels import visible
+
 NEGATIVE = -1e30  # not -inf: a row that sees no key (padding) gives the mean of v, which nobody reads, and not nan
 LEAST_BLOCK, MOST_BLOCK = 64, 256  # queries: shorter ones skip more of what is masked, longer ones multiply faster
-
-
-def causal_blocks(
-    q_BKTJH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    segments_BT: jax.Array | None,
-    *,
-    window: int | None,
-    softcap: float | None,
-) -> jax.Array:
-    """Attention of queries t to keys s ≤ t of their own segment, T = S, as [B, K, T, J, H]; q is scaled already.
-
-    J are the queries that share a key/value head. Raises nothing: the shapes were checked by `attention`.
-    """
-    return _causal(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap)
 
 
 def _blocks(T: int, window: int | None) -> list[tuple[int, int, int]]:
@@ -47,10 +33,10 @@ def _rows(x_BKTJH: jax.Array, start: int, stop: int) -> jax.Array:
 
 def _mask(first: int, start: int, stop: int, segments_BT: jax.Array | None, window: int | None) -> jax.Array:
     """[B or 1, 1, queries, 1, keys]: what each query of a block sees."""
-    behind_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
-    seen_BTS = (behind_TS >= 0)[None] if window is None else ((behind_TS >= 0) & (behind_TS < window))[None]
+    segments = {}
     if segments_BT is not None:
-        seen_BTS &= segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop]
+        segments = {'segments_BT': segments_BT[:, start:stop], 'segments_BS': segments_BT[:, first:stop]}
+    seen_BTS = visible(stop - start, stop - first, offset=start - first, window=window, **segments)
     return seen_BTS[:, None, :, None]
 
 
@@ -75,7 +61,11 @@ def _forward(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap) -> tuple[jax
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _causal(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap):
+def causal_blocks(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap):
+    """Attention of queries t to keys s ≤ t of their own segment, T = S, as [B, K, T, J, H]; q is scaled already.
+
+    J are the queries that share a key/value head. Raises nothing: the shapes were checked by `attention`.
+    """
     return _forward(q_BKTJH, k_BKSH, v_BKSH, segments_BT, window, softcap)[0]
 
 
@@ -108,4 +98,4 @@ def _causal_backward(window, softcap, saved, g_BKTJH):
     return jnp.concatenate(dq, axis=2), dk_BKHS.swapaxes(2, 3), dv_BKHS.swapaxes(2, 3), None
 
 
-_causal.defvjp(_causal_forward, _causal_backward)
+causal_blocks.defvjp(_causal_forward, _causal_backward)

@@ -71,8 +71,7 @@ def logp(
     """
     local = partial(_logp_local, vocab_size=vocab_size, softcap=softcap)
     per_token = (targets_BT,) if weights_BT is None else (targets_BT, weights_BT)
-    logp_BT, lse_BT, entropy_BT = _run(local, h_BTD, w, per_token, dims, 'tokens')
-    return logp_BT, lse_BT, entropy_BT
+    return _run(local, h_BTD, w, per_token, dims, 'tokens')
 
 
 def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None) -> jax.Array:
@@ -93,16 +92,9 @@ def _run(local, h_BTD, w, per_token, dims, returns):
     """Calls `local(h_MD, w_VD, per_token…, axis)` on each device's tokens M and its part of the vocabulary."""
     w = seam.dense(w)
     w_VD = (w if dims == 'VD' else w.T).astype(h_BTD.dtype)
-    V = w_VD.shape[0]
-    if not sharding.axis_sizes():
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        out = local(flat(h_BTD), w_VD, *map(flat, per_token), axes=None)
-        return out if returns == 'sums' else tuple(x.reshape(h_BTD.shape[:2]) for x in out)
-
-    (B, T, _) = h_BTD.shape
-    taken = sharding.assign({'B': B, 'V': V, 'T': T})
+    B, T, _ = h_BTD.shape
+    taken = sharding.assign({'B': B, 'V': w_VD.shape[0], 'T': T})
     vocab_axes, token_axes = taken['V'], taken['B'] + taken['T']
-    row = sharding.spec('BT', taken)
 
     def shard(h_BTD, w_VD, *per_token):
         shape = h_BTD.shape[:2]
@@ -112,12 +104,12 @@ def _run(local, h_BTD, w, per_token, dims, returns):
             return tuple(x.reshape(shape) for x in out)
         return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
 
-    w_spec, h_spec = sharding.spec('VD', {'V': vocab_axes}), P(*row, None)
+    if not sharding.axis_sizes():
+        return shard(h_BTD, w_VD, *per_token)
+    row = sharding.spec('BT', taken)
+    specs = (P(*row, None), sharding.spec('VD', {'V': vocab_axes}), *(row for _ in per_token))
     out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
-    fn = jax.shard_map(
-        shard, in_specs=(h_spec, w_spec, *(row for _ in per_token)), out_specs=out_specs, check_vma=False
-    )
-    out = fn(jax.reshard(h_BTD, h_spec), jax.reshard(w_VD, w_spec), *(jax.reshard(x, row) for x in per_token))
+    out = sharding.on_shards(shard, (h_BTD, w_VD, *per_token), specs, out_specs)
     return out if returns == 'sums' else jax.reshard(out, sharding.activation_spec('BT', (B, T)))
 
 
@@ -174,7 +166,7 @@ def _taken(x, order_M, inverse_M):
 _taken.defvjp(lambda x, order_M, inverse_M: (x[order_M], inverse_M), lambda inverse_M, g: (g[inverse_M], None, None))
 
 
-def _softmax_parts(h_CD, w_VD, y_C, *, vocab_size, softcap, axes):
+def _softmax_parts(h_CD, w_VD, y_C, vocab_size, softcap, axes):
     """A chunk's logits and what the losses need of them: (logits_CV, d_softcap_CV, lse_C, target_CV, best_C)."""
     x_CV = jnp.einsum('CD,VD->CV', h_CD, w_VD, preferred_element_type=jnp.float32)
     slope_CV = None
@@ -218,9 +210,7 @@ def _nll_pass(h_MD, w_VD, y_M, weight_M, live, vocab_size, z_coef, softcap, axes
     def body(carry, chunk):
         dw_DV, total, parts = carry
         h_CD, y_C, weight_C = chunk
-        x_CV, slope_CV, lse_C, target_CV, best_C = _softmax_parts(
-            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
-        )
+        x_CV, slope_CV, lse_C, target_CV, best_C = _softmax_parts(h_CD, w_VD, y_C, vocab_size, softcap, axes)
         at_target_C = _sum(jnp.where(target_CV, x_CV, 0), axes)
         nll_C, z_C = lse_C - at_target_C, jnp.square(lse_C)
         parts = {
@@ -280,9 +270,7 @@ def _logp_tokens(h_MD, w_VD, y_M, live, vocab_size, softcap, axes):
 
     def body(carry, chunk):
         h_CD, y_C = chunk
-        x_CV, _, lse_C, target_CV, _ = _softmax_parts(
-            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
-        )
+        x_CV, _, lse_C, target_CV, _ = _softmax_parts(h_CD, w_VD, y_C, vocab_size, softcap, axes)
         mean_C = _sum(jnp.exp(x_CV - lse_C[:, None]) * x_CV, axes)
         return carry, (_sum(jnp.where(target_CV, x_CV, 0), axes) - lse_C, lse_C, lse_C - mean_C)
 
@@ -301,9 +289,7 @@ def _logp_backward(vocab_size, softcap, axes, saved, cotangents):
 
     def body(dw_DV, chunk):
         h_CD, y_C, lse_C, entropy_C, g_logp_C, g_lse_C, g_entropy_C = chunk
-        x_CV, slope_CV, _, target_CV, _ = _softmax_parts(
-            h_CD, w_VD, y_C, vocab_size=vocab_size, softcap=softcap, axes=axes
-        )
+        x_CV, slope_CV, _, target_CV, _ = _softmax_parts(h_CD, w_VD, y_C, vocab_size, softcap, axes)
         p_CV = jnp.exp(x_CV - lse_C[:, None])
         surprise_CV = x_CV - (lse_C - entropy_C)[:, None]  # dH/dx = -p (x - E[x]), E[x] = lse - H
         dx_CV = p_CV * ((g_lse_C - g_logp_C)[:, None] - g_entropy_C[:, None] * surprise_CV)

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.errors import UsageError
-from lm.model import seam
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, plus_one: bool = False) -> jax.Array:
@@ -18,16 +17,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, plus_one: bool = Fal
     x32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
     return (y * (scale.astype(jnp.float32) + (1 if plus_one else 0))).astype(x.dtype)
-
-
-def block_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float, plus_one: bool = False) -> jax.Array:
-    """`rms_norm` of the residual stream with a stored scale, which may be split by FSDP."""
-    return rms_norm(x_BTD, seam.gather(seam.dense(scale_D), 'D'), eps=eps, plus_one=plus_one)
-
-
-def head_norm(x: jax.Array, scale: jax.Array, *, dims: str, eps: float, plus_one: bool) -> jax.Array:
-    """`rms_norm` of queries or keys [B, T, heads, H], over H or all heads at once, as the scale's name `dims` says."""
-    return rms_norm(x, seam.gather(seam.dense(scale), sharding.dims_of(dims)), eps=eps, plus_one=plus_one)
 
 
 class RopeScaling(NamedTuple):

@@ -125,11 +125,6 @@ def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
     they are taken: a frequent word's gradient is a sum of thousands, which bfloat16 would lose most of.
     """
     w_VD = dense(w)
-    if not sharding.axis_sizes():
-        return w_VD.at[tokens_BT].get(mode='clip').astype(dtype)
-    w_VD = gather(w_VD, 'VD')
-    sizes = dict(zip('BTV', (*tokens_BT.shape, w_VD.shape[0]), strict=True))
-    whole = sharding.spec('BTD', sharding.assign(sizes))  # V is before T, which takes what V leaves
     vocab_axes = sharding.assign({'V': w_VD.shape[0]}, sharding.MODEL_AXES)['V']
 
     def local(w_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -140,11 +135,10 @@ def lookup(w: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
         rows_BTD = w_VD.at[jnp.where(here_BT, row_BT, 0)].get(mode='clip').astype(dtype)
         return jax.lax.psum(jnp.where(here_BT[..., None], rows_BTD, 0), vocab_axes)
 
-    tokens_spec = jax.sharding.PartitionSpec(*whole[:2])
-    x_BTD = jax.shard_map(
-        local,
-        in_specs=(sharding.array_spec('VD', w_VD.shape, sharding.MODEL_AXES), tokens_spec),
-        out_specs=whole,
-        check_vma=False,
-    )(w_VD, jax.reshard(tokens_BT, tokens_spec))
+    if not sharding.axis_sizes():
+        return local(w_VD, tokens_BT)
+    sizes = dict(zip('BTV', (*tokens_BT.shape, w_VD.shape[0]), strict=True))
+    whole = sharding.spec('BTD', sharding.assign(sizes))  # V is before T, which takes what V leaves
+    specs = (sharding.array_spec('VD', w_VD.shape, sharding.MODEL_AXES), jax.sharding.PartitionSpec(*whole[:2]))
+    x_BTD = sharding.on_shards(local, (w_VD, tokens_BT), specs, whole)
     return jax.reshard(x_BTD, sharding.activation_spec('BTD', x_BTD.shape))

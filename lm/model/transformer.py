@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.model import head, seam
-from lm.model import layers as parts
 from lm.model.attention import attention
 from lm.model.config import REMAT, ModelConfig
 from lm.model.feed_forward import FEED_FORWARDS, Aux
-from lm.model.layers import RopeScaling, rope, rope_angles
+from lm.model.layers import RopeScaling, rms_norm, rope, rope_angles
 from lm.model.parameters import Params, unstack
 
 
@@ -141,7 +140,17 @@ def embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
 
 def final_norm(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
     """Returns what the head reads of what the last layer gives."""
-    return parts.block_norm(x_BTD, params['final_norm_D'], eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+    return _normed(x_BTD, params, 'final_norm_D', cfg)
+
+
+def _normed(x: jax.Array, layer: Params, name: str, cfg: ModelConfig) -> jax.Array:
+    """`rms_norm` over the dims of the scale of that name."""
+    return rms_norm(x, _gathered(layer, name), eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+
+
+def _gathered(layer: Params, name: str) -> jax.Array:
+    """A stored scale or bias as it is used; FSDP may have split it."""
+    return seam.gather(seam.dense(layer[name]), sharding.dims_of(name))
 
 
 def layer_angles(cfg: ModelConfig, positions_BT: jax.Array) -> dict[str, Any]:
@@ -171,13 +180,12 @@ def apply_layer(x_BTD, layer, cfg, angles, attend, real_BT=None):
       angles: of the rotary positions; None: the layer has none. attend: (q_BTNH, k_BTKH, v_BTKH) -> [B, T, N, H].
       real_BT: False at padding; None: there is none.
     """
-    norm = partial(parts.block_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
     def read(name):
-        return x_BTD if cfg.norms == 'post' else norm(x_BTD, layer[name])
+        return x_BTD if cfg.norms == 'post' else _normed(x_BTD, layer, name, cfg)
 
     def added(y_BTD, name):
-        y_BTD = y_BTD if cfg.norms == 'pre' else norm(y_BTD, layer[name])
+        y_BTD = y_BTD if cfg.norms == 'pre' else _normed(y_BTD, layer, name, cfg)
         return x_BTD + (y_BTD if cfg.residual_scale is None else _scaled(y_BTD, cfg.residual_scale))
 
     with jax.named_scope('attention'):
@@ -195,19 +203,14 @@ def _attention(y_BTD, layer, cfg, angles, attend):
     k_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wk_DKH'])
     v_BTKH = einsum('BTD,DKH->BTKH', y_BTD, layer['wv_DKH'])
     if cfg.qkv_bias:
-        q_BTNH, k_BTKH = _biased(q_BTNH, layer, 'bias_q_NH'), _biased(k_BTKH, layer, 'bias_k_KH')
-        v_BTKH = _biased(v_BTKH, layer, 'bias_v_KH')
+        biased = lambda x, name: x + _gathered(layer, name).astype(x.dtype)
+        q_BTNH, k_BTKH = biased(q_BTNH, 'bias_q_NH'), biased(k_BTKH, 'bias_k_KH')
+        v_BTKH = biased(v_BTKH, 'bias_v_KH')
     if cfg.qk_norm:  # Henry et al., 2020; per head as in Qwen 3, or over all as in OLMo 2
-        norm = partial(parts.head_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
         q_name, k_name = ('q_norm_NH', 'k_norm_KH') if cfg.qk_norm_joint else ('q_norm_H', 'k_norm_H')
-        q_BTNH, k_BTKH = norm(q_BTNH, layer[q_name], dims=q_name), norm(k_BTKH, layer[k_name], dims=k_name)
+        q_BTNH, k_BTKH = _normed(q_BTNH, layer, q_name, cfg), _normed(k_BTKH, layer, k_name, cfg)
     if angles is not None:
         q_BTNH, k_BTKH = rope(q_BTNH, angles), rope(k_BTKH, angles)
     if cfg.query_scale is not None and cfg.query_scale != cfg.head_dim**-0.5:  # which attention scales by
         q_BTNH = _scaled(q_BTNH, cfg.query_scale * cfg.head_dim**0.5)
     return einsum('BTNH,NHD->BTD', attend(q_BTNH, k_BTKH, v_BTKH), layer['wo_NHD'])
-
-
-def _biased(x: jax.Array, layer: Params, name: str) -> jax.Array:
-    bias = seam.gather(seam.dense(layer[name]), sharding.dims_of(name))
-    return x + bias.astype(x.dtype)

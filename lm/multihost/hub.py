@@ -9,7 +9,6 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from lm.errors import RunError, UsageError
@@ -94,26 +93,21 @@ class Hub:
         self._listener.close()
 
     def _serve(self, line: Line) -> None:
-        try:
-            self._listen_to(line)
-        finally:
-            line.close()
-
-    def _listen_to(self, line: Line) -> None:
-        hello = line.receive()
-        if hello is None or hello.get('lm') != 'hello':  # somebody else's, e.g. a scan of ports
-            return
-        index = hello['index']
-        with self._lock:
-            if not self._welcome(index, hello, line):
+        with contextlib.closing(line):
+            hello = line.receive()
+            if hello is None or hello.get('lm') != 'hello':  # somebody else's, e.g. a scan of ports
                 return
-        while (message := line.receive()) is not None:
+            index = hello['index']
             with self._lock:
-                self._handle(index, **message)
-            if message['lm'] == 'bye':
-                return
-        with self._lock:
-            self._lost(index, None, RunError.status)
+                if not self._welcome(index, hello, line):
+                    return
+            while (message := line.receive()) is not None:
+                with self._lock:
+                    self._handle(index, **message)
+                if message['lm'] == 'bye':
+                    return
+            with self._lock:
+                self._lost(index, None, RunError.status)
 
     def _tell(self, **message: Any) -> None:
         """To all, process 0 last: it may end as soon as it knows."""
@@ -139,15 +133,15 @@ class Hub:
         return True
 
     def _begin(self) -> None:
-        facts = [self._hellos[i]['facts'] for i in range(self._count)]
-        found = [(i, *different(facts[0], f)) for i, f in enumerate(facts) if f != facts[0]]
-        if found:
-            index, key, ours, theirs, more = found[0]
-            others = f' (and in {more} more)' if more else ''
-            self.refuse(f'process {index} has {key}={theirs}, process 0 has {ours}{others}: start all of them alike')
-        else:
-            self._over = True
-            self._tell(lm='begin', port=free_port(), names=[self._hellos[i]['name'] for i in range(self._count)])
+        hellos = [self._hellos[i] for i in range(self._count)]
+        ours = hellos[0]['facts']
+        for index, theirs in enumerate(hello['facts'] for hello in hellos):
+            if keys := sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)):
+                more, key = f' (and in {len(keys) - 1} more)' if keys[1:] else '', keys[0]
+                told = f'process {index} has {key}={theirs.get(key)}, process 0 has {ours.get(key)}{more}'
+                return self.refuse(f'{told}: start all of them alike')
+        self._over = True
+        self._tell(lm='begin', port=free_port(), names=[hello['name'] for hello in hellos])
 
     def missing(self) -> None:
         """Refuses to wait any longer."""
@@ -185,12 +179,6 @@ class Hub:
         self._lines.pop(index, None)
         if len(self._ended) < self._count:
             self._tell(lm='lost', index=index, reason=reason, status=status)
-
-
-def different(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any, int]:
-    """(the first key that differs, our value, theirs, how many more keys differ)."""
-    keys = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
-    return keys[0], ours.get(keys[0]), theirs.get(keys[0]), len(keys) - 1
 
 
 # ---- sockets ----

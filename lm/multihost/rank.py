@@ -19,7 +19,7 @@ GRACE = 2.0  # seconds in which a process that has an error of its own may tell 
 
 @dataclass(frozen=True)
 class Topology:
-    """Which process this is to be."""
+    """The place of this process among the others, and where their hub is."""
 
     coordinator: str  # HOST:PORT of process 0's hub
     count: int

@@ -251,9 +251,8 @@ def read(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
 
 def _without_roles(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """(the tree as layout 1 has it, where what is trained has one role and no name of it; the role of each part)."""
-    parts = {item: tree[item] for item in ('trainable', 'ema') if item in tree}
-    roles = {item: next(iter(part)) for item, part in parts.items()}
-    out = {**tree, **{item: part[roles[item]] for item, part in parts.items()}}
+    roles = {item: next(iter(tree[item])) for item in ('trainable', 'ema') if item in tree}
+    out = {**tree, **{item: tree[item][role] for item, role in roles.items()}}
     if 'opt' in tree:
         roles['opt'] = next(iter(tree['opt']['moments']))
         out['opt'] = {**tree['opt'], 'moments': tree['opt']['moments'][roles['opt']]}

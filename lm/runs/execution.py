@@ -60,9 +60,8 @@ def resolve(config: Mapping[str, Any], *, training: bool = True) -> Execution:
     needs = {'dtype': dtype, 'head_dim': model['head_dim'], 'softcap': model['attn_softcap']}
     wanted = asked['attention'] if training else None
     attention = attention_kernels.choose(attention_kernels.this_device(), asked=wanted, **needs)
-    scan = asked['scan']
-    if scan is None:
-        scan = model['layers'] > UNROLLED.get(platform, UNROLLED_ELSEWHERE)
+    deep = model['layers'] > UNROLLED.get(platform, UNROLLED_ELSEWHERE)
+    scan = deep if asked['scan'] is None else asked['scan']
     chosen = Execution(dtype, attention, scan, 'none')
     if not training:
         return chosen

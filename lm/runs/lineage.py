@@ -67,15 +67,9 @@ def _check_branch(config: Config, saved: Mapping[str, Any]) -> None:
             f'{config.branch_from} has the state of optim.name={old["optim.name"]}: set it so, or start with init_from'
         )
     position = ['optim.batch_warmup', 'execution.microbatch'] if new['optim.batch_warmup'] else ['optim.batch_warmup']
-    keys = [
-        'batch_size',
-        'seq_len',
-        'seed',
-        *(k for k in position if k in old),
-        *(k for k in new if k.startswith('data.') and k in old),
-    ]
+    keys = ('batch_size', 'seq_len', 'seed', *position, *(k for k in new if k.startswith('data.')))
     same_tokens = new['data.tokenizer'] in (None, old['data.tokenizer'], rundir.tokenizer_folder(config.branch_from))
-    other = [k for k in keys if old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
+    other = [k for k in keys if k in old and old[k] != new[k] and not (k == 'data.tokenizer' and same_tokens)]
     if other:
         told = ', '.join(f'{k} ({old[k]} there, {new[k]} now)' for k in other)
         raise UsageError(f'{config.branch_from} has other data: {told}; set them as there, or start with init_from')

@@ -24,17 +24,8 @@ from lm.runs.saved_config import Parent
 
 LOCK = '.lock'
 VERSIONED = (
-    'lm-jax',
-    'jax',
-    'jaxlib',
-    'flax',
-    'optax',
-    'orbax-checkpoint',
-    'grain',
-    'sentencepiece',
-    'tokenizers',
-    'numpy',
-)
+    'lm-jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece', 'tokenizers', 'numpy',
+)  # fmt: skip
 NUMERIC = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'threefry_partitionable')  # settings of JAX
 
 

@@ -96,10 +96,5 @@ def pretraining_of(saved: Mapping[str, Any]) -> str | None:
 
 def weights_item(saved: Mapping[str, Any]) -> str:
     """The item of a checkpoint, of a run with these saved settings, that has the weights for use."""
-    return 'ema' if averages(saved) else 'trainable'
-
-
-def averages(saved: Mapping[str, Any]) -> bool:
-    """Tells whether a run with these saved settings kept an average of its weights; older ones do not name the
-    setting."""
-    return saved['optim'].get('ema') is not None
+    averages = saved['optim'].get('ema') is not None  # older runs do not name the setting
+    return 'ema' if averages else 'trainable'

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
-from lm.config import Config, nearest
+from lm.config import Config
 from lm.data import pairs as pair_data
 from lm.errors import UsageError
 from lm.evals import preferences
@@ -24,13 +24,9 @@ REPLAY = 1.0  # the coefficient of the replayed text's cross-entropy
 
 
 def check(config: Config) -> None:
-    """Raises UsageError for a loss or reference that is not known, and for settings that the loss does not take."""
-    for key, known in (('loss', tuple(LOSSES)), ('reference', ('cached', 'live'))):
-        if config[key] not in known:
-            raise UsageError(f'{key}={config[key]}{nearest(config[key], known)} is not one of {", ".join(known)}')
-    asked = {name: config[name] for name in preference.SETTINGS}
+    """Raises UsageError for settings that the loss does not take, and without a run to start from."""
     try:
-        preference.settle(config.loss, asked)
+        _settings(config)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not config.init_from:
@@ -38,11 +34,15 @@ def check(config: Config) -> None:
         raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
 
 
+def _settings(config: Config) -> dict[str, float]:
+    """The settings of the config's loss. Raises ValueError as `preference.settle`."""
+    return preference.settle(config.loss, {key: config[key] for key in preference.SETTINGS})
+
+
 def prepare(config: Config, tokenizer: str | None, say: Say) -> PairData:
     """Pairs, and for a loss that compares single answers with a baseline also these, each with an answer to another
     prompt."""
-    baseline = LOSSES[config.loss].baseline
-    return pairs.prepare(config, tokenizer, say, sides=3 if baseline else 2, unpaired=baseline)
+    return pairs.prepare(config, tokenizer, say, unpaired=LOSSES[config.loss].baseline)
 
 
 class Dpo(pairs.PairTask):
@@ -76,7 +76,7 @@ class Dpo(pairs.PairTask):
         lines = super().describe()
         if not self._taken.baseline:
             return lines
-        settings = preference.settle(self.config.loss, {key: self.config[key] for key in preference.SETTINGS})
+        settings = _settings(self.config)
         good, bad = (sum(s.train.answers(side) for s in self.data.own.sources) for side in (0, 1))
         told = f'kto: {good:,} good and {bad:,} bad answers'
         if good and bad and not 1 <= (ratio := settings['lambda_d'] * good / (settings['lambda_u'] * bad)) <= 4 / 3:
@@ -93,7 +93,7 @@ class Dpo(pairs.PairTask):
         """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
         config, cfg = self.config, self.cfg
         name, baseline, replay = config.loss, self._taken.baseline, bool(config.data.replay)
-        settings = preference.settle(name, {key: config[key] for key in preference.SETTINGS})
+        settings = _settings(config)
 
         def responses(logp_BT: jax.Array, models: Roles, batch: Batch) -> list[Response]:
             live = sequences.log_probs(models['reference'], cfg, batch) if 'reference' in models else None

@@ -23,22 +23,32 @@ def check(config: Config, cfg: ModelConfig, state: TrainState) -> None:
     Args:
       state: as shapes and shardings.
     """
-    needed, limit = at_least(config, cfg, state), execution.memory_limit(_device())
-    if limit and needed > limit:
-        raise UsageError(f'does not fit: {_told(needed, limit, at_least=True)}; {hints(config, cfg, state, limit)}')
+    if why := _misfit(config, cfg, state, at_least(config, cfg, state), 'at least '):
+        raise UsageError(why)
 
 
 def check_compiled(config: Config, cfg: ModelConfig, state: TrainState, compiled: Any) -> None:
     """Raises UsageError where a compiled step does not fit a device."""
-    needed, limit = microbatch.step_bytes(compiled), execution.memory_limit(_device())
-    if limit and needed > limit:
-        raise UsageError(f'does not fit: {_told(needed, limit)}; {hints(config, cfg, state, limit)}')
+    if why := _misfit(config, cfg, state, microbatch.step_bytes(compiled)):
+        raise UsageError(why)
+
+
+def _misfit(config: Config, cfg: ModelConfig, state: TrainState, needed: int, least: str = '') -> str | None:
+    """Returns why a step that takes so many bytes of a device does not fit, and what would; None if it fits."""
+    limit = execution.memory_limit(_device())
+    if not limit or needed <= limit:
+        return None
+    told = f'{least}{_gib(needed)} per device of {_gib(limit)}'
+    return f'does not fit: {told}; what would fit: {", ".join(_ways(config, cfg, state, limit))}'
 
 
 def at_least(config: Config, cfg: ModelConfig, state: TrainState) -> int:
     """Bytes of one device that the state, a gradient a parameter and what the backward pass keeps of the smallest
     microbatch take; the step itself takes more."""
-    return _state_bytes(state) + _bytes(state.trainable) + _kept_bytes(config, cfg)
+    mesh = jax.sharding.get_mesh().shape
+    rows = max(1, (config.execution.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
+    kept = rows * config.seq_len * execution.kept_bytes(cfg, cfg.remat) // (mesh['seq'] * mesh['tensor'])
+    return _state_bytes(state) + _bytes(state.trainable) + kept
 
 
 def _state_bytes(state: TrainState) -> int:
@@ -52,21 +62,10 @@ def parts_of(state: TrainState) -> dict[str, Any]:
     return parts | dict(state.frozen)
 
 
-def _kept_bytes(config: Config, cfg: ModelConfig) -> int:
-    """Bytes that the backward pass keeps at least of the smallest microbatch."""
-    mesh = jax.sharding.get_mesh().shape
-    rows = max(1, (config.execution.microbatch or 1) // (mesh['data'] * mesh['fsdp']))
-    return rows * config.seq_len * execution.kept_bytes(cfg, cfg.remat) // (mesh['seq'] * mesh['tensor'])
-
-
 def _bytes(tree: Any) -> int:
     """Bytes of one device's shards."""
-    return sum(map(_device_bytes, jax.tree.leaves(tree)))
-
-
-def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    shard = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return math.prod(shard) * x.dtype.itemsize
+    shard = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _device() -> Any:
@@ -77,23 +76,16 @@ def _gib(n: float) -> str:
     return f'{n / 2**30:.3g} GiB'
 
 
-def _told(needed: int, limit: int, *, at_least: bool = False) -> str:
-    return f'{"at least " if at_least else ""}{_gib(needed)} per device of {_gib(limit)}'
-
-
 # ---- what would fit ----
 
 
-def hints(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> str:
-    """Ways to make it fit, those that do by themselves with their sizes."""
-    return 'what would fit: ' + ', '.join(_ways(config, cfg, state, limit))
-
-
 def _ways(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> Iterator[str]:
+    """Ways to make it fit, those that do by themselves with their sizes."""
     weights = _state_bytes(state) + _bytes(state.trainable)
     if weights > limit:
-        if (n := _with_adafactor(config, state)) <= limit:
-            yield f'optim.name=adafactor ({_gib(n)})'
+        factored = weights - _bytes(state.opt)  # adafactor keeps next to nothing
+        if config.optim.name != 'adafactor' and factored <= limit:
+            yield f'optim.name=adafactor ({_gib(factored)})'
         yield from _smaller_models(config, state, limit / weights)
     else:
         yield from ('execution.remat=full',) * (cfg.remat != 'full')
@@ -104,20 +96,13 @@ def _ways(config: Config, cfg: ModelConfig, state: TrainState, limit: int) -> It
     yield f'{devices:,} or more such devices (mesh.fsdp)'  # a tenth for what compiling adds
 
 
-def _with_adafactor(config: Config, state: TrainState) -> float:
-    """Bytes of one device with an optimizer that keeps next to nothing."""
-    if config.optim.name == 'adafactor':
-        return math.inf
-    return _state_bytes(state) - _bytes(state.opt) + _bytes(state.trainable)
-
-
 def _smaller_models(config: Config, state: TrainState, part: float) -> Iterator[str]:
     """The largest of our own sizes with at most this part of the parameters."""
     if config.init_from or config.branch_from:
         return
-    most = part * _count(state.trainable)
-    sizes = ((name, _count(loading.shapes(_model_of(name)))) for name in presets.SIZES)
-    fitting = [name for name, count in sizes if count <= most]
+    most = part * count(state.trainable)
+    sizes = ((name, count(loading.shapes(_model_of(name)))) for name in presets.SIZES)
+    fitting = [name for name, n in sizes if n <= most]
     yield f'configs/pretrain.py:{fitting[-1]} or smaller' if fitting else f'a model of {most:,.0f} parameters at most'
 
 
@@ -127,7 +112,8 @@ def _model_of(name: str) -> ModelConfig:
     return ModelConfig(**dict(config.model))
 
 
-def _count(tree: Any) -> int:
+def count(tree: Any) -> int:
+    """The number of parameters in a tree."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
@@ -138,7 +124,7 @@ def report_state(recorder: Recorder, config: Config, cfg: ModelConfig, state: Tr
     """Prints what is known before the step is compiled: parameters, mesh, memory per device by part."""
     mesh = jax.sharding.get_mesh()
     recorder.say(
-        f'parameters  {_count(state.trainable):,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})'
+        f'parameters  {count(state.trainable):,} ({cfg.layers} layers, dim {cfg.dim}, vocabulary {cfg.vocab_size})'
     )
     recorder.say(f'mesh        {dict(mesh.shape)} over {mesh.size} × {_device().device_kind}')
     for name, tree in parts_of(state).items():
@@ -159,8 +145,7 @@ def report_plan(
     recorder.say(
         f'FLOPs       {flops:.3e} a step (6N plus the causal half of attention; no padding, every token learned)'
     )
-    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
+    planned = plan.planned_tokens(config, tokens)
     recorder.say(f'tokens      {planned:,} planned ({config.steps:,} steps of {tokens:,})')
-    limit = execution.memory_limit(_device())
-    if limit and total > limit:
-        raise RunError(f'does not fit: {_told(total, limit)}; {hints(config, cfg, state, limit)}')
+    if why := _misfit(config, cfg, state, total):
+        raise RunError(why)

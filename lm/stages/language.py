@@ -1,7 +1,7 @@
 """Shared by the stages that train a language model: text and conversations, their loss, and samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from lm.config import Config
 from lm.data import pipeline
 from lm.data.bestfit import Sizes
 from lm.data.chat_template import ChatTemplate
-from lm.data.chats import WithReplay
+from lm.data.chats import Question, WithReplay
 from lm.data.prepare import TAIL, Form, Prepared, PreparedSource, prepare
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
-from lm.evals import heldout
+from lm.evals import answers, heldout
 from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
@@ -26,6 +26,7 @@ from lm.stages import plan
 from lm.stages.spec import Batch, Say, Source, Task
 from lm.training import step as training
 
+SizesOf: TypeAlias = Callable[[PreparedSource, int], Sizes]
 TEMPERATURES = (0.0, 0.7)
 FEW_TOKENS = 500  # to be measured on
 
@@ -84,17 +85,29 @@ def batches_of(mixture: pipeline.Mixture, config: Config, start: int) -> Source:
 
 def describe_text(s: PreparedSource) -> str:
     """A line on a source of text."""
-    c = s.counts
-    return (
-        f'{s.name}: {s.weight:.0%} of the rows; {c["train_documents"]:,} documents of {len(s.train):,} tokens, '
-        f'{told_of_heldout(s)}; {told_of_drops(s)}'
-    )
+    return _described(s, 'rows', 'documents', len(s.train), '')
 
 
-def describe_replay(config: Config, data: WithReplay) -> list[str]:
-    """A line on each source of the text beside conversations or pairs."""
+def describe_dialogue(config: Config, data: WithReplay, whole: str, records: str, sizes_of: SizesOf) -> list[str]:
+    """A line on each source of records, conversations or pairs, and on each of the text beside them.
+
+    Args:
+      whole: what the source is a part of.
+      sizes_of: (source, seq_len) -> how many records are longer than there is room for.
+    """
+    lines = []
+    for s in data.own.sources:
+        sizes = sizes_of(s, config.seq_len)
+        length = f'cut at {config.seq_len} tokens {sizes.cut:,}, left out {sizes.left_out:,}; '
+        lines.append(_described(s, whole, records, s.counts['train_tokens'], length))
     share = f'{config.data.replay:.0%} of all rows replay' if config.data.replay else 'measured on'
-    return [f'{share} {describe_text(s)}' for s in (data.text.sources if data.text else ())]
+    return lines + [f'{share} {describe_text(s)}' for s in (data.text.sources if data.text else ())]
+
+
+def _described(s: PreparedSource, whole: str, records: str, tokens: int, length: str) -> str:
+    count = s.counts['train_documents']
+    share = f'{s.name}: {s.weight:.0%} of the {whole}; {count:,} {records} of {tokens:,} tokens'
+    return f'{share}, {told_of_heldout(s)}; {length}{told_of_drops(s)}'
 
 
 def told_of_heldout(s: PreparedSource) -> str:
@@ -111,11 +124,6 @@ def told_of_drops(s: PreparedSource) -> str:
     changed, unused = listed(s.counts['changed']), listed({key: n for key, (n, _) in s.counts['unused'].items()})
     more = f'{f", changed {changed}" if changed else ""}{f", not used {unused}" if unused else ""}'
     return f'read {s.counts["read"]:,}, dropped {listed(s.counts["dropped"]) or "nothing"}{more}'
-
-
-def told_of_length(config: Config, sizes: Sizes) -> str:
-    """Tells how many conversations or pairs are longer than there is room for."""
-    return f'cut at {config.seq_len} tokens {sizes.cut:,}, left out {sizes.left_out:,}'
 
 
 # ---- the loss ----
@@ -155,6 +163,12 @@ def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: A
     shape = {'batch_size': config.execution.microbatch, 'seq_len': config.seq_len, 'max_rows': config.eval.rows}
     batches = {s.name: pipeline.heldout_batches(s, **shape) for s in prepared.sources}
     return heldout.by_source(params, cfg, batches, prepared.tokenizer)
+
+
+def answered(task: Task, params: Any, questions: Sequence[Question]) -> list[answers.Answered]:
+    """The greedy answer of a task's model to each question about its data."""
+    data, most = task.data, task.config.eval.max_new_tokens
+    return answers.answered(params, task.cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=most)
 
 
 def log_samples(

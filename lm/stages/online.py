@@ -141,8 +141,8 @@ class Online(Task):
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         names = ('old_BT', 'sampler_BT', 'advantage_BT', *self.extra)
         names += ('reference_BT',) if 'reference' in self.frozen else ()
-        arrays = ROWS | dict.fromkeys(names, np.float32)
-        return plan.abstract_batch(arrays, batch_size=self.config.batch_size, seq_len=self.width)
+        shape, arrays = (self.config.batch_size, self.width), ROWS | dict.fromkeys(names, np.float32)
+        return plan.abstract_batch({name: (shape, dtype) for name, dtype in arrays.items()})
 
     # ---- rollouts ----
 
@@ -362,15 +362,8 @@ class Online(Task):
         c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
         for s in data.own.sources:
             questions = chats.questions(s.heldout, c.eval.rows, longest=c.seq_len)
-            found = answers.answered(
-                policy,
-                self.cfg,
-                data.tokenizer,
-                questions,
-                stop_ids=data.stop_ids,
-                max_new_tokens=c.eval.max_new_tokens,
-            )
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
+            found = answers.quality(language.answered(self, policy, questions))
+            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)

@@ -1,6 +1,6 @@
 """Shared by the stages that learn from pairs: their data and batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -13,11 +13,10 @@ from lm.config import Config
 from lm.data import pairs, pipeline
 from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
-from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import preferences
-from lm.stages import language
+from lm.stages import language, plan
 from lm.stages.spec import Say, Source, Task
 
 Reference = Sequence[np.ndarray]  # of each source, [pairs, sides]
@@ -33,14 +32,15 @@ class PairData(WithReplay):
     before: Sequence[Any] = field(default=(), repr=False)
 
 
-def prepare(config: Config, tokenizer: str | None, say: Say, *, sides: int = 2, unpaired: bool = False) -> PairData:
-    """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too.
+def prepare(config: Config, tokenizer: str | None, say: Say, *, unpaired: bool = False) -> PairData:
+    """Pairs in the words of the tokenizer's chat template; with `unpaired` single answers too, and beside each two an
+    answer to another prompt.
 
     Raises UsageError without a run to start from, and for settings that pairs have no use for.
     """
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a batch of pairs does not grow, set it to 0')
-    form = lambda template: pairs.form(template, sides=sides)
+    form = lambda template: pairs.form(template, sides=3 if unpaired else 2)
     data = language.prepare_dialogue(config, tokenizer, say, form, unpaired=unpaired)
     for s in data.own.sources:
         pairs.check(s, seq_len=config.seq_len)
@@ -69,7 +69,7 @@ class PairTask(Task):
             found = self.batches()
             needed, a_row, width = found.rows, found.slots, found.width
         rows = _rows_of_run(self.config, needed)
-        return abstract_arrays(pairs.abstract(rows, width, a_row, sides=self.sides, reference=self.cached))
+        return plan.abstract_batch(pairs.abstract(rows, width, a_row, sides=self.sides, reference=self.cached))
 
     def source(self, start: int) -> Source:
         found = self.batches()
@@ -83,14 +83,8 @@ class PairTask(Task):
         return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
 
     def describe(self) -> list[str]:
-        return [*map(self._describe, self.data.own.sources), *language.describe_replay(self.config, self.data)]
-
-    def _describe(self, s: PreparedSource) -> str:
-        c, length = s.counts, language.told_of_length(self.config, pairs.sizes(s.train, self.config.seq_len))
-        return (
-            f'{s.name}: {s.weight:.0%} of the pairs; {c["train_documents"]:,} pairs of {c["train_tokens"]:,} tokens, '
-            f'{language.told_of_heldout(s)}; {length}; {language.told_of_drops(s)}'
-        )
+        sizes = lambda s, seq_len: pairs.sizes(s.train, seq_len)
+        return language.describe_dialogue(self.config, self.data, 'pairs', 'pairs', sizes)
 
 
 @lru_cache(maxsize=2)  # asked for by several parts of a run, and each time the plan would be verified
@@ -101,13 +95,6 @@ def _batches(data: PairData, seq_len: int, batch_size: int, seed: int, replay: f
 
 def _rows_of_run(config: Config, needed: int) -> int:
     return preferences.rows_shared(needed, config.batch_size // config.execution.microbatch)
-
-
-def abstract_arrays(shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name: (shape, dtype)} as arrays on the current mesh; the name ends with the dims."""
-    mesh = jax.sharding.get_mesh()
-    where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
-    return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in shapes.items()}
 
 
 def in_order(config: Config, store: pairs.PairStore, most: int | None = None) -> preferences.Batches:

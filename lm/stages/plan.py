@@ -121,18 +121,15 @@ def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
     recorder.flush()
 
 
-def with_microbatch(config: Config, microbatch: int) -> Config:
-    """A copy of the config with its microbatch resolved. `ConfigDict(config)` would not do: a copy made so shares the
-    references that placeholders are, and setting one sets the other (ml_collections 1.1)."""
-    config = config.copy_and_resolve_references()
-    config.execution.microbatch = microbatch
-    return config
-
-
 def growth(config: Config) -> Growth:
     """The growth of a config's batch, its microbatch resolved."""
     microbatch = config.execution.microbatch or config.batch_size
     return Growth(microbatch, config.batch_size // microbatch, config.optim.batch_warmup)
+
+
+def planned_tokens(config: Config, tokens: int) -> int:
+    """Places for tokens in all steps of a config, given those of a full batch."""
+    return tokens * growth(config).first(config.steps) // config.batch_size
 
 
 def make_optimizer(config: Config) -> tuple[Any, Any]:
@@ -190,8 +187,8 @@ def autotune_microbatch(
     return build(config.execution.microbatch), f'microbatch {config.execution.microbatch} ({choice.why}{later})'
 
 
-def abstract_batch(names: Mapping[str, Any], *, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of [B, T] arrays, {name: dtype}, as shapes and shardings."""
-    mesh, shape = jax.sharding.get_mesh(), (batch_size, seq_len)
-    where = jax.NamedSharding(mesh, sharding.activation_spec('BT', shape))
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in names.items()}
+def abstract_batch(arrays: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch, {name: (shape, dtype)}, as shapes and shardings on the current mesh; a name ends with its dims."""
+    mesh = jax.sharding.get_mesh()
+    where = lambda name, shape: jax.NamedSharding(mesh, sharding.activation_spec(sharding.dims_of(name), shape))
+    return {name: jax.ShapeDtypeStruct(shape, t, sharding=where(name, shape)) for name, (shape, t) in arrays.items()}

@@ -25,7 +25,7 @@ from lm.model.config import ModelConfig
 from lm.multihost import processes
 from lm.runs import loading
 from lm.runs.saved_config import Parent
-from lm.stages import pairs
+from lm.stages import language, pairs
 from lm.stages.pairs import PairData, PairTask
 from lm.stages.spec import Say
 
@@ -52,14 +52,10 @@ def measure(task: PairTask, params: Any) -> list[Measured]:
 
 
 def _answered(task: PairTask, params: Any, s: PreparedSource) -> dict[str, float]:
-    config, data = task.config, task.data
-    questions = pair_data.questions(s.heldout, config.eval.rows, longest=config.seq_len)
+    questions = pair_data.questions(s.heldout, task.config.eval.rows, longest=task.config.seq_len)
     if not questions:  # all of them are single answers, and bad ones
         return {}
-    told = answers.answered(
-        params, task.cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=config.eval.max_new_tokens
-    )
-    return answers.metrics(told)
+    return answers.metrics(language.answered(task, params, questions))
 
 
 def of_training(task: PairTask, params: Any) -> list[Measured]:

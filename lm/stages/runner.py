@@ -14,7 +14,7 @@ from etils import epath
 from lm import progress, sharding, xla
 from lm.config import Config
 from lm.data import chat_template
-from lm.data.tokenizer import Tokenizer, find_tokenizer
+from lm.data.tokenizer import find_tokenizer
 from lm.errors import UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
@@ -90,7 +90,10 @@ def _train(
     recorder.open(workdir)
     with plan.log_failure(recorder, ledger):
         if processes.first():
-            _save_words(data.tokenizer, tokenizer, workdir / 'tokenizer')
+            # With the chat template beside it, else ours if it fits: a run's directory is all it takes to talk to it.
+            data.tokenizer.save(own)
+            if (template := chat_template.find(tokenizer, data.tokenizer)) is not None:
+                template.save(own)
         if found and checkpoint.listed(checkpoints)[0] == config.steps and _is_done(task, workdir):
             return recorder.last
         _fit(task, workdir, parents, kept, ledger, stop)
@@ -102,15 +105,6 @@ def _state_before_data(task: Task) -> training.TrainState:
     task = task.at(task.config.execution.microbatch)
     task.config.steps = task.config.steps or 1
     return abstract_state(task, plan.make_optimizer(task.config)[0])
-
-
-def _save_words(tokenizer: Tokenizer, given: str | None, folder: epath.Path) -> None:
-    """The tokenizer in the run's folder, and the chat template that lies beside it, else ours if it fits: a run's
-    directory is all that it takes to talk to it."""
-    tokenizer.save(folder)
-    template = chat_template.find(given, tokenizer)
-    if template is not None:
-        template.save(folder)
 
 
 def _is_done(task: Task, workdir: epath.Path) -> bool:
@@ -147,17 +141,14 @@ def _fit(
     fitting.check_compiled(config, cfg, abstract, step)
     rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
-    tokens, grown = _tokens(task.batch()), plan.growth(config)
-    for line in describe_run(config, cfg, tokens=tokens):
+    for line in (*describe_run(config, cfg, tokens=_tokens(task.batch())), told):
         recorder.say(line)
-    recorder.say(told)
     with progress.task('loading the weights'):
         state, parents = start(task, workdir, abstract, optimizer, parents)
     rundir.write_config(workdir, config, parents, **kept)  # with what was read just now
 
     # ---- loop ----
-    source = task.source(int(state.step))
-    keep = config.checkpoint.keep
+    source, grown, keep = task.source(int(state.step)), plan.growth(config), config.checkpoint.keep
     with checkpoint.Writer(workdir / 'checkpoints', keep=keep, whole=recorder.checkpointed) as writer:
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer, evaluate=task.evaluate, alarm=task.alarm,
@@ -171,8 +162,7 @@ def _fit(
 
 def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
-    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
-    count = sum(x.size for x in jax.tree.leaves(parameters.shapes(cfg)))
+    count, planned = fitting.count(parameters.shapes(cfg)), plan.planned_tokens(config, tokens)
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     return [
         f'attention: {execution.resolve(config).told()}',
@@ -206,7 +196,7 @@ def counted(step: Callable) -> Callable:
 
 
 def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
-    """The state as shapes and shardings."""
+    """The state, with what the step only reads, as shapes and shardings."""
     ema = task.config.optim.ema is not None
     state = plan.abstract_state(task.abstract_roles(), optimizer, task.config.seed, ema=ema)
     return dataclasses.replace(state, frozen={role: loading.abstract_params(task.cfg, role) for role in task.frozen})
@@ -247,36 +237,22 @@ def start(
     newest = checkpoint.read_newest(
         workdir / 'checkpoints', wanted, warn=partial(recorder.say, style='red'), set_aside=True
     )
-    if newest is not None:
-        step, tree, meta = newest
-        recorder.rewind(step)
-        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
-        recorder.say(f'resumed at step {step}')
-        _give_back(task, tree)
-        return training.TrainState(frozen=frozen, **tree), {**parents, **read}
-    recorder.rewind(0)
-    if config.branch_from:
-        step, tree, meta = loading.branch(config.branch_from, wanted, warn=recorder.say)
-        recorder.tokens = meta.get('tokens') or _tokens_before(config, step)
-        recorder.say(f'branched from {config.branch_from} at step {step}')
-        _give_back(task, tree)
-        whole = Parent(config.branch_from, step, checkpoint.saved_digest(meta, 'trainable', task.trains))
-        return training.TrainState(frozen=frozen, **tree), {**parents, task.trains: whole, **read}
-    create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
-    weights, began = task.begin(abstract.trainable)
-    return dataclasses.replace(create(weights), frozen=frozen), {**parents, **began, **read}
-
-
-def _give_back(task: Task, tree: dict[str, Any]) -> None:
-    """Gives the task what a checkpoint of it keeps; a checkpoint of another stage has none."""
-    if 'task' in tree:
+    recorder.rewind(0 if newest is None else newest[0])
+    if newest is None and not config.branch_from:
+        create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
+        weights, began = task.begin(abstract.trainable)
+        return dataclasses.replace(create(weights), frozen=frozen), {**parents, **began, **read}
+    step, tree, meta = newest or loading.branch(config.branch_from, wanted, warn=recorder.say)
+    # A checkpoint of an older version lets us know only the places for tokens in the batches before, padding with them.
+    recorder.tokens = meta.get('tokens') or config.seq_len * plan.growth(config).first(step)
+    recorder.say(f'branched from {config.branch_from} at step {step}' if newest is None else f'resumed at step {step}')
+    if 'task' in tree:  # a checkpoint of another stage has none
         task.load(jax.device_get(tree.pop('task')))
-
-
-def _tokens_before(config: Config, step: int) -> int:
-    """Places for tokens in the batches before a step, padding with them: all that a checkpoint of an older version lets
-    us know."""
-    return config.seq_len * plan.growth(config).first(step)
+    began = {}
+    if newest is None:
+        digest = checkpoint.saved_digest(meta, 'trainable', task.trains)
+        began = {task.trains: Parent(config.branch_from, step, digest)}
+    return training.TrainState(frozen=frozen, **tree), {**parents, **began, **read}
 
 
 def _dry_run(task: Task) -> dict[str, Any]:
@@ -285,9 +261,8 @@ def _dry_run(task: Task) -> dict[str, Any]:
     if config.steps is None:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = plan.make_optimizer(config)
-    abstract = abstract_state(task, optimizer)
+    abstract, recorder = abstract_state(task, optimizer), task.recorder
     build = partial(compile_step, task, optimizer, rate, abstract)
-    recorder = task.recorder
     recorder.say(f'attention   {execution.resolve(config).told()}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
@@ -296,5 +271,4 @@ def _dry_run(task: Task) -> dict[str, Any]:
     tokens = _tokens(task.batch())
     cost = task.cost().of(tokens, tokens)
     fitting.report_plan(recorder, config, cfg, abstract, compiled, flops=cost, tokens=tokens)
-    planned = tokens * plan.growth(config).first(config.steps) // config.batch_size
-    return {'dry_run': True, 'flops_per_step': cost, 'tokens': planned}
+    return {'dry_run': True, 'flops_per_step': cost, 'tokens': plan.planned_tokens(config, tokens)}

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import WithReplay
-from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt, of_questions
 from lm.errors import UsageError
 from lm.evals import answers, heldout
@@ -41,15 +39,8 @@ class Sft(Task):
         return plan.growth(self.config).steps_in(self._mixture().rows_in_epoch())
 
     def describe(self) -> list[str]:
-        return [*map(self._describe, self.data.own.sources), *language.describe_replay(self.config, self.data)]
-
-    def _describe(self, s: PreparedSource) -> str:
-        c, rows = s.counts, chats.chat_rows(s, 'train', seq_len=self.config.seq_len)
-        return (
-            f"{s.name}: {s.weight:.0%} of the conversations' rows; {c['train_documents']:,} conversations of "
-            f'{c["train_tokens"]:,} tokens, {language.told_of_heldout(s)}; '
-            f'{language.told_of_length(self.config, rows.sizes)}; {language.told_of_drops(s)}'
-        )
+        sizes = lambda s, seq_len: chats.chat_rows(s, 'train', seq_len=seq_len).sizes
+        return language.describe_dialogue(self.config, self.data, "conversations' rows", 'conversations', sizes)
 
     def heldout_prompts(self) -> list[Prompt]:
         ask = partial(chats.questions, longest=self.config.seq_len)
@@ -63,27 +54,18 @@ class Sft(Task):
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
         """Answers to held-out questions, the text that may have been forgotten, and the fixed prompts."""
-        policy = state.models['policy']
-        metrics = self._chat_metrics(policy)
-        if self.data.text:
-            metrics |= language.text_metrics(self.config, self.cfg, self.data.text, policy)
-        language.log_samples(self, policy, step, metrics, self.data.template)
-        return metrics
-
-    def _chat_metrics(self, params: Any) -> dict[str, float]:
-        """{'eval/SOURCE/response_loss', 'ended', 'f1'} of each source's held-out conversations."""
-        config, cfg, data, metrics = self.config, self.cfg, self.data, {}
+        config, cfg, data, policy, metrics = self.config, self.cfg, self.data, state.models['policy'], {}
         for s in data.own.sources:
             rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
             batches = pipeline.in_order(rows, batch_size=config.execution.microbatch, max_rows=config.eval.rows)
-            totals = heldout.sums(params, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
+            totals = heldout.sums(policy, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
             questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-            found = answers.answered(
-                params, cfg, data.tokenizer, questions, stop_ids=data.stop_ids,
-                max_new_tokens=config.eval.max_new_tokens,
-            )  # fmt: skip
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in answers.quality(found).items()}
+            found = answers.quality(language.answered(self, policy, questions))
+            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
             metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
+        if data.text:
+            metrics |= language.text_metrics(config, cfg, data.text, policy)
+        language.log_samples(self, policy, step, metrics, data.template)
         return metrics
 
 

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from lm.config import Config
 from lm.data.prompts import Prompt
 from lm.data.records import Kind
-from lm.data.tokenizer import Tokenizer
 from lm.model import parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
@@ -32,23 +31,8 @@ Batch = Mapping[str, jax.Array]
 Source = Callable[[Any, int], Batch]  # (state, i) -> batch i; only an online task looks at the state
 Say = Callable[[str], None]
 # Packed rows of tokens.
-ROWS = {
-    'tokens_BT': np.int32,
-    'targets_BT': np.int32,
-    'weights_BT': np.float32,
-    'segments_BT': np.int32,
-    'positions_BT': np.int32,
-}
-
-
-class Data(Protocol):
-    """The data that a stage trains on; `fingerprint` changes with all that it is made of."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
+IDS = ('tokens_BT', 'targets_BT', 'segments_BT', 'positions_BT')
+ROWS = dict.fromkeys(IDS, np.int32) | {'weights_BT': np.float32}
 
 
 @dataclass(eq=False)
@@ -56,7 +40,9 @@ class Task(abc.ABC):
     """The work of a stage in one run. It closes over its data and what it was asked for.
 
     Attributes:
-      config: resolved but for what the plan finds out (the microbatch). data: None in a dry run, which reads none.
+      config: resolved but for what the plan finds out (the microbatch).
+      data: has a `tokenizer`, and a `fingerprint` that changes with all it is made of; None in a dry run, which reads
+        none.
       prompts: the fixed prompts to answer at evaluations. recorder: where it tells and keeps what it measures.
     """
 
@@ -87,21 +73,18 @@ class Task(abc.ABC):
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes and shardings, at most these in a dry run: `tokens_BT`, `segments_BT`, `weights_BT` and
         what else the loss takes."""
-        return plan.abstract_batch(ROWS, batch_size=self.config.batch_size, seq_len=self.config.seq_len)
+        shape = self.config.batch_size, self.config.seq_len
+        return plan.abstract_batch({name: (shape, dtype) for name, dtype in ROWS.items()})
 
     @abc.abstractmethod
     def source(self, start: int) -> Source:
         """source(state, i): batch i, from `start` on, on this process's devices."""
 
-    def abstract(self) -> Any:
-        """The parameters that are trained, as shapes and shardings."""
-        if self.adapter is not None:
-            return loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))
-        return loading.abstract_params(self.cfg, self.trains)
-
     def abstract_roles(self) -> dict[str, Any]:
         """{role: the parameters that are trained, as shapes and shardings}: mostly of one role."""
-        return {self.trains: self.abstract()}
+        if self.adapter is None:
+            return {self.trains: loading.abstract_params(self.cfg, self.trains)}
+        return {self.trains: loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))}
 
     def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
         """({role: the weights to begin with}, {role: the run they come from}) of what is trained."""
@@ -172,8 +155,11 @@ class Task(abc.ABC):
 
     def at(self, microbatch: int) -> 'Task':
         """The same task with its microbatch resolved."""
+        # `ConfigDict(config)` would not do: a copy made so shares the references that placeholders are, and setting one
+        # sets the other (ml_collections 1.1).
         task = copy.copy(self)
-        task.config = plan.with_microbatch(self.config, microbatch)
+        task.config = self.config.copy_and_resolve_references()
+        task.config.execution.microbatch = microbatch
         return task
 
 

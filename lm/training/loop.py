@@ -132,12 +132,15 @@ class Meter:
     def read(self, step: int, metrics: Any, *, steps: int) -> None:
         """Fetches a step's metrics and writes a line if one is due."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._count_tokens(step, int(values.pop('tokens')), int(values.pop('targets')))
+        hooks, tokens = self._hooks, int(values.pop('tokens'))
+        hooks.recorder.tokens = (hooks.recorder.tokens or 0) + tokens
+        self._tokens += tokens
+        self._targets += int(values.pop('targets'))
+        self._batches += hooks.batches(step) - hooks.batches(step - 1)
         self._count(step, values)
         self.listen(step, values)
-        if step % self._hooks.log_every and step != steps:
+        if step % hooks.log_every and step != steps:
             return
-        hooks = self._hooks
         seconds = max(hooks.ledger.spent('step', 'data') - self._seconds_before, 1e-9)
         rate, batches_per_s = self._tokens / seconds, self._batches / seconds
         mfu = hooks.ceiling.mfu(hooks.cost.of(self._tokens, self._targets) / seconds)
@@ -155,12 +158,6 @@ class Meter:
         from the last checkpoint comes here again."""
         if (why := self._hooks.alarm(metrics)) is not None:
             raise RunError(f'{why}: stopped at step {step}; the last checkpoint is from before it')
-
-    def _count_tokens(self, step: int, tokens: int, targets: int) -> None:
-        self._hooks.recorder.tokens = (self._hooks.recorder.tokens or 0) + tokens
-        self._tokens += tokens
-        self._targets += targets
-        self._batches += self._hooks.batches(step) - self._hooks.batches(step - 1)
 
     def _count(self, step: int, values: Mapping[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values['skipped'] else 0
