@@ -61,7 +61,11 @@ def assert_golden(workdir, golden):
     )
 
 
-@pytest.mark.parametrize(('optimizer', 'golden'), [('adamw', ADAMW), ('muon', MUON)], ids=['adamw', 'muon'])
+@pytest.mark.parametrize(
+    ('optimizer', 'golden'),
+    [pytest.param('adamw', ADAMW, marks=pytest.mark.slow), ('muon', MUON)],
+    ids=['adamw', 'muon'],
+)
 def test_pretraining_learns_as_it_did(lab, tmp_path, monkeypatch, optimizer, golden):
     monkeypatch.chdir(lab.folder)  # a source's name, here relative, is part of what orders its rows
     lab.train(tmp_path / 'run', data__mixture='one.jsonl:0.7,two.jsonl:0.3', optim__name=optimizer)

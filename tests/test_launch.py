@@ -210,7 +210,7 @@ def test_a_pods_command_arrives_as_it_was_written(tmp_path):
     assert (folder / 'status').read_text() == '75\n'
 
 
-@pytest.mark.parametrize('linger', [0, 6])
+@pytest.mark.parametrize('linger', [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_signal_to_the_script_lets_the_run_on_a_pod_save(tmp_path, linger):
     """It waits for the status of the command that was told to stop, deletes the pod and does not begin again; also
     where the connection that told it to stop outlives it."""

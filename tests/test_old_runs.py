@@ -131,7 +131,7 @@ def test_it_measures_what_it_measured(call, run):
     assert [found[key] for key in shared] == pytest.approx([wanted[key] for key in shared], rel=1e-4)
 
 
-@pytest.mark.parametrize('run', GONE_ON)
+@pytest.mark.parametrize('run', [pytest.param('pretrain-adamw', marks=pytest.mark.slow), 'pretrain-muon'])
 def test_it_is_resumed(call, run, tmp_path):
     """With the optimizer's state and the place in the data: the steps that follow are those that followed then."""
     workdir = shutil.copytree(run, tmp_path / 'run')

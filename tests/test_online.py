@@ -64,7 +64,8 @@ def learn(dialogues, tmp_path):
     return train
 
 
-@pytest.mark.parametrize('stage', [pytest.param('grpo', marks=pytest.mark.slow), 'ppo'])
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_it_dies_between_two_steps_of_a_rollout_and_goes_on_as_if_it_had_not(learn, tmp_path, monkeypatch, stage):
     learn(stage, 'whole')
     found = measured(tmp_path / 'whole')
@@ -110,8 +111,8 @@ def test_reward_that_rises_beside_a_policy_that_runs_away_ends_the_run(learn, tm
     ('fn', 'wanted'),
     [
         ('nan', 'gave nan for an answer to'),
-        ('few', 'gave 1 scores for 16 responses'),
-        ('nothing', 'gave None for an answer to'),
+        pytest.param('few', 'gave 1 scores for 16 responses', marks=pytest.mark.slow),
+        pytest.param('nothing', 'gave None for an answer to', marks=pytest.mark.slow),
         ('raises', "KeyError: 'no such verifier'"),
     ],
 )

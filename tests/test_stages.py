@@ -345,7 +345,11 @@ def test_a_dry_run_of_a_stage(dialogues, call, tmp_path, stage):
 BAD = [
     ('sft', {'init_from': 'none'}, 'stage=sft trains a model further: set --config.init_from=DIR'),
     ('reward', {'init_from': 'none'}, 'stage=reward begins with a model that answers: set --config.init_from=DIR'),
-    ('dpo', {'init_from': 'none'}, 'stage=dpo compares with the run it starts from: set --config.init_from=DIR'),
+    (
+        'dpo',
+        {'init_from': 'none'},
+        'compares with the run it starts from, and does not branch: set --config.init_from',
+    ),
     ('sft', {'init_from': '/no/run'}, '/no/run is not a run: it does not exist'),
     ('sft', {'data__mixture': 'programmatic'}, "'programmatic' holds pairs of answers, not conversations"),
     ('dpo', {'data__mixture': 'operations'}, "'operations' holds conversations, not pairs of answers"),
