@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -411,10 +412,10 @@ def test_hostile_templates(ours, name):
 
 
 def test_a_rendering_that_was_broken_off_answers_no_other(ours, monkeypatch):
-    def broken_off(stream):
+    def broken_off(line):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jinja_sandbox.pickle, 'load', broken_off)
+    monkeypatch.setattr(jinja_sandbox, 'json', SimpleNamespace(dumps=json.dumps, loads=broken_off))
     with pytest.raises(KeyboardInterrupt):
         ChatTemplate().prompt(ours, say('x'))
     monkeypatch.undo()

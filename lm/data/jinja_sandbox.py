@@ -5,7 +5,7 @@ they could include. What it does not bound is how long they take and how much th
 their own (lm/data/jinja_worker.py), which has a second for each rendering and 256 MiB, and which may die.
 """
 
-import pickle
+import json
 import subprocess
 import sys
 import threading
@@ -51,11 +51,11 @@ def _ask(*request: Any) -> tuple[str, str]:
         assert worker.stdin and worker.stdout
         _worker = None  # whatever comes between, the next request is not answered with the answer to this
         try:
-            pickle.dump(request, worker.stdin)
+            worker.stdin.write(json.dumps(request).encode() + b'\n')
             worker.stdin.flush()
-            answer = pickle.load(worker.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            outcome, said = json.loads(worker.stdout.readline())
+        except (OSError, ValueError):
             worker.communicate()
             return 'failed', 'it takes too long, or too much memory'
         _worker = worker
-        return answer
+        return outcome, said

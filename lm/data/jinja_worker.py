@@ -1,13 +1,12 @@
 """The process that renders chat templates, each within a second and little memory; see lm/data/jinja_sandbox.py.
 
-It is run as a file, with the time that is now for all templates, and imports nothing of ours. It reads pickled
-(template, variables) from stdin and writes pickled (outcome, text) to stdout; the outcome is 'rendered', 'refused' or
+It is run as a file, with the time that is now for all templates, and imports nothing of ours. It reads [template,
+variables] from stdin and writes [outcome, text] to stdout, a line of JSON each; the outcome is 'rendered', 'refused' or
 'failed'. The system ends it when a rendering takes too long. (macOS holds no process to its memory, only to its time.)
 """
 
 import contextlib
 import json
-import pickle
 import re
 import resource
 import signal
@@ -97,13 +96,12 @@ def serve() -> None:
     """Answers until stdin ends."""
     with contextlib.suppress(ValueError):  # the limit is lower
         resource.setrlimit(resource.RLIMIT_DATA, (MEBIBYTES << 20, MEBIBYTES << 20))
-    with contextlib.suppress(EOFError):
-        while True:
-            template, variables = pickle.load(sys.stdin.buffer)
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal nobody handles
-            pickle.dump(render(template, variables), sys.stdout.buffer)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            sys.stdout.buffer.flush()
+    for line in sys.stdin:
+        template, variables = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal nobody handles
+        answer = json.dumps(render(template, variables))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(answer, flush=True)
 
 
 if __name__ == '__main__':
