@@ -260,7 +260,7 @@ def _run_file(path: str, arg: str) -> Config:
         spec.loader.exec_module(module)
         if 'get_config' not in vars(module):
             raise UsageError(f'--config={path}: has no function get_config(arg)')
-        return _with_todays_names(module.get_config(arg))
+        return _moved(module.get_config(arg))
     except UsageError:
         raise
     except Exception as error:  # whatever a person's own file does; a name, a place and a reason fit one line
@@ -269,7 +269,7 @@ def _run_file(path: str, arg: str) -> Config:
         raise UsageError(f'--config={path}{_line_in(file, error)}: {type(error).__name__}: {reason}{old}') from error
 
 
-def _with_todays_names(config: Config) -> Config:
+def _moved(config: Config) -> Config:
     """The config of a file that adds settings by the names that they had before."""
     for key, value in dict(leaves(config)).items():
         if key in RENAMED:

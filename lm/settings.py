@@ -260,7 +260,7 @@ ADVANTAGES = ('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++'
 
 @dataclass(frozen=True)
 class Online(Settings):
-    """What all stages have that learn from what their policy draws."""
+    """The settings of all stages that learn from what their policy draws."""
 
     stage: str = setting('grpo', 'of lm.stages')
     data: DialogueData = DialogueData()

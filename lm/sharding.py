@@ -209,6 +209,11 @@ def shard_batch(batch: Mapping[str, Any], local: LocalRows | None = None) -> dic
     return {name: put(dims_of(name), x) for name, x in batch.items()}
 
 
+def replicated(tree: Any) -> Any:
+    """The arrays, whole on every device of the current mesh; under jit, too."""
+    return jax.reshard(tree, P()) if axis_sizes() else tree
+
+
 def _block(x: Any, rows: Sequence[int], index: tuple[slice, ...]) -> Any:
     """The part of a batch at `index`; `x` holds these rows of it."""
     first, last, _ = index[0].indices(rows[-1] + 1)

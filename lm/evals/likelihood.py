@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
@@ -97,7 +96,7 @@ def _row_sums(params: Params, batch: Any, *, cfg: ModelConfig) -> tuple[jax.Arra
     hit_BT = _likeliest(params, cfg, h_BTD) == batch['targets_BT']
     weights_BT = batch['weights_BT']
     found = (jnp.sum(weights_BT * logp_BT, axis=-1), jnp.all(hit_BT | (weights_BT == 0), axis=-1))
-    return jax.reshard(found, P()) if sharding.axis_sizes() else found
+    return sharding.replicated(found)
 
 
 def _likeliest(params: Params, cfg: ModelConfig, h_BTD: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from lm import progress, sharding
 from lm.data import pairs, pipeline
@@ -24,7 +23,7 @@ Batches: TypeAlias = pipeline.InOrder  # of `pairs.PairRows`
 def _measured(params: Params, batch: Any, *, cfg: ModelConfig, measure: Callable) -> Any:
     """Returns what a function of `sequences` gives for a batch, with its slots' weights, whole on every device."""
     found = (measure(params, cfg, batch), batch['weight_BP'])
-    return jax.reshard(found, P()) if sharding.axis_sizes() else found
+    return sharding.replicated(found)
 
 
 def of_pairs(measure: Callable, params: Params, cfg: ModelConfig, batches: Batches, count: int) -> np.ndarray:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -23,8 +22,7 @@ from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, heldout, preferences
-from lm.model import sequences, transformer
-from lm.model.config import ModelConfig
+from lm.model import sequences
 from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.loading import Model
 from lm.settings import INT32_MAX
@@ -294,12 +292,7 @@ def score(subject: Subject, prompt: str, answer: str) -> dict[str, Any]:
         raise UsageError(f'--score: the prompt alone fills the {seq_len} tokens that {subject.run} was trained on')
     scale = reward_scale.read(epath.Path(split_run(subject.run)[0]), model.step)
     row_BT = np.array([ids[:seq_len]], np.int32)
-    raw = float(jax.jit(_last_score, static_argnums=1)(model.params, model.cfg, row_BT))
+    length_B = np.array([row_BT.size], np.int32)
+    raw = float(jax.jit(sequences.last_scores, static_argnums=1)(model.params, model.cfg, row_BT, length_B)[0])
     found = {'score': (raw - scale.mean) / scale.std, 'raw': raw, **scale._asdict(), 'tokens': row_BT.size}
     return found | {'cut': len(ids) > seq_len}
-
-
-def _last_score(params: Any, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
-    """The score at the last place of one row."""
-    score_BT = sequences.token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
-    return jnp.sum(score_BT * (jnp.arange(tokens_BT.shape[1]) == tokens_BT.shape[1] - 1))

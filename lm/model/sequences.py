@@ -22,13 +22,16 @@ def log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]
     return by_side(token_log_probs(params, cfg, batch)[0], batch)
 
 
-def token_log_probs(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
-    """(log p of each target times its weight, float32 [B, T]; the auxiliary sums of the forward pass)."""
+def token_log_probs(
+    params: Params, cfg: ModelConfig, batch: Batch, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array, Aux]:
+    """(log p of each target, the entropy there, both at a temperature, times the target's weight and float32 [B, T];
+    the auxiliary sums of the forward pass)."""
     h_BTD, aux = _forward(params, cfg, batch)
-    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD)
+    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD, temperature)
     weights_BT = batch['weights_BT']
-    logp_BT, _, _ = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
-    return logp_BT * weights_BT, aux
+    logp_BT, _, entropy_BT = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
+    return logp_BT * weights_BT, entropy_BT * weights_BT, aux
 
 
 def outside(x_BT: jax.Array, batch: Batch) -> jax.Array:
@@ -45,6 +48,21 @@ def scores_and_aux(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[list
     """(`scores`, the auxiliary sums of the forward pass)."""
     h_BTD, aux = _forward(params, cfg, batch)
     return by_side(token_scores(params, h_BTD) * batch['last_BT'], batch), aux
+
+
+def token_values(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
+    """(a critic's value before each target that weighs something, float32 [B, T]; the auxiliary sums)."""
+    h_BTD, aux = _forward(params, cfg, batch)
+    return token_scores(params, h_BTD) * batch['weights_BT'], aux
+
+
+def last_scores(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+    """A reward model's score of each row, one sequence of `length_B` tokens and then padding: float32 [B]."""
+    score_BT = token_scores(params, transformer.forward(params, cfg, tokens_BT)[0])
+    last_BT = jnp.arange(tokens_BT.shape[1]) == length_B[:, None] - 1
+    if sharding.axis_sizes():
+        last_BT = jax.reshard(last_BT, jax.typeof(score_BT).sharding.spec)
+    return jnp.sum(jnp.where(last_BT, score_BT, 0), axis=1)
 
 
 def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:

@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
 from lm.errors import RunError, UsageError
-from lm.model import sequences, transformer
+from lm.model import sequences
 from lm.model.config import ModelConfig
 from lm.runs.reward_scale import Scale
 
@@ -54,26 +53,23 @@ def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames='cfg')
-def _last_scores(params: Any, cfg: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-    """The score at the last token of each row, [B], whole on every device."""
-    h_BTD, _ = transformer.forward(params, cfg, tokens_BT)
-    score_BT = sequences.token_scores(params, h_BTD)
-    last_BT = jnp.arange(tokens_BT.shape[1]) == length_B[:, None] - 1
-    if sharding.axis_sizes():
-        last_BT = jax.reshard(last_BT, jax.typeof(score_BT).sharding.spec)
-    score_B = jnp.sum(jnp.where(last_BT, score_BT, 0), axis=1)
-    return jax.reshard(score_B, jax.sharding.PartitionSpec()) if sharding.axis_sizes() else score_B
+def _last_scores(params: Any, tokens_BT: jax.Array, length_B: jax.Array, *, cfg: ModelConfig) -> jax.Array:
+    return sharding.replicated(sequences.last_scores(params, cfg, tokens_BT, length_B))
 
 
-def of_model(params: Any, cfg: ModelConfig, scale: Scale, ids: Sequence[Sequence[int]], *, width: int) -> np.ndarray:
+def of_model(
+    params: Any, cfg: ModelConfig, scale: Scale, ids: Sequence[Sequence[int]], *, width: int, rows: int
+) -> np.ndarray:
     """A reward model's normalised scores of prompts with their responses, float32 [N].
 
     Args:
-      ids: of each, all at most `width`; the number of them is one that the mesh can share.
+      ids: of each, all at most `width`. rows: how many are in memory at once; a part of N that the mesh can share.
     """
-    tokens_BT = np.zeros((len(ids), width), np.int32)
+    tokens_BT, length_B = np.zeros((len(ids), width), np.int32), np.array([len(own) for own in ids], np.int32)
     for row_T, own in zip(tokens_BT, ids, strict=True):
         row_T[: len(own)] = own
-    rows = sharding.shard_batch({'tokens_BT': tokens_BT})['tokens_BT']
-    raw = np.asarray(_last_scores(params, cfg, rows, np.array([len(own) for own in ids], np.int32)))
-    return (raw - scale.mean) / np.float32(scale.std)
+    raw = []
+    for part in (slice(at, at + rows) for at in range(0, len(ids), rows)):
+        placed = sharding.shard_batch({'tokens_BT': tokens_BT[part]})
+        raw.append(np.asarray(_last_scores(params, placed['tokens_BT'], length_B[part], cfg=cfg)))
+    return (np.concatenate(raw) - scale.mean) / np.float32(scale.std)

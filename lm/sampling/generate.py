@@ -88,7 +88,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, f
     if filtered:
         x_BV = _filter(x_BV, top_k, top_p, min_p)
     drawn_B = jax.vmap(jax.random.categorical)(key_B, x_BV)
-    return _replicated(jnp.where(temperature > 0, drawn_B, likeliest(logits_BV)))
+    return sharding.replicated(jnp.where(temperature > 0, drawn_B, likeliest(logits_BV)))
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
@@ -96,11 +96,6 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
     V = logits_BV.shape[-1]
     best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
     return jnp.minimum(jnp.min(jnp.where(best_BV, jnp.arange(V), V), axis=-1), V - 1).astype(jnp.int32)
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    """Whole on every device of the mesh."""
-    return jax.reshard(x, P()) if sharding.axis_sizes() else x
 
 
 def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -136,7 +131,7 @@ def _read(params, state: State, tokens_BT, count_B, *, cfg) -> State:
     """Reads a piece of the prompts, of which each row has its first `count_B` tokens."""
     h_BTD, cache = kv_cache.forward_cached(params, cfg, tokens_BT, state.cache, count_B=count_B)
     one_hot_BT = jax.nn.one_hot(count_B - 1, tokens_BT.shape[1], dtype=h_BTD.dtype)
-    picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, _replicated(h_BTD))
+    picked_BD = jnp.einsum('BT,BTD->BD', one_hot_BT, sharding.replicated(h_BTD))
     return state._replace(cache=cache, last_BD=jnp.where(count_B[:, None] > 0, picked_BD, state.last_BD))
 
 
@@ -154,7 +149,9 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
         logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     if seen_BV is not None:
         logits_BV = _penalised(logits_BV, seen_BV, sampling[-1])
-    greedy = lambda: _replicated(likeliest(logits_BV))  # random bits for a whole vocabulary cost as much as a layer
+    greedy = lambda: sharding.replicated(
+        likeliest(logits_BV)
+    )  # random bits for a whole vocabulary cost as much as a layer
 
     def drawn(filtered: bool) -> jax.Array:
         key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
@@ -165,7 +162,7 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
     next_B = jnp.where(state.done_B, stop_ids[0], next_B)
     out_BT, logp_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn)), state.logp_BT
     if logp_BT is not None:
-        logp_B = _replicated(_log_prob(logits_BV, next_B, sampling[0]))
+        logp_B = sharding.replicated(_log_prob(logits_BV, next_B, sampling[0]))
         logp_BT = jax.lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, state.drawn))
     done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
     if seen_BV is not None:

@@ -108,14 +108,14 @@ class Dpo(pairs.PairTask):
 
         def pre_pass(models: Roles, batch: Batch, key: jax.Array) -> training.Sums:
             del key
-            logp_BT, _ = sequences.token_log_probs(models['policy'], cfg, batch)
+            logp_BT, *_ = sequences.token_log_probs(models['policy'], cfg, batch)
             return preference.baseline_sums(responses(logp_BT, models, batch)[2], batch['weight_BP'])
 
         def terms(
             models: Roles, batch: Batch, key: jax.Array, global_sums: training.Sums | None = None
         ) -> tuple[training.Sums, training.Sums]:
             del key
-            logp_BT, aux = sequences.token_log_probs(models['policy'], cfg, batch)
+            logp_BT, _, aux = sequences.token_log_probs(models['policy'], cfg, batch)
             chosen, rejected = responses(logp_BT, models, batch)[:2]
             z0 = None if global_sums is None else preference.baseline(global_sums)
             both = Pairs(chosen, rejected, batch['label_BP'])

@@ -1,6 +1,7 @@
 """Shared by the stages that train a language model: text and conversations, their loss, and samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 
 from lm import progress, sharding
 from lm.config import Config
-from lm.data import pipeline
+from lm.data import chats, pipeline
 from lm.data.bestfit import Sizes
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import Question, WithReplay
 from lm.data.prepare import TAIL, Form, Prepared, PreparedSource, prepare
+from lm.data.prompts import Prompt, of_questions
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.evals import answers, heldout
@@ -169,6 +171,18 @@ def answered(task: Task, params: Any, questions: Sequence[Question]) -> list[ans
     """The greedy answer of a task's model to each question about its data."""
     data, most = task.data, task.config.eval.max_new_tokens
     return answers.answered(params, task.cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=most)
+
+
+def answer_metrics(task: Task, params: Any, s: PreparedSource) -> dict[str, float]:
+    """{'eval/SOURCE/ended', '…/f1'} of the answers to a source's held-out questions."""
+    questions = chats.questions(s.heldout, task.config.eval.rows, longest=task.config.seq_len)
+    return {f'eval/{s.name}/{k}': v for k, v in answers.quality(answered(task, params, questions)).items()}
+
+
+def heldout_questions(task: Task, questions: Callable[..., list[Question]] = chats.questions) -> list[Prompt]:
+    """The fixed prompts of own conversations, or of pairs by their `questions`: those that are held out."""
+    ask = partial(questions, longest=task.config.seq_len)
+    return of_questions([s.heldout for s in task.data.own.sources], ask, task.data.tokenizer)
 
 
 def log_samples(

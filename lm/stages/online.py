@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import jax
@@ -16,17 +16,17 @@ from lm.config import Config, split_run
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
 from lm.data.packing import shuffled
-from lm.data.prompts import Prompt, of_questions
+from lm.data.prompts import Prompt
 from lm.errors import RunError, UsageError
-from lm.evals import answers
 from lm.losses import policy as losses
-from lm.model import head, sequences, transformer
+from lm.model import sequences
 from lm.model.config import ModelConfig
-from lm.model.feed_forward import Aux, aux_coefficients, aux_weights
+from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
 from lm.rl import rewards
 from lm.runs import checkpoint, reward_scale, rundir, saved_config
+from lm.runs.saved_config import Parent
 from lm.sampling import generate
 from lm.stages import language, plan
 from lm.stages.spec import ROWS, Batch, Say, Source, Task
@@ -125,9 +125,9 @@ class Online(Task):
         """Tokens of a row: room for the longest prompt with its response; seq_len where no data are read."""
         if self.data is None:
             return self.config.seq_len
-        longest = max(len(self._question(*one).prompt) for one in self.asked)
         parts = jax.sharding.get_mesh().shape.get('seq', 1) * ROUND
-        return min(self.config.seq_len, math.ceil((longest + self.config.rl.max_new_tokens) / parts) * parts)
+        needed = max(length for *_, length in self.asked) + self.config.rl.max_new_tokens
+        return min(self.config.seq_len, math.ceil(needed / parts) * parts)
 
     def epoch(self) -> int:
         return self.updates * max(1, len(self.asked) // self.config.rl.prompts)
@@ -147,11 +147,11 @@ class Online(Task):
     # ---- rollouts ----
 
     @cached_property
-    def asked(self) -> list[tuple[int, int]]:
-        """(source, conversation) of each prompt that leaves room for a response."""
+    def asked(self) -> list[tuple[int, int, int]]:
+        """(source, conversation, tokens) of each prompt that leaves room for a response."""
         rl, seq_len = self.config.rl, self.config.seq_len
         found = [
-            (n, i)
+            (n, i, len(question.prompt))
             for n, s in enumerate(self.data.own.sources)
             for i in range(s.train.documents)
             if (question := self._question(n, i)) is not None and len(question.prompt) <= seq_len - rl.max_new_tokens
@@ -165,31 +165,35 @@ class Online(Task):
 
     def _questions(self, rollout: int) -> list[Question]:
         """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
-        asked, count, found = self.asked, self.config.rl.prompts, []
-        for j in range(rollout * count, (rollout + 1) * count):
-            found.append(self._question(*asked[shuffled(j, len(asked), self.config.seed)]))
-        return found
+        count, seed = self.config.rl.prompts, self.config.seed
+        asked = (self.asked[shuffled(j, len(self.asked), seed)] for j in range(rollout * count, (rollout + 1) * count))
+        return [self._question(source, conversation) for source, conversation, _ in asked]
 
     def _question(self, source: int, conversation: int) -> Any:
         """The last answer of a conversation and what stands before it; None if it has none."""
         ids, trained = self.data.own.sources[source].train.conversation(conversation)
         return chats.last_answer(ids, trained, self.config.seq_len)
 
+    def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
+        """Reads the scale of the reward model's scores: that of the checkpoint which the run began with."""
+        if run := self.config.reward_from:
+            step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
+            self.scale = reward_scale.read(epath.Path(split_run(run)[0]), step)
+        return {}
+
     def source(self, start: int) -> Source:
-        local = sharding.local_rows(self.config.batch_size, self.width)
+        del start
+        size, per_epoch = self.config.batch_size, self.responses // self.config.batch_size
 
         def source(state: training.TrainState, i: int) -> Batch:
             rollout, update = divmod(i, self.updates)
             if update == 0:
                 with progress.task(f'rollout {rollout}'):
                     self.rows = self.roll_out(state, rollout)
-            per_epoch = self.responses // self.config.batch_size
             epoch, part = divmod(update, per_epoch)
             key = np.random.SeedSequence([self.config.seed, rollout, epoch])
-            order = np.random.default_rng(key).permutation(self.responses)
-            rows = order[part * self.config.batch_size : (part + 1) * self.config.batch_size]
-            held = rows if local is None else rows[np.asarray(local.rows)]
-            return sharding.shard_batch({name: x[held] for name, x in self.rows.items()}, local)
+            rows = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
+            return sharding.shard_batch({name: x[rows] for name, x in self.rows.items()})
 
         return source
 
@@ -204,9 +208,8 @@ class Online(Task):
             stop_ids=data.stop_ids, temperature=rl.temperature, seed=seed,
         )  # fmt: skip
         ids = [[*q.prompt, *d.ids] for q, d in zip(questions, drawn, strict=True)]
-        rows = _rows(
-            ids, [len(q.prompt) for q in questions], self.rows['tokens_BT'].shape[1], data.own.sources[0].train.pad_id
-        )
+        pad_id = data.own.sources[0].train.pad_id
+        rows = _rows(ids, [len(q.prompt) for q in questions], self.width, pad_id)
         rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
         rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in drawn])
         rows |= self.measured(models, rows)
@@ -234,13 +237,10 @@ class Online(Task):
 
     def by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
         """A function of tokens, [responses, T], a microbatch at a time."""
-        size = self.config.execution.microbatch
-        local = sharding.local_rows(size, self.rows['tokens_BT'].shape[1])
-        out = []
+        size, out = self.config.execution.microbatch, []
         for at in range(0, self.responses, size):
-            some = {name: rows[name][at : at + size] for name in ROWS}
-            held = some if local is None else {name: x[np.asarray(local.rows)] for name, x in some.items()}
-            out.append(np.asarray(of(params, sharding.shard_batch(held, local), self.cfg, self.config.rl.temperature)))
+            some = sharding.shard_batch({name: rows[name][at : at + size] for name in ROWS})
+            out.append(np.asarray(of(params, some, self.cfg, self.config.rl.temperature)))
         return np.concatenate(out)
 
     def scores(self, models: Roles, questions: Any, drawn: Any, ids: Any) -> np.ndarray:
@@ -248,8 +248,8 @@ class Online(Task):
         c, total, tokenizer = self.config, np.zeros(self.responses, np.float32), self.data.tokenizer
         prompts = [tokenizer.decode(q.prompt) for q in questions]
         if 'reward' in models:
-            scale = reward_scale.read(epath.Path(split_run(c.reward_from)[0]), checkpoint.locate(c.reward_from))
-            found = rewards.of_model(models['reward'], self.cfg, scale, ids, width=self.rows['tokens_BT'].shape[1])
+            at_once = {'width': self.width, 'rows': c.execution.microbatch}
+            found = rewards.of_model(models['reward'], self.cfg, self.scale, ids, **at_once)
             total += rewards.checked(found, prompts, c.reward_from)
         if c.reward.fn:
             told = None
@@ -315,7 +315,7 @@ class Online(Task):
         def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
             del key
             mask_BT, old_BT = batch['weights_BT'], batch['old_BT']
-            logp_BT, entropy_BT, aux = token_log_probs(models['policy'], cfg, batch, rl.temperature)
+            logp_BT, entropy_BT, aux = sequences.token_log_probs(models['policy'], cfg, batch, rl.temperature)
             weight_BT = losses.token_weights(mask_BT, rl.aggregation)
             weight_BT *= losses.mismatch_weights(
                 old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, cap=MISMATCH_CAP
@@ -354,16 +354,14 @@ class Online(Task):
         ]
 
     def heldout_prompts(self) -> list[Prompt]:
-        ask = lambda store, count: chats.questions(store, count, longest=self.config.seq_len)
-        return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
+        return language.heldout_questions(self)
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
-        """Answers to held-out questions and what they score, the rollout's health, and the fixed prompts."""
+        """Answers to held-out questions, the rollout's health, the text that may have been forgotten, and the fixed
+        prompts."""
         c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
         for s in data.own.sources:
-            questions = chats.questions(s.heldout, c.eval.rows, longest=c.seq_len)
-            found = answers.quality(language.answered(self, policy, questions))
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
+            metrics |= language.answer_metrics(self, policy, s)
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
@@ -377,35 +375,12 @@ def _rows(ids: Sequence[Sequence[int]], prompts: Sequence[int], width: int, pad_
     return dict(pipeline.stack([chats.segments_row([pair], width, pad_id) for pair in pairs]))
 
 
-def token_log_probs(params: Any, cfg: Any, batch: Batch, temperature: float) -> tuple[jax.Array, jax.Array, Aux]:
-    """(log p of each target at a temperature, the entropy there, both float32 [B, T]; the auxiliary sums)."""
-    rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
-    h_BTD, aux = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
-    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD, temperature)
-    weights_BT = batch['weights_BT']
-    logp_BT, _, entropy_BT = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
-    return logp_BT * weights_BT, entropy_BT * weights_BT, aux
+@partial(jax.jit, static_argnums=(2, 3))
+def log_probs(params: Any, batch: Batch, cfg: ModelConfig, temperature: float) -> jax.Array:
+    return sharding.replicated(sequences.token_log_probs(params, cfg, batch, temperature)[0])
 
 
-def token_values(params: Any, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
-    """(a critic's value before each token that was drawn, float32 [B, T]; the auxiliary sums)."""
-    rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
-    h_BTD, aux = transformer.forward(params, cfg, batch['tokens_BT'], **rows)
-    return sequences.token_scores(params, h_BTD) * batch['weights_BT'], aux
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    return jax.reshard(x, jax.sharding.PartitionSpec()) if sharding.axis_sizes() else x
-
-
-def _log_probs_of(params: Any, batch: Batch, cfg: Any, temperature: float) -> jax.Array:
-    return _whole(token_log_probs(params, cfg, batch, temperature)[0])
-
-
-def _values_of(params: Any, batch: Batch, cfg: Any, temperature: float) -> jax.Array:
+@partial(jax.jit, static_argnums=(2, 3))
+def values(params: Any, batch: Batch, cfg: ModelConfig, temperature: float) -> jax.Array:
     del temperature
-    return _whole(token_values(params, cfg, batch)[0])
-
-
-log_probs = jax.jit(_log_probs_of, static_argnums=(2, 3))
-values = jax.jit(_values_of, static_argnums=(2, 3))
+    return sharding.replicated(sequences.token_values(params, cfg, batch)[0])

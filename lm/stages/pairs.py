@@ -13,7 +13,7 @@ from lm.config import Config
 from lm.data import pairs, pipeline
 from lm.data.chats import WithReplay
 from lm.data.pairs import PairBatches
-from lm.data.prompts import Prompt, of_questions
+from lm.data.prompts import Prompt
 from lm.errors import UsageError
 from lm.evals import preferences
 from lm.stages import language, plan
@@ -79,8 +79,7 @@ class PairTask(Task):
         return language.sharded(pipeline.prefetched(batch, start), local)
 
     def heldout_prompts(self) -> list[Prompt]:
-        ask = partial(pairs.questions, longest=self.config.seq_len)
-        return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
+        return language.heldout_questions(self, pairs.questions)
 
     def describe(self) -> list[str]:
         sizes = lambda s, seq_len: pairs.sizes(s.train, seq_len)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lm import advantages
 from lm.losses import policy as losses
-from lm.model import parameters
+from lm.model import parameters, sequences
 from lm.model.roles import Roles
 from lm.runs import loading
 from lm.runs.saved_config import Parent
@@ -60,7 +60,7 @@ class Ppo(online.Online):
         return {'return_BT': np.asarray(return_BT), 'advantage_BT': np.asarray(advantage_BT) * warm}
 
     def more_terms(self, models: Roles, batch: Batch) -> dict[str, jax.Array]:
-        value_BT, _ = online.token_values(models['critic'], self.cfg, batch)
+        value_BT, _ = sequences.token_values(models['critic'], self.cfg, batch)
         clip = self.config.critic.clip
         loss_BT = losses.value_loss(value_BT, batch['value_BT'], batch['return_BT'], clip=clip)
         return {'value': jnp.sum(loss_BT * batch['weights_BT'])}

@@ -1,14 +1,13 @@
 """Supervised fine-tuning: imitate the assistant's part of conversations, with some of pretraining's text beside it."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import WithReplay
-from lm.data.prompts import Prompt, of_questions
+from lm.data.prompts import Prompt
 from lm.errors import UsageError
-from lm.evals import answers, heldout
+from lm.evals import heldout
 from lm.stages import language, plan
 from lm.stages.spec import Say, Source, StageSpec, Task
 from lm.training import step as training
@@ -43,8 +42,7 @@ class Sft(Task):
         return language.describe_dialogue(self.config, self.data, "conversations' rows", 'conversations', sizes)
 
     def heldout_prompts(self) -> list[Prompt]:
-        ask = partial(chats.questions, longest=self.config.seq_len)
-        return of_questions([s.heldout for s in self.data.own.sources], ask, self.data.tokenizer)
+        return language.heldout_questions(self)
 
     def loss(self) -> training.Loss:
         return language.next_token_loss(self.cfg, z_loss=self.config.z_loss, sparse=True)
@@ -59,9 +57,7 @@ class Sft(Task):
             rows = chats.chat_rows(s, 'heldout', seq_len=config.seq_len, shuffle=False)
             batches = pipeline.in_order(rows, batch_size=config.execution.microbatch, max_rows=config.eval.rows)
             totals = heldout.sums(policy, cfg, batches, data.tokenizer.bytes_of_ids, s.name)
-            questions = chats.questions(s.heldout, config.eval.rows, longest=config.seq_len)
-            found = answers.quality(language.answered(self, policy, questions))
-            metrics |= {f'eval/{s.name}/{k}': v for k, v in found.items()}
+            metrics |= language.answer_metrics(self, policy, s)
             metrics[f'eval/{s.name}/response_loss'] = totals['nll'] / max(totals['tokens'], 1)
         if data.text:
             metrics |= language.text_metrics(config, cfg, data.text, policy)
