@@ -149,9 +149,8 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
         logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     if seen_BV is not None:
         logits_BV = _penalised(logits_BV, seen_BV, sampling[-1])
-    greedy = lambda: sharding.replicated(
-        likeliest(logits_BV)
-    )  # random bits for a whole vocabulary cost as much as a layer
+    # Apart from what is drawn: random bits for a whole vocabulary cost as much as a layer.
+    greedy = lambda: sharding.replicated(likeliest(logits_BV))
 
     def drawn(filtered: bool) -> jax.Array:
         key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
