@@ -228,7 +228,8 @@ def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[
     config = _run_file(path, arg)
     for key, text in overrides:
         override(config, key, text)
-    if config.branch_from and 'init_from' not in dict(overrides):  # in place of the file's own
+    said = {key for key, _ in overrides} | {part.partition('=')[0] for part in arg.split(',')}
+    if config.branch_from and 'init_from' not in said:  # in place of the file's own
         config.init_from = None
     check(config)
     return config, arg
@@ -274,6 +275,9 @@ def _moved(config: Config) -> Config:
     for key, value in dict(leaves(config)).items():
         if key in RENAMED:
             override(config, key, str(value))
+            *parents, name = key.split('.')
+            with config.unlocked():
+                del (config[parents[0]] if parents else config)[name]
     return config
 
 

@@ -23,6 +23,16 @@ class Bound(NamedTuple):
     holds: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
 
+    def obstacle(self, value: Any) -> str | None:
+        """The rest of a sentence on a value that a saved file has, if it cannot be."""
+        try:
+            sound = self.holds(value)
+        except TypeError:  # a text for a number
+            sound = False
+        if sound:
+            return None
+        return f'is not one of {", ".join(self.choices)}' if self.choices else f'must be {self.words}'
+
 
 def one_of(*names: str) -> Bound:
     return Bound('', lambda x: x in names, names)

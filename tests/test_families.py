@@ -147,6 +147,9 @@ def test_llama3_slows_down_long_wavelengths_alone():
         ({'rope_scaling': 'linear,factor=x'}, 'must be linear,factor=N or llama3'),
         ({'pattern': 'local,global'}, 'has local layers: set model.window'),
         ({'pattern': 'global,rope'}, "'rope' is not one of local, global, nope"),
+        ({'norms': 'before'}, 'model.norms=before is not one of pre, post, both'),
+        ({'activation': 'relu'}, 'model.activation=relu is not one of silu, gelu'),
+        ({'layers': 0}, 'model.layers=0 must be from 1 to'),
     ],
 )
 def test_a_graph_that_there_is_not_is_refused(settings, wanted):

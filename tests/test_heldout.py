@@ -92,6 +92,7 @@ def test_a_model_that_knows_nothing_pays_the_entropy_of_its_alphabet():
 def test_rows_at_once_are_those_of_training_unless_they_were_for_a_larger_machine():
     assert rows_at_once(8, 256, 1) == 8
     assert rows_at_once(8, 256, 16) == 16
+    assert rows_at_once(None, 1024, 1) == 32  # converted, never trained
     assert rows_at_once(480, 1024, 1) == 32
     assert rows_at_once(480, 1024, 8) == 256
     assert rows_at_once(3, 2**20, 4) == 4

@@ -33,6 +33,11 @@ def tables():
     return reference + 0.7 * draw.normal(size=reference.shape), reference
 
 
+def k2(logp, reference):
+    """(log π/π_ref)²/2, which no stage here has."""
+    return jnp.square(logp - reference) / 2
+
+
 def per_token(logits, contexts=CONTEXT, words=RESPONSES):
     """log π of each token of each response, [responses, T]."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits)[contexts], words[..., None], -1)[..., 0]
@@ -72,10 +77,10 @@ def in_reward(k):
 ones = jnp.ones(RESPONSES.shape)
 FORMS = {
     'k1 in the reward': in_reward(policy.k1),
-    'k2 in the reward': in_reward(policy.k2),
+    'k2 in the reward': in_reward(k2),
     'k3 in the reward': in_reward(policy.k3),
     'k1 as a loss': lambda logp, old, reference: policy.k1(logp, reference),
-    'k2 as a loss': lambda logp, old, reference: policy.k2(logp, reference),
+    'k2 as a loss': lambda logp, old, reference: k2(logp, reference),
     'k3 as a loss': lambda logp, old, reference: policy.k3(logp, reference),
     'k3 as a loss, times the importance ratio': lambda logp, old, ref: policy.k3_loss(logp, ref, old, ones),
 }

@@ -92,7 +92,7 @@ def sequence(x):
     return np.exp((x * MASK).sum(1, keepdims=True) / MASK.sum(1, keepdims=True)) * np.ones((B, T))
 
 
-@pytest.mark.parametrize('ratio', policy.RATIOS)
+@pytest.mark.parametrize('ratio', ('token', 'sequence'))
 def test_the_clipped_surrogate_is_ppo_s(ratio):
     found, told = loss_of(jnp.asarray(LOGP), ratio=ratio, clip=Clip('clip', 0.2, 0.28))
     r = np.exp(LOGP - OLD) if ratio == 'token' else sequence(LOGP - OLD)
@@ -126,7 +126,7 @@ def test_dppo_drops_what_moved_in_the_direction_of_its_advantage():
 
 
 def test_the_gradient_on_policy_is_the_policy_gradient_whatever_the_clip():
-    for ratio, clip in ((r, c) for r in policy.RATIOS for c in (Clip('clip', 0.2, 0.2), Clip('cispo', 0, 5.0))):
+    for ratio, clip in ((r, c) for r in ('token', 'sequence') for c in (Clip('clip', 0.2, 0.2), Clip('cispo', 0, 5.0))):
         grad = jax.grad(lambda x, o=(ratio, clip): jnp.sum(loss_of(x, ratio=o[0], clip=o[1])[0]))(jnp.asarray(OLD))
         close(grad, -ADVANTAGE * MASK)
 

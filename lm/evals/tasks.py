@@ -58,7 +58,7 @@ class Subject:
 
     @property
     def template(self) -> ChatTemplate:
-        """Raises UsageError if the run's tokenizer has none."""
+        """The run's chat template. Raises UsageError if its tokenizer has none."""
         return ChatTemplate.load(rundir.tokenizer_folder(self.run), self.model.tokenizer)
 
     @property
@@ -66,9 +66,11 @@ class Subject:
         return rows_at_once(self.model.config['execution']['microbatch'], self.seq_len, jax.sharding.get_mesh().size)
 
 
-def rows_at_once(microbatch: int, seq_len: int, devices: int) -> int:
-    """The microbatch of training, or less where that was for a larger machine, shared by the devices."""
-    rows = min(microbatch, max(1, TOKENS_A_DEVICE * devices // seq_len))
+def rows_at_once(microbatch: int | None, seq_len: int, devices: int) -> int:
+    """The microbatch of training, or less where that was for a larger machine, shared by the devices. None: it was not
+    trained here."""
+    most = max(1, TOKENS_A_DEVICE * devices // seq_len)
+    rows = min(microbatch or most, most)
     return math.ceil(rows / devices) * devices
 
 

@@ -79,7 +79,7 @@ def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     words, shared = kinds(model), (model['rope_theta'], model['rope_scaling'])
     local = shared if model['pattern'] is None else (model['rope_theta_local'] or model['rope_theta'], None)
     turns = {'nope': (None, None), 'local': local, 'global': shared}
-    m = {k: v for k, v in model.items() if k not in ('context', 'scan', 'pattern', 'rope_theta_local')}
+    m = {k: v for k, v in model.items() if k not in ('context', 'pattern', 'rope_theta_local')}
     m['window'] = _one([model['window'] if word == 'local' else None for word in words])
     m['rope_theta'], m['rope_scaling'] = (_one([turns[word][i] for word in words]) for i in range(2))
     return {k: _rounded(v) for k, v in (m | scales(model)).items()}

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-RATIOS = ('token', 'sequence')
-
 
 class Clip(NamedTuple):
     """The distance that the policy may move on one batch: the kind, and how far down and up.
@@ -76,11 +74,6 @@ def k1(logp: jax.Array, reference: jax.Array) -> jax.Array:
     """log π/π_ref: unbiased for KL(π‖π_ref) where the token was drawn from π (Schulman, 2020). As a loss its expected
     gradient is 0; in the reward, detached, it gives the gradient of the reverse KL."""
     return logp - reference
-
-
-def k2(logp: jax.Array, reference: jax.Array) -> jax.Array:
-    """(log π/π_ref)²/2: biased as an estimate; as a loss its gradient is that of the reverse KL where π drew."""
-    return jnp.square(logp - reference) / 2
 
 
 def k3(logp: jax.Array, reference: jax.Array) -> jax.Array:

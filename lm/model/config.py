@@ -55,6 +55,10 @@ class ModelConfig(Model):
     dtype: str = 'float32'  # of activations and products; parameters are float32
 
     def __post_init__(self):
+        for field in dataclasses.fields(Model):
+            value, bound = getattr(self, field.name), field.metadata['bound']
+            if value is not None and bound and (obstacle := bound.obstacle(value)):
+                raise UsageError(f'model.{field.name}={value} {obstacle}')
         if self.heads % self.kv_heads:
             raise UsageError(f'model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}')
         if self.head_dim % 2:

@@ -39,9 +39,9 @@ LAYOUT = 2  # raise it when a checkpoint of today could not be read by the code 
 
 
 def _quieten() -> None:
-    """Has Orbax and TensorStore not log: when a file cannot be read or written, Orbax and TensorStore log a traceback
-    from each thread that finds out, TensorStore one for each answer that comes after that, and Python one for each read
-    of Orbax's that was given up. We raise the error, and it is told in one line."""
+    """Silences Orbax and TensorStore: when a file cannot be read or written, they log a traceback from each thread that
+    finds out, TensorStore one for each answer that comes after that, and Python one for each read of Orbax's that was
+    given up. We raise the error, and it is told in one line."""
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook

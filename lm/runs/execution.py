@@ -18,6 +18,7 @@ from lm import config as configs
 from lm import sharding
 from lm.model import attention_kernels, parameters
 from lm.model.config import ModelConfig
+from lm.multihost import processes
 
 # Layers one after the other are faster than in a scan, which copies what it keeps for the backward pass, and keeps more
 # unless told to keep products alone: of 12 on an H200 they were 1.16 times as fast as a scan with remat=dots, 1.5 times
@@ -39,11 +40,6 @@ class Execution(NamedTuple):
     scan: bool
     remat: str
 
-    def told(self) -> str:
-        """In words: 'blocks (cpu)', and what else was decided."""
-        more = ', layers scanned' * self.scan + f', remat={self.remat}' * (self.remat != 'none')
-        return f'{self.attention.name} ({self.attention.why}){more}'
-
 
 def resolve(config: Mapping[str, Any], *, training: bool = True) -> Execution:
     """Decides on the current mesh for a config (a ConfigDict, or a saved one).
@@ -54,18 +50,27 @@ def resolve(config: Mapping[str, Any], *, training: bool = True) -> Execution:
     Raises:
       UsageError: an attention that the platform lacks.
     """
-    model, asked = config['model'], configs.base().execution.to_dict() | dict(config['execution'])
-    platform = sharding.platform()
+    asked, platform = configs.base().execution.to_dict() | dict(config['execution']), sharding.platform()
     dtype = asked['dtype'] or ('float32' if platform == 'cpu' else 'bfloat16')  # which a CPU emulates
-    needs = {'dtype': dtype, 'head_dim': model['head_dim'], 'softcap': model['attn_softcap']}
-    wanted = asked['attention'] if training else None
-    attention = attention_kernels.choose(attention_kernels.this_device(), asked=wanted, **needs)
-    deep = model['layers'] > UNROLLED.get(platform, UNROLLED_ELSEWHERE)
+    attention = _attention(config['model'], dtype, asked['attention'] if training else None)
+    deep = config['model']['layers'] > UNROLLED.get(platform, UNROLLED_ELSEWHERE)
     scan = deep if asked['scan'] is None else asked['scan']
     chosen = Execution(dtype, attention, scan, 'none')
     if not training:
         return chosen
     return chosen._replace(remat=_remat(config, chosen) if asked['remat'] == 'auto' else asked['remat'])
+
+
+def _attention(model: Mapping[str, Any], dtype: str, asked: str | None) -> attention_kernels.Choice:
+    needs = {'dtype': dtype, 'head_dim': model['head_dim'], 'softcap': model['attn_softcap']}
+    return attention_kernels.choose(attention_kernels.this_device(), asked=asked, **needs)
+
+
+def told(config: Mapping[str, Any], cfg: ModelConfig) -> str:
+    """What was decided for a model, in words: 'blocks (cpu)', and more where it is not the plain way."""
+    choice = _attention(config['model'], cfg.dtype, config['execution']['attention'])
+    more = ', layers scanned' * cfg.scan + f', remat={cfg.remat}' * (cfg.remat != 'none')
+    return f'{choice.name} ({choice.why}){more}'
 
 
 def model_config(config: Mapping[str, Any], *, training: bool = True) -> ModelConfig:
@@ -83,7 +88,7 @@ def _model_config(config: Mapping[str, Any], e: Execution) -> ModelConfig:
 def _remat(config: Mapping[str, Any], chosen: Execution) -> str:
     """The one that computes least again among those that leave room for `TOKENS`, as far as memory is known."""
     ways = ('dots', 'names', 'full') if chosen.scan else ('none', 'names', 'full')
-    memory, mesh = memory_limit(sharding.first_device()), jax.sharding.get_mesh().shape
+    memory, mesh = least_memory(sharding.first_device()), jax.sharding.get_mesh().shape
     if memory is None:
         return ways[0]
     cfg = _model_config(config, chosen)
@@ -110,6 +115,11 @@ def kept_bytes(cfg: ModelConfig, remat: str) -> int:
 def used(platform: str) -> float:
     """The part of a device's memory that a step may take."""
     return USED.get(platform, USED_ELSEWHERE)
+
+
+def least_memory(device: Any) -> int | None:
+    """`memory_limit` of the process that has the least: they may be unequal, and run one program."""
+    return min((m for m in processes.all_gather(memory_limit(device)) if m), default=None)
 
 
 def memory_limit(device: Any) -> int | None:

@@ -63,8 +63,7 @@ def open_run(run: str) -> Opened:
 
 def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step: int, notes: list[str]) -> Opened:
     config, about = saved['config'], saved_config.about(saved)
-    known = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
-    model = {name: value for name, value in known.items() if name != 'scan'}
+    model = configs.base().model.to_dict() | config['model']  # a run may be older than a setting
     model['context'] = model.get('context') or config['seq_len']
     folder, scored, scale = epath.Path(rundir.tokenizer_folder(run)), about.output == 'scores', None
     try:
@@ -160,7 +159,7 @@ def load(opened: Opened) -> loading.Model:
     Raises UsageError if it has settings that we do not know, or is no model of its settings.
     """
     config = _config(opened)
-    cfg = execution.model_config(config)
+    cfg = execution.model_config(config, training=False)
     params = placed.arrays(opened, loading.abstract_params(cfg, _about(opened).role))
     saved = {'config': config.to_dict(), 'about': _about(opened)._asdict()}
     return loading.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
@@ -187,7 +186,7 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         rundir.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
             reward_scale.write(made, 0, reward_scale.Scale(*(opened.scale or (0.0, 1.0))))
-        _write_checkpoint(opened, execution.model_config(config), made / 'checkpoints' / '0')
+        _write_checkpoint(opened, execution.model_config(config, training=False), made / 'checkpoints' / '0')
 
 
 def _about(opened: Opened) -> About:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
+from lm import config as configs
 from lm.data.records import Kind
 from lm.errors import UsageError
 from lm.model.adapters import ADAPTERS
@@ -51,6 +52,13 @@ def check(saved: Mapping[str, Any]) -> None:
     for name in ('model', 'optim', 'data', 'execution', *({'precision'} & set(config))):
         if not isinstance(config.get(name), Mapping):
             raise UsageError(f'is damaged (config.{name} is missing or no group): restore it, or name another run')
+    for group in ('model', 'execution'):
+        for name, value in config[group].items():
+            field = configs.fields_of(configs.Settings).get(f'{group}.{name}')
+            if field is None:
+                raise UsageError(f'has {group}.{name}, which this version does not know: use a newer lm')
+            if value is not None and field.bound and (obstacle := field.bound.obstacle(value)):
+                raise UsageError(f'is damaged (config.{group}.{name}={value} {obstacle}): restore it')
     told = saved.get('about', {})
     if not isinstance(told, Mapping) or not isinstance(saved.get('parents', {}), Mapping | list):
         raise UsageError('is damaged (about and parents are to be objects): restore it, or name another run')

@@ -89,7 +89,7 @@ def restore_resolved(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh
     microbatch is found anew where the mesh cannot share it."""
     if saved:
         own, theirs = config.execution, saved['config']['execution']
-        shared = theirs['microbatch'] % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+        shared = theirs['microbatch'] and theirs['microbatch'] % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
         own.microbatch = own.microbatch or (theirs['microbatch'] if shared else None)
         own.dtype = own.dtype or theirs['dtype']
 
@@ -138,7 +138,7 @@ def make_optimizer(config: Config) -> tuple[Any, Any]:
     rate = optim.schedule(o.schedule, lr=o.lr, steps=config.steps, warmup=o.warmup, decay=o.decay, final=o.final)
     options = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'weight_decay': o.weight_decay}
     if o.name == 'muon':
-        dtype = execution.resolve(config).dtype
+        dtype = execution.resolve(config, training=False).dtype
         return optim.muon_adamw(rate, momentum=o.momentum, dtype=dtype, **options), rate
     if o.name == 'adafactor':
         return optim.adafactored(rate, weight_decay=o.weight_decay), rate
@@ -166,8 +166,7 @@ def autotune_microbatch(
     build, mesh = functools.cache(build), jax.sharding.get_mesh()
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
-    hosts = processes.all_gather(execution.memory_limit(device))  # which may be unequal
-    memory = min((m for m in hosts if m), default=None)
+    memory = execution.least_memory(device)
     limit = memory and memory * execution.used(device.platform)
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing

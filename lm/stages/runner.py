@@ -165,7 +165,7 @@ def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
     count, planned = fitting.count(parameters.shapes(cfg)), plan.planned_tokens(config, tokens)
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     return [
-        f'attention: {execution.resolve(config).told()}',
+        f'attention: {execution.told(config, cfg)}',
         f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
     ]
 
@@ -263,7 +263,7 @@ def _dry_run(task: Task) -> dict[str, Any]:
     optimizer, rate = plan.make_optimizer(config)
     abstract, recorder = abstract_state(task, optimizer), task.recorder
     build = partial(compile_step, task, optimizer, rate, abstract)
-    recorder.say(f'attention   {execution.resolve(config).told()}')
+    recorder.say(f'attention   {execution.told(config, cfg)}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
         compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
