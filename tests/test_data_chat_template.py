@@ -394,6 +394,8 @@ HOSTILE = {
                 "{% if s[1:] ~ 'c' in s %}{% endif %}{% endfor %}",
     'joins': "{{ range(60000) | map('replace', '', 'x' * 99999) | join }}",
     'long': '{# ' + 'x' * 300_000 + ' #}',
+    'random': '{{ messages | random }}',
+    'other each time': '{{ lipsum(n=1) }}',
     'deeply nested': '{{ ' + '(' * 3000 + ')' * 3000 + ' }}',
 }  # fmt: skip
 

@@ -84,7 +84,8 @@ def _build_at(final: epath.Path, key: dict[str, Any], fn: Callable[[epath.Path],
             locks.drop(lock)
         os.rename(temporary, final)  # unlocked: it is too young to be swept
     except OSError:
-        # Another process was quicker: both built the same thing from the same key, so theirs is ours.
+        # Another process was quicker: both build the same thing from the same key, so theirs is ours, whatever failed
+        # here.
         if not final.exists():
             raise
     finally:

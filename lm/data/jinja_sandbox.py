@@ -44,6 +44,10 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
 def _ask(*request: Any) -> tuple[str, str]:
     """(outcome, text) of the worker's for (template, variables)."""
     global _worker
+    try:
+        line = json.dumps(request).encode() + b'\n'
+    except (RecursionError, TypeError, ValueError) as error:  # no conversation of ours is no JSON
+        return 'failed', f'{type(error).__name__}: {error}'
     with _lock:
         worker = _worker or subprocess.Popen(
             _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
@@ -51,7 +55,7 @@ def _ask(*request: Any) -> tuple[str, str]:
         assert worker.stdin and worker.stdout
         _worker = None  # whatever comes between, the next request is not answered with the answer to this
         try:
-            worker.stdin.write(json.dumps(request).encode() + b'\n')
+            worker.stdin.write(line)
             worker.stdin.flush()
             outcome, said = json.loads(worker.stdout.readline())
         except (OSError, ValueError):

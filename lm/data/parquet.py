@@ -7,7 +7,6 @@ from typing import Any
 from lm.data.conversations import choose_column
 from lm.errors import UsageError
 
-# pyarrow takes half a second to import, and a start that finds its data prepared needs none of it.
 _ROWS_AT_ONCE = 1024
 
 

@@ -105,7 +105,7 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
             f'{", ".join(_known(kind))}, or your own files{conversations.belongs(found)}'
         )
     if name in DEFAULTS[kind]:
-        # TensorFlow Datasets takes a while to import, and a start that finds its data prepared needs none of it.
+        # TensorFlow Datasets takes a while to import, and other sources need none of it.
         from lm.data import defaults
 
         return defaults.open_default(name)
@@ -265,7 +265,7 @@ def _read_texts(
             continue
         del value[column]
         key = value.pop('id', f'{os.path.basename(path)}:{number}')
-        yield from record(name, str(key), text, counts, column=column, meta=value)
+        yield from record(name, str(key), text, counts, column=column, meta=None if form == 'parquet' else value)
 
 
 def _no_text(form: record_files.Format, value: dict[str, Any], column: str, reason: str | None) -> str:

@@ -14,7 +14,6 @@ from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Record, Source, record
 from lm.errors import UsageError
 
-# TensorFlow Datasets takes a while to import and a start that finds its data prepared needs none of it.
 _READ_AT_ONCE = 4096
 
 
@@ -68,7 +67,7 @@ def _find_tfds(name: str, copy: str | None) -> epath.Path:
 
 def examples(name: str, directory: epath.Path, split: str) -> Iterator[dict[str, Any]]:
     """Every example of a prepared split. Raises UsageError if it has none."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # takes a while, and a start that finds its data prepared needs none of it
 
     # TFDS's own decorator hides the signature from type checkers.
     builder: Any = tfds.builder_from_directory(directory)

@@ -38,7 +38,7 @@ class Talker:
 
 
 class Ahead:
-    """The programs of a model's answers, compiled by a thread before it is asked for, one size of cache at a time."""
+    """The programs of a model's answers, compiled by a thread before they are needed, one size of cache at a time."""
 
     def __init__(self, params: Any, cfg: Any) -> None:
         """`params` as shapes and shardings on the current mesh: nothing of the model needs to be there yet."""
@@ -113,8 +113,8 @@ def forget(talker: Talker) -> None:
 
 
 def answer(talker: Talker, text: str, *, warn: Callable[[str], None], **options: Any) -> Generator[str, None, None]:
-    """The answer of a run to a text, in pieces of whole characters, and remembers both: as far as it came, if it is not
-    drawn to the end. A piece can be empty: then the prompt is being read.
+    """Yields the answer of a run to a text, in pieces of whole characters, and remembers both: as far as it came, if it
+    is not drawn to the end. A piece can be empty: then the prompt is being read.
 
     Args:
       options: as for `stream`: max_new_tokens, sampling, seed.
