@@ -105,12 +105,13 @@ def denominator(mask_BT: jax.Array, aggregation: str, *, longest: int) -> jax.Ar
 
 
 def mismatch_weights(
-    old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array, *, how: str, cap: float
+    old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array, *, how: str, cap: float, ratio: str = 'token'
 ) -> jax.Array:
     """The factor of a token's loss because the sampler is not quite the trainer, [B, T], without gradient: 1,
     min(π_trainer/π_sampler, cap) (truncated importance sampling), or that ratio where it is within [1/cap, cap] and
-    else 0 (IcePop)."""
-    w_BT = jnp.exp((old_BT - sampler_BT) * mask_BT)
+    else 0 (IcePop). `ratio`: of the token, or of the whole response (sequence)."""
+    apart_BT = (old_BT - sampler_BT) * mask_BT
+    w_BT = jnp.exp(apart_BT if ratio == 'token' else jnp.sum(apart_BT, 1, keepdims=True) * mask_BT)
     if how == 'truncate':
         w_BT = jnp.minimum(w_BT, cap)
     elif how == 'mask':

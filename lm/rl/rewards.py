@@ -1,20 +1,22 @@
-"""Rewards: (prompts, responses) -> a float score of each response."""
+"""Rewards: a float score of each response, from one source or several with their weights."""
 
 import contextlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lm import sharding
+from lm.config import Config, nearest
 from lm.errors import RunError, UsageError
 from lm.model import sequences
 from lm.model.config import ModelConfig
+from lm.multihost import processes
 from lm.runs.reward_scale import Scale
 
 # (prompts, responses, answers) -> scores; answers are the data's own.
@@ -36,6 +38,72 @@ def function(name: str) -> Function:
         if 'answers' in inspect.signature(found).parameters:
             return lambda prompts, responses, answers: found(prompts, responses, answers=answers)
     return lambda prompts, responses, answers: found(prompts, responses)
+
+
+class Texts(NamedTuple):
+    """Responses as text: the prompts with the marks of their conversation, what was drawn, and the data's own answers.
+
+    A response has no end-of-turn token; one that has ended and one that has not read the same.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    answers: list[str]
+
+
+# ---- several sources ----
+
+
+def sources(config: Config) -> tuple[str, ...]:
+    """Names of the sources that a config has: `model` (reward_from), and those of its group `reward`."""
+    own = ('fn',)
+    return ('model',) * bool(config.reward_from) + tuple(name for name in own if config.reward[name])
+
+
+def weights(config: Config) -> dict[str, float]:
+    """{source: weight}, 1 where nothing is said. Raises UsageError for a name that is no source, or what is no
+    number."""
+    names = sources(config)
+    found, text = dict.fromkeys(names, 1.0), config.reward.weights
+    for part in (text or '').split(',') if text else ():
+        name, _, number = part.strip().partition(':')
+        if name not in names:
+            raise UsageError(f'reward.weights={text}: {name!r}{nearest(name, names)} is not one of {", ".join(names)}')
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise UsageError(f'reward.weights={text}: the weight of {name} must be a number, as in {name}:1')
+    return found
+
+
+def combined(found: Mapping[str, np.ndarray], config: Config) -> np.ndarray:
+    """Σ weight × score, float32 [N]. With `reward.normalise` each source has mean 0 and standard deviation 1 first, so
+    that one of a larger scale does not drown the others (GDPO, arXiv 2601.05242, does so before it sums)."""
+    total = np.zeros(len(next(iter(found.values()))), np.float32)
+    for name, weight in weights(config).items():
+        score = found[name]
+        if config.reward.normalise:
+            score = (score - score.mean()) / (score.std() or 1)
+        total += np.float32(weight) * score
+    return total
+
+
+def of_texts(config: Config, texts: Texts) -> dict[str, np.ndarray]:
+    """{source: scores [N]} of the sources that read text. One process asks them, and tells the others."""
+    told = {}
+    if processes.first() and config.reward.fn:
+        name = f'reward.fn={config.reward.fn}'
+        try:
+            given = function(config.reward.fn)(*texts)
+        except (Exception, SystemExit) as error:  # a user's own code
+            raise RunError(f'{name}: {type(error).__name__}: {error}') from error
+        told['fn'] = checked(given, texts.prompts, name).tolist()
+    return {name: np.asarray(x, np.float32) for name, x in processes.all_gather(told)[0].items()}
+
+
+# ---- one source ----
 
 
 def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:

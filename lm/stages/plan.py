@@ -15,7 +15,7 @@ from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
 from lm.data.sources import has_default
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Preempted, RunError, UsageError
+from lm.errors import Alarm, Preempted, RunError, UsageError
 from lm.model.config import ModelConfig
 from lm.model.roles import Roles
 from lm.multihost import processes
@@ -95,19 +95,21 @@ def restore_resolved(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh
 
 
 @contextlib.contextmanager
-def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
-    """Inside runs the training: if it ends early, status.json and log.txt say why."""
+def log_failure(recorder: Recorder, ledger: Ledger, until: Mapping[str, Any]) -> Iterator[None]:
+    """Inside runs the training: if it ends early, status.json and log.txt say why; of an alarm also the settings of
+    which one has to change before it goes on."""
 
-    def ended(reason: str, state: str = 'failed') -> None:
+    def ended(reason: str, state: str = 'failed', **more: Any) -> None:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
             recorder.flush()
-            recorder.status(state, reason=reason)
+            recorder.status(state, reason=reason, **more)
 
     def failed(error: BaseException) -> None:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
+        alarm = {'alarm': dict(until)} if isinstance(error, Alarm) else {}
+        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed', **alarm)
 
     try:
         processes.farewell(ended)

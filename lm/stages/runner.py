@@ -12,10 +12,10 @@ import numpy as np
 from etils import epath
 
 from lm import progress, sharding, xla
-from lm.config import Config
+from lm.config import Config, leaves
 from lm.data import chat_template
 from lm.data.tokenizer import find_tokenizer
-from lm.errors import UsageError
+from lm.errors import RunError, UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
 from lm.multihost import processes
@@ -40,6 +40,7 @@ def run(
 
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
+    spec.settle(config)
     spec.check(config)
     found = rundir.open_workdir(config, workdir)
     with sharding.use_mesh(config.mesh) as mesh:
@@ -57,6 +58,10 @@ def _train(
     # ---- data ----
     recorder, ledger = Recorder(), Ledger()
     task = spec.open(config, cfg, recorder=recorder)
+    until = {key: value for key, value in leaves(config) if key in task.until}
+    status = rundir.read_status(workdir) if found else {}
+    if status.get('alarm') == until and until:
+        raise RunError(f'{status["reason"]} (nothing has changed since)')
     fitting.check(config, cfg, _state_before_data(task))
     prompts = plan.fixed_prompts(config)
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
@@ -88,7 +93,7 @@ def _train(
     kept |= {'about': spec.about._replace(adapter=task.adapter)._asdict()}
     rundir.write_config(workdir, config, parents, **kept)
     recorder.open(workdir)
-    with plan.log_failure(recorder, ledger):
+    with plan.log_failure(recorder, ledger, until):
         if processes.first():
             # With the chat template beside it, else ours if it fits: a run's directory is all it takes to talk to it.
             data.tokenizer.save(own)
@@ -153,8 +158,9 @@ def _fit(
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer, evaluate=task.evaluate, alarm=task.alarm,
             state_dict=task.state_dict, cost=task.cost(), ceiling=flops.ceiling(), log_every=config.log.every,
-            eval_every=config.eval.every, save_every=config.checkpoint.every, max_skips=config.optim.max_skips,
-            profile=config.log.profile, batches=lambda i: grown.first(i) / config.batch_size,
+            told=task.told, panel=task.panel, eval_every=config.eval.every, save_every=config.checkpoint.every,
+            max_skips=config.optim.max_skips, profile=config.log.profile,
+            batches=lambda i: grown.first(i) / config.batch_size,
         )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
     recorder.status('done', config.steps)

@@ -55,6 +55,7 @@ class Task(abc.ABC):
     trains: ClassVar[str] = 'policy'  # the role of what is trained; 'adapter' needs a frozen 'base'
     adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
     online: ClassVar[bool] = False  # whether batches depend on the state
+    until: ClassVar[tuple[str, ...]] = ()  # settings of which one has to change before a run goes on after its alarm
 
     def __post_init__(self) -> None:  # noqa: B027 (most keep nothing)
         """Makes what the task keeps between steps."""
@@ -141,6 +142,14 @@ class Task(abc.ABC):
         del state, step
         return {}
 
+    def told(self) -> Mapping[str, float]:
+        """Metrics of what the next step learns from, beside its own."""
+        return {}
+
+    def panel(self) -> str:
+        """The same in a few words, for the progress bar."""
+        return ''
+
     def alarm(self, metrics: Mapping[str, float]) -> str | None:
         """Returns why training has to end now, by the metrics of a step or an evaluation; None: it has not to."""
         del metrics
@@ -175,6 +184,8 @@ class StageSpec(NamedTuple):
     open: Callable[..., Task]
     # config -> None. Raises UsageError for settings that make no sense, before anything is read
     check: Callable[[Config], None] = lambda config: None
+    # config -> None. Sets what the stage decides for itself where it is None, before that
+    settle: Callable[[Config], None] = lambda config: None
 
     @property
     def about(self) -> saved_config.About:
