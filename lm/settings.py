@@ -337,9 +337,9 @@ class Grpo(Online):
 class Critic:
     """The critic of PPO."""
 
-    warmup: int = setting(2, 'rollouts from which the critic alone learns', COUNT_OR_0)
-    coef: float = setting(0.1, 'coefficient of its loss', POSITIVE)
-    clip: float = setting(0.2, 'how far a value may move on one rollout', POSITIVE)
+    rate: float = setting(10.0, 'its learning rate, as a multiple of optim.lr', POSITIVE)
+    warmup: int = setting(4, 'rollouts from which the critic alone learns', COUNT_OR_0)
+    clip: float = setting(1.0, 'how far a value may move on one rollout', POSITIVE)
     lam: float = setting(1.0, 'λ of GAE for its targets', PART)
 
 

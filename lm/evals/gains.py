@@ -1,6 +1,21 @@
 """What a policy has gained in reward over the one that it began as."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
 import numpy as np
+
+BASELINE = 8  # responses of the earlier policy to each prompt
+
+
+def scores(answer: Callable[[Sequence[Any], int], Any], asked: Sequence[Any], *, rows: int) -> Any:
+    """The scores of a response to each question, arrays [N]: `answer(questions, number of the first)` draws and scores
+    as many as `rows`. The last of them are filled up, so that all have one shape."""
+    found = []
+    for at in range(0, len(asked), rows):
+        found.append(answer([asked[i % len(asked)] for i in range(at, at + rows)], at))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(asked)], *found)
 
 
 def metrics(now: np.ndarray, before: np.ndarray) -> dict[str, float]:

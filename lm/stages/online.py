@@ -39,7 +39,6 @@ MISMATCH_CAP = 2.0  # the largest importance weight of a token, and one over the
 WINDOW = 6  # rollouts over which a rising reward is seen
 HORIZON = 10_000  # responses over which β moves by its error
 HELD_OUT = 128  # prompts of each source at most that are answered for a score
-BASELINE = 8  # responses of the policy as it began to each of them, which later ones are compared with
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
 # token), and the KL from the reference in nats a response, by k1 and by k3.
 MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', 'kl_k3', 'beta')
@@ -448,16 +447,15 @@ class Online(Task):
 
     def gained(self, state: training.TrainState) -> list[dict[str, float]]:
         """Of each source, the scores of responses to its held-out prompts beside those of the policy as it began."""
-        models, found = assemble(state.trainable, state.frozen) | {'policy': state.models['policy']}, []
+        models, found = {**assemble(state.trainable, state.frozen), 'policy': state.models['policy']}, []
         self.before = self.before or self._of_the_beginning(models)
         for s, before in zip(self.data.own.sources, self.before, strict=True):
-            now = self._held_out_scores(models, self.held_out(s))
-            if not before or not len(next(iter(now.values()))):
+            if not before:
                 found.append({})
                 continue
+            now, count = self._held_out_scores(models, s), len(self.held_out(s))
             both = rewards.combined({k: np.concatenate([before[k], x]) for k, x in now.items()}, self.config)
-            count = len(both) // (BASELINE + 1)
-            found.append(gains.metrics(both[-count:], both[:-count].reshape(BASELINE, count).T))
+            found.append(gains.metrics(both[-count:], both[:-count].reshape(gains.BASELINE, count).T))
         return found
 
     def _of_the_beginning(self, models: Roles) -> list[dict[str, np.ndarray]]:
@@ -474,7 +472,7 @@ class Online(Task):
                 self.recorder.say(f'nothing to compare held-out scores with: {error}')
                 return [{} for _ in self.data.own.sources]
         began = {**models, 'policy': first}
-        return [self._held_out_scores(began, self.held_out(s) * BASELINE) for s in self.data.own.sources]
+        return [self._held_out_scores(began, s, gains.BASELINE) for s in self.data.own.sources]
 
     def held_out(self, s: PreparedSource) -> list[Question]:
         """The first held-out prompts of a source that leave room for a response."""
@@ -482,13 +480,14 @@ class Online(Task):
         found = chats.questions(s.heldout, min(HELD_OUT, self.config.eval.rows), longest=self.config.seq_len)
         return [q for q in found if len(q.prompt) <= room]
 
-    def _held_out_scores(self, models: Roles, asked: list[Question]) -> dict[str, np.ndarray]:
-        """{source: the score of a response to each question}, a rollout's at a time; the last are filled up."""
-        found = []
-        for at in range(0, len(asked), self.responses):
-            some = [asked[i % len(asked)] for i in range(at, at + self.responses)]
-            found.append(self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT])))
-        return {name: np.concatenate([one[name] for one in found])[: len(asked)] for name in (found or [{}])[0]}
+    def _held_out_scores(self, models: Roles, s: PreparedSource, each: int = 1) -> dict[str, np.ndarray]:
+        """{source of scores: those of so many responses to each held-out prompt}; {} where there is none."""
+
+        def answer(some: Sequence[Question], at: int) -> dict[str, np.ndarray]:
+            return self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT]))
+
+        asked = self.held_out(s) * each
+        return gains.scores(answer, asked, rows=self.responses) if asked else {}
 
 
 class Scored(NamedTuple):

@@ -24,6 +24,10 @@ class Ppo(online.Online):
     extra_measures = ('explained_variance',)
     extra = ('value_BT', 'return_BT')
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {'critic': self.config.critic.rate}
+
     def abstract_roles(self) -> dict[str, Any]:
         return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
 
@@ -67,7 +71,7 @@ class Ppo(online.Online):
         return {'value': jnp.sum(loss_BT * batch['weights_BT'])}
 
     def more_coefficients(self) -> dict[str, float]:
-        return {'value': self.config.critic.coef}
+        return {'value': 1.0}  # no parameter is shared with the policy
 
 
 def by_length(length: jax.Array) -> jax.Array:

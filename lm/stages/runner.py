@@ -223,6 +223,7 @@ def compile_step(task: Task, optimizer: Any, rate: Any, abstract: training.Train
     fn = training.make_step(
         task.loss(), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
         microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
+        rates=task.rates,
     )  # fmt: skip
     return jax.jit(counted(fn), donate_argnums=0).lower(abstract, task.batch()).compile()
 

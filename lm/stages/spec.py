@@ -114,6 +114,11 @@ class Task(abc.ABC):
         width = self.batch()['tokens_BT'].shape[1]
         return flops.cost(self.cfg, seq_len=width, head=head, forwards=forwards)
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """{role of what is trained: the multiple of the learning rate that it has}, 1 for the others."""
+        return MappingProxyType({})
+
     # ---- around the steps ----
 
     @abc.abstractmethod
