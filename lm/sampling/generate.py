@@ -349,11 +349,11 @@ def _progress(
 
 def _once(prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], np.ndarray]:
     """(the prompts to read, which of them each row begins with): equal ones are read once, where every device then has
-    what its rows begin with."""
+    what its rows begin with, and all come as often: each number of prompts is another program."""
     places: dict[tuple[int, ...], int] = {}
     reads_B = np.array([places.setdefault(tuple(prompt), len(places)) for prompt in prompts])
     B, P, parts = len(prompts), len(places), _parts(len(prompts))
-    if not _split_alike(B, P) or np.any(reads_B * parts // P != np.arange(B) * parts // B):
+    if B % P or not _split_alike(B, P) or np.any(reads_B * parts // P != np.arange(B) * parts // B):
         return prompts, np.arange(B)
     return list(places), reads_B
 
