@@ -145,9 +145,13 @@ class Online(Task):
         return self.updates * max(1, len(self.asked) // self.config.rl.prompts)
 
     @property
+    def leashed(self) -> bool:
+        """Whether there is a reference: with an adapter it is the base."""
+        return (self.config.rl.kl or 'none') != 'none' or self.config.rl.kl_budget is not None
+
+    @property
     def frozen(self) -> Mapping[str, str]:
-        rl = self.config.rl
-        reference = {'reference': 'init_from'} if (rl.kl or 'none') != 'none' or rl.kl_budget else {}
+        reference = {'reference': 'init_from'} if self.leashed and self.adapter is None else {}
         return reference | ({'reward': 'reward_from'} if self.config.reward_from else {})
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -279,7 +283,7 @@ class Online(Task):
     def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The trainer's own log-probs of what was drawn, by the policy and the reference."""
         found = {'old_BT': self.by_batches(models['policy'], rows, log_probs)}
-        if 'reference' in models:
+        if self.leashed:
             found['reference_BT'] = self.by_batches(models['reference'], rows, log_probs)
         return found
 
@@ -321,7 +325,7 @@ class Online(Task):
         }  # fmt: skip
         if len(found.scores) > 1:
             told |= {f'reward_{name}': float(x.mean()) for name, x in found.scores.items()}
-        if 'reference' in self.frozen:
+        if self.leashed:
             apart = (old - rows['reference_BT']) * mask
             told['kl'] = float(apart.sum(1).mean())
             told['kl_k3'] = float((np.exp(-apart) - 1 + apart).sum(1).mean())
