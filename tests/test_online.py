@@ -13,10 +13,12 @@ from lm import config, settings
 from lm.data.chats import Question
 from lm.errors import Preempted, RunError, UsageError
 from lm.evals import gains
+from lm.losses import policy
 from lm.rl import rewards
 from lm.runs import rundir, saved_config
 from lm.sampling.generate import Drawn
 from lm.stages import grpo, online, ppo
+from lm.training import step
 
 OWN = {
     'steps': 8, 'batch_size': 8, 'data__mixture': 'chats.jsonl', 'rl__prompts': 4, 'rl__group': 4,
@@ -257,3 +259,58 @@ def test_beta_moves_towards_its_target(monkeypatch):
 
 def test_the_lambda_of_a_policy_grows_with_the_length():
     np.testing.assert_allclose(ppo.by_length(jax.numpy.array([10, 400, 800])), [0.95, 0.95, 0.975])
+
+
+# ---- several responses to a row ----
+
+
+def drawn_rows():
+    """Per-token arrays [5, 12] of responses of several lengths after prompts of several lengths."""
+    draw, rows = np.random.default_rng(0), {}
+    lengths, prompts = [12, 7, 3, 5, 4], [3, 2, 1, 4, 0]
+    place = np.arange(12)
+    used = np.array([place < n for n in lengths])
+    rows['segments_BT'] = used.astype(np.int32)
+    learned = np.array([place >= p for p in prompts]) & used
+    rows['weights_BT'] = learned.astype(np.float32)
+    for name in ('logp_BT', 'old_BT', 'sampler_BT', 'advantage_BT'):
+        rows[name] = (draw.normal(size=used.shape) * 0.3 * learned).astype(np.float32)
+    return rows
+
+
+def losses_of(rows, ratio, aggregation):
+    mask, own = rows['weights_BT'], {'segments_BT': rows['segments_BT']}
+    weight = policy.token_weights(mask, aggregation, **own)
+    weight *= policy.mismatch_weights(rows['old_BT'], rows['sampler_BT'], mask, how='mask', cap=1.3, ratio=ratio, **own)
+    clip = policy.Clip('clip', 0.1, 0.1)
+    loss, _ = policy.surrogate(
+        rows['logp_BT'], rows['old_BT'], rows['advantage_BT'], mask, ratio=ratio, clip=clip, **own
+    )
+    return np.sum(weight * loss) / policy.denominator(mask, aggregation, longest=9, **own)
+
+
+@pytest.mark.parametrize('ratio', ['token', 'sequence'])
+@pytest.mark.parametrize('aggregation', ['tokens', 'constant', 'response'])
+def test_packed_responses_give_the_loss_of_responses_alone(ratio, aggregation):
+    rows = drawn_rows()
+    packing = online.Packing.of([12, 7, 3, 5, 4], 12)
+    assert sorted(n for row in packing.rows for *_, n in row) == [3, 4, 5, 7, 12] and len(packing.rows) == 3
+    packed = packing.lay(rows)
+    np.testing.assert_allclose(losses_of(packed, ratio, aggregation), losses_of(rows, ratio, aggregation), rtol=1e-6)
+    np.testing.assert_array_equal(packing.unpack(packed['logp_BT'], 5), rows['logp_BT'])
+
+
+def test_a_row_has_no_more_responses_than_can_be_told_apart():
+    packing = online.Packing.of([1] * 40, 64)
+    assert [len(row) for row in packing.rows] == [16, 16, 8]
+    assert packing.lay({'segments_BT': np.ones((40, 64), np.int32)})['segments_BT'].max() == policy.RESPONSES
+
+
+def test_microbatches_after_the_last_token_are_left_out():
+    segments = np.zeros((6, 2), np.int32)  # rows 0, 2, 4 are of microbatch 0 of two
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 0
+    segments[4, 1] = 1
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 1
+    segments[1, 0] = 1
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 2
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 3)) == 2  # rows 1 and 4

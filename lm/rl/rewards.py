@@ -40,6 +40,9 @@ def function(name: str) -> Function:
     return lambda prompts, responses, answers: found(prompts, responses)
 
 
+ROUND = 32  # tokens to which widths are rounded up, so that few shapes are compiled
+
+
 class Texts(NamedTuple):
     """Responses as text: the prompts with the marks of their conversation, what was drawn, and the data's own answers.
 
@@ -131,13 +134,15 @@ def of_model(
     """A reward model's normalised scores of prompts with their responses, float32 [N].
 
     Args:
-      ids: of each, all at most `width`. rows: how many are in memory at once; a part of N that the mesh can share.
+      ids: of each, all at most `width`. rows: how many are in memory at once, those of like length together; a part of
+        N that the mesh can share.
     """
-    tokens_BT, length_B = np.zeros((len(ids), width), np.int32), np.array([len(own) for own in ids], np.int32)
-    for row_T, own in zip(tokens_BT, ids, strict=True):
-        row_T[: len(own)] = own
-    raw = []
-    for part in (slice(at, at + rows) for at in range(0, len(ids), rows)):
-        placed = sharding.shard_batch({'tokens_BT': tokens_BT[part]})
-        raw.append(np.asarray(_last_scores(params, placed['tokens_BT'], length_B[part], cfg=cfg)))
-    return (np.concatenate(raw) - scale.mean) / np.float32(scale.std)
+    length_B, raw_B = np.array([len(own) for own in ids], np.int32), np.zeros(len(ids), np.float32)
+    order_B, unit = np.argsort(length_B, kind='stable'), ROUND * jax.sharding.get_mesh().shape.get('seq', 1)
+    for some in (order_B[at : at + rows] for at in range(0, len(ids), rows)):
+        tokens_BT = np.zeros((len(some), min(width, math.ceil(length_B[some].max() / unit) * unit)), np.int32)
+        for row_T, i in zip(tokens_BT, some, strict=True):
+            row_T[: length_B[i]] = ids[i]
+        placed = sharding.shard_batch({'tokens_BT': tokens_BT})
+        raw_B[some] = np.asarray(_last_scores(params, placed['tokens_BT'], length_B[some], cfg=cfg))
+    return (raw_B - scale.mean) / np.float32(scale.std)

@@ -201,6 +201,10 @@ class Online(Task):
         del start
         size, per_epoch = self.config.batch_size, self.responses // self.config.batch_size
 
+        # Row j·n + i is of microbatch i of n: the first of them are filled first.
+        count = size // self.config.execution.microbatch
+        places = np.arange(size).reshape(-1, count).T.reshape(-1)
+
         def source(state: training.TrainState, i: int) -> Batch:
             rollout, update = divmod(i, self.updates)
             if update == 0:
@@ -208,8 +212,13 @@ class Online(Task):
                     self.rows = self.roll_out(state, rollout)
             epoch, part = divmod(update, per_epoch)
             key = np.random.SeedSequence([self.config.seed, rollout, epoch])
-            rows = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
-            return sharding.shard_batch({name: x[rows] for name, x in self.rows.items()})
+            taken = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
+            rows = {name: x[taken] for name, x in self.rows.items()}
+            laid = self.packing(rows).lay(rows)
+            whole = {name: np.zeros((size, self.width), x.dtype) for name, x in laid.items()}
+            for name, x in laid.items():
+                whole[name][places[: len(x)]] = x
+            return sharding.shard_batch(whole)
 
         return source
 
@@ -288,12 +297,18 @@ class Online(Task):
         return found
 
     def by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
-        """A function of tokens, [responses, T], a microbatch at a time."""
-        size, out = self.config.execution.microbatch, []
-        for at in range(0, self.responses, size):
-            some = sharding.shard_batch({name: rows[name][at : at + size] for name in ROWS})
+        """A function of tokens, [responses, T], a microbatch of packed rows at a time."""
+        size, out, packing = self.config.execution.microbatch, [], self.packing(rows)
+        laid = packing.lay({name: rows[name] for name in ROWS})
+        for at in range(0, len(packing.rows), size):
+            some = {name: x[at : at + size] for name, x in laid.items()}
+            empty = [(0, size - len(some['tokens_BT'])), (0, 0)]
+            some = sharding.shard_batch({name: np.pad(x, empty) for name, x in some.items()})
             out.append(np.asarray(of(params, some, self.cfg, self.config.rl.temperature)))
-        return np.concatenate(out)
+        return packing.unpack(np.concatenate(out), self.responses)
+
+    def packing(self, rows: Mapping[str, np.ndarray]) -> 'Packing':
+        return Packing.of((rows['segments_BT'] > 0).sum(1).tolist(), self.width)
 
     def scores(
         self, models: Roles, asked: Sequence[Question], drawn: Sequence[generate.Drawn]
@@ -392,11 +407,14 @@ class Online(Task):
             mask_BT, old_BT = batch['weights_BT'], batch['old_BT']
             h_BTD, aux = sequences.hidden(models['policy'], cfg, batch)
             logp_BT, entropy_BT = sequences.of_hidden(models['policy'], cfg, h_BTD, batch, rl.temperature)
-            weight_BT = losses.token_weights(mask_BT, rl.aggregation)
+            own = {'segments_BT': batch['segments_BT']}
+            weight_BT = losses.token_weights(mask_BT, rl.aggregation, **own)
             weight_BT *= losses.mismatch_weights(
-                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, ratio=rl.mismatch_ratio, cap=MISMATCH_CAP
+                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, ratio=rl.mismatch_ratio, cap=MISMATCH_CAP, **own
             )
-            loss_BT, told = losses.surrogate(logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip)
+            loss_BT, told = losses.surrogate(
+                logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip, **own
+            )
             found = {'policy': jnp.sum(weight_BT * loss_BT), **aux}
             if rl.kl == 'k3':
                 found['kl'] = jnp.sum(weight_BT * losses.k3_loss(logp_BT, batch['reference_BT'], old_BT, mask_BT))
@@ -408,7 +426,8 @@ class Online(Task):
 
         def denominators(batch: Batch) -> training.Sums:
             mask_BT = batch['weights_BT']
-            whole = losses.denominator(mask_BT, rl.aggregation, longest=rl.max_new_tokens)
+            own = {'segments_BT': batch['segments_BT'], 'longest': rl.max_new_tokens}
+            whole = losses.denominator(mask_BT, rl.aggregation, **own)
             found = dict.fromkeys(('ratio', 'clipped', 'entropy', 'value'), jnp.sum(mask_BT))
             return found | {'policy': whole, 'kl': whole} | aux_weights(cfg, batch)
 
@@ -492,6 +511,45 @@ class Online(Task):
 
         asked = self.held_out(s) * each
         return gains.scores(answer, asked, rows=self.responses) if asked else {}
+
+
+class Packing(NamedTuple):
+    """Responses in rows, several to one: [(response, its place, its tokens), …] of each row."""
+
+    rows: list[list[tuple[int, int, int]]]
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int) -> 'Packing':
+        """The longest first, each in the first row that has room."""
+        rows: list[list[tuple[int, int, int]]] = []
+        used: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            fits = (r for r, n in enumerate(used) if n + lengths[i] <= width and len(rows[r]) < losses.RESPONSES)
+            r = next(fits, len(rows))
+            if r == len(rows):
+                rows.append([])
+                used.append(0)
+            rows[r].append((i, used[r], lengths[i]))
+            used[r] += lengths[i]
+        return cls(rows, width)
+
+    def lay(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays [responses, T] as packed rows."""
+        out = {name: np.zeros((len(self.rows), self.width), x.dtype) for name, x in arrays.items()}
+        for r, row in enumerate(self.rows):
+            for segment, (i, at, n) in enumerate(row, 1):
+                for name, x in arrays.items():
+                    out[name][r, at : at + n] = segment if name == 'segments_BT' else x[i, :n]
+        return out
+
+    def unpack(self, x_RT: np.ndarray, responses: int) -> np.ndarray:
+        """An array of packed rows as [responses, T]."""
+        out = np.zeros((responses, self.width), x_RT.dtype)
+        for r, row in enumerate(self.rows):
+            for i, at, n in row:
+                out[i, :n] = x_RT[r, at : at + n]
+        return out
 
 
 class Scored(NamedTuple):

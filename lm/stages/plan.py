@@ -155,24 +155,29 @@ def abstract_state(trainable: Roles, optimizer: Any, seed: int, *, ema: bool = F
 
 def autotune_microbatch(
     config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
-    batch: Callable[[int], training.Batch] | None,
+    batch: Callable[[int], training.Batch] | None, *, partly: bool = False,
 ) -> tuple[Any, str]:  # fmt: skip
     """(the compiled step, the microbatch in words), with execution.microbatch filled in if the user left it to us.
 
     Args:
       build: microbatch -> the compiled step.
-      batch: microbatch -> a batch to time its step with; None in a dry run, which times nothing.
+      batch: microbatch -> a batch to time its step with; None: nothing is timed.
+      partly: batches are filled in part, so that small microbatches are worth it.
     """
     if config.execution.microbatch:
         return build(config.execution.microbatch), f'microbatch {config.execution.microbatch}'
     build, mesh = functools.cache(build), jax.sharding.get_mesh()
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
+    if partly:
+        wanted = microbatch.MIN_TOKENS if device.platform == 'cpu' else microbatch.ACCELERATOR_TOKENS
+        enough = [m for m in found if m * config.seq_len >= wanted]
+        found = [m for m in found if m <= enough[0]] if enough else found
     memory = execution.least_memory(device)
     limit = memory and memory * execution.used(device.platform)
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
-    timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
+    timed = alone and not partly and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
     if timed and batch is not None:
         time_them = lambda steps: microbatch.time_steps(steps, abstract, {m: batch(m) for m in steps})
         key = {

@@ -142,7 +142,8 @@ def _fit(
     abstract = abstract_state(task, optimizer)
     build = partial(compile_step, task, optimizer, rate, abstract)
     with ledger('compile'), progress.task('compiling the step'):
-        step, told = plan.autotune_microbatch(config, cfg, abstract, build, partial(first_batch, task))
+        batch = None if task.online else partial(first_batch, task)  # an online task has none before it has a state
+        step, told = plan.autotune_microbatch(config, cfg, abstract, build, batch, partly=task.online)
     fitting.check_compiled(config, cfg, abstract, step)
     rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
@@ -183,11 +184,7 @@ def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 
 def first_batch(task: Task, microbatch: int) -> Batch:
     """A batch to time a step with."""
-    task = task.at(microbatch)
-    if task.online:  # there is no state yet
-        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        return {name: zeros(x) for name, x in task.batch().items()}
-    return task.source(0)(None, 0)
+    return task.at(microbatch).source(0)(None, 0)
 
 
 def counted(step: Callable) -> Callable:
@@ -223,7 +220,7 @@ def compile_step(task: Task, optimizer: Any, rate: Any, abstract: training.Train
     fn = training.make_step(
         task.loss(), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
         microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
-        rates=task.rates,
+        rates=task.rates, filled=task.online,
     )  # fmt: skip
     return jax.jit(counted(fn), donate_argnums=0).lower(abstract, task.batch()).compile()
 
@@ -273,7 +270,7 @@ def _dry_run(task: Task) -> dict[str, Any]:
     recorder.say(f'attention   {execution.told(config, cfg)}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
-        compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
+        compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None, partly=task.online)
     recorder.say(told)
     tokens = _tokens(task.batch())
     cost = task.cost().of(tokens, tokens)

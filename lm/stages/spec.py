@@ -54,7 +54,7 @@ class Task(abc.ABC):
 
     trains: ClassVar[str] = 'policy'  # the role of what is trained; 'adapter' needs a frozen 'base'
     adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
-    online: ClassVar[bool] = False  # whether batches depend on the state
+    online: ClassVar[bool] = False  # whether batches depend on the state; many of their rows may then hold nothing
     until: ClassVar[tuple[str, ...]] = ()  # settings of which one has to change before a run goes on after its alarm
 
     def __post_init__(self) -> None:  # noqa: B027 (most keep nothing)

@@ -75,6 +75,7 @@ def make_step(
     ema: float | None = None,
     counts: np.ndarray | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
+    filled: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
@@ -89,6 +90,7 @@ def make_step(
         every later step. The others have weight 0. None: all of them.
       ema: decay of the average of the weights, for a state that has one.
       rates: {role: what its updates are multiplied by}, 1 for the others.
+      filled: leave out the microbatches after the last that holds a token.
     """
 
     update = optax.with_extra_args_support(optimizer).update
@@ -102,6 +104,7 @@ def make_step(
         denominators = loss.denominators(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
+        count = holding(batch, microbatches) if filled else count
 
         def on_microbatch(fn: Callable, trainable: Roles, part: Batch, index: jax.Array | int) -> Any:
             return fn(assemble(trainable, state.frozen), part, jax.random.fold_in(key, index))
@@ -159,6 +162,12 @@ def accumulate(fn: Callable, trainable: Any, batch: Batch, n: int, count: jax.Ar
     shapes = jax.eval_shape(fn, trainable, first, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
     return jax.lax.fori_loop(0, count, body, zeros)
+
+
+def holding(batch: Batch, n: int) -> jax.Array:
+    """The number of microbatches, of n, up to the last that holds a token."""
+    any_B = jnp.any(batch['segments_BT'] > 0, axis=1).astype(jnp.int32)
+    return jnp.max(jnp.where(jnp.any(split_rows(any_B, n) > 0, axis=1), jnp.arange(1, n + 1), 0))
 
 
 def split_rows(x: jax.Array, n: int) -> jax.Array:
