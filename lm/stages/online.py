@@ -163,7 +163,7 @@ class Online(Task):
             )
         return found
 
-    def _questions(self, rollout: int) -> list[Question]:
+    def questions(self, rollout: int) -> list[Question]:
         """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
         count, seed = self.config.rl.prompts, self.config.seed
         asked = (self.asked[shuffled(j, len(self.asked), seed)] for j in range(rollout * count, (rollout + 1) * count))
@@ -201,7 +201,7 @@ class Online(Task):
         """Draws, scores and weighs: the rows of a rollout."""
         c, rl, data = self.config, self.config.rl, self.data
         models = assemble(state.trainable, state.frozen)
-        questions = [q for q in self._questions(rollout) for _ in range(rl.group)]
+        questions = [q for q in self.questions(rollout) for _ in range(rl.group)]
         seed = int(np.random.SeedSequence([c.seed, rollout]).generate_state(1)[0])
         drawn = generate.draw(
             models['policy'], self.cfg, [q.prompt for q in questions], max_new_tokens=rl.max_new_tokens,
