@@ -9,8 +9,9 @@ has all its tokens, and `ends`, in which every 40th id ends one, so that they ha
 With --peer iterations of TRL's GRPOTrainer take turns with ours, in this process: the same weights and prompts, groups,
 lengths, temperature, clipping and advantages, no reference model on either side, text of the same tokenizer to the same
 reward, its own generation (of transformers), `training_step` and loss, fused AdamW. Tried, and the fastest taken: sizes
-of its microbatch, a dynamic and a static cache. `ratio` is the median of pairs; the ledgers are medians, in seconds:
-drawing the responses, scoring them (rewards and log-probs), updating. Prints one JSON line.
+of its microbatch, a dynamic and a static cache (with `fixed`; `ends` takes the same). `ratio` is the median of pairs;
+the ledgers are medians, in seconds: drawing the responses, scoring them (rewards and log-probs), updating. Prints one
+JSON line.
 """
 
 import dataclasses
@@ -34,7 +35,6 @@ from lm.errors import run_command
 from lm.stages import grpo
 
 EVERY = 40  # of the ids, that one of which ends a response
-WARMUP = 2  # iterations
 EXTRA = [('reward_from', 'none'), ('reward.fn', 'rl:vowels'), ('optim.schedule', 'constant'), ('optim.warmup', '0')]
 TINY = {'model.dim': 32, 'model.layers': 2, 'rl.prompts': 4, 'rl.group': 2, 'rl.max_new_tokens': 8, 'batch_size': 4}
 
@@ -88,11 +88,10 @@ def ours(task: Timed) -> Iteration:
 
 
 def compare(mine: Iteration, theirs: Sequence[Iteration], rounds: int) -> dict[str, Any]:
-    """The figures of iterations that take turns, after the fastest of the others was found."""
-    tried = {side.name: [side.iterate() for _ in range(WARMUP)][-1]['total'] for side in theirs}
+    """The figures of iterations that take turns, after a first of each has told which of the others is the fastest."""
+    mine.iterate()
+    tried = {side.name: side.iterate()['total'] for side in theirs}
     peer = min(theirs, key=lambda side: tried[side.name]) if theirs else None
-    for _ in range(WARMUP):
-        mine.iterate()
     own, others = [], []
     for _ in range(rounds):
         own.append(mine.iterate())
@@ -116,7 +115,7 @@ def measure(flags: Any, config: Config) -> None:
         if flags.peer:
             import trl_peer
 
-            theirs = trl_peer.grpo(task, vowels)
+            theirs = trl_peer.grpo(task, vowels, only=result['fixed']['peer_setting'] if result else None)
             versions = {'peer': posttraining.versions()}
         result[name] = compare(mine, theirs, flags.rounds)
     rl = config.rl

@@ -64,9 +64,9 @@ def dpo(ours: Ours, reference: np.ndarray, *, steps: int, longest: int) -> list[
     return [side(order, n) for order, sizes in DPO_SIZES.items() for n in sizes]
 
 
-def grpo(task: Any, reward: Callable[[Any, Any], list[float]]) -> list[Iteration]:
+def grpo(task: Any, reward: Callable[[Any, Any], list[float]], *, only: str | None) -> list[Iteration]:
     """GRPOTrainer with transformers' generation, on the prompts of a task of ours in their order, from the weights that
-    our side began with; a response ends with the ids that end ours."""
+    our side began with; a response ends with the ids that end ours. At all settings, or the one of this name."""
     from trl import GRPOConfig, GRPOTrainer
 
     config, cfg, rl = task.config, task.cfg, task.config.rl
@@ -93,7 +93,7 @@ def grpo(task: Any, reward: Callable[[Any, Any], list[float]]) -> list[Iteration
     rows = [{'prompt': ' '.join(map(str, ids))} for ids in prompts]
     params = parameters.init_sharded(jax.random.key(0), cfg)
 
-    def side(size: int, cache: str) -> Iteration:
+    def side(name: str, size: int, cache: str) -> Iteration:
         arguments = GRPOConfig(
             **_arguments(size), num_generations=rl.group, generation_batch_size=task.responses,
             gradient_accumulation_steps=config.batch_size // size, max_completion_length=rl.max_new_tokens,
@@ -103,9 +103,12 @@ def grpo(task: Any, reward: Callable[[Any, Any], list[float]]) -> list[Iteration
         model = torch_llama(params, cfg, length=config.seq_len, attention='sdpa')
         model.generation_config.eos_token_id = [i for i in task.data.stop_ids if i < cfg.vocab_size] or None
         trainer = Timed(model, score, args=arguments, **_data(rows, cfg))
-        return _iteration(f'{size} at once, {cache} cache', trainer, task.updates, clock)
+        return _iteration(name, trainer, task.updates, clock)
 
-    return [side(min(size, config.batch_size), cache) for size, cache in GRPO_SETTINGS]
+    settings = {
+        f'{size} at once, {cache} cache': (min(size, config.batch_size), cache) for size, cache in GRPO_SETTINGS
+    }
+    return [side(name, *setting) for name, setting in settings.items() if only in (None, name)]
 
 
 def _iteration(name: str, trainer: Any, updates: int, clock: Clock) -> Iteration:
