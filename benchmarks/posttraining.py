@@ -75,7 +75,7 @@ class Clock:
 
     def ledger(self, tokens: float) -> Ledger:
         """What passed since the last ledger."""
-        found, self.seconds = self.seconds, {}
+        found, self.seconds = dict(sorted(self.seconds.items())), {}
         return {**found, 'total': sum(found.values()), 'tokens': tokens}
 
 
