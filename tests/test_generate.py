@@ -139,6 +139,17 @@ def test_ragged_greedy_rows_are_each_row_by_whole_forwards(mesh, small_pieces):
     assert [g.ids for g in out] == expected and not any(g.ended for g in out)
 
 
+@pytest.mark.slow
+def test_turns_of_several_tokens_draw_the_same(small_pieces, one_device, monkeypatch):
+    """Their ends are no multiples of the cache's sizes, nor of what was asked for."""
+    monkeypatch.setattr(module, 'TURNS', {'cpu': 8})
+    prompts, never = prompts_of(2, 3, seed=1), [CFG.vocab_size + 1]
+    expected = [greedy_by_forward(CFG, tuple(p), 22) for p in prompts]
+    parts = list(stream(params_of(CFG), CFG, prompts, max_new_tokens=22, every=5, stop_ids=never))
+    assert [g.ids for g in parts[-1]] == expected
+    assert [len(part[0].ids) for part in parts] == [9, 17, 22]
+
+
 @pytest.mark.parametrize('mesh', ['one', pytest.param('fsdp2-seq2-tensor2', marks=pytest.mark.slow)], indirect=True)
 def test_a_cache_that_grows_is_the_whole_forward(mesh, small_pieces):
     """Room for 8 tokens after the prompts, then for 24: parts of the stream end past the first, and with it."""

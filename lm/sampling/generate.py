@@ -22,6 +22,8 @@ from lm.sampling.choice import GREEDY, KNOBS, Sampling
 PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
 ROUND = 64  # caches are rounded up to this many tokens, so that few shapes are compiled
 SLOTS = 512, 4  # the sizes of a cache that never grows: the least, and how many times the one before the next is
+# Tokens that are drawn between two looks at which rows go on, where a look costs: a GPU's is the host's.
+TURNS = {'gpu': 8}
 FEWEST = 16  # rows that go on together to the end, on each device: fewer are not worth another program
 PIECE_SECONDS = 0.1  # of drawing between two looks at what was drawn, where nobody says after how many tokens
 
@@ -140,15 +142,20 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
 
 @partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
 def _decode(params, state: State, until, least, sampling, stop_ids, allowed_V, *, cfg, how) -> State:
-    """Draws tokens until `until` are drawn or no device has more than `least` rows that go on."""
-    parts = _parts(state.done_B.shape[0])
+    """Draws tokens, TURNS at a time, until `until` are drawn or no device has more than `least` rows that go on."""
+    parts, turn = _parts(state.done_B.shape[0]), _turn()
 
     def body(state: State) -> State:
         h_BTD, cache = kv_cache.forward_cached(params, cfg, state.next_B[:, None], state.cache)
         return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, allowed_V, how)
 
     live = lambda s: jnp.max(jnp.sum(~s.done_B.reshape(parts, -1), axis=1))
-    return jax.lax.while_loop(lambda s: (s.drawn < until) & (live(s) > least), body, state)
+    turned = body if turn == 1 else lambda s: jax.lax.fori_loop(0, turn, lambda _, s: body(s), s)
+    return jax.lax.while_loop(lambda s: (s.drawn < until) & (live(s) > least), turned, state)
+
+
+def _turn() -> int:
+    return TURNS.get(sharding.platform(), 1)
 
 
 # Once for all that is generated with these parameters; without it `stream` does it at each call.
@@ -262,7 +269,8 @@ def stream(
     every: int | None = 8,
     programs: tuple[int, Programs] | None = None,
 ) -> Generator[list[Generation], None, None]:
-    """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
+    """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens (or some more,
+    see TURNS) and at the end.
 
     Args:
       prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
@@ -389,8 +397,8 @@ def _going_on(done_B: np.ndarray) -> np.ndarray:
 
 
 def _write(out: Progress, rows: np.ndarray, state: State) -> None:
-    """Adds what the rows in generation have drawn."""
-    drawn = int(state.drawn)
+    """Adds what the rows in generation have drawn, of the last turn as much as was asked for."""
+    drawn = min(int(state.drawn), out.ids_BT.shape[1])
     out.ids_BT[rows, :drawn] = np.asarray(state.out_BT)[:, :drawn]
     if state.logp_BT is not None:
         out.logp_BT[rows, :drawn] = np.asarray(state.logp_BT)[:, :drawn]
@@ -435,13 +443,14 @@ def _mask(allowed: np.ndarray | None, vocab_size: int, *, whole: bool) -> np.nda
 
 
 def _with_room(state: State, *, width: int, most: int) -> tuple[State, int]:
-    """(the state with room for another token, how many may be drawn before it is full). Prompts fill the cache to
+    """(the state with room for another turn, how many may be drawn before it is full). Prompts fill the cache to
     `width`; when it is full it doubles, up to `most` slots."""
-    slots = state.cache.position_BS.shape[1]
-    if int(state.drawn) > slots - width:  # the newest token has no slot
+    slots, turn = state.cache.position_BS.shape[1], _turn()
+    full = lambda: (slots - width) // turn * turn + 1  # the newest token has no slot yet
+    if int(state.drawn) >= full():
         slots = min(2 * slots, most)
         state = _grow(state, slots=slots)
-    return state, slots - width + 1
+    return state, full()
 
 
 def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:

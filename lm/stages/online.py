@@ -178,7 +178,7 @@ class Online(Task):
             )
         return found
 
-    def _questions(self, rollout: int, again: int = 0) -> list[Question]:
+    def questions(self, rollout: int, again: int = 0) -> list[Question]:
         """The prompts of a rollout: each once in an epoch, in an order that the seed gives; those that are drawn again,
         in another."""
         count, seed = self.config.rl.prompts, self.config.seed + (again << 32)  # a setting's seed has 32 bits
@@ -227,11 +227,11 @@ class Online(Task):
         way to those of other prompts (DAPO's dynamic sampling)."""
         c, rl = self.config, self.config.rl
         models = assemble(state.trainable, state.frozen)
-        found = self._scored(models, self._questions(rollout), [c.seed, rollout])
+        found = self._scored(models, self.questions(rollout), [c.seed, rollout])
         for again in range(1, rl.resample + 1):
             if not (wanted := self._same(found.score)).any():
                 break
-            others = self._scored(models, self._questions(rollout, again), [c.seed, rollout, again])
+            others = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
             found = found.filled(wanted, others, ~self._same(others.score), rl.group)
         ended, score = np.array([d.ended for d in found.drawn]), found.score
         rows = self.rows_of(found)
