@@ -136,7 +136,8 @@ def main():
         'batch': {
             'input_ids': ids.tolist(), 'attention_mask': real.tolist(), 'completion_mask': mask.tolist(),
             'logp': logp.tolist(), 'entropy': entropy.tolist(), 'old': batch['old_per_token_logps'].tolist(),
-            'near': batch['ref_per_token_logps'].tolist(), 'reference': reference.tolist(), 'advantages': batch['advantages'].tolist(),
+            'near': batch['ref_per_token_logps'].tolist(), 'reference': reference.tolist(),
+            'advantages': batch['advantages'].tolist(),
         },
         'rewards': REWARDS,
         'advantages': advantages,
