@@ -4,18 +4,25 @@ import contextlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from lm import sharding
+from lm.config import Config, split_run
+from lm.data.chats import Question
+from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.model import sequences
 from lm.model.config import ModelConfig
+from lm.multihost import processes
+from lm.runs import reward_scale, rundir, saved_config
 from lm.runs.reward_scale import Scale
+from lm.sampling.generate import Drawn
 
 # (prompts, responses, answers) -> scores; answers are the data's own.
 Function = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
@@ -36,6 +43,60 @@ def function(name: str) -> Function:
         if 'answers' in inspect.signature(found).parameters:
             return lambda prompts, responses, answers: found(prompts, responses, answers=answers)
     return lambda prompts, responses, answers: found(prompts, responses)
+
+
+class Model(NamedTuple):
+    """A reward model in use: a row has `width` tokens at most, and `rows` of them are in memory at once."""
+
+    params: Any
+    cfg: ModelConfig
+    scale: Scale
+    width: int
+    rows: int
+
+
+def check_model(run: str, *, tokenizer: str, beside: str) -> Mapping[str, Any]:
+    """The config.json of a reward model. Raises UsageError if it is none, or its tokenizer has not the fingerprint of
+    that of the run which it is to score."""
+    saved = rundir.read_config(run)
+    if saved_config.about(saved).output != 'scores':
+        raise UsageError(f'reward_from={run} is no reward model: name a run that gives scores')
+    if saved.get('tokenizer') not in (None, tokenizer):
+        raise UsageError(f'reward_from={run} has another tokenizer than {beside}')
+    return saved
+
+
+def read_scale(run: str, step: int) -> Scale:
+    """The scale of the scores of a reward run's checkpoint."""
+    return reward_scale.read(epath.Path(split_run(run)[0]), step)
+
+
+def scores(
+    config: Config, tokenizer: Tokenizer, asked: Sequence[Question], drawn: Sequence[Drawn], model: Model | None
+) -> np.ndarray:
+    """The score of each response by all sources that a config has, float32 [N]. Of several processes one asks the
+    user's function, and tells the others.
+
+    Args:
+      model: that of `reward_from`, if there is one.
+    """
+    total, prompts = np.zeros(len(drawn), np.float32), [tokenizer.decode(q.prompt) for q in asked]
+    if model is not None:
+        ids = [[*q.prompt, *d.ids] for q, d in zip(asked, drawn, strict=True)]
+        found = of_model(model.params, model.cfg, model.scale, ids, width=model.width, rows=model.rows)
+        total += checked(found, prompts, config.reward_from)
+    if config.reward.fn:
+        told, name = None, f'reward.fn={config.reward.fn}'
+        if processes.first():
+            said = [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn]
+            wanted = [tokenizer.decode(q.answer) for q in asked]
+            try:
+                given = function(config.reward.fn)(prompts, said, wanted)
+            except (Exception, SystemExit) as error:  # a user's own code
+                raise RunError(f'{name}: {type(error).__name__}: {error}') from error
+            told = checked(given, prompts, name).tolist()
+        total += np.asarray(processes.all_gather(told)[0], np.float32)
+    return total
 
 
 def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:

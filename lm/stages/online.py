@@ -9,23 +9,21 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from lm import progress, sharding
-from lm.config import Config, split_run
+from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
 from lm.data.packing import shuffled
 from lm.data.prompts import Prompt
-from lm.errors import RunError, UsageError
+from lm.errors import UsageError
 from lm.losses import policy as losses
 from lm.model import sequences
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
-from lm.multihost import processes
 from lm.rl import rewards
-from lm.runs import checkpoint, reward_scale, rundir, saved_config
+from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
 from lm.stages import language, plan
@@ -78,11 +76,8 @@ def prepare(config: Config, tokenizer: str | None, say: Say) -> WithReplay:
     for s in data.own.sources:
         chats.check(s, seq_len=config.seq_len)
     if config.reward_from:
-        theirs = rundir.read_config(config.reward_from)
-        if saved_config.about(theirs).output != 'scores':
-            raise UsageError(f'reward_from={config.reward_from} is no reward model: name a run that gives scores')
-        if theirs.get('tokenizer') not in (None, data.tokenizer.fingerprint):
-            raise UsageError(f'reward_from={config.reward_from} has another tokenizer than {config.init_from}')
+        own = {'tokenizer': data.tokenizer.fingerprint, 'beside': config.init_from}
+        theirs = rewards.check_model(config.reward_from, **own)
         own, other = config.model.to_dict(), theirs['config']['model']
         if different := sorted(k for k in other if k in own and other[k] != own[k]):
             raise UsageError(
@@ -178,7 +173,7 @@ class Online(Task):
         """Reads the scale of the reward model's scores: that of the checkpoint which the run began with."""
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
-            self.scale = reward_scale.read(epath.Path(split_run(run)[0]), step)
+            self.scale = rewards.read_scale(run, step)
         return {}
 
     def source(self, start: int) -> Source:
@@ -214,7 +209,7 @@ class Online(Task):
         rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in drawn])
         rows |= self.measured(models, rows)
         ended = np.array([d.ended for d in drawn])
-        score = self.scores(models, questions, drawn, ids)
+        score = self.scores(models, questions, drawn)
         self.note(**self._told(rows, score, ended))
         self.means = np.append(self.means[1:], np.float32(score.mean()))
         if rl.truncated == 'penalty':
@@ -243,26 +238,12 @@ class Online(Task):
             out.append(np.asarray(of(params, some, self.cfg, self.config.rl.temperature)))
         return np.concatenate(out)
 
-    def scores(self, models: Roles, questions: Any, drawn: Any, ids: Any) -> np.ndarray:
+    def scores(self, models: Roles, questions: Any, drawn: Any) -> np.ndarray:
         """The score of each response, float32 [responses]."""
-        c, total, tokenizer = self.config, np.zeros(self.responses, np.float32), self.data.tokenizer
-        prompts = [tokenizer.decode(q.prompt) for q in questions]
+        c, model = self.config, None
         if 'reward' in models:
-            at_once = {'width': self.width, 'rows': c.execution.microbatch}
-            found = rewards.of_model(models['reward'], self.cfg, self.scale, ids, **at_once)
-            total += rewards.checked(found, prompts, c.reward_from)
-        if c.reward.fn:
-            told = None
-            if processes.first():  # one process asks, and tells the others
-                said = [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn]
-                wanted = [tokenizer.decode(q.answer) for q in questions]
-                try:
-                    given = rewards.function(c.reward.fn)(prompts, said, wanted)
-                except (Exception, SystemExit) as error:  # a user's own code
-                    raise RunError(f'reward.fn={c.reward.fn}: {type(error).__name__}: {error}') from error
-                told = rewards.checked(given, prompts, f'reward.fn={c.reward.fn}').tolist()
-            total += np.asarray(processes.all_gather(told)[0], np.float32)
-        return total
+            model = rewards.Model(models['reward'], self.cfg, self.scale, self.width, c.execution.microbatch)
+        return rewards.scores(c, self.data.tokenizer, questions, drawn, model)
 
     def _told(self, rows: Mapping[str, np.ndarray], score: np.ndarray, ended: np.ndarray) -> dict[str, float]:
         """The health of a rollout."""
