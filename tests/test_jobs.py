@@ -114,7 +114,7 @@ def test_prompts_are_chosen_by_the_seed_none_held_out_and_none_twice(tmp_path):
     held = [r for r in records if is_heldout(digest(split_content(r)), 0.2)]
     asked_again = next(r for r in records if r not in held)['messages'][0]
     lines_of = [json.loads(line) for line in file.read_text().splitlines()]
-    write(file, [*lines_of, {'messages': [asked_again, message('assistant', 'x')]}])
+    write(file, [*lines_of, *({'messages': [asked_again, message('assistant', f'x{i}')]} for i in range(6))])
     found = choose(str(file))
     assert found == choose(str(file)) != choose(str(file), seed=1)
     everything = choose(str(file), count=1000)
