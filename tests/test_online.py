@@ -2,12 +2,14 @@
 not."""
 
 import math
+import shutil
 import signal
 
 import faults
 import jax
 import numpy as np
 import pytest
+import running
 from running import measured, one_object, params, signal_at, status
 
 from lm.errors import Preempted, RunError, UsageError
@@ -96,22 +98,28 @@ def test_fifteen_deaths_at_random_moments_leave_the_run_as_it_was(dialogues, tmp
 def test_two_processes_draw_and_learn_what_one_does(learn, dialogues, tmp_path, stage):
     """Each has half of a batch's rows; one asks the user's function."""
     reward = str(dialogues.run('reward'))
-    own = {'reward__fn': 'test_online:short', 'reward_from': reward, 'rl__kl': 'reward', 'rl__beta': 0.1, 'steps': 4}
+    own = {'reward__fn': 'test_online:short', 'reward_from': reward, 'rl__kl': 'reward', 'rl__beta': 0.1}
+    own |= {'steps': 4, 'checkpoint__every': 3}
     learn(stage, 'one', **own)
-    several = [f'--coordinator={running.coordinator()}', '--num_processes=2']
-    go = 'import os, sys\nfrom lm import errors, main\nos.chdir(sys.argv.pop())\n'
-    go += 'sys.path.insert(0, sys.argv.pop())\nerrors.leave(main.main())'
+    go = 'import os, sys\nfrom lm import errors, main\nos.chdir(sys.argv.pop())\nsys.path.insert(0, sys.argv.pop())\n'
     given = OWN | {'init_from': str(dialogues.run('sft'))} | (OF_PPO if stage == 'ppo' else {}) | own
-    started = [
-        dialogues.lab.start(
-            tmp_path / 'two', *several, f'--process_id={i}', str(running.ROOT / 'tests'), str(dialogues.lab.folder),
-            devices=4, code=go, **dialogues.settings(stage, **given),
+    settings, two = dialogues.settings(stage, **given), tmp_path / 'two'
+
+    def train():
+        several = [f'--coordinator={running.coordinator()}', '--num_processes=2']
+        words = [str(running.ROOT / 'tests'), str(dialogues.lab.folder)]
+        start = lambda i: dialogues.lab.start(
+            two, *several, f'--process_id={i}', *words, devices=4, code=f'{go}errors.leave(main.main())', **settings
         )
-        for i in range(2)
-    ]  # fmt: skip
-    told = running.ended(started)
-    assert [code for code, _, _ in told] == [0, 0], told
-    running.assert_measured_alike(tmp_path / 'two', tmp_path / 'one')
+        told = running.ended([start(i) for i in range(2)])
+        assert [code for code, _, _ in told] == [0, 0], told
+        running.assert_measured_alike(two, tmp_path / 'one')
+
+    train()
+    before = measured(two)
+    shutil.rmtree(two / 'checkpoints' / '4')
+    train()
+    assert measured(two) == before, 'resumed in the middle of a rollout'
 
 
 @pytest.mark.slow

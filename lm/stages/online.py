@@ -1,6 +1,7 @@
 """Shared by the stages that learn from what their policy draws: rollouts, scores, and the step on them."""
 
 import abc
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from lm.model import sequences
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
+from lm.multihost import processes
 from lm.rl import rewards
 from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
@@ -185,6 +187,7 @@ class Online(Task):
             if update == 0:
                 with progress.task(f'rollout {rollout}'):
                     self.rows = self.roll_out(state, rollout)
+                processes.assert_equal(f'the rows of rollout {rollout}', _digest(self.rows))
             epoch, part = divmod(update, per_epoch)
             key = np.random.SeedSequence([self.config.seed, rollout, epoch])
             rows = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
@@ -347,6 +350,14 @@ class Online(Task):
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
         return metrics
+
+
+def _digest(rows: Mapping[str, np.ndarray]) -> str:
+    """A digest of rows, which all processes must have alike: each puts its part of them on its devices."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in sorted(rows):
+        hashed.update(rows[name].tobytes())
+    return hashed.hexdigest()
 
 
 def _rows(ids: Sequence[Sequence[int]], prompts: Sequence[int], width: int, pad_id: int) -> dict[str, np.ndarray]:
