@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,6 +127,7 @@ def to_stderr(line: str, **_: Any) -> None:
 
 def prepare(spec: StageSpec, config: Config) -> Task:
     """The stage's task, its data in the words of the tokenizer that the default pretraining makes."""
+    spec.settle(config)
     spec.check(config)
     text, _ = configs.load(PRETRAINING, [])
     with tempfile.TemporaryDirectory() as folder:
@@ -140,12 +140,10 @@ def compiled(task: Task) -> tuple[Any, Any]:
     """(the compiled step of a stage, its optimizer), its microbatch settled as a run settles it."""
     config = task.config
     plan.resolve(config, None, task.cfg.dtype, epoch=task.epoch())
-    cfg = task.cfg = execution.model_config(config)
+    task.cfg = execution.model_config(config)
     optimizer, rate = plan.make_optimizer(config)
     abstract = runner.abstract_state(task, optimizer)
-    build = partial(runner.compile_step, task, optimizer, rate, abstract)
-    step, _ = plan.autotune_microbatch(config, cfg, abstract, build, partial(runner.first_batch, task))
-    return step, optimizer
+    return runner.tuned_step(task, optimizer, rate, abstract)[0], optimizer
 
 
 def ours(

@@ -65,7 +65,7 @@ class Timed(grpo.Grpo):
         with self.clock('scoring'):
             return super().measured(*given)
 
-    def scores(self, *given: Any) -> np.ndarray:
+    def scores(self, *given: Any) -> dict[str, np.ndarray]:
         with self.clock('scoring'):
             return super().scores(*given)
 

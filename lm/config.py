@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from lm.errors import UsageError
-from lm.settings import INT32_MAX, Bound, Settings
+from lm.settings import INT32_MAX, Bound, Settings, Shared
 
 # A ConfigDict. Its fields are declared at run time, by `base`, where no type checker sees them.
 Config: TypeAlias = Any
@@ -80,7 +80,7 @@ class Field(NamedTuple):
     bound: Bound | None
 
 
-def base(kind: type[Settings] = Settings) -> Config:
+def base(kind: type[Shared] = Settings) -> Config:
     """The settings of a class with their defaults. It is locked: a slip of the pen is an error."""
     config: Any = ConfigDict()
     for key, field in fields_of(kind).items():
@@ -98,7 +98,7 @@ def base(kind: type[Settings] = Settings) -> Config:
 
 
 @functools.cache
-def fields_of(kind: type[Settings]) -> Mapping[str, Field]:
+def fields_of(kind: type[Shared]) -> Mapping[str, Field]:
     """{dotted key: setting} of a class of settings."""
     return dict(_fields_in(kind(), ''))
 
@@ -120,10 +120,11 @@ def known() -> dict[str, Field]:
     return {key: field for kind in _kinds() for key, field in fields_of(kind).items()}
 
 
-def _kinds() -> list[type[Settings]]:
-    kinds: list[type[Settings]] = [Settings]
+def _kinds() -> list[type[Shared]]:
+    """All classes of settings, those of stages first."""
+    kinds: list[type[Shared]] = [Settings, Shared]
     for kind in kinds:
-        kinds += kind.__subclasses__()
+        kinds += [k for k in kind.__subclasses__() if k not in kinds]
     return kinds
 
 
@@ -232,7 +233,7 @@ def load(path_and_arg: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[
     for key, text in overrides:
         override(config, key, text)
     said = {key for key, _ in overrides} | {part.partition('=')[0] for part in arg.split(',')}
-    if config.branch_from and 'init_from' not in said:  # in place of the file's own
+    if 'branch_from' in config and config.branch_from and 'init_from' not in said:  # in place of the file's own
         config.init_from = None
     check(config)
     return config, arg
@@ -303,6 +304,12 @@ def check(config: Config) -> None:
             told = ', '.join(('None',) * declared[key].optional + bound.choices)
             raise UsageError(f'{key}={value}{nearest(str(value), bound.choices)} is not one of {told}')
         raise UsageError(f'{key}={value} must be {bound.words}')
+    if 'optim' in config:  # a job has none
+        _check_steps(config)
+
+
+def _check_steps(config: Config) -> None:
+    """Raises UsageError for a batch, its parts or a beginning that no training can have."""
     if config.batch_size * config.seq_len > INT32_MAX:
         raise UsageError(
             f'batch_size={config.batch_size} × seq_len={config.seq_len} must be at most {INT32_MAX} tokens a step'

@@ -2,7 +2,8 @@
 
 Packed rows as the model sees them, a colour a document, control symbols by name. Of text, tokens whose next one is not
 learned are struck through; of conversations, what is learned stands out and the rest is dim. Of pairs the prompt and
-both responses, as far as they are within seq_len. Before them what was read and dropped of each source, by reason.
+both responses, as far as they are within seq_len. Before them what was read and dropped of each source, by reason. Of
+a job (configs/generate.py) the prompts that it asks.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from lm.data import chats, pairs, pipeline
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Parser, leave, run_command
+from lm.jobs import JOBS
+from lm.jobs.spec import JobSpec
 from lm.progress import say, task
 from lm.runs import lineage
 from lm.settings import COUNT_OR_0
@@ -169,10 +172,23 @@ def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]
         console.print(line, markup=False, soft_wrap=True)
 
 
+def show_job(console: Console, job: JobSpec, config: configs.Config, count: int) -> None:
+    """What a job would work on."""
+    job.check(config)
+    with task(f'looking at what {job.name} works on'):
+        found = job.show(config, count, say)
+    for title, text in found:
+        console.rule(Text(title))
+        console.print(Text(text), soft_wrap=True)
+
+
 def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None:
     """Prints the counts, and the first rows or pairs of the mixture."""
     config, _ = configs.load(flags.config, settings)
     configs.check_flags(vars(flags), {'rows': COUNT_OR_0})
+    if config.stage in JOBS:
+        show_job(Screen(highlight=False), JOBS[config.stage], config, flags.rows)
+        return
     spec = find(config.stage)
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
     console = Screen(highlight=False)

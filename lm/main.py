@@ -1,4 +1,4 @@
-"""Trains a stage.
+"""Trains a stage, or does a job.
 
     python -m lm.main --config=configs/STAGE.py[:ARG] [--workdir=DIR] [--config.KEY=VALUE …] [--dry_run]
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from lm import config as configs
 from lm import files, presets, runtime
-from lm.errors import Parser, leave, run_command
+from lm.errors import Parser, UsageError, leave, run_command
 from lm.multihost import processes
 
 
@@ -42,14 +42,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
 
 
 def train(argv: Sequence[str]) -> dict:
-    """Runs the stage that the command line names, and returns its last metrics."""
+    """Runs the stage or the job that the command line names, and returns its last metrics."""
     flags, settings = parse(argv)
     config, arg = configs.load(flags.config, settings)
     runtime.setup()
+    from lm.jobs import JOBS
     from lm.runs import lineage, rundir
     from lm.stages import find, runner
 
-    spec = find(config.stage)
+    job = JOBS.get(config.stage)
+    if job and flags.dry_run:
+        raise UsageError(f'--dry_run compiles the step of a stage, and {job.name} takes none: leave it out')
+    if job is None:
+        find(config.stage)
     workdir = files.absolute(flags.workdir or f'runs/{presets.run_name(config.stage, arg)}')
     place = processes.place(flags.coordinator, flags.num_processes, flags.process_id, wait=flags.wait)
     facts = {} if place is None else {**rundir.facts(config), 'workdir': str(workdir), 'dry_run': flags.dry_run}
@@ -59,8 +64,12 @@ def train(argv: Sequence[str]) -> dict:
         contextlib.nullcontext() if flags.dry_run else rundir.claimed(workdir),
     ):
         runtime.start_jax()
-        lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), workdir)
-        last = runner.run(spec, config, workdir, stop=stop, dry_run=flags.dry_run)
+        if job is not None:
+            last = job.run(config, workdir, stop)
+        else:
+            stage = find(config.stage)
+            lineage.inherit_model(config, stage.about, configs.chosen(flags.config, settings), workdir)
+            last = runner.run(stage, config, workdir, stop=stop, dry_run=flags.dry_run)
         return last if processes.first() else {}
 
 

@@ -170,21 +170,28 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Shared:
+    """The settings of all stages and of all jobs."""
+
+    stage: str = setting('pretrain', 'of lm.stages or lm.jobs')
+    seed: int = setting(0, 'of everything that is drawn', up_to(SEED_MAX))
+    init_from: str | None = setting(None, "DIR[@STEP]: start from that run's weights, model and tokenizer")
+    data: Data = Data()
+    mesh: Mesh = Mesh()
+
+
+@dataclass(frozen=True)
+class Settings(Shared):
     """The settings of all stages, at the sizes of the laptop run."""
 
     stage: str = setting('pretrain', 'of lm.stages')
-    seed: int = setting(0, 'of everything that is drawn', up_to(SEED_MAX))
     steps: int | None = setting(None, 'optimizer steps; None: one epoch', COUNT)
     batch_size: int = setting(8, 'sequences a step, over all devices', COUNT)
     seq_len: int = setting(256, 'tokens a sequence', COUNT)
-    init_from: str | None = setting(None, "DIR[@STEP]: start from that run's weights, model and tokenizer")
     branch_from: str | None = setting(None, 'DIR[@STEP]: as init_from, with the optimizer and the position in the data')
     execution: Execution = Execution()
     model: Model = Model()
     optim: Optim = Optim()
-    data: Data = Data()
-    mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     log: Log = Log()
@@ -353,3 +360,30 @@ class Ppo(Online):
     )  # fmt: skip
     critic: Critic = Critic()
     lam: float | None = setting(None, "λ of GAE for the policy's advantages; None: by length, at least .95", PART)
+
+
+# ---- jobs ----
+
+KEEP = ('best_of_n', 'rejection')
+
+
+@dataclass(frozen=True)
+class PromptData(Data):
+    strict: bool = setting(False, 'a malformed record ends the job with a line that names it; else it is left out')
+
+
+@dataclass(frozen=True)
+class Generate(Shared):
+    """Answers that a run draws to prompts, of which those of the highest score are kept."""
+
+    stage: str = setting('generate', 'of lm.jobs')
+    data: PromptData = PromptData()
+    reward: RewardSource = RewardSource()
+    reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model')
+    prompts: int = setting(256, 'prompts of the mixture, or all that there are if these are fewer', COUNT)
+    n: int = setting(8, 'answers to each prompt', COUNT)
+    keep: str = setting('best_of_n', 'the best answer of each prompt, or all of a score from threshold', one_of(*KEEP))
+    threshold: float | None = setting(None, 'keep=rejection: the least score of an answer that is kept')
+    temperature: float = setting(1.0, 'of the draws', POSITIVE)
+    max_new_tokens: int = setting(64, 'of an answer; one without an end is not kept', up_to(MAX_NEW_TOKENS, 1))
+    batch_size: int = setting(64, 'answers drawn at once, a multiple of n', COUNT)

@@ -209,6 +209,16 @@ def shard_batch(batch: Mapping[str, Any], local: LocalRows | None = None) -> dic
     return {name: put(dims_of(name), x) for name, x in batch.items()}
 
 
+def whole(x: Any) -> jax.Array:
+    """A host array, which every process has, whole on every device of the current mesh. Not by `jax.device_put` where
+    there are several processes: it compares what they have, and NaN is not NaN."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(x)
+    where = NamedSharding(mesh, P())
+    return jax.device_put(x, where) if where.is_fully_addressable else jax.make_array_from_process_local_data(where, x)
+
+
 def replicated(tree: Any) -> Any:
     """The arrays, whole on every device of the current mesh; under jit, too."""
     return jax.reshard(tree, P()) if axis_sizes() else tree

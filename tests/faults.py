@@ -508,6 +508,139 @@ def presses(count: int, seed: int = 0, tell: Callable[[str], None] = lambda line
     return seen
 
 
+# ---- runs that draw from their policy ----
+
+DRAWN = {
+    'steps': 18, 'batch_size': 8, 'execution__microbatch': 8, 'data__mixture': 'chats.jsonl', 'data__pretraining': '',
+    'rl__prompts': 4, 'rl__group': 4, 'rl__max_new_tokens': 8, 'log__every': 1, 'checkpoint__every': 3,
+    'checkpoint__keep': 2, 'eval__every': 18, 'eval__rows': 2, 'eval__max_new_tokens': 2, 'optim__warmup': 0,
+}  # fmt: skip
+UPDATES = 2  # steps on a rollout of these settings
+# Where such a run is when it dies, and for how many seconds after that was seen.
+STATES = {'rollout': 0.1, 'update': 0.02, 'save': 0.05}
+SERVE = """
+import json, os, sys
+from lm import errors, main
+os.chdir(sys.argv[1])
+for line in sys.stdin:
+    print(errors.run_command(lambda: main.train(json.loads(line))), flush=True)
+"""
+
+
+class Warm:
+    """A process of one device that trains one command line after another: only the first one waits for compilers."""
+
+    def __init__(self, folder: Path, said: Path) -> None:
+        self._said = said
+        env = os.environ | {
+            'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': running.DEVICES, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+            'PYTHONPATH': os.pathsep.join([str(running.ROOT), str(running.ROOT / 'tests')]),
+        }  # fmt: skip
+        with said.open('w') as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, '-c', SERVE, str(folder)], stdin=-1, stdout=-1, stderr=stderr, text=True, env=env
+            )
+
+    def begin(self, argv: Sequence[str]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(list(argv)) + '\n')
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        """Waits. Raises Failure where it did not end well."""
+        assert self.process.stdout is not None
+        told = self.process.stdout.readline().strip()
+        check(told == '0', f'it ended with {told or "nothing"}: {self._said.read_text()[-3000:]}')
+
+    def copy(self, workdir: Path, target: Path) -> None:
+        """Copies a directory as a kill would leave it now: while it is copied no thread of the process runs."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        shutil.copytree(workdir, target)
+        self.process.send_signal(signal.SIGCONT)
+
+
+def deaths_of(seed: int, count: int) -> list[tuple[int, float]]:
+    """(the step under way, part of the time that is waited there) of each death, in their order."""
+    draw = random.Random(seed)
+    return [(step, draw.random()) for step in sorted(draw.sample(range(1, DRAWN['steps'] + 1), count))]
+
+
+def state_at(step: int) -> str:
+    """The state of a run at a step: as a checkpoint is saved after it, or its batch is drawn before it."""
+    if step % DRAWN['checkpoint__every'] == 0:
+        return 'save'
+    return 'rollout' if (step - 1) % UPDATES == 0 else 'update'
+
+
+def die(warm: Warm, workdir: Path, step: int, part: float, target: Path) -> str:
+    """Copies a run at a moment; what was met there."""
+    state, end = state_at(step), time.monotonic() + PATIENCE
+    before = b'"step": %d,' % (step - 1)
+    if state == 'save':
+        come = lambda: any(p.name.startswith(f'{step}.') or p.name == str(step) for p in checkpoints(workdir))
+    else:  # the line of a step is written when the next one is under way
+        come = lambda: step < 2 or before in contents(workdir / 'metrics.jsonl')
+    while not come():
+        check(time.monotonic() < end, f'no {state} at step {step} in {PATIENCE:.0f} s')
+        time.sleep(0.001)
+    time.sleep(part * STATES[state])
+    warm.copy(workdir, target)
+    return f'{state}, half a checkpoint' if any('tmp' in p.name for p in checkpoints(target)) else state
+
+
+def checkpoints(workdir: Path) -> list[Path]:
+    folder = workdir / 'checkpoints'
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def checksums(workdir: Path, step: int) -> dict[str, Any]:
+    """Those of all leaves of a checkpoint: parameters, moments, and the rows of the rollout under way."""
+    found = dict(json.loads((workdir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())['checksums'])
+    check(any('task' in leaf for leaf in found), 'the checkpoint has no rollout in it')
+    return found
+
+
+def drawn(argv: Callable[[Path], Sequence[str]], lab: Path, folder: Path, *, seed: int, count: int) -> Counter[str]:
+    """Trains a run once, and goes on from `count` deaths of it: each ends as the run that nothing happened to. Returns
+    how often each state was met. Raises Failure.
+
+    Args:
+      argv: the command line of a run in a directory. lab: where it is given. folder: for the directories.
+    """
+    warm, whole, seen = Warm(lab, folder / 'said'), folder / 'whole', Counter()
+    try:
+        warm.begin(argv(whole))
+        end = time.monotonic() + PATIENCE
+        while not (whole / 'config.json').exists():
+            check(warm.process.poll() is None and time.monotonic() < end, (folder / 'said').read_text()[-3000:])
+            time.sleep(0.01)
+        deaths = deaths_of(seed, count)
+        for i, (step, part) in enumerate(deaths):
+            seen[die(warm, whole, step, part, folder / f'{i}')] += 1
+        warm.end()
+        for i, (step, _) in enumerate(deaths):
+            workdir = folder / f'{i}'
+            seen['in the middle of a rollout'] += newest_step(workdir) % UPDATES
+            warm.begin(argv(workdir))
+            warm.end()
+            compare_drawn(whole, workdir, f'death {i} at step {step}')
+        return seen
+    finally:
+        warm.process.kill()
+        warm.process.communicate()
+
+
+def compare_drawn(whole: Path, workdir: Path, which: str) -> None:
+    """Raises Failure unless two runs measured, said and saved the same, bit for bit."""
+    of_last = lambda w: checksums(w, DRAWN['steps'])
+    of_samples = lambda w: running.lines(w, 'samples.jsonl')
+    for name, of in (('metrics', running.measured), ('samples', of_samples), ('checkpoint', of_last)):
+        check(of(workdir) == of(whole), f'{which}: other {name}: {different(of(whole), of(workdir))}')
+    left = [p.name for p in (*workdir.iterdir(), *checkpoints(workdir)) if 'tmp' in p.name]
+    check(running.status(workdir)['state'] == 'done' and not left, f'{which}: left behind: {left}')
+
+
 def rounds(seeds: Sequence[int], tell: Callable[[str], None] = lambda line: None) -> Counter[str]:
     """Plays a round for each seed, and returns how often each thing was done. Raises Failure."""
     with bench() as found:

@@ -2,56 +2,22 @@
 the same weights and token ids (tests/golden/make_preference.py, which says where TRL's conventions differ)."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_llama import GOLDEN, arrays, model
 
 from lm.losses import preference, reward
 from lm.losses.objective import objective
 from lm.losses.preference import Pairs, Response
-from lm.model import head, parameters, transformer
-from lm.model.config import ModelConfig
+from lm.model import head, transformer
 
-GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'preference.json').read_text())
 SETTINGS = GOLDEN['settings']
 T = 16  # ids are padded to it: one compiled function for all batches
 close = functools.partial(pytest.approx, rel=1e-5)
-
-
-@functools.cache
-def arrays():
-    with np.load(Path(__file__).parent / 'golden' / 'preference.npz') as file:
-        return dict(file)
-
-
-@functools.cache
-def model(name):
-    """(config, parameters), the vocabulary padded with rows that must not count."""
-    shape = GOLDEN['model']
-    cfg = ModelConfig(
-        vocab_size=shape['vocab_size'], vocab_multiple=64, dim=shape['hidden_size'], layers=shape['num_hidden_layers'],
-        heads=shape['num_attention_heads'], kv_heads=shape['num_key_value_heads'], head_dim=shape['head_dim'],
-        ffn_dim=shape['intermediate_size'], norm_eps=shape['rms_norm_eps'], qk_norm=False, tied=name == 'reference',
-        rope_theta=shape['rope_parameters']['rope_theta'],
-    )  # fmt: skip
-    params = {'layers': {}}
-    for key, x in arrays().items():
-        owner, _, leaf = key.partition('/')
-        if owner == name:
-            dims = leaf.rpartition('_')[2]
-            widths = [
-                (0, cfg.sizes['V'] - n if d == 'V' else 0) for d, n in zip(dims, x.shape[-len(dims) :], strict=True)
-            ]
-            x = x if 'layers' in leaf else np.pad(x, widths, constant_values=0.5)
-            node = params['layers'] if 'layers' in leaf else params
-            node[leaf.rpartition('/')[2]] = jnp.asarray(x)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parameters.init(jax.random.key(0), cfg))
-    return cfg, params
 
 
 def padded(rows):

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1] / 'lm'
 # From left to right. The bottom is ordered too: errors know nothing, files and the mesh know errors, and so on.
 ROOMS = (
     {'main', 'chat', 'evaluate', 'inspect', 'convert', 'label', 'prepare'},
+    {'jobs'},
     {'stages'},
     {'evals'},
     {'rl'},

@@ -2,11 +2,14 @@
 not."""
 
 import math
+import shutil
 import signal
 
+import faults
 import jax
 import numpy as np
 import pytest
+import running
 from running import measured, one_object, params, signal_at, status
 
 from lm import config, settings
@@ -24,6 +27,7 @@ OWN = {
     'steps': 8, 'batch_size': 8, 'data__mixture': 'chats.jsonl', 'rl__prompts': 4, 'rl__group': 4,
     'rl__max_new_tokens': 8, 'log__every': 1, 'eval__every': 4, 'optim__lr': 1e-3, 'optim__warmup': 0,
 }  # fmt: skip
+OF_PPO = {'rl__group': 2, 'rl__prompts': 8, 'critic__warmup': 1}
 
 
 def short(prompts, responses):
@@ -62,11 +66,8 @@ def learn(dialogues, tmp_path):
 
     def train(stage, workdir='run', *words, **settings):
         own = OWN | {'init_from': str(dialogues.run('sft'))}
-        own |= {'rl__group': 2, 'rl__prompts': 8, 'critic__warmup': 1} if stage == 'ppo' else {}
-        if 'reward__fn' not in settings:
-            own['reward_from'] = str(dialogues.run('reward'))
-        else:
-            own['reward_from'] = 'none'
+        own |= OF_PPO if stage == 'ppo' else {}
+        own['reward_from'] = 'none' if 'reward__fn' in settings else str(dialogues.run('reward'))
         return dialogues.train(stage, tmp_path / workdir, *words, **(own | settings))
 
     return train
@@ -85,6 +86,48 @@ def test_it_dies_between_two_steps_of_a_rollout_and_goes_on_as_if_it_had_not(lea
     learn(stage)
     assert measured(tmp_path / 'run') == found
     jax.tree.map(np.testing.assert_array_equal, params(tmp_path / 'run'), params(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_fifteen_deaths_at_random_moments_leave_the_run_as_it_was(dialogues, tmp_path, stage):
+    """In rollouts, updates and saves; with the reward model, and in PPO's critic."""
+    start = {'init_from': str(dialogues.run('sft')), 'reward_from': str(dialogues.run('reward'))}
+    own = {'critic__warmup': 2} if stage == 'ppo' else {}
+    argv = lambda workdir: dialogues.argv(stage, workdir, **faults.DRAWN, **start, **own)
+    seen = faults.drawn(argv, dialogues.lab.folder, tmp_path, seed=len(stage), count=15)
+    for state in faults.STATES:
+        assert any(what.startswith(state) for what in seen), f'nothing at {state}: {seen}'
+    assert seen['in the middle of a rollout'], seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_two_processes_draw_and_learn_what_one_does(learn, dialogues, tmp_path, stage):
+    """Each has half of a batch's rows; one asks the user's function."""
+    reward = str(dialogues.run('reward'))
+    own = {'reward__fn': 'test_online:short', 'reward_from': reward, 'rl__kl': 'reward', 'rl__beta': 0.1}
+    own |= {'steps': 4, 'checkpoint__every': 3}
+    learn(stage, 'one', **own)
+    go = 'import os, sys\nfrom lm import errors, main\nos.chdir(sys.argv.pop())\nsys.path.insert(0, sys.argv.pop())\n'
+    given = OWN | {'init_from': str(dialogues.run('sft'))} | (OF_PPO if stage == 'ppo' else {}) | own
+    settings, two = dialogues.settings(stage, **given), tmp_path / 'two'
+
+    def train():
+        several = [f'--coordinator={running.coordinator()}', '--num_processes=2']
+        words = [str(running.ROOT / 'tests'), str(dialogues.lab.folder)]
+        start = lambda i: dialogues.lab.start(
+            two, *several, f'--process_id={i}', *words, devices=4, code=f'{go}errors.leave(main.main())', **settings
+        )
+        told = running.ended([start(i) for i in range(2)])
+        assert [code for code, _, _ in told] == [0, 0], told
+        running.assert_measured_alike(two, tmp_path / 'one')
+
+    train()
+    before = measured(two)
+    shutil.rmtree(two / 'checkpoints' / '4')
+    train()
+    assert measured(two) == before, 'resumed in the middle of a rollout'
 
 
 @pytest.mark.slow

@@ -165,3 +165,68 @@ def test_the_value_is_clipped_around_what_it_was():
     near = before + np.clip(value - before, -0.2, 0.2)
     wanted = np.maximum((value - target) ** 2, (near - target) ** 2) / 2
     close(policy.value_loss(*map(jnp.asarray, (value, before, target)), clip=0.2), wanted)
+
+
+# ---- gradients, in closed form ----
+
+
+def gradient(of):
+    """That of a function of the log-probs at LOGP, summed."""
+    return np.asarray(jax.grad(lambda x: jnp.sum(of(x)))(jnp.asarray(LOGP)))
+
+
+@pytest.mark.parametrize('ratio', ('token', 'sequence'))
+def test_the_clipped_surrogate_has_no_gradient_where_the_clip_is_the_lesser(ratio):
+    found = gradient(lambda x: loss_of(x, ratio=ratio, clip=Clip('clip', 0.2, 0.28))[0])
+    r = np.exp(LOGP - OLD) if ratio == 'token' else sequence(LOGP - OLD)
+    cut = (r < 0.8) & (ADVANTAGE < 0) | (r > 1.28) & (ADVANTAGE > 0)
+    close(found, np.where(cut, 0, -r * ADVANTAGE) * MASK)
+
+
+def test_dppo_has_no_gradient_of_what_it_drops():
+    found = gradient(lambda x: loss_of(x, ratio='token', clip=Clip('dppo', 0, 0.02))[0])
+    moved = (np.exp(LOGP) - np.exp(OLD)) * np.sign(ADVANTAGE) > 0.02
+    close(found, np.where(moved, 0, -np.exp(LOGP - OLD) * ADVANTAGE) * MASK)
+
+
+def test_the_leash_and_its_gradient():
+    """k3 = e^−d − 1 + d with d = log π/π_ref has the gradient 1 − e^−d; times the ratio ρ, ρ·(k3 + 1 − e^−d) = ρ·d."""
+    reference, d = OLD + 0.5 * ADVANTAGE, LOGP - OLD - 0.5 * ADVANTAGE
+    k3 = np.exp(-d) - 1 + d
+    close(policy.k1(jnp.asarray(LOGP), jnp.asarray(reference)), d)
+    close(policy.k3(jnp.asarray(LOGP), jnp.asarray(reference)), k3)
+    close(gradient(lambda x: policy.k3(x, jnp.asarray(reference))), 1 - np.exp(-d))
+    loss = lambda x: policy.k3_loss(x, *map(jnp.asarray, (reference, OLD, MASK)))
+    close(loss(jnp.asarray(LOGP)), np.exp(LOGP - OLD) * k3 * MASK)
+    close(gradient(loss), np.exp(LOGP - OLD) * d * MASK)
+
+
+@pytest.mark.parametrize('aggregation', ('tokens', 'constant', 'response'))
+def test_a_token_weighs_as_much_in_the_gradient(aggregation):
+    mask = jnp.asarray(MASK)
+    divisor = policy.denominator(mask, aggregation, longest=20)
+    found = gradient(lambda x: policy.token_weights(mask, aggregation) * x / divisor)
+    each = {'tokens': 1 / MASK.sum(), 'constant': 1 / (B * 20), 'response': 1 / MASK.sum(1, keepdims=True) / B}
+    close(found, MASK * each[aggregation])
+
+
+@pytest.mark.parametrize('how', ('none', 'truncate', 'mask'))
+def test_importance_weights_have_no_gradient(how):
+    sampler = jnp.asarray(OLD) + 0.1
+    close(gradient(lambda x: policy.mismatch_weights(x, sampler, jnp.asarray(MASK), how=how, cap=2.0)), 0)
+
+
+def test_the_value_has_no_gradient_where_the_clip_is_the_worse():
+    value, before, target = np.random.default_rng(1).normal(size=(3, B, T))
+    near = before + np.clip(value - before, -0.2, 0.2)
+    loss = lambda x: jnp.sum(policy.value_loss(x, jnp.asarray(before), jnp.asarray(target), clip=0.2))
+    stuck = ((near - target) ** 2 > (value - target) ** 2) & (np.abs(value - before) > 0.2)
+    close(jax.grad(loss)(jnp.asarray(value)), np.where(stuck, 0, value - target))
+    assert 0 < stuck.sum() < stuck.size
+
+
+@pytest.mark.parametrize('keep_mean', (False, True))
+def test_whitening_is_by_the_mean_and_the_std_of_what_counts(keep_mean):
+    own = OLD[MASK > 0]
+    wanted = (OLD - own.mean()) / np.sqrt(own.var() + 1e-8) + keep_mean * own.mean()
+    close(advantages.whiten(jnp.asarray(OLD), jnp.asarray(MASK), keep_mean=keep_mean), wanted * MASK)

@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from lm import sharding
-from lm.config import Config, nearest
+from lm.config import Config, nearest, split_run
+from lm.data.chats import Question
+from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.model import sequences
 from lm.model.config import ModelConfig
 from lm.multihost import processes
+from lm.runs import reward_scale, rundir, saved_config
 from lm.runs.reward_scale import Scale
+from lm.sampling.generate import Drawn
 
 # (prompts, responses, answers) -> scores; answers are the data's own.
 Function = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
@@ -104,6 +109,53 @@ def of_texts(config: Config, texts: Texts) -> dict[str, np.ndarray]:
             raise RunError(f'{name}: {type(error).__name__}: {error}') from error
         told['fn'] = checked(given, texts.prompts, name).tolist()
     return {name: np.asarray(x, np.float32) for name, x in processes.all_gather(told)[0].items()}
+
+
+class Model(NamedTuple):
+    """A reward model in use: a row has `width` tokens at most, and `rows` of them are in memory at once."""
+
+    params: Any
+    cfg: ModelConfig
+    scale: Scale
+    width: int
+    rows: int
+
+
+def check_model(run: str, *, tokenizer: str, beside: str) -> Mapping[str, Any]:
+    """The config.json of a reward model. Raises UsageError if it is none, or its tokenizer has not the fingerprint of
+    that of the run which it is to score."""
+    saved = rundir.read_config(run)
+    if saved_config.about(saved).output != 'scores':
+        raise UsageError(f'reward_from={run} is no reward model: name a run that gives scores')
+    if saved.get('tokenizer') not in (None, tokenizer):
+        raise UsageError(f'reward_from={run} has another tokenizer than {beside}')
+    return saved
+
+
+def read_scale(run: str, step: int) -> Scale:
+    """The scale of the scores of a reward run's checkpoint."""
+    return reward_scale.read(epath.Path(split_run(run)[0]), step)
+
+
+def scores(
+    config: Config, tokenizer: Tokenizer, asked: Sequence[Question], drawn: Sequence[Drawn], model: Model | None
+) -> dict[str, np.ndarray]:
+    """{source: the score of each response}, float32 [N], of all sources that a config has.
+
+    Args:
+      model: that of `reward_from`, if there is one.
+    """
+    texts = Texts(
+        [tokenizer.decode(q.prompt) for q in asked],
+        [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn],
+        [tokenizer.decode(q.answer) for q in asked],
+    )
+    found = {}
+    if model is not None:
+        ids = [[*q.prompt, *d.ids] for q, d in zip(asked, drawn, strict=True)]
+        told = of_model(model.params, model.cfg, model.scale, ids, width=model.width, rows=model.rows)
+        found['model'] = checked(told, texts.prompts, config.reward_from)
+    return found | of_texts(config, texts)
 
 
 # ---- one source ----

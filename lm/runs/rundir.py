@@ -23,6 +23,7 @@ from lm.runs import checkpoint, saved_config
 from lm.runs.saved_config import Parent
 
 LOCK = '.lock'
+JOB = 'job'  # in config.json: the job that made what is there, which is no model
 VERSIONED = (
     'lm-jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'sentencepiece', 'tokenizers', 'numpy',
 )  # fmt: skip
@@ -37,10 +38,9 @@ def read_config(run: str) -> dict[str, Any]:
         raise UsageError(f'{folder} is not a run: it is a GGUF file, {folders.converted(folder)}')
     if not file.exists():
         raise UsageError(f'{folder} is not a run: it {folders.reason(folder)}')
-    try:
-        saved = json.loads(file.read_text())
-    except ValueError as error:
-        raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
+    saved = read_json(file)
+    if isinstance(saved, dict) and JOB in saved:
+        raise UsageError(f'{folder} is no model: the job {saved[JOB]} made what is there, name the run that it asked')
     if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
         other = isinstance(saved, dict) and ('architectures' in saved or 'model_type' in saved)
         what = f'it is a Hugging Face folder, {folders.converted(folder)}' if other else 'its config.json is of another'
@@ -53,6 +53,14 @@ def read_config(run: str) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f'{file} {error}') from None
     return saved
+
+
+def read_json(file: epath.Path) -> Any:
+    """A config.json as it stands there. Raises UsageError if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(f'{file} is damaged ({error}): restore it, or train in another workdir') from None
 
 
 @contextlib.contextmanager
@@ -109,8 +117,7 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     if not workdir.exists():
         return None
     if not (workdir / 'config.json').exists():
-        if any(path.name != LOCK and not files.is_temporary(path) for path in workdir.iterdir()):
-            raise UsageError(f'{workdir} holds files that are not a run: name another --workdir')
+        check_new(workdir)
         return None
     saved = read_config(str(workdir))
     steps = checkpoint.listed(workdir / 'checkpoints')
@@ -119,16 +126,27 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
         return None
     if config.model.vocab_size == saved.get('asked_vocab_size'):  # its text was too little for so many
         config.model.vocab_size = saved['config']['model']['vocab_size']
-    different = differences(saved['config'], config.to_dict())
-    if different:
-        keys = ', '.join(f'{k} ({old} there, {new} now)' for k, (old, new) in sorted(different.items())[:4])
-        more = f' and {len(different) - 4} more' if len(different) > 4 else ''
-        raise UsageError(f'{workdir} holds another run: {keys}{more}; name another --workdir')
+    check_same(workdir, saved['config'], config)
     checkpoint.check_layout(workdir / 'checkpoints')
     at = checkpoint.newest_sealed(workdir / 'checkpoints')  # not what only looks like a later step
     if config.steps and at and config.steps < at:
         raise UsageError(f'{workdir} is at step {at} already, steps={config.steps}: set more')
     return saved
+
+
+def check_new(workdir: epath.Path) -> None:
+    """Raises UsageError if a directory without config.json holds anything."""
+    _check_folder(workdir)
+    if workdir.exists() and any(path.name != LOCK and not files.is_temporary(path) for path in workdir.iterdir()):
+        raise UsageError(f'{workdir} holds files that are not a run: name another --workdir')
+
+
+def check_same(workdir: epath.Path, saved: Mapping[str, Any], config: Config) -> None:
+    """Raises UsageError for settings that differ from the saved ones and must not."""
+    if different := differences(saved, config.to_dict()):
+        keys = ', '.join(f'{k} ({old} there, {new} now)' for k, (old, new) in sorted(different.items())[:4])
+        more = f' and {len(different) - 4} more' if len(different) > 4 else ''
+        raise UsageError(f'{workdir} holds another run: {keys}{more}; name another --workdir')
 
 
 def _check_nothing_lost(workdir: epath.Path) -> None:

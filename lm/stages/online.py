@@ -1,6 +1,7 @@
 """Shared by the stages that learn from what their policy draws: rollouts, scores, and the step on them."""
 
 import abc
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -9,10 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from lm import advantages, progress, sharding
-from lm.config import Config, split_run
+from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
 from lm.data.packing import shuffled
@@ -25,8 +25,9 @@ from lm.model import sequences
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
+from lm.multihost import processes
 from lm.rl import rewards
-from lm.runs import checkpoint, loading, reward_scale, rundir, saved_config
+from lm.runs import checkpoint, loading
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
 from lm.stages import language, plan
@@ -87,11 +88,8 @@ def prepare(config: Config, tokenizer: str | None, say: Say) -> WithReplay:
     for s in data.own.sources:
         chats.check(s, seq_len=config.seq_len)
     if config.reward_from:
-        theirs = rundir.read_config(config.reward_from)
-        if saved_config.about(theirs).output != 'scores':
-            raise UsageError(f'reward_from={config.reward_from} is no reward model: name a run that gives scores')
-        if theirs.get('tokenizer') not in (None, data.tokenizer.fingerprint):
-            raise UsageError(f'reward_from={config.reward_from} has another tokenizer than {config.init_from}')
+        own = {'tokenizer': data.tokenizer.fingerprint, 'beside': config.init_from}
+        theirs = rewards.check_model(config.reward_from, **own)
         own, other = config.model.to_dict(), theirs['config']['model']
         if different := sorted(k for k in other if k in own and other[k] != own[k]):
             raise UsageError(
@@ -194,7 +192,7 @@ class Online(Task):
         """Reads the scale of the reward model's scores: that of the checkpoint which the run began with."""
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
-            self.scale = reward_scale.read(epath.Path(split_run(run)[0]), step)
+            self.scale = rewards.read_scale(run, step)
         return {}
 
     def source(self, start: int) -> Source:
@@ -210,6 +208,7 @@ class Online(Task):
             if update == 0:
                 with progress.task(f'rollout {rollout}'):
                     self.rows = self.roll_out(state, rollout)
+                processes.assert_equal(f'the rows of rollout {rollout}', _digest(self.rows))
             epoch, part = divmod(update, per_epoch)
             key = np.random.SeedSequence([self.config.seed, rollout, epoch])
             taken = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
@@ -314,18 +313,10 @@ class Online(Task):
         self, models: Roles, asked: Sequence[Question], drawn: Sequence[generate.Drawn]
     ) -> dict[str, np.ndarray]:
         """{source: the score of each response}, before its weight."""
-        c, tokenizer, found = self.config, self.data.tokenizer, {}
-        texts = rewards.Texts(
-            [tokenizer.decode(q.prompt) for q in asked],
-            [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn],
-            [tokenizer.decode(q.answer) for q in asked],
-        )
+        c, model = self.config, None
         if 'reward' in models:
-            ids = [[*q.prompt, *d.ids] for q, d in zip(asked, drawn, strict=True)]
-            at_once = {'width': self.width, 'rows': c.execution.microbatch}
-            of_model = rewards.of_model(models['reward'], self.cfg, self.scale, ids, **at_once)
-            found['model'] = rewards.checked(of_model, texts.prompts, c.reward_from)
-        return found | rewards.of_texts(c, texts)
+            model = rewards.Model(models['reward'], self.cfg, self.scale, self.width, c.execution.microbatch)
+        return rewards.scores(c, self.data.tokenizer, asked, drawn, model)
 
     # ---- health ----
 
@@ -577,6 +568,14 @@ def overlong(lengths: Sequence[int], longest: int) -> np.ndarray:
     arXiv 2503.14476, eq. 13). Float32 [N]."""
     room = longest / 5
     return np.clip((longest - room - np.array(lengths)) / room, -1, 0).astype(np.float32)
+
+
+def _digest(rows: Mapping[str, np.ndarray]) -> str:
+    """A digest of rows, which all processes must have alike: each puts its part of them on its devices."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in sorted(rows):
+        hashed.update(rows[name].tobytes())
+    return hashed.hexdigest()
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -140,10 +140,8 @@ def _fit(
     # ---- state and step ----
     optimizer, rate = plan.make_optimizer(config)
     abstract = abstract_state(task, optimizer)
-    build = partial(compile_step, task, optimizer, rate, abstract)
     with ledger('compile'), progress.task('compiling the step'):
-        batch = None if task.online else partial(first_batch, task)  # an online task has none before it has a state
-        step, told = plan.autotune_microbatch(config, cfg, abstract, build, batch, partly=task.online)
+        step, told = tuned_step(task, optimizer, rate, abstract)
     fitting.check_compiled(config, cfg, abstract, step)
     rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
@@ -180,6 +178,16 @@ def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
 def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     """Places for tokens in a full batch."""
     return math.prod(batch['tokens_BT'].shape)
+
+
+def tuned_step(
+    task: Task, optimizer: Any, rate: Any, abstract: training.TrainState, *, timed: bool = True
+) -> tuple[Any, str]:
+    """(the compiled step, its microbatch in words), which is filled in where the user left it to us."""
+    build = partial(compile_step, task, optimizer, rate, abstract)
+    # An online task has no batch before it has a state.
+    batch = partial(first_batch, task) if timed and not task.online else None
+    return plan.autotune_microbatch(task.config, task.cfg, abstract, build, batch, partly=task.online)
 
 
 def first_batch(task: Task, microbatch: int) -> Batch:
@@ -266,11 +274,10 @@ def _dry_run(task: Task) -> dict[str, Any]:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = plan.make_optimizer(config)
     abstract, recorder = abstract_state(task, optimizer), task.recorder
-    build = partial(compile_step, task, optimizer, rate, abstract)
     recorder.say(f'attention   {execution.told(config, cfg)}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
-        compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None, partly=task.online)
+        compiled, told = tuned_step(task, optimizer, rate, abstract, timed=False)
     recorder.say(told)
     tokens = _tokens(task.batch())
     cost = task.cost().of(tokens, tokens)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import progress
+from lm import progress, sharding
 from lm.errors import Alarm, Preempted, RunError
 from lm.runs.checkpoint import Writer
 from lm.runtime import StopRequest
@@ -105,9 +105,7 @@ def save(state: TrainState, step: int, hooks: Hooks) -> None:
     """Begins a checkpoint of what resuming needs; the step is the position in the data, too."""
     with hooks.ledger('checkpoint'), progress.task('saving'):
         hooks.recorder.flush()
-        mesh = jax.sharding.get_mesh()
-        everywhere = None if mesh.empty else jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        own = jax.tree.map(lambda x: jax.device_put(x, everywhere), hooks.state_dict())
+        own = jax.tree.map(sharding.whole, hooks.state_dict())
         hooks.writer.save(step, saved(state, own), tokens=hooks.recorder.tokens)
 
 

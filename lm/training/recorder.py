@@ -89,19 +89,19 @@ class Recorder:
             file.flush()
 
     @contextlib.contextmanager
-    def bar(self, *, start: int, steps: int) -> Iterator[None]:
+    def bar(self, *, start: int, steps: int, what: str = 'training') -> Iterator[None]:
         """A progress bar inside."""
-        with progress.task('training', steps) as self._bar:
+        with progress.task(what, steps) as self._bar:
             self._bar.update(start)
             yield
 
-    def advance(self, step: int, steps: int, text: str) -> None:
+    def advance(self, step: int, steps: int, text: str, what: str = 'step') -> None:
         """Moves the bar; where there is no terminal, a line every PATIENCE seconds, which log.txt has too."""
         if self._bar is not None:
             self._bar.update(step, text)
         if not progress.on_terminal() and time.monotonic() - self._told > PATIENCE:
             self._told = time.monotonic()
-            self.say(f'step {step}/{steps}: {text}')
+            self.say(f'{what} {step}/{steps}: {text}')
 
     # -- files --
 
