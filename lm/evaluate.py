@@ -43,7 +43,7 @@ from lm.settings import INT32_MAX, MAX_NEW_TOKENS, Bound, up_to
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
 SHOWN = {
-    'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
+    'ended': 'ends', 'f1': 'F1', 'exact': 'exact', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
     'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
 }  # fmt: skip
 Column = tuple[str, str, str]  # metric, source or task, what it is

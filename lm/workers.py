@@ -1,7 +1,7 @@
-"""Worker processes for what must not run in this one: programs of strangers, and functions that hang, die or eat memory.
+"""Worker processes, for programs of strangers and for functions that may hang, die or eat memory.
 
-A worker reads a line of JSON and writes one, so that nothing of it is unpickled. `Process` is any such program; a `Pool`
-runs one function in several of them (lm/worker_main.py), each call bounded in time and memory.
+A worker reads a line of JSON and writes one, so that nothing of it is unpickled. `Process` is any such program; a
+`Pool` runs one function in several of them (lm/worker_main.py), each call bounded in time and memory.
 """
 
 import contextlib
@@ -105,7 +105,8 @@ class Pool:
         self.function, self.seconds, self.called = function, seconds, called or function
         self.size = size or cores()
         self._first = {
-            'function': function, 'path': sys.path, 'mebibytes': mebibytes, 'seconds': seconds, 'clock': CLOCK * seconds,
+            'function': function, 'path': sys.path, 'mebibytes': mebibytes, 'seconds': seconds,
+            'clock': CLOCK * seconds,
         }  # fmt: skip
         self._idle: queue.SimpleQueue[Process | None] = queue.SimpleQueue()
         for _ in range(self.size):

@@ -24,7 +24,7 @@ from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
-from lm.rl import rewards
+from lm.rl import rewards, verified
 from lm.runs import checkpoint, reward_scale, rundir, saved_config
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
@@ -37,8 +37,8 @@ PENALTY = np.float32(-1)  # in place of the score of a response without an end o
 MISMATCH_CAP = 2.0  # the largest importance weight of a token, and one over the least
 WINDOW = 6  # rollouts over which a rising reward is seen
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
-# token), and k1 from the reference in nats a response.
-MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl')
+# token), and k1 from the reference in nats a response; then those of verifiers and judges.
+MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', *verified.MEASURES)
 
 
 def check(config: Config) -> None:
@@ -47,10 +47,12 @@ def check(config: Config) -> None:
     if not config.init_from:
         why = 'begins with a model that answers, and does not branch'
         raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
-    if not config.reward_from and not config.reward.fn:
+    if not (config.reward_from or config.reward.fn or config.reward.verify or config.reward.judge):
         raise UsageError(
-            f'stage={config.stage} needs a reward: set reward_from=DIR or reward.fn=package.module:function'
+            f'stage={config.stage} needs a reward: set reward_from=DIR, or reward.fn, reward.verify or reward.judge='
+            'package.module:function, or reward.verify=gym'
         )
+    verified.check(config)
     if config.reward.fn:
         rewards.function(config.reward.fn)
     if (rl.prompts * rl.group) % config.batch_size:
@@ -179,6 +181,8 @@ class Online(Task):
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
             self.scale = reward_scale.read(epath.Path(split_run(run)[0]), step)
+        if line := self.verified.baseline([self._question(n, i) for n, i, _ in self.asked]):
+            self.recorder.say(line)
         return {}
 
     def source(self, start: int) -> Source:
@@ -262,7 +266,14 @@ class Online(Task):
                     raise RunError(f'reward.fn={c.reward.fn}: {type(error).__name__}: {error}') from error
                 told = rewards.checked(given, prompts, f'reward.fn={c.reward.fn}').tolist()
             total += np.asarray(processes.all_gather(told)[0], np.float32)
-        return total
+        score, told = self.verified.scores(questions, [d.ids[:-1] if d.ended else d.ids for d in drawn])
+        self.note(**told)
+        return total + score
+
+    @cached_property
+    def verified(self) -> verified.Verified:
+        """The verifier and the judge, if the run has any."""
+        return verified.Verified(self.config, self.data)
 
     def _told(self, rows: Mapping[str, np.ndarray], score: np.ndarray, ended: np.ndarray) -> dict[str, float]:
         """The health of a rollout."""
@@ -361,7 +372,7 @@ class Online(Task):
         prompts."""
         c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
         for s in data.own.sources:
-            metrics |= language.answer_metrics(self, policy, s)
+            metrics |= language.answer_metrics(self, policy, s, self.verified.verifier)
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
