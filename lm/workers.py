@@ -120,6 +120,14 @@ class Pool:
         with ThreadPoolExecutor(min(self.size, len(requests))) as threads:
             return list(threads.map(self._call, requests))
 
+    def probe(self) -> None:
+        """Raises UsageError if the function cannot be imported: at once, and not with the first call."""
+        worker = self._idle.get()
+        try:
+            worker = worker or self._start()
+        finally:
+            self._idle.put(worker)
+
     def _call(self, request: Sequence[Any]) -> Outcome:
         try:
             line = json.dumps(request).encode()

@@ -12,6 +12,7 @@ import ast
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -30,15 +31,31 @@ RECIPE = 1  # part of the cache's key: raise it when other items come out of the
 HELDOUT = 2**31  # between the seeds of training and those held out
 SIZES = {'size': 5000, 'heldout': 500, 'seed': 0}
 LARGEST = {'size': 10**7, 'heldout': 10**6, 'seed': HELDOUT - 1}  # so that no seed is above 2³²: numpy takes no other
+_ADDRESS = re.compile(r'gym:(?P<set>[a-zA-Z]\w*)(?:\((?P<arguments>.*)\))?', re.DOTALL)
 CHUNK, SECONDS = 50, 120  # items that are made at once, and CPU time for them
 # Parameters with which a model of a million learns a set in minutes.
 OURS: dict[str, dict[str, Any]] = {}
-
-_CONSTANT = 'a constant answer earns half of the reward or more'
-_PROCESS = 'its items depend on the process that makes them'
-_NO_ANSWER = 'its items have no answer to show'
-# Measured with 0.1.25, see docs/gym.md.
-REFUSED: dict[str, str] = {}
+# Measured with 0.1.25 and the sets' own defaults; what others do shows before a run (lm.rl.verifiers.baseline).
+REFUSED = {
+    'composite': 'it is made of other sets: name them one by one',
+    'acre': 'its items depend on how many there are',
+    **dict.fromkeys(('codeio', 'list_functions'), 'its items differ each time they are made'),
+    **dict.fromkeys(
+        ('intermediate_integration', 'isomorphic_strings', 'knight_swap', 'polynomial_multiplication', 'ransom_note',
+         'word_ladder'), 'its items depend on the process that makes them (the order of sets of strings)',
+    ),
+    **dict.fromkeys(
+        ('boxnet', 'graph_color', 'propositional_logic', 'rubiks_cube', 'rush_hour'), 'its items have no answer to show'
+    ),
+    **{
+        name: f'one answer to everything ({answer}) earns {share} % of the reward'
+        for name, answer, share in (
+            ('circuit_logic', '0', 60), ('coin_flip', '0', 92), ('course_schedule', 'False', 60),
+            ('game_of_life_halting', 'False', 100), ('puzzle24', '1*3*5 + 9', 100), ('self_reference', '2', 50),
+            ('syllogism', 'Yes', 70),
+        )
+    },
+}  # fmt: skip
 
 
 class Address(NamedTuple):
@@ -68,12 +85,13 @@ def is_gym(name: str) -> bool:
 
 def parse(name: str) -> Address:
     """Raises UsageError for what is no address, and for a set that is refused, with the reason."""
-    own, _, arguments = name.removeprefix(PREFIX).partition('(')
-    if not own.isidentifier() or (arguments and not arguments.endswith(')')):
+    found = _ADDRESS.fullmatch(name)
+    if found is None:
         raise UsageError(f'data source {name!r}: write gym:NAME or gym:NAME(KEY=VALUE,…)')
+    own, arguments = found['set'], found['arguments'] or ''
     if own in REFUSED:
         raise UsageError(f'data source {name!r} is refused: {REFUSED[own]}')
-    given = OURS.get(own, {}) | _arguments(name, arguments.removesuffix(')'))
+    given = OURS.get(own, {}) | _arguments(name, arguments)
     sizes = {key: given.pop(key, default) for key, default in SIZES.items()}
     for key, value in sizes.items():
         least = 0 if key == 'seed' else 1
@@ -155,17 +173,15 @@ def _drawn(address: Address) -> tuple[dict[str, Any], list[Item]]:
     return json.loads((folder / 'tally.json').read_text()), [Item(*json.loads(line)) for line in lines]
 
 
-def _pool(name: str, **options: Any) -> workers.Pool:
-    called = f'reasoning-gym in a worker process ({name})'
-    return workers.Pool(f'lm.data.gym_worker:{name}', seconds=SECONDS, called=called, **options)
+def _pool(**options: Any) -> workers.Pool:
+    called = 'reasoning-gym in a worker process'
+    return workers.Pool('lm.data.gym_worker:known_or_made', seconds=SECONDS, called=called, **options)
 
 
-def _check(address: Address) -> None:
-    """Raises UsageError for a set or a parameter that there is not, and for values that the set does not take."""
+def _check(address: Address, pool: workers.Pool | None = None) -> None:
+    """Raises UsageError for a set or a parameter that there is not."""
     name, own = address.name, json.loads(address.parameters)
-    pool = _pool('known', size=1)
-    sets, parameters = _value(pool.map([[address.set]])[0], address)
-    pool.close()
+    sets, parameters = _value((pool or _pool(size=1)).map([['known', address.set]])[0], address)
     if parameters is None:
         raise UsageError(f'data source {name!r}: reasoning-gym has no set {address.set}{nearest(address.set, sets)}')
     if unknown := next((key for key in own if key not in parameters), None):
@@ -183,11 +199,12 @@ def _value(outcome: workers.Outcome, address: Address) -> Any:
 
 def _draw(address: Address, directory: epath.Path) -> None:
     """Makes all items, without those that are there twice, and writes them with a tally of the others."""
-    _check(address)
-    pool, tally, seen = _pool('make'), Counts(), {}
+    pool, tally, seen = _pool(), Counts(), {}
+    _check(address, pool)
     parts = ((address.seed, address.size, False), (address.seed + HELDOUT, address.heldout, True))
     for seed, size, heldout in parts:
-        asked = [[address.set, address.parameters, seed, size, i, min(i + CHUNK, size)] for i in range(0, size, CHUNK)]
+        of_set = ['make', address.set, address.parameters, seed, size]
+        asked = [[*of_set, i, min(i + CHUNK, size)] for i in range(0, size, CHUNK)]
         made = (item for outcome in pool.map(asked) for item in _value(outcome, address))
         for number, (question, answer) in enumerate(made):
             known = seen.get(question)

@@ -23,6 +23,11 @@ def _item(name: str, parameters: str, seed: int, size: int, index: int) -> dict[
     return _dataset(name, parameters, seed, size)[index]
 
 
+def known_or_made(what: str, *arguments: Any) -> list[Any]:
+    """`known` or `make`, for a worker that does both."""
+    return {'known': known, 'make': make}[what](*arguments)
+
+
 def known(name: str) -> list[Any]:
     """[the names of all sets, the names of this one's parameters or None]."""
     found = factory.DATASETS.get(name)

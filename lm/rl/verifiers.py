@@ -87,10 +87,14 @@ def check(config: Config) -> None:
             gym.parse(name)
     elif reward.partial:
         raise UsageError('reward.partial=true is for reward.verify=gym: your own function gives what it gives')
-    for key in ('verify', 'judge'):
-        value = reward[key]
-        if value not in (None, GYM if key == 'verify' else None) and not all(value.partition(':')):
-            raise UsageError(f'reward.{key}={value} must be package.module:function' + (' or gym' * (key == 'verify')))
+    for key, value in (('verify', None if reward.verify == GYM else reward.verify), ('judge', reward.judge)):
+        if value is None:
+            continue
+        if not all(value.partition(':')):
+            raise UsageError(f'reward.{key}={value} must be package.module:function' + ' or gym' * (key == 'verify'))
+        pool = workers.Pool(value, seconds=reward.seconds, size=1, called=f'reward.{key}={value}')
+        pool.probe()
+        pool.close()
 
 
 def of_config(config: Config, data: WithReplay) -> Verifier | None:
