@@ -1,18 +1,11 @@
 """Verifiers and judges: what each response earns, what fails, and what is refused before a run."""
 
-import os
-import sys
-import time
-
 import numpy as np
 import pytest
-import running
-from running import lines, measured
 from test_data_gym import SMALL, cache  # noqa: F401
-from test_online import learn  # noqa: F401
 
 from lm import settings, workers
-from lm.config import base, override
+from lm.config import base, check, override
 from lm.data import gym
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import Question
@@ -21,50 +14,6 @@ from lm.errors import RunError, UsageError
 from lm.rl import verifiers
 from lm.rl.judge import Judge
 from lm.stages import online
-
-
-def first_letter(prompt, response, gold):
-    """1 where the response begins as the gold answer does; does harm to some others."""
-    assert all(isinstance(text, str) for text in (prompt, response, gold)) and gold
-    if len(response) % 5 == 3:
-        raise ValueError(response)
-    return float(response[:1] == gold[:1])
-
-
-def by_length(prompt, response, gold):
-    return {0: 0.25, 1: np.nan, 2: None, 3: '1', 4: 1, 5: 10**400, 6: True}[len(response)]
-
-
-def anything(prompt, response, gold):
-    return 1.0 if response else 0.0
-
-
-def nothing(prompt, response, gold):
-    return float(not response)
-
-
-def broken(prompt, response, gold):
-    raise KeyError('gold')
-
-
-def judge(prompts, responses):
-    """Scripted: a None for every third, as of an answer that cannot be parsed."""
-    return [None if i % 3 == 2 else i / 10 for i in range(len(responses))]
-
-
-def moody(prompts, responses):
-    match prompts[0]:
-        case 'sleep':
-            time.sleep(600)
-        case 'die':
-            os._exit(1)
-        case 'exit':
-            sys.exit('no such model')
-        case 'few':
-            return [1.0]
-        case 'text':
-            return 'good'
-    return [float('inf'), True, 'good', 0.5]
 
 
 class Letters:
@@ -81,7 +30,7 @@ def asked(prompt, gold):
 def own(name, **options):
     """The verifier of a function here."""
     decode = Letters().decode
-    pool = workers.Pool(f'test_verifiers:{name}', seconds=1, size=2)
+    pool = workers.Pool(f'scripted:{name}', seconds=1, size=2)
     call = lambda question, text: [decode(question.prompt), text, decode(question.answer)]
     return verifiers.Verifier(f'reward.verify={name}', pool, call, **({'round': False, 'failed': -1.0} | options))
 
@@ -133,14 +82,14 @@ def test_a_set_s_own_scorer(cache):  # noqa: F811
 
 
 def test_a_judge_may_have_no_score():
-    found = Judge('test_verifiers:judge', seconds=5, failed=-2.0)
+    found = Judge('scripted:judge', seconds=5, failed=-2.0)
     verdict = found(['q'] * 4, list('abcd'))
     np.testing.assert_allclose(verdict.scores, [0, 0.1, -2, 0.3], rtol=1e-6)
     assert verdict.failed == 1
 
 
 def test_a_judge_s_scores_are_looked_at():
-    verdict = Judge('test_verifiers:moody', seconds=5, failed=0.0)(['q'] * 4, list('abcd'))
+    verdict = Judge('scripted:moody', seconds=5, failed=0.0)(['q'] * 4, list('abcd'))
     assert verdict.scores.tolist() == [0, 1, 0, 0.5] and verdict.failed == 2
 
 
@@ -156,7 +105,7 @@ def test_a_judge_s_scores_are_looked_at():
 )
 def test_a_judge_that_fails_ends_the_run(mood, wanted):
     with pytest.raises(RunError, match=wanted):
-        Judge('test_verifiers:moody', seconds=0.1, failed=0.0)([mood] * 2, ['a', 'b'])
+        Judge('scripted:moody', seconds=0.1, failed=0.0)([mood] * 2, ['a', 'b'])
 
 
 # ---- in a run ----
@@ -193,32 +142,4 @@ def test_settings_that_cannot_be(values, wanted):
 @pytest.mark.parametrize(('key', 'value'), [('seconds', '0'), ('failed', 'nan'), ('failed', 'inf'), ('seconds', 'nan')])
 def test_bounds(key, value):
     with pytest.raises(UsageError, match=f'reward.{key}'):
-        override(grpo(), f'reward.{key}', value)
-
-
-@pytest.mark.slow
-def test_a_run_tells_what_failed_and_what_was_exact(learn, tmp_path):  # noqa: F811
-    own = {'reward__verify': 'test_verifiers:first_letter', 'reward__judge': 'test_verifiers:judge'}
-    learn('grpo', reward_from='none', steps=2, eval__every=2, **own)
-    found = measured(tmp_path / 'run')
-    assert found[2, 'rl/judge_failed'] == 5 and 0 <= found[2, 'rl/verifier_failed'] <= 16
-    assert 0 <= found[2, 'rl/exact'] <= 1 and 0 <= found[2, 'eval/chats.jsonl/exact'] <= 1
-    assert 'eval/chats.jsonl/exact_sampled' in lines(tmp_path / 'run')[-1]
-
-
-@pytest.mark.slow
-def test_a_constant_answer_ends_a_run_before_it_begins(learn, tmp_path):  # noqa: F811
-    with pytest.raises(UsageError, match='the best constant answer'):
-        learn('grpo', reward_from='none', reward__verify='test_verifiers:anything')
-    assert not list((tmp_path / 'run').glob('checkpoints/*'))
-
-
-@pytest.mark.slow
-def test_a_run_on_a_set_of_reasoning_gym(learn, cache, tmp_path, call):  # noqa: F811
-    own = {'data__mixture': SMALL, 'seq_len': 128, 'reward_from': 'none', 'reward__verify': 'gym'}
-    learn('grpo', steps=2, eval__every=2, **own)
-    found = measured(tmp_path / 'run')
-    assert found[2, 'rl/verifier_failed'] == 0 and found[2, 'rl/exact'] == found[2, 'rl/reward']
-    assert 0 <= found[2, f'eval/{SMALL}/exact'] <= 1
-    status, out, err = call('evaluate', tmp_path / 'run', '--tasks=answers', '--rows=4', '--max_new_tokens=2')
-    assert status == 0 and f'eval/{SMALL}/exact' in running.one_object(out), err
+        check(grpo((f'reward.{key}', value)))

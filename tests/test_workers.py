@@ -1,42 +1,15 @@
 """Functions in worker processes: whatever one of them does, the others are answered, and alike however many work."""
 
-import os
-import random
-import sys
 import time
 
-import numpy as np
 import pytest
 
 from lm import workers
 from lm.errors import UsageError
 
 
-def act(what, value=None):
-    """The harmless relatives of what a verifier may do."""
-    if what == 'raise':
-        raise KeyError(value)
-    if what == 'exit':
-        sys.exit(3)
-    if what == 'die':
-        os._exit(3)
-    if what == 'sleep':
-        time.sleep(600)
-    if what == 'spin':
-        while True:
-            pass
-    if what == 'allocate':
-        return len(bytearray(4 << 30))
-    if what == 'print':
-        print('[1, 2]')
-        return input()
-    if what == 'random':
-        return [random.random(), float(np.random.rand()), hash('a')]
-    return {'numpy': np.float32(0.5), 'object': object()}.get(what, value)
-
-
 def pool(**options):
-    return workers.Pool('test_workers:act', **({'seconds': 0.3, 'size': 1} | options))
+    return workers.Pool('scripted:act', **({'seconds': 0.3, 'size': 1} | options))
 
 
 @pytest.mark.parametrize(
