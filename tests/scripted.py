@@ -54,6 +54,11 @@ def nothing(prompt, response, gold):
     return float(not response)
 
 
+def not_a_number(prompt, response, gold):
+    """As complex_arithmetic of reasoning-gym 0.1.25: min(1, e^−nan) is 1."""
+    return 1.0 if response in ('nan', gold) else 0.0
+
+
 def broken(prompt, response, gold):
     raise KeyError('gold')
 

@@ -46,6 +46,7 @@ def test_what_is_no_finite_number_is_counted():
     [
         ('anything', "an empty answer 0.00, the best constant answer .'a0'. 1.00: a policy would learn"),
         ('nothing', 'an empty answer 1.00'),
+        ('not_a_number', "the best constant answer .'nan'. 1.00"),
         ('broken', "fails for every answer, the gold ones too .KeyError: 'gold'."),
     ],
 )

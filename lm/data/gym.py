@@ -34,7 +34,9 @@ LARGEST = {'size': 10**7, 'heldout': 10**6, 'seed': HELDOUT - 1}  # so that no s
 _ADDRESS = re.compile(r'gym:(?P<set>[a-zA-Z]\w*)(?:\((?P<arguments>.*)\))?', re.DOTALL)
 CHUNK, SECONDS = 50, 120  # items that are made at once, and CPU time for them
 # Parameters with which a model of a million learns a set in minutes.
-OURS: dict[str, dict[str, Any]] = {}
+OURS: dict[str, dict[str, Any]] = {
+    'rotate_matrix': {'min_n': 2, 'max_n': 2, 'min_rotations': 1, 'max_rotations': 3},
+}
 # Measured with 0.1.25 and the sets' own defaults; what others do shows before a run (lm.rl.verifiers.baseline).
 REFUSED = {
     'composite': 'it is made of other sets: name them one by one',
@@ -50,7 +52,8 @@ REFUSED = {
     **{
         name: f'one answer to everything ({answer}) earns {share} % of the reward'
         for name, answer, share in (
-            ('circuit_logic', '0', 60), ('coin_flip', '0', 92), ('course_schedule', 'False', 60),
+            ('circuit_logic', '0', 60), ('coin_flip', '0', 92), ('complex_arithmetic', 'nan', 100),
+            ('course_schedule', 'False', 60),
             ('game_of_life_halting', 'False', 100), ('puzzle24', '1*3*5 + 9', 100), ('self_reference', '2', 50),
             ('syllogism', 'Yes', 70),
         )

@@ -26,6 +26,7 @@ from lm.settings import FLOAT32_END
 
 GYM = 'gym'
 CONSTANTS, PROMPTS = 6, 128  # answers that are tried on so many prompts before a run
+TRICKS = 'nan', '0', '1', 'True', '[]'  # tried beside them: complex_arithmetic of reasoning-gym 0.1.25 pays 1 for nan
 MOST = 0.5  # of the reward that an answer may earn which does not look at the prompt
 
 
@@ -143,7 +144,8 @@ def baseline(verifier: Verifier, questions: Sequence[Question], tokenizer: Token
     """
     some = [questions[i * len(questions) // PROMPTS] for i in range(PROMPTS)] if len(questions) > PROMPTS else questions
     golds = [tokenizer.decode(q.answer).strip() for q in some]
-    tried = ['', *(text for text, _ in Counter(golds).most_common(CONSTANTS) if text)]
+    common = [text for text, _ in Counter(golds).most_common(CONSTANTS)]
+    tried = list(dict.fromkeys(['', *common, *TRICKS]))
     texts = [*golds, *(text for text in tried for _ in some)]
     verdict = verifier([*some] * (len(tried) + 1), texts)
     if verdict.failed == len(texts):
