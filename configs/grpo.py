@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> config.Config:
     c.eval.max_new_tokens = 96
     if task == 'gym':
         c.reward.verify = 'gym'
-        c.steps = 80
+        c.steps, c.batch_size = 120, 128
         c.data.mixture = 'gym:rotate_matrix'
         c.rl.max_new_tokens = 12
         c.eval.every = 40

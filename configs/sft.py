@@ -26,8 +26,8 @@ def get_config(arg: str = '') -> config.Config:
     c.data.replay = 0.25
     c.eval.max_new_tokens = 96
     if task == 'gym':  # so few steps that much is left to be learned by trial
-        c.steps = 52
-        c.optim.warmup = 20
+        c.steps = 68
+        c.optim.lr, c.optim.schedule, c.optim.warmup = 4e-3, 'constant', 20
         c.data.mixture = 'gym:rotate_matrix'
         c.data.replay = 0.0
         c.eval.max_new_tokens = 12
