@@ -45,8 +45,9 @@ from lm.settings import INT32_MAX, MAX_NEW_TOKENS, Bound, up_to
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
 SHOWN = {
-    'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward', 'reward_gain': 'gain',
-    'win_rate': 'wins', 'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
+    'ended': 'ends', 'f1': 'F1', 'exact': 'exact', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
+    'reward_gain': 'gain', 'win_rate': 'wins', 'declined_invented': 'invented', 'declined_real': 'real',
+    'bpb': 'bits/byte',
 }  # fmt: skip
 Column = tuple[str, str, str]  # metric, source or task, what it is
 

@@ -44,6 +44,7 @@ def up_to(most: int, least: int = 0) -> Bound:
 
 COUNT, COUNT_OR_0 = up_to(INT32_MAX, 1), up_to(INT32_MAX)
 POSITIVE = Bound('positive and finite', lambda x: 0 < x < FLOAT32_END)
+FINITE = Bound('finite', lambda x: abs(x) < FLOAT32_END)
 FROM_1 = Bound('at least 1 and finite', lambda x: 1 <= x < FLOAT32_END)
 FROM_0 = Bound('at least 0 and finite', lambda x: 0 <= x < FLOAT32_END)
 PART = Bound('from 0 to 1', lambda x: 0 <= x <= 1)
@@ -249,6 +250,13 @@ class RewardSource:
     """The sources of a response's score; several are added up."""
 
     fn: str | None = setting(None, "'package.module:function': (prompts, responses) -> scores; answers= if it asks")
+    verify: str | None = setting(None, "'gym', or 'package.module:function': (prompt, response, gold answer) -> score")
+    partial: bool = setting(False, 'verify=gym: what the scorer of the set gives; else 1 or 0')
+    judge: str | None = setting(
+        None, "'package.module:function': (prompts, responses) -> scores, None where it has none"
+    )
+    seconds: float = setting(5.0, 'CPU time of verify, and of the judge, for a response', POSITIVE)
+    failed: float = setting(0.0, 'the score of a response that verify fails on or the judge has none for', FINITE)
     weights: str | None = setting(None, "'model:1,fn:0.5', of reward_from and of those here; None: 1 each")
     normalise: bool = setting(False, 'each source by its mean and standard deviation in the rollout, before its weight')
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm.data import chat_template, jinja_sandbox
+from lm import workers
+from lm.data import chat_template
 from lm.data.chat_template import ChatTemplate
 from lm.data.tokenizer import Tokenizer, train_tokenizer
 from lm.errors import UsageError
@@ -417,7 +418,7 @@ def test_a_rendering_that_was_broken_off_answers_no_other(ours, monkeypatch):
     def broken_off(line):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jinja_sandbox, 'json', SimpleNamespace(dumps=json.dumps, loads=broken_off))
+    monkeypatch.setattr(workers, 'json', SimpleNamespace(dumps=json.dumps, loads=broken_off))
     with pytest.raises(KeyboardInterrupt):
         ChatTemplate().prompt(ours, say('x'))
     monkeypatch.undo()

@@ -23,7 +23,7 @@ ROOMS = (
     {'presets'},
     {'config'},
     {'settings'},
-    {'runtime', 'files', 'sharding', 'terminal'},
+    {'runtime', 'files', 'sharding', 'terminal', 'workers', 'worker_main'},
     {'progress'},
     {'multihost', 'xla'},
     {'errors'},

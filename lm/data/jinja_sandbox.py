@@ -6,7 +6,6 @@ their own (lm/data/jinja_worker.py), which has a second for each rendering and 2
 """
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -14,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lm import workers
 from lm.errors import UsageError
 
 LONGEST_TEMPLATE = 1 << 18
 # Each worker is told the same time, so that a template with a date in it makes one text as long as the program runs.
 _COMMAND = [sys.executable, '-P', str(Path(__file__).with_name('jinja_worker.py')), str(time.time())]
 _lock = threading.Lock()
-_worker: subprocess.Popen[bytes] | None = None  # one for all renderings, until it dies
+_worker: workers.Process | None = None  # one for all renderings, until it dies
 
 
 def render(text: str, variables: Mapping[str, Any]) -> str:
@@ -45,21 +45,15 @@ def _ask(*request: Any) -> tuple[str, str]:
     """(outcome, text) of the worker's for (template, variables)."""
     global _worker
     try:
-        line = json.dumps(request).encode() + b'\n'
+        line = json.dumps(request).encode()
     except (RecursionError, TypeError, ValueError) as error:  # no conversation of ours is no JSON
         return 'failed', f'{type(error).__name__}: {error}'
     with _lock:
-        worker = _worker or subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        assert worker.stdin and worker.stdout
+        worker = _worker or workers.Process(_COMMAND)
         _worker = None  # whatever comes between, the next request is not answered with the answer to this
         try:
-            worker.stdin.write(line)
-            worker.stdin.flush()
-            outcome, said = json.loads(worker.stdout.readline())
-        except (OSError, ValueError):
-            worker.communicate()
+            outcome, said = worker.ask(line)
+        except workers.Died:
             return 'failed', 'it takes too long, or too much memory'
         _worker = worker
         return outcome, said

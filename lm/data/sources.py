@@ -7,6 +7,7 @@ names opens a `Source`, which gives records and counts what it read and what it 
     PATH[#COLUMN]                   files, patterns and folders of text, JSON, .csv, .parquet: lm/data/record_files.py
     tfds:NAME[@SPLIT][#COLUMN]      prepared in array_record
     hf:NAME[@SPLIT][#COLUMN]        see lm/data/hub.py
+    gym:NAME[(KEY=VALUE,…)]         a set of reasoning-gym, see lm/data/gym.py
 
 The same addresses hold text, conversations ('chat') and pairs of answers ('pairs'); the fields of the latter two are in
 lm/data/conversations.py.
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.data import conversations, hub, mixtures, parquet, record_files, tfds
+from lm.data import conversations, gym, hub, mixtures, parquet, record_files, tfds
 from lm.data.conversations import Reading, Row
 from lm.data.records import Counts, Kind, Record, Source, record
 from lm.errors import UsageError
@@ -40,6 +41,8 @@ _NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf(?:init
 _HUB_NAME = re.compile(
     r'(?:https?://huggingface\.co/)?(?:datasets/)?(?P<name>[\w-][\w.-]*/[\w.-]*\w(?:/[\w.-]+)?(?:@[\w\[:%\]]+)?)/?'
 )
+# The parts of a mixture; commas within the brackets of gym: are no ends of one.
+_PART = re.compile(r'\s*gym:\w+\([^()]*\)[^,]*|[^,]+')
 # Beyond these, shares of a sum overflow or vanish.
 _LIGHTEST, _HEAVIEST = 1e-9, 1e9
 
@@ -49,7 +52,7 @@ def parse_mixture(text: str) -> tuple[tuple[str, float | None], ...]:
 
     Raises UsageError unless all or none are weighted, and each weight is worth a row in PERIOD.
     """
-    parts = tuple(_parse_part(part.strip()) for part in text.split(',') if part.strip())
+    parts = tuple(_parse_part(part.strip()) for part in _PART.findall(text) if part.strip())
     names = [name for name, _ in parts]
     if not parts:
         raise UsageError("the data mixture is empty: name a source, as in data.mixture='botocore:0.7,chitchat:0.3'")
@@ -71,7 +74,7 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     name, colon, number = part.rpartition(':')
     if _NUMBER.fullmatch(part):
         raise UsageError(f'{part!r} in the data mixture is a weight without a source: write NAME:{part}')
-    if part in ('hf:', 'tfds:'):
+    if part in ('hf:', 'tfds:', 'gym:'):
         raise UsageError(f'{part!r} in the data mixture names no dataset: write {part}NAME')
     if not number and colon:
         raise UsageError(f'{part!r} in the data mixture has no weight after its colon: write {name or "NAME"}:0.5')
@@ -112,6 +115,8 @@ def open_source(name: str, kind: Kind = 'text', *, strict: bool = False, unpaire
     address, copy = name, None
     if name in mixtures.NAMED:
         address, copy = mixtures.NAMED[name].source, mixtures.local_copy(name)
+    if gym.is_gym(address):
+        return gym.open_set(name, kind)
     if address.startswith('tfds:'):
         return tfds.open_prepared(name, address, reading, copy)
     if address.startswith('hf:'):

@@ -10,7 +10,7 @@ from lm.data.decline import is_decline
 from lm.data.heldout import normalized
 from lm.data.tokenizer import Tokenizer
 from lm.model.config import ModelConfig
-from lm.sampling.generate import generate
+from lm.sampling.generate import Sampling, generate
 
 BATCH = 64  # questions answered at once
 
@@ -24,7 +24,7 @@ def f1(answer: str, truth: str) -> float:
 
 
 class Answered(NamedTuple):
-    """A greedy answer, what the data has, and whether the answer ended by itself."""
+    """An answer, what the data has, and whether the answer ended by itself."""
 
     text: str
     truth: str
@@ -33,16 +33,17 @@ class Answered(NamedTuple):
 
 def answered(
     params: Any, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question], *, stop_ids: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
 ) -> list[Answered]:  # fmt: skip
-    """Returns a model's greedy answer to each question, BATCH at a time, those of like length together."""
+    """Returns a model's answer to each question, greedy by default, BATCH at a time, those of like length together."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     options = {'stop_ids': stop_ids, 'max_new_tokens': max_new_tokens, 'allowed': tokenizer.is_token}
+    options['sampling'] = Sampling(temperature)
     found: dict[int, Answered] = {}
     with progress.task('answers', len(order)) as task:
         for start in range(0, len(order), BATCH):
             some = order[start : start + BATCH]
-            drawn = generate(params, cfg, [questions[i].prompt for i in some], **options)
+            drawn = generate(params, cfg, [questions[i].prompt for i in some], seed=seed + start, **options)
             for i, (ids, ended) in zip(some, drawn, strict=True):
                 found[i] = Answered(tokenizer.decode(ids), tokenizer.decode(questions[i].answer), ended)
             task.advance(len(some))

@@ -24,7 +24,7 @@ from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
 from lm.evals import answers, gains, heldout, preferences
 from lm.model import sequences
-from lm.rl import rewards
+from lm.rl import rewards, verified
 from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.loading import Model
 from lm.sampling import generate
@@ -92,11 +92,14 @@ def ask(subject: Subject, questions: Sequence[chats.Question], limits: Limits) -
 def _answers(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
     metrics, told = {}, []
     for s in prepared.sources:
-        found = ask(subject, chats.questions(s.heldout, limits.rows or INT32_MAX, longest=subject.seq_len), limits)
+        questions = chats.questions(s.heldout, limits.rows or INT32_MAX, longest=subject.seq_len)
+        found = ask(subject, questions, limits)
         if not found:
             subject.say(f'left out {s.name}: no held-out answer ends within seq_len={subject.seq_len}')
             continue
         metrics |= _named(s.name, answers.quality(found))
+        if verifier := verified.own_verifier(subject.model.tokenizer, subject.template, prepared, s.name):
+            metrics |= _named(s.name, {'exact': verified.accuracy(verifier, questions, [a.text for a in found])})
         told += found
     return metrics | ({'eval/ended': answers.quality(told)['ended']} if told else {})
 

@@ -26,13 +26,14 @@ from lm.data import chats, prompt_sets
 from lm.data.chat_template import ChatTemplate
 from lm.data.chats import Question
 from lm.data.records import Chat
+from lm.data.sources import parse_mixture
 from lm.data.tokenizer import Tokenizer
 from lm.errors import Preempted, UsageError
 from lm.jobs import spec
 from lm.jobs.spec import JobSpec, Say
 from lm.model.config import ModelConfig
 from lm.multihost import processes
-from lm.rl import rewards
+from lm.rl import rewards, verified
 from lm.runs import execution, loading, rundir, saved_config
 from lm.runs.saved_config import Parent
 from lm.runtime import StopRequest
@@ -48,8 +49,9 @@ def check(config: Config) -> None:
     """Raises UsageError for settings that make no sense together, before anything is read."""
     if not config.init_from:
         raise UsageError('stage=generate asks a run that answers: set --config.init_from=DIR')
-    if not config.reward_from and not config.reward.fn:
-        raise UsageError('stage=generate needs a reward: set reward_from=DIR or reward.fn=package.module:function')
+    if not rewards.sources(config):
+        raise UsageError(f'stage=generate needs a reward: set {rewards.WAYS}')
+    verified.check(config)
     if config.reward.fn:
         rewards.function(config.reward.fn)
     rewards.weights(config)
@@ -198,10 +200,11 @@ class Models(NamedTuple):
     params: Any
     cfg: ModelConfig
     reward: rewards.Model | None
+    verified: verified.Verified
     parents: dict[str, Parent]
 
 
-def load(config: Config, before: Mapping[str, Parent], *, width: int, say: Say) -> Models:
+def load(config: Config, before: Mapping[str, Parent], speaker: Speaker, say: Say) -> Models:
     """Raises UsageError if they are not those that the job began with."""
 
     def weights(run: str, role: str) -> tuple[Any, ModelConfig, Parent]:
@@ -214,8 +217,11 @@ def load(config: Config, before: Mapping[str, Parent], *, width: int, say: Say) 
     if run := config.reward_from:
         judge, judge_cfg, parents['reward'] = weights(run, 'reward')
         scale = rewards.read_scale(run, parents['reward'].step)
+        width = config.max_new_tokens + speaker.longest
         reward = rewards.Model(judge, judge_cfg, scale, width, config.batch_size)
-    return Models(generate.prepare(params, cfg, batch=config.batch_size), cfg, reward, parents)
+    names = [name for name, _ in parse_mixture(config.data.mixture)]
+    asks = verified.Verified(config, speaker.tokenizer, speaker.template, names)
+    return Models(generate.prepare(params, cfg, batch=config.batch_size), cfg, reward, asks, parents)
 
 
 def batch(
@@ -229,7 +235,8 @@ def batch(
         stop_ids=template.stop_ids(tokenizer), temperature=config.temperature,
         seed=int(np.random.SeedSequence([config.seed, first]).generate_state(1)[0]),
     )  # fmt: skip
-    score = rewards.combined(rewards.scores(config, tokenizer, questions, drawn, models.reward), config)
+    found = rewards.scores(config, tokenizer, questions, drawn, models.reward)
+    score = rewards.combined(found | models.verified.scores(questions, drawn)[0], config)
     lines, records = [], []
     for j, chat in enumerate(asked):
         own, of = drawn[j * n : (j + 1) * n], score[j * n : (j + 1) * n]
@@ -273,9 +280,8 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
         if saved is None and processes.first():
             with ledger('prepare'), progress.task('choosing prompts'):
                 asked = [prompt_sets.to_json(chat) for chat in choose(config, speaker, config.prompts, recorder.say)]
-        longest = config.max_new_tokens + speaker.longest
         with progress.task('loading the weights'):
-            models = load(config, saved_config.parents(saved), width=longest, say=recorder.say)
+            models = load(config, saved_config.parents(saved), speaker, recorder.say)
         rundir.write_config(workdir, config, models.parents, **{rundir.JOB: config.stage})
         recorder.settings = config.to_dict()
         recorder.open(workdir)

@@ -45,6 +45,7 @@ def function(name: str) -> Function:
     return lambda prompts, responses, answers: found(prompts, responses)
 
 
+WAYS = 'reward_from=DIR, or reward.fn, reward.verify or reward.judge=package.module:function, or reward.verify=gym'
 ROUND = 32  # tokens to which widths are rounded up, so that few shapes are compiled
 
 
@@ -64,7 +65,7 @@ class Texts(NamedTuple):
 
 def sources(config: Config) -> tuple[str, ...]:
     """Names of the sources that a config has: `model` (reward_from), and those of its group `reward`."""
-    own = ('fn',)
+    own = ('fn', 'verify', 'judge')
     return ('model',) * bool(config.reward_from) + tuple(name for name in own if config.reward[name])
 
 
@@ -140,7 +141,8 @@ def read_scale(run: str, step: int) -> Scale:
 def scores(
     config: Config, tokenizer: Tokenizer, asked: Sequence[Question], drawn: Sequence[Drawn], model: Model | None
 ) -> dict[str, np.ndarray]:
-    """{source: the score of each response}, float32 [N], of all sources that a config has.
+    """{source: the score of each response}, float32 [N], of the reward model and the user's function, as far
+    as a config has them.
 
     Args:
       model: that of `reward_from`, if there is one.

@@ -23,6 +23,8 @@ from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
+from lm.rl import verified
+from lm.rl.verifiers import Verifier
 from lm.sampling.choice import Sampling
 from lm.sampling.generate import generate
 from lm.stages import plan
@@ -168,16 +170,28 @@ def text_metrics(config: Config, cfg: ModelConfig, prepared: Prepared, params: A
     return heldout.by_source(params, cfg, batches, prepared.tokenizer)
 
 
-def answered(task: Task, params: Any, questions: Sequence[Question]) -> list[answers.Answered]:
-    """The greedy answer of a task's model to each question about its data."""
+def answered(task: Task, params: Any, questions: Sequence[Question], **sampling: Any) -> list[answers.Answered]:
+    """The answer of a task's model to each question about its data: greedy, or as `answers.answered` is told."""
     data, most = task.data, task.config.eval.max_new_tokens
-    return answers.answered(params, task.cfg, data.tokenizer, questions, stop_ids=data.stop_ids, max_new_tokens=most)
+    options = {'stop_ids': data.stop_ids, 'max_new_tokens': most, **sampling}
+    return answers.answered(params, task.cfg, data.tokenizer, questions, **options)
 
 
-def answer_metrics(task: Task, params: Any, s: PreparedSource) -> dict[str, float]:
-    """{'eval/SOURCE/ended', '…/f1'} of the answers to a source's held-out questions."""
+def answer_metrics(task: Task, params: Any, s: PreparedSource, verifier: Verifier | None = None) -> dict[str, float]:
+    """{'eval/SOURCE/ended', '…/f1'} of the answers to a source's held-out questions, and where they can be verified
+    '…/exact' and '…/exact_sampled'.
+
+    Args:
+      verifier: None: the source's own, if it has one.
+    """
     questions = chats.questions(s.heldout, task.config.eval.rows, longest=task.config.seq_len)
-    return {f'eval/{s.name}/{k}': v for k, v in answers.quality(answered(task, params, questions)).items()}
+    found = answers.quality(greedy := answered(task, params, questions))
+    data = task.data
+    if verifier := verifier or verified.own_verifier(data.tokenizer, data.template, data.own, s.name):
+        drawn = answered(task, params, questions, temperature=1.0, seed=task.config.seed)
+        for name, answers_of in (('exact', greedy), ('exact_sampled', drawn)):
+            found[name] = verified.accuracy(verifier, questions, [a.text for a in answers_of])
+    return {f'eval/{s.name}/{k}': v for k, v in found.items()}
 
 
 def heldout_questions(task: Task, questions: Callable[..., list[Question]] = chats.questions) -> list[Prompt]:

@@ -26,7 +26,7 @@ from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
-from lm.rl import rewards
+from lm.rl import rewards, verified
 from lm.runs import checkpoint, loading
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
@@ -41,9 +41,20 @@ WINDOW = 6  # rollouts over which a rising reward is seen
 HORIZON = 10_000  # responses over which β moves by its error
 HELD_OUT = 128  # prompts of each source at most that are answered for a score
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
-# token), and the KL from the reference in nats a response, by k1 and by k3.
-MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', 'kl_k3', 'beta')
-PANEL = ('reward', 'kl', 'length', 'ended')  # of them, in the progress bar
+# token), and the KL from the reference in nats a response, by k1 and by k3; then those of verifiers and judges.
+MEASURES = (
+    'reward',
+    'reward_std',
+    'ended',
+    'length',
+    'mismatch_max',
+    'mismatch_kl',
+    'kl',
+    'kl_k3',
+    'beta',
+    *verified.MEASURES,
+)
+PANEL = ('reward', 'exact', 'kl', 'length', 'ended')  # of them, in the progress bar
 
 
 def check(config: Config) -> None:
@@ -52,10 +63,9 @@ def check(config: Config) -> None:
     if not config.init_from:
         why = 'begins with a model that answers, and does not branch'
         raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
-    if not config.reward_from and not config.reward.fn:
-        raise UsageError(
-            f'stage={config.stage} needs a reward: set reward_from=DIR or reward.fn=package.module:function'
-        )
+    if not rewards.sources(config):
+        raise UsageError(f'stage={config.stage} needs a reward: set {rewards.WAYS}')
+    verified.check(config)
     if config.reward.fn:
         rewards.function(config.reward.fn)
     rewards.weights(config)
@@ -193,6 +203,8 @@ class Online(Task):
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
             self.scale = rewards.read_scale(run, step)
+        if line := self.verified.baseline([self._question(n, i) for n, i, _ in self.asked]):
+            self.recorder.say(line)
         return {}
 
     def source(self, start: int) -> Source:
@@ -260,7 +272,8 @@ class Online(Task):
         """Responses to questions, `rl.group` to each, with their scores."""
         asked = [q for q in questions for _ in range(self.config.rl.group)]
         drawn = self.draw(models['policy'], asked, seed)
-        found = self.scores(models, asked, drawn)
+        found, told = self.scores(models, asked, drawn)
+        self.note(**told)
         return Scored(asked, drawn, found, rewards.combined(found, self.config))
 
     def draw(self, policy: Any, asked: Sequence[Question], seed: Sequence[int]) -> list[generate.Drawn]:
@@ -311,12 +324,20 @@ class Online(Task):
 
     def scores(
         self, models: Roles, asked: Sequence[Question], drawn: Sequence[generate.Drawn]
-    ) -> dict[str, np.ndarray]:
-        """{source: the score of each response}, before its weight."""
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """({source: the score of each response}, before its weight; what is to be noted of them)."""
         c, model = self.config, None
         if 'reward' in models:
             model = rewards.Model(models['reward'], self.cfg, self.scale, self.width, c.execution.microbatch)
-        return rewards.scores(c, self.data.tokenizer, asked, drawn, model)
+        found = rewards.scores(c, self.data.tokenizer, asked, drawn, model)
+        more, told = self.verified.scores(asked, drawn)
+        return found | more, told
+
+    @cached_property
+    def verified(self) -> verified.Verified:
+        """The verifier and the judge, if the run has any."""
+        data = self.data
+        return verified.Verified(self.config, data.tokenizer, data.template, [s.name for s in data.own.sources])
 
     # ---- health ----
 
@@ -453,7 +474,7 @@ class Online(Task):
             gained = self.gained(state)
         for s, found in zip(data.own.sources, gained, strict=True):
             metrics |= {f'eval/{s.name}/{name}': value for name, value in found.items()}
-            metrics |= language.answer_metrics(self, policy, s)
+            metrics |= language.answer_metrics(self, policy, s, self.verified.verifier)
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
@@ -498,7 +519,7 @@ class Online(Task):
         """{source of scores: those of so many responses to each held-out prompt}; {} where there is none."""
 
         def answer(some: Sequence[Question], at: int) -> dict[str, np.ndarray]:
-            return self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT]))
+            return self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT]))[0]
 
         asked = self.held_out(s) * each
         return gains.scores(answer, asked, rows=self.responses) if asked else {}
