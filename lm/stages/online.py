@@ -41,19 +41,8 @@ WINDOW = 6  # rollouts over which a rising reward is seen
 HORIZON = 10_000  # responses over which β moves by its error
 HELD_OUT = 128  # prompts of each source at most that are answered for a score
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
-# token), and the KL from the reference in nats a response, by k1 and by k3; then those of verifiers and judges.
-MEASURES = (
-    'reward',
-    'reward_std',
-    'ended',
-    'length',
-    'mismatch_max',
-    'mismatch_kl',
-    'kl',
-    'kl_k3',
-    'beta',
-    *verified.MEASURES,
-)
+# token), and the KL from the reference in nats a response, by k1 and by k3.
+MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', 'kl_k3', 'beta')
 PANEL = ('reward', 'exact', 'kl', 'length', 'ended')  # of them, in the progress bar
 
 
@@ -362,7 +351,7 @@ class Online(Task):
     def measures(self) -> tuple[str, ...]:
         """Names of what is measured of a rollout."""
         several = rewards.sources(self.config)
-        return (*MEASURES, *(f'reward_{name}' for name in several if len(several) > 1), *self.extra_measures)
+        return (*MEASURES, *verified.MEASURES, *(f'reward_{name}' for name in several if len(several) > 1), *self.extra_measures)
 
     def note(self, **measured: float) -> None:
         """Keeps measures of the last rollout."""
