@@ -287,9 +287,9 @@ def drawn(prompts, mesh_params, n=24, temperature=0.9):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize('mesh', [pytest.param('one', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize('mesh', ['one', pytest.param('fsdp2-seq2-tensor2', marks=pytest.mark.slow)], indirect=True)
 def test_rows_that_go_on_draw_in_a_smaller_batch_what_they_would_have_drawn(mesh, monkeypatch):
-    prompts, params = prompts_of(*range(1, 17)), place(weights(CFG), mesh)
+    prompts, params = prompts_of(*range(1, 8 * module._parts(64) + 1)), place(weights(CFG), mesh)
     taken, take = [], module._taken
     monkeypatch.setattr(module, '_taken', lambda state, row_B: taken.append(len(row_B)) or take(state, row_B))
     monkeypatch.setattr(module, 'FEWEST', 99)
@@ -311,7 +311,23 @@ def test_rows_that_go_on_keep_their_own_knobs(monkeypatch):
     assert draw(prompts, n=24, stop_ids=stops, **knobs) == expected
 
 
-@pytest.mark.parametrize('mesh', [pytest.param('one', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
+def test_the_next_batch_has_every_row_that_goes_on_where_it_is_kept(mesh, monkeypatch):
+    monkeypatch.setattr(module, 'FEWEST', 2)
+    parts = module._parts(64)
+    assert parts == (1 if mesh.size == 1 else 2)
+    for live in ([], [3], [1, 2, 30], [0, 40, 41, 63], range(32), range(20, 50), range(64)):
+        done_B = ~np.isin(np.arange(64), list(live))
+        kept = module._going_on(done_B)
+        assert not len(live) or set(live) <= set(kept.tolist())
+        assert len(set(kept.tolist())) == len(kept) and np.all(np.diff(kept) > 0)
+        most = max((~done_B).reshape(parts, -1).sum(1))
+        assert len(kept) == (parts * max(2, 1 << int(most - 1).bit_length()) if 0 < most <= 32 // parts else 64)
+        assert np.bincount(kept // (64 // parts)).tolist() == [len(kept) // parts] * parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2'], indirect=True)
 def test_a_prompt_of_many_rows_is_read_once(mesh, monkeypatch):
     a, b = prompts_of(5, 9)
     read, params, once = [], place(weights(CFG), mesh), module._once
