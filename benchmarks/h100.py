@@ -6,7 +6,8 @@ the rounds. The bars are what llm.c reports for one H100 with GPT-2's shapes; ou
 gated feed-forward of 8/3 the width (rounded up to a multiple of 128), which multiplies as much.
 
 Decoding: greedy, weights cast to the computing dtype, seconds between two yields of the same compiled loop; against the
-bound of reading all weights and the filled cache once a token, at the bandwidth that a copy reaches.
+bound of reading all weights and the filled cache once a token, at the bandwidth that a copy reaches; at 1 row and at
+256. compile_seconds is what the first answer takes longer than a later one, nothing in the compile cache: bar 15.
 
 One JSON line a size: tokens_per_s, bar (and their ratio), mfu (6N plus the causal half of attention, over the data
 sheet's dense peak), memory_bytes (the program's: state, batch and temporaries), what was tried, and decode. XLA takes
@@ -59,7 +60,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument('--remat', help='none, names, dots or full; default: the memory decides')
     parser.add_argument('--unroll', action='store_true', help='layers one after the other at every size')
     parser.add_argument('--segments', type=configs.whole('--segments'), help='documents a row, masked from each other')
-    parser.add_argument('--decode_batch', type=configs.whole('--decode_batch'), default=1, help='rows decoded at once')
+    parser.add_argument('--decode_rows', default='1,256', help='how many are decoded at once, with commas')
     parser.add_argument('--decode_tokens', type=configs.whole('--decode_tokens'), default=512)
     parser.add_argument('--profile', metavar='DIR', help='trace three steps of each size into DIR/SIZE')
     parser.add_argument('--tiny', action='store_true', help='a shape for any machine')
@@ -140,7 +141,7 @@ def fastest(config: configs.Config, cfg: ModelConfig, batch: Any) -> tuple[int, 
 
 
 def decode(cfg: ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """Tokens a second of `rows` rows, and what the bandwidth allows."""
+    """Tokens a second of `rows` rows, what the bandwidth allows, and how long the programs take to compile."""
     init = lambda key: jax.tree.map(lambda x: x.astype(cfg.dtype), parameters.init(key, cfg))
     params = jax.jit(init)(jax.random.key(0))
     never = cfg.vocab_size  # no id: nothing ends before its time
@@ -153,14 +154,23 @@ def decode(cfg: ModelConfig, *, rows: int, tokens: int, rounds: int, bandwidth: 
         next(parts)
         return time.perf_counter() - start
 
-    half()
+    def whole() -> float:
+        start = time.perf_counter()
+        half()
+        return time.perf_counter() - start
+
+    kept = jax.config.values['jax_enable_compilation_cache']
+    jax.config.update('jax_enable_compilation_cache', False)
+    first = whole()
+    jax.config.update('jax_enable_compilation_cache', kept)
+    compiling = first - whole()
     rate = rows * (tokens - tokens // 2) / statistics.median(half() for _ in range(rounds))
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     cell = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * params['embed_VD'].dtype.itemsize
     bound = rows * bandwidth / (weights + rows * cell * tokens * 3 / 4)  # filled on average in the second half
     return {
         'rows': rows, 'tokens_per_s': rate, 'bound_tokens_per_s': bound, 'ratio': rate / bound,
-        'weight_bytes': weights, 'copy_bytes_per_s': bandwidth,
+        'weight_bytes': weights, 'copy_bytes_per_s': bandwidth, 'compile_seconds': compiling,
     }  # fmt: skip
 
 
@@ -178,7 +188,8 @@ def measure(size: str, flags: Any) -> dict[str, Any]:
         rate, memory = train(config, cfg, batch, microbatch, rounds=flags.rounds, profile=folder)
         tokens = 64 if flags.tiny else flags.decode_tokens
         bandwidth = copy_bandwidth(1 / 128 if flags.tiny else 1)
-        decoded = decode(cfg, rows=flags.decode_batch, tokens=tokens, rounds=flags.rounds, bandwidth=bandwidth)
+        how = {'tokens': tokens, 'rounds': flags.rounds, 'bandwidth': bandwidth}
+        decoded = {rows: decode(cfg, rows=int(rows), **how) for rows in flags.decode_rows.split(',')}
         per_token = flops.per_token(cfg, seq_len=config.seq_len)
         ceiling = flops.ceiling()
     bar = None if flags.tiny else SIZES[size][2]

@@ -1,5 +1,6 @@
 """What the benchmarks of training after pretraining share: our side of it, the race against a peer, its JSON line."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -7,8 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,35 @@ class Side(NamedTuple):
     padding: float  # the part of them that is empty
 
 
+Ledger = dict[str, float]  # of an iteration: seconds of its parts and their `total`, and the tokens drawn
+
+
+class Iteration(NamedTuple):
+    """One that draws, scores and learns."""
+
+    name: str
+    iterate: Callable[[], Ledger]
+
+
+class Clock:
+    """Seconds by what they went into, of parts that may lie in each other: each has what its inner ones leave."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start, known = time.perf_counter(), sum(self.seconds.values())
+        yield
+        inner = sum(self.seconds.values()) - known
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start - inner
+
+    def ledger(self, tokens: float) -> Ledger:
+        """What passed since the last ledger."""
+        found, self.seconds = dict(sorted(self.seconds.items())), {}
+        return {**found, 'total': sum(found.values()), 'tokens': tokens}
+
+
 class Ours(NamedTuple):
     """Our side, and what the other one needs to train on the same."""
 
@@ -59,8 +88,17 @@ class Ours(NamedTuple):
     cfg: ModelConfig
 
 
-def parse(name: str, doc: str | None, config: str, extra: Sequence[tuple[str, str]] = ()) -> tuple[Any, Config]:
+def parse(
+    name: str,
+    doc: str | None,
+    config: str,
+    extra: Sequence[tuple[str, str]] = (),
+    tiny: Mapping[str, int] | None = None,
+) -> tuple[Any, Config]:
     """(the flags, the config, where a size's settings come before what the command line sets).
+
+    Args:
+      tiny: the settings of a shape for any machine, if there is one.
 
     Raises UsageError if the peer is asked for and not installed.
     """
@@ -69,12 +107,16 @@ def parse(name: str, doc: str | None, config: str, extra: Sequence[tuple[str, st
     parser.add_argument('--peer', choices=('trl',), help='compare with it; needs the extra `peers`')
     parser.add_argument('--size', choices=tuple(SIZES), default='6M')
     parser.add_argument('--rounds', type=int, default=10)
-    parser.add_argument('--steps', type=int, default=2, help='updates a round')
+    if tiny is None:
+        parser.add_argument('--steps', type=int, default=2, help='updates a round')
+    else:
+        parser.add_argument('--tiny', action='store_true', help='a shape for any machine')
     words, settings = configs.split_settings(sys.argv[1:])
     flags = parser.parse_args(words)
     if flags.peer and not importlib.util.find_spec(flags.peer):
         raise UsageError(f"--peer={flags.peer} is not installed: pip install -e '.[peers]'")
     size = [(f'model.{key}', str(value)) for key, value in SIZES[flags.size].items()]
+    size += [(key, str(value)) for key, value in tiny.items()] if tiny and flags.tiny else []
     return flags, configs.load(flags.config, [*size, *SETTINGS, *extra, *settings])[0]
 
 
@@ -85,6 +127,7 @@ def to_stderr(line: str, **_: Any) -> None:
 
 def prepare(spec: StageSpec, config: Config) -> Task:
     """The stage's task, its data in the words of the tokenizer that the default pretraining makes."""
+    spec.settle(config)
     spec.check(config)
     text, _ = configs.load(PRETRAINING, [])
     with tempfile.TemporaryDirectory() as folder:
@@ -93,25 +136,29 @@ def prepare(spec: StageSpec, config: Config) -> Task:
     return spec.open(config, execution.model_config(config), data)
 
 
+def compiled(task: Task) -> tuple[Any, Any]:
+    """(the compiled step of a stage, its optimizer), its microbatch settled as a run settles it."""
+    config = task.config
+    plan.resolve(config, None, task.cfg.dtype, epoch=task.epoch())
+    task.cfg = execution.model_config(config)
+    optimizer, rate = plan.make_optimizer(config)
+    abstract = runner.abstract_state(task, optimizer)
+    return runner.tuned_step(task, optimizer, rate, abstract)[0], optimizer
+
+
 def ours(
     task: Task, *, steps: int, read: Callable[[Batch], list[Example]],
     finish: Callable[[Any, ModelConfig, Any], Any] | None = None,
 ) -> Ours:  # fmt: skip
-    """Our side: the compiled step of a stage, its microbatch settled as a run settles it, on batches that lie on the
-    device.
+    """Our side: the compiled step of a stage on batches that lie on the device.
 
     Args:
       steps: a round's.
       read: the examples of a batch.
       finish: (params, cfg, batch) -> the batch, with what depends on the weights.
     """
-    config = task.config
-    plan.resolve(config, None, epoch=task.epoch())
-    cfg = task.cfg = execution.model_config(config)
-    optimizer, rate = plan.make_optimizer(config)
-    abstract = runner.abstract_state(task, optimizer)
-    build = partial(runner.compile_step, task, optimizer, rate, abstract)
-    step, _ = plan.autotune_microbatch(config, cfg, abstract, build, partial(runner.first_batch, task))
+    step, optimizer = compiled(task)
+    config, cfg = task.config, task.cfg
     state, source = fresh_state(cfg, optimizer), task.source(0)
     params = jax.device_get(state.trainable['policy'])
     batches = [source(None, i) for i in range(max(POOL, steps))]
@@ -172,15 +219,23 @@ def race(name: str, flags: Any, config: Config, found: Ours, theirs: Sequence[Si
     if peer:
         ratio = statistics.median(theirs / ours for theirs, ours in zip(others, own, strict=True))
         result |= {
-            'peer': _versions(), 'peer_setting': peer.name, 'peer_tried': {k: round(v) for k, v in tried.items()},
+            'peer': versions(), 'peer_setting': peer.name, 'peer_tried': {k: round(v) for k, v in tried.items()},
             'peer_loss': peer_loss, 'peer_padding': peer.padding, 'peer_round_tokens': peer.tokens,
             'peer_tokens_per_s': 1 / statistics.median(others), 'ratio': ratio,
             'ratio_per_place': ratio * (mine.places / mine.tokens) / (peer.places / peer.tokens),
         }  # fmt: skip
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    print(json.dumps(rounded(result)))
 
 
-def _versions() -> str:
+def rounded(x: Any) -> Any:
+    """What is to be printed, to four decimals."""
+    if isinstance(x, Mapping):
+        return {key: rounded(value) for key, value in x.items()}
+    return round(x, 4) if isinstance(x, float) else x
+
+
+def versions() -> str:
+    """Those of the peer."""
     import torch
     import transformers
     import trl

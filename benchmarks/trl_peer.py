@@ -1,19 +1,25 @@
 """TRL as a peer: its trainers' steps on a CPU, at several settings (`pip install -e '.[peers]'`)."""
 
+import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from peers import torch_llama
-from posttraining import POOL, RATE, Example, Ours, Side
+from posttraining import POOL, RATE, Clock, Example, Iteration, Ledger, Ours, Side
 
+from lm.model import parameters
 from lm.model.config import ModelConfig
 
 os.environ.setdefault('TQDM_DISABLE', '1')
 IGNORED = -100
 PADDED_SIZES, PACKED_SIZES = (4, 8, 16), (1, 2, 4)  # conversations, and packed rows, at once
+GRPO_SETTINGS = (8, 'dynamic'), (16, 'dynamic'), (32, 'dynamic'), (16, 'static')  # responses at once, and its cache
+ROLLOUTS = 8  # whose prompts it has
 DPO_SIZES = {'group_by_length': (4, 8, 16), 'random': (8,)}  # pairs at once, by the order of its sampler
 
 
@@ -56,6 +62,81 @@ def dpo(ours: Ours, reference: np.ndarray, *, steps: int, longest: int) -> list[
         return _side(f'{order}, {size} pairs at once', trainer, steps)
 
     return [side(order, n) for order, sizes in DPO_SIZES.items() for n in sizes]
+
+
+def grpo(task: Any, reward: Callable[[Any, Any], list[float]], *, only: str | None) -> list[Iteration]:
+    """GRPOTrainer with transformers' generation, on the prompts of a task of ours in their order, from the weights that
+    our side began with; a response ends with the ids that end ours. At all settings, or the one of this name."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    config, cfg, rl = task.config, task.cfg, task.config.rl
+    decode, clock = task.data.tokenizer.decode, Clock()
+
+    class Timed(GRPOTrainer):
+        """One with a clock, whose prompts are ids."""
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            return [list(map(int, prompt.split())) for prompt in prompts], None, {}
+
+        def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+            with clock('generation'):
+                return super()._generate_single_turn(*given, **named)
+
+        def _generate_and_score_completions(self, *given: Any) -> Any:
+            with clock('scoring'):
+                return super()._generate_and_score_completions(*given)
+
+    def score(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        return reward(prompts, [decode(ids) for ids in completion_ids])
+
+    prompts = [q.prompt for i in range(ROLLOUTS) for q in task.questions(i)]
+    rows = [{'prompt': ' '.join(map(str, ids))} for ids in prompts]
+    params = parameters.init_sharded(jax.random.key(0), cfg)
+
+    def side(name: str, size: int, cache: str) -> Iteration:
+        arguments = GRPOConfig(
+            **_arguments(size), num_generations=rl.group, generation_batch_size=task.responses,
+            gradient_accumulation_steps=config.batch_size // size, max_completion_length=rl.max_new_tokens,
+            temperature=rl.temperature, epsilon=rl.clip_low, epsilon_high=rl.clip_high, scale_rewards='none',
+            shuffle_dataset=False, cache_implementation=cache,
+        )  # fmt: skip
+        model = torch_llama(params, cfg, length=config.seq_len, attention='sdpa')
+        model.generation_config.eos_token_id = [i for i in task.data.stop_ids if i < cfg.vocab_size] or None
+        trainer = Timed(model, score, args=arguments, **_data(rows, cfg))
+        return _iteration(name, trainer, task.updates, clock)
+
+    settings = {
+        f'{size} at once, {cache} cache': (min(size, config.batch_size), cache) for size, cache in GRPO_SETTINGS
+    }
+    return [side(name, *setting) for name, setting in settings.items() if only in (None, name)]
+
+
+def _iteration(name: str, trainer: Any, updates: int, clock: Clock) -> Iteration:
+    """A rollout of the trainer and the updates on it."""
+    batches = itertools.chain.from_iterable(iter(trainer.get_train_dataloader, None))
+    trainer.create_optimizer()
+    accumulate = trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+
+    def iterate() -> Ledger:
+        trainer.model.train()
+        with clock('update'):
+            for _ in range(updates):
+                for batch in itertools.islice(batches, accumulate):
+                    trainer.training_step(trainer.model, batch, None)
+                _update(trainer)
+        length = trainer._metrics['train']['completions/mean_length'][-1]
+        return clock.ledger(tokens=length * trainer.args.generation_batch_size)
+
+    return Iteration(name, iterate)
+
+
+def _update(trainer: Any) -> None:
+    """Clips the gradients and takes a step on them."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def _labelled(conversation: tuple[list[int], list[bool]]) -> dict[str, Any]:
@@ -101,21 +182,16 @@ def _data(rows: list[Any], cfg: ModelConfig) -> dict[str, Any]:
 def _side(name: str, trainer: Any, steps: int) -> Side:
     """A round of the trainer: of the batches that it makes of all examples, as many, evenly spread, as `steps` of ours
     have of them, in as many updates."""
-    import torch
-
     batches = list(trainer.get_train_dataloader())
     batches = batches[:: max(1, POOL // steps)]
     groups = [batches[i[0] : i[-1] + 1] for i in np.array_split(np.arange(len(batches)), min(steps, len(batches)))]
     trainer.create_optimizer()
-    model, optimizer = trainer.model, trainer.optimizer
 
     def update(group: list[Any]) -> float:
         trainer.current_gradient_accumulation_steps = len(group)
         learned = sum((b['labels'][:, 1:] != IGNORED).sum() for b in group) if 'labels' in group[0] else None
-        losses = [trainer.training_step(model, dict(batch), learned) for batch in group]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses = [trainer.training_step(trainer.model, dict(batch), learned) for batch in group]
+        _update(trainer)
         return float(sum(losses))
 
     def train() -> float:

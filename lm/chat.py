@@ -21,8 +21,8 @@ from lm.errors import Parser, UsageError, checked, leave, run_command
 from lm.settings import COUNT_OR_0, FLOAT32_END, MAX_NEW_TOKENS, PART, SEED_MAX, Bound, up_to
 
 if TYPE_CHECKING:  # else imported when the flags are known to make sense: it takes a second
+    from lm.sampling.choice import Sampling
     from lm.sampling.conversation import Talker
-    from lm.sampling.generate import Sampling
 
 RESET = '/reset'
 COLDEST = 1e-4  # logits divided by much less are not finite
@@ -83,7 +83,7 @@ def prompts(flags: argparse.Namespace) -> Iterator[str]:
 def sampling(flags: argparse.Namespace, saved: Mapping[str, bytes]) -> 'Sampling':
     """The way to draw for a model with these tokenizer's files: flags, then its own settings where they make sense."""
     from lm.data.tokenizer_json import GENERATION_FILE
-    from lm.sampling.generate import Sampling
+    from lm.sampling.choice import Sampling
 
     own = json.loads(saved.get(GENERATION_FILE, b'{}'))
     found, drawn = Sampling(temperature=TEMPERATURE), own.get('do_sample')

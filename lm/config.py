@@ -27,7 +27,10 @@ from lm.settings import INT32_MAX, Bound, Settings, Shared
 Config: TypeAlias = Any
 
 # What may differ when a run is resumed; a key or a whole branch.
-MAY_DIFFER = ('steps', 'log', 'eval', 'checkpoint', 'mesh', 'execution.scan', 'execution.remat')
+MAY_DIFFER = (
+    'steps', 'log', 'eval', 'checkpoint', 'mesh', 'execution.scan', 'execution.remat', 'rl.beta', 'rl.kl_budget',
+    'rl.kl_target',
+)  # fmt: skip
 # Names that settings had before: commands still say them, and the runs of then.
 RENAMED = {
     'microbatch': 'execution.microbatch',

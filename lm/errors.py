@@ -24,6 +24,10 @@ class RunError(Exception):
     status = 1
 
 
+class Alarm(RunError):
+    """Training goes where nobody wants it to; it stays so until the settings change."""
+
+
 class Preempted(Ending):
     """SIGTERM or Ctrl-C came; the same command goes on. Exit status 75 (EX_TEMPFAIL)."""
 

@@ -7,6 +7,8 @@ answers       greedy answers to held-out questions: whether they end by themselv
 preferences   held-out pairs: which response is likelier per token; which has the higher reward, that of a reward model
               or, after preference optimisation, the implicit one
 refusals      invented operations and real ones: the part of each that is declined
+rewards       with --reward_from=DIR: that reward model's scores of drawn answers, beside those of the run that it
+              started from, and how often they win
 heldout       loss, perplexity and bits per byte (exact bytes) of the held-out documents that the run was pretrained on
 lm_eval:TASK  a task of EleutherAI's lm-evaluation-harness by its name, or a task of your own by its YAML file
               (pip install -e '.[eval]'). More of its settings from Python, where a run is a model like others:
@@ -43,8 +45,8 @@ from lm.settings import INT32_MAX, MAX_NEW_TOKENS, Bound, up_to
 HARNESS = 'lm_eval:'
 # What the table shows of 'eval/SOURCE/NAME', the source above it.
 SHOWN = {
-    'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward',
-    'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
+    'ended': 'ends', 'f1': 'F1', 'accuracy_per_token': 'per token', 'accuracy': 'by reward', 'reward_gain': 'gain',
+    'win_rate': 'wins', 'declined_invented': 'invented', 'declined_real': 'real', 'bpb': 'bits/byte',
 }  # fmt: skip
 Column = tuple[str, str, str]  # metric, source or task, what it is
 
@@ -57,6 +59,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--mixture', help='text to measure on; default what each run was pretrained on')
     parser.add_argument('--chats', help='questions for answers; default operations,smalltalk')
     parser.add_argument('--pairs', help='pairs for preferences; default programmatic')
+    parser.add_argument(
+        '--reward_from', metavar='DIR', help='a reward model, for rewards, which alone is then the default'
+    )
     parser.add_argument('--rows', type=whole('rows'), help='rows, questions or pairs of each source at most')
     parser.add_argument('--max_new_tokens', type=whole('max_new_tokens'), default=96, help='of an answer (96)')
     parser.add_argument('--num_fewshot', type=whole('num_fewshot'), help='lm_eval: examples before each question')
@@ -103,7 +108,10 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         checkpoint.locate(run)
     if flags.score:
         return score(flags)
-    given = {'answers': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
+    named = ['rewards'] if flags.reward_from and not named and not harness else named
+    if 'rewards' in (named or ()) and not flags.reward_from:
+        raise UsageError('--tasks=rewards asks a reward model: name it with --reward_from=DIR')
+    given = {'answers': flags.chats, 'rewards': flags.chats, 'preferences': flags.pairs, 'heldout': flags.mixture}
     fit = {run: tasks.fitting(named, run, saved[run]) for run in flags.runs}
     with task('looking for the data'):
         planned = {} if harness and not named else tasks.plan(named, saved, given, say)
@@ -114,7 +122,7 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
             subject = loaded(run)
             own = {name: mixture for name, mixture in planned.items() if name in fit[run]}
             with task(run):
-                metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens))
+                metrics = tasks.measure(subject, own, Limits(flags.rows, flags.max_new_tokens, flags.reward_from))
             metrics |= ask_harness(subject, harness, flags) if harness else {}
             model = subject.model
             of = {'run': run, 'stage': model.config['stage'], 'step': model.step, 'devices': jax.device_count()}

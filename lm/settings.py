@@ -249,6 +249,13 @@ class RewardSource:
     """The sources of a response's score; several are added up."""
 
     fn: str | None = setting(None, "'package.module:function': (prompts, responses) -> scores; answers= if it asks")
+    weights: str | None = setting(None, "'model:1,fn:0.5', of reward_from and of those here; None: 1 each")
+    normalise: bool = setting(False, 'each source by its mean and standard deviation in the rollout, before its weight')
+
+
+LEVEL = one_of('token', 'sequence')
+LEASHES = ('none', 'reward', 'k3', 'full')
+TRUNCATED = one_of('score', 'mask', 'penalty', 'rising')
 
 
 @dataclass(frozen=True)
@@ -260,19 +267,60 @@ class Rl:
     epochs: int = setting(1, 'times that each response is learned from', COUNT)
     max_new_tokens: int = setting(64, 'of a response', up_to(MAX_NEW_TOKENS, 1))
     temperature: float = setting(1.0, 'of the draws, and of every log-prob that is taken of them', POSITIVE)
-    ratio: str = setting('token', 'of the probabilities now and then', one_of('token', 'sequence'))
-    clip: str = setting('clip', 'where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
-    clip_low: float = setting(0.2, 'how far down', FROM_0)
-    clip_high: float = setting(0.28, 'how far up', FROM_0)
-    aggregation: str = setting('tokens', 'the divisor of the sum over tokens', one_of('tokens', 'constant', 'response'))
-    kl: str = setting('none', 'the leash: k1 in the reward, or k3 as a loss', one_of('none', 'reward', 'k3'))
-    beta: float = setting(0.0, 'coefficient of the leash', FROM_0)
+    ratio: str | None = setting(None, "what the ratio is of; None, here and below: the variant's own", LEVEL)
+    clip: str | None = setting(None, 'where the ratio has moved far', one_of('clip', 'cispo', 'dppo'))
+    clip_low: float | None = setting(None, 'how far down', FROM_0)
+    clip_high: float | None = setting(None, 'how far up', FROM_0)
+    aggregation: str | None = setting(
+        None, 'the divisor of the sum over tokens', one_of('tokens', 'constant', 'response')
+    )
+    kl: str | None = setting(
+        None, 'the leash: k1 in the reward; k3, or all of the vocabulary, as a loss', one_of(*LEASHES)
+    )
+    beta: float | None = setting(None, 'coefficient of the leash', FROM_0)
+    truncated: str | None = setting(None, 'of one without end of turn; penalty: −1 in place of its score', TRUNCATED)
+    resample: int | None = setting(None, 'times that groups whose scores do not differ are drawn anew', up_to(100))
+    kl_target: float | None = setting(None, 'nats a response that beta is moved towards; None: it stays', POSITIVE)
     kl_budget: float | None = setting(None, 'nats a response off the reference that end the run; None: none', POSITIVE)
-    truncated: str = setting('score', 'of one without end of turn; penalty: −1', one_of('score', 'mask', 'penalty'))
     mismatch: str = setting('none', 'where the sampler is not quite the trainer', one_of('none', 'truncate', 'mask'))
+    mismatch_ratio: str = setting('token', 'of what is compared there', LEVEL)
 
 
 ADVANTAGES = ('group', 'group_std', 'rloo', 'batch_std', 'max_rl', 'reinforce++')
+# The family of GRPO, by what its papers choose. What stands between is that of the first, which is what is agreed on by
+# the end of 2026: nothing divides by a group's std or a response's length, and a verifier needs no leash.
+_OURS = {
+    'advantage': 'group', 'rl.ratio': 'token', 'rl.clip': 'clip', 'rl.clip_low': 0.2, 'rl.clip_high': 0.28,
+    'rl.aggregation': 'tokens', 'rl.kl': 'none', 'rl.beta': 0.0, 'rl.truncated': 'score', 'rl.resample': 0,
+}  # fmt: skip
+_SYMMETRIC = {'rl.clip_high': 0.2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    'default': _OURS,
+    # Shao et al., 2024, eq. 3 and 4. Its k3 has no importance ratio; ours does (arXiv 2512.02556).
+    'grpo': _OURS
+    | _SYMMETRIC
+    | {'advantage': 'group_std', 'rl.aggregation': 'response', 'rl.kl': 'k3', 'rl.beta': 0.04},
+    # Liu et al., 2025 (arXiv 2503.20783), section 3.2: neither std nor length.
+    'dr_grpo': _OURS | _SYMMETRIC | {'rl.aggregation': 'constant'},
+    # Yu et al., 2025 (arXiv 2503.14476), eq. 8 to 13: clip-higher, drawing anew, loss by tokens, a rising penalty.
+    'dapo': _OURS | {'advantage': 'group_std', 'rl.truncated': 'rising', 'rl.resample': 3},
+    # Ahmadian et al., 2024, eq. 6 to 9: the mean of the others; KL in the reward; sums over whole responses.
+    'rloo': _OURS
+    | _SYMMETRIC
+    | {'advantage': 'rloo', 'rl.aggregation': 'constant', 'rl.kl': 'reward', 'rl.beta': 0.05},
+    # Zheng et al., 2025 (arXiv 2507.18071), eq. 5 to 7 and section 5.1.
+    'gspo': _OURS
+    | {
+        'advantage': 'group_std', 'rl.ratio': 'sequence', 'rl.aggregation': 'response', 'rl.clip_low': 3e-4,
+        'rl.clip_high': 4e-4,
+    },
+    # MiniMax, 2025 (arXiv 2506.13585), eq. 4 and 5; the bound as in ScaleRL (arXiv 2510.13786).
+    'cispo': _OURS | {'advantage': 'group_std', 'rl.clip': 'cispo', 'rl.clip_high': 5.0},
+    # Hu, 2025 (arXiv 2501.03262): no group, the whole batch's mean and std; KL in the reward.
+    'reinforce++': _OURS | _SYMMETRIC | {'advantage': 'reinforce++', 'rl.kl': 'reward', 'rl.beta': 0.01},
+    # arXiv 2602.02710: r/mean − 1, the gradient of a truncated series of the log of the success rate.
+    'maxrl': _OURS | {'advantage': 'max_rl'},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,24 +336,30 @@ class Online(Settings):
 
 @dataclass(frozen=True)
 class Grpo(Online):
-    advantage: str = setting('group', 'of lm.advantages', one_of(*ADVANTAGES))
+    variant: str = setting('default', 'of VARIANTS: sets what is None of advantage and rl', one_of(*VARIANTS))
+    advantage: str | None = setting(None, "of lm.advantages; None: the variant's own", one_of(*ADVANTAGES))
 
 
 @dataclass(frozen=True)
 class Critic:
     """The critic of PPO."""
 
-    warmup: int = setting(2, 'rollouts from which the critic alone learns', COUNT_OR_0)
-    coef: float = setting(0.1, 'coefficient of its loss', POSITIVE)
-    clip: float = setting(0.2, 'how far a value may move on one rollout', POSITIVE)
+    rate: float = setting(10.0, 'its learning rate, as a multiple of optim.lr', POSITIVE)
+    warmup: int = setting(4, 'rollouts from which the critic alone learns', COUNT_OR_0)
+    clip: float = setting(1.0, 'how far a value may move on one rollout', POSITIVE)
     lam: float = setting(1.0, 'λ of GAE for its targets', PART)
 
 
 @dataclass(frozen=True)
 class Ppo(Online):
     stage: str = setting('ppo', 'of lm.stages')
+    # The published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
+    rl: Rl = Rl(
+        prompts=128, group=1, epochs=2, ratio='token', clip='clip', clip_low=0.2, clip_high=0.2, aggregation='tokens',
+        kl='reward', beta=0.05, truncated='penalty', resample=0, kl_budget=20.0,
+    )  # fmt: skip
     critic: Critic = Critic()
-    lam: float = setting(0.95, "λ of GAE for the policy's advantages", PART)
+    lam: float | None = setting(None, "λ of GAE for the policy's advantages; None: by length, at least .95", PART)
 
 
 # ---- jobs ----

@@ -21,13 +21,38 @@ def test_h100_runs_anywhere(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.chdir(FOLDER.parent)
     h100 = importlib.import_module('h100')
-    h100.main(['--tiny', '--rounds=2', '--segments=3', '--remat=names', '--unroll', f'--profile={tmp_path}'])
+    h100.main(
+        [
+            '--tiny',
+            '--rounds=2',
+            '--segments=3',
+            '--remat=names',
+            '--unroll',
+            f'--profile={tmp_path}',
+            '--decode_rows=1,8',
+        ]
+    )
     result = json.loads(capsys.readouterr().out)
     assert result['size'] == 'tiny' and result['attention'] == 'blocks'
     assert result['remat'] == 'names' and not result['scan']
     assert set(result['tried']) == {'2', '4', '8'}
-    assert 0 < result['mfu'] < 2 and 0 < result['decode']['ratio'] < 1
+    assert 0 < result['mfu'] < 2 and set(result['decode']) == {'1', '8'}
+    assert all(0 < d['ratio'] < 1 and d['compile_seconds'] > 0 for d in result['decode'].values())
     assert list(tmp_path.rglob('*.xplane.pb'))
+
+
+@pytest.mark.slow
+def test_an_iteration_of_grpo_runs_anywhere(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(FOLDER.parent)
+    monkeypatch.setattr(sys, 'argv', ['rl.py', '--tiny', '--rounds=1'])
+    importlib.import_module('rl').main()
+    result = json.loads(capsys.readouterr().out)
+    for setting in ('fixed', 'ends'):
+        ledger = result[setting]['ledger']
+        parts = [ledger.pop(name) for name in ('generation', 'scoring', 'update')]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(ledger['total'], abs=1e-3)
+    assert result['fixed']['ledger']['tokens'] == 64 > result['ends']['ledger']['tokens']
 
 
 def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
@@ -52,7 +77,7 @@ def test_a_conversion_is_measured(monkeypatch, capsys, tmp_path):
     assert list(result['seconds']) == ['write', 'open', 'compare'] and 0 < result['bytes'] < 4 * result['parameters']
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ('convert', 'data', 'dpo', 'generate', 'sft')]
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ('convert', 'data', 'dpo', 'generate', 'rl', 'sft')]
 
 
 @pytest.mark.parametrize('name', ['pretrain', *SLOW])

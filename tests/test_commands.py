@@ -18,7 +18,7 @@ from checks import refused
 from lm import chat, inspect
 from lm.runs import checkpoint, execution
 from lm.sampling import conversation
-from lm.sampling.generate import Sampling
+from lm.sampling.choice import Sampling
 from lm.stages import find, language, runner
 
 COMMANDS = ('main', 'chat', 'evaluate', 'inspect')

@@ -11,8 +11,10 @@ import pytest
 from lm import sharding
 from lm.model import kv_cache, parameters, transformer
 from lm.model.config import ModelConfig
+from lm.sampling import choice
 from lm.sampling import generate as module
-from lm.sampling.generate import GREEDY, Sampling, generate, sample, stream
+from lm.sampling.choice import GREEDY, Sampling, sample
+from lm.sampling.generate import generate, stream
 
 CFG = ModelConfig(
     vocab_size=60, vocab_multiple=64, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=32, scan=True
@@ -135,6 +137,17 @@ def test_ragged_greedy_rows_are_each_row_by_whole_forwards(mesh, small_pieces):
         expected = [greedy_by_forward(CFG, tuple(p), 6) for p in prompts]
     out = generate(place(weights(CFG), mesh), CFG, prompts, max_new_tokens=6, stop_ids=[CFG.vocab_size + 1])
     assert [g.ids for g in out] == expected and not any(g.ended for g in out)
+
+
+@pytest.mark.slow
+def test_turns_of_several_tokens_draw_the_same(small_pieces, one_device, monkeypatch):
+    """Their ends are no multiples of the cache's sizes, nor of what was asked for."""
+    monkeypatch.setattr(module, 'TURNS', {'cpu': 8})
+    prompts, never = prompts_of(2, 3, seed=1), [CFG.vocab_size + 1]
+    expected = [greedy_by_forward(CFG, tuple(p), 22) for p in prompts]
+    parts = list(stream(params_of(CFG), CFG, prompts, max_new_tokens=22, every=5, stop_ids=never))
+    assert [g.ids for g in parts[-1]] == expected
+    assert [len(part[0].ids) for part in parts] == [9, 17, 22]
 
 
 @pytest.mark.parametrize('mesh', ['one', pytest.param('fsdp2-seq2-tensor2', marks=pytest.mark.slow)], indirect=True)
@@ -263,6 +276,55 @@ def test_what_cannot_be_generated_is_refused(wrong):
         generate(params_of(CFG), CFG, **options)
 
 
+# ---- rows that end ----
+
+
+def drawn(prompts, mesh_params, n=24, temperature=0.9):
+    """Responses of which most end early: a fifth of the ids are stop ids."""
+    stops = list(range(0, CFG.vocab_size, 5))
+    return module.draw(
+        mesh_params, CFG, prompts, max_new_tokens=n, stop_ids=stops, temperature=temperature, seed=4
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('mesh', [pytest.param('one', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
+def test_rows_that_go_on_draw_in_a_smaller_batch_what_they_would_have_drawn(mesh, monkeypatch):
+    prompts, params = prompts_of(*range(1, 17)), place(weights(CFG), mesh)
+    taken, take = [], module._taken
+    monkeypatch.setattr(module, '_taken', lambda state, row_B: taken.append(len(row_B)) or take(state, row_B))
+    monkeypatch.setattr(module, 'FEWEST', 99)
+    expected = drawn(prompts, params)
+    monkeypatch.setattr(module, 'FEWEST', 2)
+    found = drawn(prompts, params)
+    assert len(taken) > 1 and taken == sorted(taken, reverse=True)
+    assert [(d.ids, d.ended) for d in found] == [(d.ids, d.ended) for d in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_that_go_on_keep_their_own_knobs(monkeypatch):
+    prompts, stops = prompts_of(*range(1, 9)), list(range(0, CFG.vocab_size, 5))
+    knobs = {'temperature': [0.0, 2.0] * 4, 'top_k': [0, 5, 3, 0] * 2, 'repetition_penalty': [1.0, 1.3, 1.0, 0.8] * 2}
+    expected = draw(prompts, n=24, stop_ids=stops, **knobs)
+    monkeypatch.setattr(module, 'FEWEST', 1)
+    assert draw(prompts, n=24, stop_ids=stops, **knobs) == expected
+
+
+@pytest.mark.parametrize('mesh', [pytest.param('one', marks=pytest.mark.slow), 'fsdp2-seq2-tensor2'], indirect=True)
+def test_a_prompt_of_many_rows_is_read_once(mesh, monkeypatch):
+    a, b = prompts_of(5, 9)
+    read, params, once = [], place(weights(CFG), mesh), module._once
+    monkeypatch.setattr(module, '_once', lambda prompts: read.append(once(prompts)) or read[-1])
+    found = drawn([a, a, a, b, b, b], params)
+    assert len(read[0][0]) == 2
+    drawn([a, b, a, a, b, b], params)
+    assert len(read[1][0]) == (2 if mesh.size == 1 else 6), 'rows of a device begin with what it has read'
+    monkeypatch.setattr(module, '_once', lambda prompts: (prompts, np.arange(len(prompts))))
+    assert [d.ids for d in drawn([a, a, a, b, b, b], params)] == [d.ids for d in found]
+    assert len({tuple(d.ids) for d in found}) > 2, 'equal prompts draw their own texts'
+
+
 # ---- the filters ----
 
 
@@ -270,7 +332,7 @@ def kept(p_V, *, top_k=0, top_p=1.0, min_p=0.0):
     """The ids that the filters leave of a distribution."""
     x_BV = jnp.log(jnp.asarray([p_V], jnp.float32))
     knobs = (jnp.array([top_k]), jnp.array([top_p], jnp.float32), jnp.array([min_p], jnp.float32))
-    return np.flatnonzero(np.isfinite(np.asarray(jax.jit(module._filter)(x_BV, *knobs))[0])).tolist()
+    return np.flatnonzero(np.isfinite(np.asarray(jax.jit(choice._filter)(x_BV, *knobs))[0])).tolist()
 
 
 P = [0.05, 0.4, 0.1, 0.25, 0.15, 0.05]
@@ -310,10 +372,46 @@ def test_equal_likeliest_keep_one_and_it_is_the_greedy_one():
     assert kept([0.1, 0.4, 0.4, 0.1], top_p=0.3) == [1]
 
 
-def test_what_is_drawn_has_the_tempered_frequencies():
-    n, temperature = 20_000, 0.5
-    key_B = jax.random.split(jax.random.key(0), n)
-    logits_BV = jnp.broadcast_to(jnp.log(jnp.asarray(P, jnp.float32)), (n, len(P)))
-    ids_B = jax.jit(functools.partial(sample, filtered=True))(logits_BV, key_B, Sampling(temperature, 4, 1.0, 0.0)[:4])
-    expected = np.where(np.isin(np.arange(6), [1, 2, 3, 4]), np.asarray(P) ** (1 / temperature), 0)
-    np.testing.assert_allclose(np.bincount(ids_B, minlength=6) / n, expected / expected.sum(), atol=0.01)
+# ---- the draw ----
+
+
+def chi_square(temperature, knobs, of_temperature):
+    """Pearson's statistic of many draws at a temperature against the distribution of another one."""
+    n, x_V = 20_000, np.random.default_rng(0).normal(size=60).astype(np.float32)
+    key_B, logits_BV = jax.random.split(jax.random.key(0), n), np.broadcast_to(x_V, (n, 60))
+    sampling = Sampling(temperature, **knobs)[:4]
+    ids_B, logp_B = jax.jit(functools.partial(sample, filtered=bool(knobs)))(logits_BV, key_B, sampling)
+    kept = np.argsort(-x_V)[: knobs.get('top_k', 60)]
+    p_V = np.zeros(60)
+    p_V[kept] = np.exp(x_V[kept] / of_temperature)
+    p_V /= p_V.sum()
+    found_V = np.bincount(ids_B, minlength=60)
+    assert not found_V[p_V == 0].any()
+    if of_temperature == temperature:
+        np.testing.assert_allclose(logp_B, np.log(p_V[ids_B]), atol=1e-6)
+    return np.sum((found_V[kept] - n * p_V[kept]) ** 2 / (n * p_V[kept])), len(kept) - 1
+
+
+@pytest.mark.parametrize('knobs', [{}, {'top_k': 20}], ids=['all', 'top-k'])
+@pytest.mark.parametrize('temperature', [0.5, 1.0])
+def test_what_is_drawn_has_the_tempered_frequencies_and_log_probs(temperature, knobs):
+    found, freedom = chi_square(temperature, knobs, temperature)
+    assert abs(found - freedom) < 4 * (2 * freedom) ** 0.5
+    other, _ = chi_square(temperature, knobs, 1.2 * temperature)
+    assert other - freedom > 8 * (2 * freedom) ** 0.5, 'and not those of another temperature'
+
+
+@pytest.mark.parametrize('u', [0.0, 0.5, 1 - 2**-24])
+def test_what_has_no_mass_is_not_drawn(u):
+    """At both ends of the numbers that decide; where all is at one place, or nearly."""
+    x_BV = np.full((4, 300), -np.inf, np.float32)
+    x_BV[0, 17] = x_BV[1, 299] = x_BV[2, 0] = 3
+    x_BV[3, [40, 41, 280]] = 0, -200, -60  # of which the second is 0 as a float32, and the third nearly
+    ids_B, logp_B = jax.jit(choice._by_mass)(x_BV, np.ones(4, np.float32), np.full((4, 2), u, np.float32))
+    assert ids_B[:3].tolist() == [17, 299, 0] and ids_B[3] in (40, 280) and np.all(logp_B[:3] == 0)
+
+
+def test_numbers_that_round_up_find_the_last_that_has_mass():
+    """The running sums need not end at the sum that they are compared with."""
+    mass_BC = np.array([[0.5, 0.5, 0, 0], [0, 0, 0, 1e-30]], np.float32)
+    assert jax.jit(choice._at_share)(mass_BC, np.array([1.0, 1.0], np.float32)).tolist() == [0, 3]

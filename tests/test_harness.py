@@ -20,7 +20,8 @@ from lm.evals.tasks import Subject  # noqa: E402
 from lm.model import parameters  # noqa: E402
 from lm.model.config import ModelConfig  # noqa: E402
 from lm.runs.loading import Model  # noqa: E402
-from lm.sampling.generate import Sampling, generate  # noqa: E402
+from lm.sampling.choice import Sampling  # noqa: E402
+from lm.sampling.generate import generate  # noqa: E402
 
 TEXT = 'What does the bucket do in S3? It returns a table of roles.\n'
 

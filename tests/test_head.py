@@ -157,6 +157,33 @@ def test_both_entries_on_every_mesh(chunks, mesh, dims):
     assert_close((out, (dh2, dw2)), expected_logp(2.0))
 
 
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2', 'tensor4'], indirect=True)
+@pytest.mark.parametrize('dims', ['VD', 'DV'])
+def test_kl_equals_the_naive_heads(chunks, mesh, dims):
+    """The reference's states and head have no gradient; places that weigh nothing are left out."""
+    h_BTD, w_VD, _, weights_BT, cotangents = inputs()
+    other_BTD, other_VD = h_BTD[::-1] * 0.5, w_VD[:, ::-1]
+    turn = lambda w_VD: jnp.asarray(w_VD if dims == 'VD' else w_VD.T)
+
+    def naive(h, w, q, v):
+        p_BTV, q_BTV = (jax.nn.log_softmax(naive_logits(*x, 2.0)) for x in ((h, w), jax.lax.stop_gradient((q, v))))
+        return jnp.sum(jnp.sum(jnp.exp(p_BTV) * (p_BTV - q_BTV), -1) * weights_BT * cotangents[0])
+
+    def ours(h, w, q, v, weights_BT, g_BT):
+        found_BT = head.kl(h, w, q, v, weights_BT, dims=dims, vocab_size=WORDS, softcap=2.0)
+        return jnp.sum(jnp.where(weights_BT > 0, found_BT * weights_BT * g_BT, 0))
+
+    put = lambda d, x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec(d, x.shape)))
+    states = [put('BTD', x, sharding.activation_spec) for x in (h_BTD, other_BTD)]
+    heads = [put(dims, turn(w), sharding.array_spec) for w in (w_VD, other_VD)]
+    rows = [put('BT', x, sharding.activation_spec) for x in (weights_BT, cotangents[0])]
+    given = (states[0], heads[0], states[1], heads[1], *rows)
+    value, (dh, dw, dq, dv) = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2, 3)))(*given)
+    wanted = jax.jit(jax.value_and_grad(naive, argnums=(0, 1)))(h_BTD, w_VD, other_BTD, other_VD)
+    assert_close((value, (dh, dw if dims == 'VD' else np.asarray(dw).T)), jax.device_get(wanted))
+    assert not np.any(dq) and not np.any(dv)
+
+
 def test_both_entries_agree_in_value_and_gradient(chunks):
     h_BTD, w_VD, y_BT, weights_BT, _ = inputs()
 

@@ -13,7 +13,8 @@ from lm.data.tokenizer import train_tokenizer
 from lm.evals import likelihood
 from lm.evals.likelihood import Request, before, windows
 from lm.model import head, parameters, transformer
-from lm.sampling.generate import Sampling, generate
+from lm.sampling.choice import Sampling
+from lm.sampling.generate import generate
 
 LENGTH = 16
 

@@ -12,9 +12,16 @@ import pytest
 import running
 from running import measured, one_object, params, signal_at, status
 
-from lm import sharding
+from lm import config, settings, sharding
+from lm.data.chats import Question
 from lm.errors import Preempted, RunError, UsageError
+from lm.evals import gains
+from lm.losses import policy
+from lm.rl import rewards
 from lm.runs import rundir, saved_config
+from lm.sampling.generate import Drawn
+from lm.stages import grpo, online, ppo
+from lm.training import step
 
 OWN = {
     'steps': 8, 'batch_size': 8, 'data__mixture': 'chats.jsonl', 'rl__prompts': 4, 'rl__group': 4,
@@ -156,8 +163,12 @@ def test_a_reward_may_ask_for_the_data_s_own_answers(learn, tmp_path):
 @pytest.mark.slow
 def test_reward_that_rises_beside_a_policy_that_runs_away_ends_the_run(learn, tmp_path):
     with pytest.raises(RunError, match=r'from the reference, rl.kl_budget=.*: stopped at step'):
-        learn('grpo', reward__fn='test_online:short', steps=64, rl__kl_budget=1e-3, optim__lr=1e-2)
+        learn('grpo', reward__fn='test_online:short', steps=64, rl__kl_budget=1e-3, optim__lr=1e-2, checkpoint__every=2)
     assert 'being hacked' in status(tmp_path / 'run')['reason']
+    with pytest.raises(RunError, match=r'nothing has changed since'):
+        learn('grpo', reward__fn='test_online:short', steps=64, rl__kl_budget=1e-3, optim__lr=1e-2, checkpoint__every=2)
+    before = status(tmp_path / 'run')['saved']
+    learn('grpo', reward__fn='test_online:short', steps=before + 2, rl__kl_budget=100.0, optim__lr=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +201,11 @@ def test_a_reward_that_is_no_number_ends_the_run_before_the_step(learn, tmp_path
         ({'reward__fn': 'builtins:__doc__'}, 'is no function'),
         ({'rl__beta': 0.5}, 'rl.beta=0.5 with rl.kl=none does nothing'),
         ({'advantage': 'max_rl', 'reward__fn': 'test_online:below'}, 'advantage=max_rl takes scores of at least 0'),
+        ({'rl__kl_target': 3.0}, 'rl.kl_target=3.0 moves the beta of rl.kl=reward, not of none'),
+        ({'advantage': 'reinforce++', 'rl__group': 1, 'rl__prompts': 16, 'rl__resample': 1}, 'rl.resample=1 compares'),
+        ({'variant': 'drgrpo'}, 'variant=drgrpo (did you mean dr_grpo?)'),
+        ({'reward__weights': 'fm:1'}, "reward.weights=fm:1: 'fm' is not one of model"),
+        ({'reward__weights': 'model:one'}, 'the weight of model must be a number, as in model:1'),
         ({'advantage': 'groups'}, 'advantage=groups (did you mean group?)'),
     ],
 )
@@ -220,3 +236,133 @@ def test_the_commands_know_the_run(learn, tmp_path, call, dialogues, monkeypatch
     assert status == 0 and out
     status, out, err = call('evaluate', run, '--rows=4', '--max_new_tokens=2')
     assert status == 0 and one_object(out)['stage'] == 'ppo', err
+
+
+# ---- what a rollout is made into ----
+
+
+@pytest.mark.parametrize('variant', settings.VARIANTS)
+def test_a_variant_sets_what_nobody_said(variant):
+    c = config.base(settings.Grpo)
+    c.variant, c.rl.clip_low = variant, 0.123
+    grpo.settle(c)
+    wanted = settings.VARIANTS[variant] | {'rl.clip_low': 0.123}
+    found = dict(config.leaves(c))
+    assert {key: found[key] for key in wanted} == wanted
+    c.init_from, c.reward_from = 'runs/sft', 'runs/reward'
+    c.rl.prompts = c.batch_size
+    grpo.check(c)
+
+
+def of_scores(*scores, length=1):
+    """Scored responses to as many questions, of which the i-th asks [i]."""
+    asked = [Question([i], [9]) for i in range(len(scores))]
+    drawn = [Drawn([i] * length, [0.0] * length, True) for i in range(len(scores))]
+    score = np.array(scores, np.float32)
+    return online.Scored(asked, drawn, {'fn': score}, score)
+
+
+def test_groups_that_teach_nothing_give_way_to_others_in_their_order():
+    own, others = of_scores(1, 1, 0, 1, 0, 0), of_scores(5, 5, 2, 3, 7, 8)
+    found = own.filled(np.array([True, False, True]), others, np.array([False, True, True]), 2)
+    assert found.score.tolist() == [2, 3, 0, 1, 7, 8] == found.scores['fn'].tolist()
+    assert [q.prompt for q in found.asked] == [[2], [3], [2], [3], [4], [5]] == [d.ids for d in found.drawn]
+    few = own.filled(np.array([True, False, True]), others, np.array([False, False, True]), 2)
+    assert few.score.tolist() == [7, 8, 0, 1, 0, 0]
+
+
+def test_the_penalty_rises_over_the_last_fifth():
+    assert online.overlong([1, 80, 85, 100], 100).tolist() == [0, 0, -0.25, -1]
+
+
+def weighed(**own):
+    c = config.base(settings.Grpo)
+    c.reward_from, c.reward.fn = 'runs/reward', 'test_online:short'
+    for name, value in own.items():
+        c.reward[name] = value
+    return rewards.combined({'model': np.float32([1, 3]), 'fn': np.float32([100, 0])}, c).tolist()
+
+
+def test_scores_of_several_sources_are_added_by_their_weights():
+    assert weighed() == [101, 3]
+    assert weighed(weights='fn:0.5') == [51, 3]
+    assert weighed(weights='model:2,fn:0') == [2, 6]
+    assert weighed(normalise=True) == [0, 0] and weighed(normalise=True, weights='model:1, fn:-1') == [-2, 2]
+
+
+def test_what_is_gained_is_measured_within_prompts():
+    before = np.array([[0, 2], [100, 102]])  # far apart, and each prompt's spread is √2
+    found = gains.metrics(np.array([3.0, 101.0]), before)
+    assert found['reward'] == 52 and found['reward_before'] == 51 and found['win_rate'] == 0.75
+    assert math.isclose(found['reward_gain'], 1 / math.sqrt(2))
+    assert gains.metrics(np.ones(2), np.ones((2, 2))) == {'reward': 1, 'reward_before': 1, 'win_rate': 0.5}
+
+
+def test_beta_moves_towards_its_target(monkeypatch):
+    task = object.__new__(ppo.Ppo)
+    task.config = config.base(settings.Ppo)
+    task.config.rl.kl_target, task.moved_beta = 2.0, np.float32(0.1)
+    for kl, error in ((2.1, 0.05), (9.0, 0.2), (0.0, -0.2)):
+        monkeypatch.setattr(ppo.Ppo, 'told', lambda self, kl=kl: {'rl/kl': kl})
+        before = task.beta
+        task._move_beta()
+        assert math.isclose(task.beta, before * (1 + error * 128 / 10_000), rel_tol=1e-6)
+
+
+def test_the_lambda_of_a_policy_grows_with_the_length():
+    np.testing.assert_allclose(ppo.by_length(jax.numpy.array([10, 400, 800])), [0.95, 0.95, 0.975])
+
+
+# ---- several responses to a row ----
+
+
+def drawn_rows():
+    """Per-token arrays [5, 12] of responses of several lengths after prompts of several lengths."""
+    draw, rows = np.random.default_rng(0), {}
+    lengths, prompts = [12, 7, 3, 5, 4], [3, 2, 1, 4, 0]
+    place = np.arange(12)
+    used = np.array([place < n for n in lengths])
+    rows['segments_BT'] = used.astype(np.int32)
+    learned = np.array([place >= p for p in prompts]) & used
+    rows['weights_BT'] = learned.astype(np.float32)
+    for name in ('logp_BT', 'old_BT', 'sampler_BT', 'advantage_BT'):
+        rows[name] = (draw.normal(size=used.shape) * 0.3 * learned).astype(np.float32)
+    return rows
+
+
+def losses_of(rows, ratio, aggregation):
+    mask, own = rows['weights_BT'], {'segments_BT': rows['segments_BT']}
+    weight = policy.token_weights(mask, aggregation, **own)
+    weight *= policy.mismatch_weights(rows['old_BT'], rows['sampler_BT'], mask, how='mask', cap=1.3, ratio=ratio, **own)
+    clip = policy.Clip('clip', 0.1, 0.1)
+    loss, _ = policy.surrogate(
+        rows['logp_BT'], rows['old_BT'], rows['advantage_BT'], mask, ratio=ratio, clip=clip, **own
+    )
+    return np.sum(weight * loss) / policy.denominator(mask, aggregation, longest=9, **own)
+
+
+@pytest.mark.parametrize('ratio', ['token', 'sequence'])
+@pytest.mark.parametrize('aggregation', ['tokens', 'constant', 'response'])
+def test_packed_responses_give_the_loss_of_responses_alone(ratio, aggregation):
+    rows = drawn_rows()
+    packing = online.Packing.of([12, 7, 3, 5, 4], 12)
+    assert sorted(n for row in packing.rows for *_, n in row) == [3, 4, 5, 7, 12] and len(packing.rows) == 3
+    packed = packing.lay(rows)
+    np.testing.assert_allclose(losses_of(packed, ratio, aggregation), losses_of(rows, ratio, aggregation), rtol=1e-6)
+    np.testing.assert_array_equal(packing.unpack(packed['logp_BT'], 5), rows['logp_BT'])
+
+
+def test_a_row_has_no_more_responses_than_can_be_told_apart():
+    packing = online.Packing.of([1] * 40, 64)
+    assert [len(row) for row in packing.rows] == [16, 16, 8]
+    assert packing.lay({'segments_BT': np.ones((40, 64), np.int32)})['segments_BT'].max() == policy.RESPONSES
+
+
+def test_microbatches_after_the_last_token_are_left_out():
+    segments = np.zeros((6, 2), np.int32)  # rows 0, 2, 4 are of microbatch 0 of two
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 0
+    segments[4, 1] = 1
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 1
+    segments[1, 0] = 1
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 2)) == 2
+    assert int(step.holding({'segments_BT': jax.numpy.asarray(segments)}, 3)) == 2  # rows 1 and 4

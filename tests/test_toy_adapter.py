@@ -15,7 +15,7 @@ from lm.errors import Preempted
 from lm.model import seam
 from lm.model.adapters import ADAPTERS
 from lm.runs import checkpoint, loading, rundir
-from lm.stages import STAGES, sft
+from lm.stages import STAGES, grpo, sft
 
 
 @struct.dataclass
@@ -117,3 +117,31 @@ def test_another_base_is_refused(adapted, dialogues, monkeypatch):
     file.write_text(file.read_text().replace(config_of(file.parent)['parents']['base']['digest'], 'another'))
     with pytest.raises(Exception, match='has other weights than when this run began'), all_devices():
         loading.load(str(file.parent), warn=pytest.fail)
+
+
+class Rewarded(grpo.Grpo):
+    """Policy gradients of the factors alone."""
+
+    trains, adapter = 'adapter', 'scaled'
+
+    @property
+    def frozen(self):
+        return {**super().frozen, 'base': 'init_from'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kl', ['reward', 'full'])
+def test_the_reference_of_an_adapter_is_its_base(dialogues, tmp_path, monkeypatch, kl):
+    """No second copy is held, and at first the policy is the reference."""
+    monkeypatch.setitem(ADAPTERS, 'scaled', init)
+    monkeypatch.setitem(STAGES, 'rewarded', grpo.SPEC._replace(name='rewarded', open=Rewarded))
+    file = tmp_path / 'rewarded.py'
+    file.write_text((ROOT / 'configs' / 'grpo.py').read_text().replace('c.steps =', "c.stage = 'rewarded'; c.steps ="))
+    dialogues.train(
+        'grpo', tmp_path / 'run', config=str(file), init_from=str(dialogues.run('sft')), optim__lr=0.1,
+        reward_from=str(dialogues.run('reward')), data__mixture='chats.jsonl', steps=4, batch_size=8, rl__prompts=2,
+        rl__group=4, rl__max_new_tokens=8, rl__kl=kl, rl__beta=0.1, log__every=1, optim__warmup=0,
+    )  # fmt: skip
+    found = measured(tmp_path / 'run')
+    assert found[1, 'rl/kl'] == 0 and found[4, 'rl/kl'] != 0
+    assert set(config_of(tmp_path / 'run')['parents']) == {'base', 'reward'}

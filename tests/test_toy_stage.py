@@ -12,7 +12,8 @@ from lm import settings, sharding
 from lm.data import chats, pipeline
 from lm.errors import Preempted, RunError
 from lm.runs import rundir, saved_config
-from lm.sampling.generate import Sampling, generate
+from lm.sampling.choice import Sampling
+from lm.sampling.generate import generate
 from lm.stages import STAGES, language, sft
 from lm.stages.spec import StageSpec, Task
 

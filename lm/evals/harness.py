@@ -30,8 +30,8 @@ from lm.evals import likelihood
 from lm.evals.likelihood import Request
 from lm.evals.tasks import Subject
 from lm.runs import loading, rundir, saved_config
+from lm.sampling.choice import Sampling
 from lm.sampling.conversation import room_to_ask
-from lm.sampling.generate import Sampling
 
 MARK = '\U0010fffd'  # stands around the name of a control symbol; twice, where texts are encoded apart
 MAX_NEW_TOKENS = 256  # where a task does not say: the harness's own

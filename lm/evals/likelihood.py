@@ -15,7 +15,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.model import head, transformer
 from lm.model.config import ModelConfig
 from lm.model.parameters import Params
-from lm.sampling.generate import Sampling, likeliest, stream
+from lm.sampling.choice import Sampling, likeliest
+from lm.sampling.generate import stream
 
 TOKENS_A_DEVICE = 1 << 13  # at once, of padded rows
 CHUNK = 64  # widths are multiples of it, and so many places have their logits at once

@@ -8,6 +8,7 @@ same, so that its row shows where it began.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +22,27 @@ from lm.data.prepare import TEXT, Prepared, prepare
 from lm.data.records import Kind
 from lm.data.sources import has_default, open_source, parse_mixture
 from lm.errors import UsageError
-from lm.evals import answers, heldout, preferences
+from lm.evals import answers, gains, heldout, preferences
 from lm.model import sequences
+from lm.rl import rewards
 from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.loading import Model
+from lm.sampling import generate
 from lm.settings import INT32_MAX
 
+DRAWN = 256  # responses drawn at once, about
 TOKENS_A_DEVICE = 1 << 15  # at once: more are not quicker, and what an accelerator trained with may not fit here
 Say = Callable[[str], None]
 _FORMS = {'chat': chats.form, 'pairs': pairs.form}
 
 
 class Limits(NamedTuple):
-    """The size of an evaluation: rows of each source at most (None: all), and tokens of an answer."""
+    """The size of an evaluation: rows of each source at most (None: all), and tokens of an answer; and the reward model
+    that judges, for a task that asks one."""
 
     rows: int | None
     max_new_tokens: int
+    reward_from: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +129,50 @@ def _preferences(subject: Subject, prepared: Prepared, limits: Limits) -> dict[s
     return metrics
 
 
+def _rewards(subject: Subject, prepared: Prepared, limits: Limits) -> dict[str, float]:
+    """A reward model's scores of responses drawn at temperature 1, beside those of the run that it started from."""
+    model, metrics = subject.model, {}
+    assert limits.reward_from is not None
+    judge = loading.load(limits.reward_from, warn=subject.say)
+    if judge.about.output != 'scores' or judge.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        what = 'no reward model' if judge.about.output != 'scores' else f'of another tokenizer than {subject.run}'
+        raise UsageError(f'--reward_from={limits.reward_from} is {what}: name a run that gives scores')
+    scale = reward_scale.read(epath.Path(split_run(limits.reward_from)[0]), judge.step)
+    before, width, most = began(subject), min(subject.seq_len, judge.config['seq_len']), limits.max_new_tokens
+    options = {'max_new_tokens': most, 'stop_ids': subject.template.stop_ids(model.tokenizer), 'temperature': 1.0}
+
+    def answer(params: Any, some: Sequence[chats.Question], at: int) -> np.ndarray:
+        drawn = generate.draw(params, model.cfg, [q.prompt for q in some], seed=at, **options)
+        ids = [[*q.prompt, *d.ids][:width] for q, d in zip(some, drawn, strict=True)]
+        return rewards.of_model(judge.params, judge.cfg, scale, ids, width=width, rows=subject.rows_at_once)
+
+    for s in prepared.sources:
+        asked = chats.questions(s.heldout, limits.rows or INT32_MAX, longest=width)
+        asked, rows = [q for q in asked if len(q.prompt) < width], DRAWN // subject.rows_at_once * subject.rows_at_once
+        rows = max(rows, subject.rows_at_once)
+        if not asked:
+            subject.say(f'left out {s.name}: no held-out prompt leaves room for an answer within {width} tokens')
+            continue
+        now = gains.scores(partial(answer, model.params), asked, rows=rows)
+        if before is None:
+            metrics |= _named(s.name, {'reward': float(now.mean())})
+            continue
+        then = gains.scores(partial(answer, before), asked * gains.BASELINE, rows=rows)
+        metrics |= _named(s.name, gains.metrics(now, then.reshape(gains.BASELINE, len(asked)).T))
+    return metrics
+
+
+def began(subject: Subject) -> Any:
+    """The weights of the run that a run started from; None if there is none, or it is gone."""
+    run = subject.model.config.get('init_from')
+    try:
+        abstract = loading.abstract_params(subject.model.cfg)
+        return loading.weights(run, abstract, warn=subject.say)[0] if run else None
+    except UsageError as error:
+        subject.say(f'{subject.run}: nothing to compare its rewards with ({error})')
+        return None
+
+
 def reference_of(subject: Subject) -> Any:
     """The weights that preference optimisation began with; None for other runs, and where they are gone or others."""
     began = saved_config.parents(rundir.read_config(subject.run)).get('reference')
@@ -163,7 +213,9 @@ TASKS: Mapping[str, Task] = {
     'preferences': Task('pairs', 'programmatic', True, _preferences),
     'refusals': Task('pairs', 'decline', False, _refusals),
     'heldout': Task('text', None, True, _heldout),
+    'rewards': Task('chat', 'operations', True, _rewards),
 }
+USUAL = tuple(name for name in TASKS if name != 'rewards')  # which needs a reward model to be named
 
 
 # ---- which tasks, on what ----
@@ -186,7 +238,7 @@ def plan(
     """
     chosen: dict[str, str | None] = {}
     missing: dict[str, list[str]] = {}
-    for task in asked or TASKS:
+    for task in asked or USUAL:
         try:
             chosen[task] = _mixture(task, saved, given.get(task))
         except UsageError as error:
@@ -235,7 +287,7 @@ def fitting(names: Sequence[str] | None, run: str, saved: Mapping[str, Any]) -> 
 
     Raises UsageError if others are asked for, and none is left.
     """
-    fit = [task for task in names or TASKS if task == 'preferences' or saved_config.about(saved).output != 'scores']
+    fit = [task for task in names or USUAL if task == 'preferences' or saved_config.about(saved).output != 'scores']
     if names and not fit:
         raise UsageError(f'{run} is a reward model, which gives scores: --tasks=preferences is what it can be asked')
     return fit

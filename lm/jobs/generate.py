@@ -52,6 +52,12 @@ def check(config: Config) -> None:
         raise UsageError('stage=generate needs a reward: set reward_from=DIR or reward.fn=package.module:function')
     if config.reward.fn:
         rewards.function(config.reward.fn)
+    rewards.weights(config)
+    if config.reward.normalise:
+        raise UsageError(
+            'reward.normalise is by what is scored at once, so that scores of other prompts would not compare: leave it '
+            'out, and set reward.weights'
+        )
     if config.data.tokenizer:
         raise UsageError(f'data.tokenizer={config.data.tokenizer}: answers are in that of init_from, leave it out')
     if config.batch_size % config.n:
@@ -228,7 +234,7 @@ def batch(
         stop_ids=template.stop_ids(tokenizer), temperature=config.temperature,
         seed=int(np.random.SeedSequence([config.seed, first]).generate_state(1)[0]),
     )  # fmt: skip
-    score = rewards.scores(config, tokenizer, questions, drawn, models.reward)
+    score = rewards.combined(rewards.scores(config, tokenizer, questions, drawn, models.reward), config)
     lines, records = [], []
     for j, chat in enumerate(asked):
         own, of = drawn[j * n : (j + 1) * n], score[j * n : (j + 1) * n]
@@ -278,7 +284,7 @@ def run(config: Config, workdir: epath.Path, stop: StopRequest) -> dict[str, Any
         rundir.write_config(workdir, config, models.parents, **{rundir.JOB: config.stage})
         recorder.settings = config.to_dict()
         recorder.open(workdir)
-        with plan.log_failure(recorder, ledger):
+        with plan.log_failure(recorder, ledger, {}):
             if asked:
                 files.write_text(workdir / PROMPTS, ''.join(map(_line, asked)))
             processes.all_gather('prompts')

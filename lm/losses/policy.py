@@ -9,6 +9,7 @@ What differs between the methods is four independent choices, each by its name:
     aggregation   tokens | constant | response: what a token weighs
 
 Every loss is an array [B, T] of tokens; `token_weights` and `denominator` make it what `lm.losses.objective` adds up.
+Several responses may share a row: `segments_BT` numbers them from 1; None is one a row.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+RESPONSES = 16  # in a row at most
 
 
 class Clip(NamedTuple):
@@ -30,18 +33,36 @@ class Clip(NamedTuple):
     high: float
 
 
-def log_ratio(logp_BT: jax.Array, old_BT: jax.Array, mask_BT: jax.Array, kind: str) -> jax.Array:
-    """log π/π_old of each token; `sequence` gives each token the mean over its row's, with the gradient of the token's
-    own log-prob (GSPO, arXiv 2507.18071)."""
+def by_response(x_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Of each token the sum over its response, [B, T]."""
+    if segments_BT is None:
+        return jnp.broadcast_to(jnp.sum(x_BT, 1, keepdims=True), x_BT.shape)
+    own_BTS = (segments_BT[..., None] == jnp.arange(1, RESPONSES + 1)).astype(x_BT.dtype)
+    sum_BS = jnp.sum(x_BT[..., None] * own_BTS, axis=1)
+    return jnp.sum(sum_BS[:, None] * own_BTS, axis=-1)
+
+
+def log_ratio(
+    logp_BT: jax.Array, old_BT: jax.Array, mask_BT: jax.Array, kind: str, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """log π/π_old of each token; `sequence` gives each token the mean over its response's, with the gradient of its own
+    log-prob (GSPO, arXiv 2507.18071)."""
     own_BT = (logp_BT - old_BT) * mask_BT
     if kind == 'token':
         return own_BT
-    mean_B1 = jnp.sum(own_BT, 1, keepdims=True) / jnp.maximum(jnp.sum(mask_BT, 1, keepdims=True), 1)
-    return (jax.lax.stop_gradient(mean_B1) + logp_BT - jax.lax.stop_gradient(logp_BT)) * mask_BT
+    mean_BT = by_response(own_BT, segments_BT) / jnp.maximum(by_response(mask_BT, segments_BT), 1)
+    return (jax.lax.stop_gradient(mean_BT) + logp_BT - jax.lax.stop_gradient(logp_BT)) * mask_BT
 
 
 def surrogate(
-    logp_BT: jax.Array, old_BT: jax.Array, advantage_BT: jax.Array, mask_BT: jax.Array, *, ratio: str, clip: Clip
+    logp_BT: jax.Array,
+    old_BT: jax.Array,
+    advantage_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    ratio: str,
+    clip: Clip,
+    segments_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """(the loss of each token, {'ratio', 'clipped'} of each token, without gradient), 0 where mask_BT is.
 
@@ -51,7 +72,7 @@ def surrogate(
     dppo: −ρ·A, and nothing of a token whose probability has moved by more than `high` in the direction of A (DPPO,
         arXiv 2602.04879)
     """
-    r_BT = jnp.exp(log_ratio(logp_BT, old_BT, mask_BT, ratio))
+    r_BT = jnp.exp(log_ratio(logp_BT, old_BT, mask_BT, ratio, segments_BT))
     if clip.kind == 'clip':
         bounded_BT = jnp.clip(r_BT, 1 - clip.low, 1 + clip.high)
         loss_BT = jnp.maximum(-r_BT * advantage_BT, -bounded_BT * advantage_BT)
@@ -90,27 +111,37 @@ def k3_loss(logp_BT: jax.Array, reference_BT: jax.Array, old_BT: jax.Array, mask
 # ---- what a token weighs ----
 
 
-def token_weights(mask_BT: jax.Array, aggregation: str) -> jax.Array:
+def token_weights(mask_BT: jax.Array, aggregation: str, segments_BT: jax.Array | None = None) -> jax.Array:
     """The factor of each token's loss before it is summed: 1, and for `response` 1/(the response's tokens)."""
     if aggregation == 'response':
-        return mask_BT / jnp.maximum(jnp.sum(mask_BT, 1, keepdims=True), 1)
+        return mask_BT / jnp.maximum(by_response(mask_BT, segments_BT), 1)
     return mask_BT
 
 
-def denominator(mask_BT: jax.Array, aggregation: str, *, longest: int) -> jax.Array:
+def denominator(
+    mask_BT: jax.Array, aggregation: str, *, longest: int, segments_BT: jax.Array | None = None
+) -> jax.Array:
     """The divisor of that sum over the whole batch: the tokens (DAPO), the responses × the longest that they may be
     (Dr. GRPO), or the responses (GRPO)."""
-    responses = jnp.sum(jnp.any(mask_BT > 0, axis=1).astype(jnp.float32))
+    responses = jnp.sum(token_weights(mask_BT, 'response', segments_BT))  # each token is its part of one
     return {'tokens': jnp.sum(mask_BT), 'constant': responses * longest, 'response': responses}[aggregation]
 
 
 def mismatch_weights(
-    old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array, *, how: str, cap: float
+    old_BT: jax.Array,
+    sampler_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    how: str,
+    cap: float,
+    ratio: str = 'token',
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """The factor of a token's loss because the sampler is not quite the trainer, [B, T], without gradient: 1,
     min(π_trainer/π_sampler, cap) (truncated importance sampling), or that ratio where it is within [1/cap, cap] and
-    else 0 (IcePop)."""
-    w_BT = jnp.exp((old_BT - sampler_BT) * mask_BT)
+    else 0 (IcePop). `ratio`: of the token, or of the whole response (sequence)."""
+    apart_BT = (old_BT - sampler_BT) * mask_BT
+    w_BT = jnp.exp(apart_BT if ratio == 'token' else by_response(apart_BT, segments_BT) * mask_BT)
     if how == 'truncate':
         w_BT = jnp.minimum(w_BT, cap)
     elif how == 'mask':

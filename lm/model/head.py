@@ -1,11 +1,12 @@
 """The head: from hidden states to log-probabilities, without ever holding the logits [B, T, V].
 
-Two entries over one kernel that works through the tokens in chunks, never through the vocabulary:
+Three entries over one kernel that works through the tokens in chunks, never through the vocabulary:
 
   nll    for cross-entropy (pretraining, SFT): gradients are computed in the forward pass, so the logits of a chunk are
          made once; the backward pass only scales them.
   logp   for losses that need arbitrary functions of a token's log-probability (DPO, PPO, distillation): keeps lse and
          makes a chunk's logits again in the backward pass.
+  kl     for the whole distribution beside another model's, whose logits are made chunk by chunk, too.
 
 The vocabulary may be split over `tensor`; its padding is masked out of the softmax. All of it is float32 but the
 products, whose operands have the dtype of h.
@@ -56,7 +57,7 @@ def nll(
       weight·[argmax = target], without gradient.
     """
     local = partial(_nll_local, vocab_size=vocab_size, z_coef=z_coef, softcap=softcap, sparse=sparse)
-    return _run(local, h_BTD, w, (targets_BT, weights_BT), dims, 'sums')
+    return _run(local, h_BTD, (w,), (targets_BT, weights_BT), dims, None)
 
 
 def logp(
@@ -71,7 +72,22 @@ def logp(
     """
     local = partial(_logp_local, vocab_size=vocab_size, softcap=softcap)
     per_token = (targets_BT,) if weights_BT is None else (targets_BT, weights_BT)
-    return _run(local, h_BTD, w, per_token, dims, 'tokens')
+    return _run(local, h_BTD, (w,), per_token, dims, 3)
+
+
+def kl(
+    h_BTD: jax.Array, w: Any, other_BTD: jax.Array, other_w: Any, weights_BT: jax.Array, *, dims: str = 'VD',
+    vocab_size: int, softcap: float | None = None,
+) -> jax.Array:  # fmt: skip
+    """KL(p‖q) of the distributions p of h·w and q of other·other_w over the vocabulary, in nats: [B, T] float32,
+    differentiable in h and w alone.
+
+    Args:
+      other_BTD, other_w: final hidden states and head of the model that gives q; of the same dims.
+      weights_BT: as `logp`.
+    """
+    local = partial(_kl_local, vocab_size=vocab_size, softcap=softcap)
+    return _run(local, h_BTD, (w, other_w), (other_BTD, weights_BT), dims, 1)[0]
 
 
 def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None) -> jax.Array:
@@ -88,29 +104,29 @@ def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softc
 # ---- layout: each device has some tokens and some of the vocabulary ----
 
 
-def _run(local, h_BTD, w, per_token, dims, returns):
-    """Calls `local(h_MD, w_VD, per_token…, axis)` on each device's tokens M and its part of the vocabulary."""
-    w = seam.dense(w)
-    w_VD = (w if dims == 'VD' else w.T).astype(h_BTD.dtype)
+def _run(local, h_BTD, heads, per_token, dims, arrays):
+    """Calls `local(h_MD, w_VD…, per_token…, axis)` on each device's tokens M and its part of the vocabulary, which
+    returns so many arrays [M], or (None) two trees of sums."""
+    heads = [(w if dims == 'VD' else w.T).astype(h_BTD.dtype) for w in map(seam.dense, heads)]
     B, T, _ = h_BTD.shape
-    taken = sharding.assign({'B': B, 'V': w_VD.shape[0], 'T': T})
+    taken = sharding.assign({'B': B, 'V': heads[0].shape[0], 'T': T})
     vocab_axes, token_axes = taken['V'], taken['B'] + taken['T']
 
-    def shard(h_BTD, w_VD, *per_token):
-        shape = h_BTD.shape[:2]
+    def shard(h_BTD, *rest):
+        shape, heads_VD, per_token = h_BTD.shape[:2], rest[: len(heads)], rest[len(heads) :]
         flat = lambda x: x.reshape(-1, *x.shape[2:])
-        out = local(flat(h_BTD), w_VD, *map(flat, per_token), axes=vocab_axes or None)
-        if returns == 'tokens':
+        out = local(flat(h_BTD), *heads_VD, *map(flat, per_token), axes=vocab_axes or None)
+        if arrays:
             return tuple(x.reshape(shape) for x in out)
         return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
 
     if not sharding.axis_sizes():
-        return shard(h_BTD, w_VD, *per_token)
-    row = sharding.spec('BT', taken)
-    specs = (P(*row, None), sharding.spec('VD', {'V': vocab_axes}), *(row for _ in per_token))
-    out_specs = (P(), P()) if returns == 'sums' else (row, row, row)
-    out = sharding.on_shards(shard, (h_BTD, w_VD, *per_token), specs, out_specs)
-    return out if returns == 'sums' else jax.reshard(out, sharding.activation_spec('BT', (B, T)))
+        return shard(h_BTD, *heads, *per_token)
+    row, split = sharding.spec('BT', taken), sharding.spec('VD', {'V': vocab_axes})
+    specs = (P(*row, None), *(split for _ in heads), *(P(*row, None) if x.ndim > 2 else row for x in per_token))
+    out_specs = (row,) * arrays if arrays else (P(), P())
+    out = sharding.on_shards(shard, (h_BTD, *heads, *per_token), specs, out_specs)
+    return jax.reshard(out, sharding.activation_spec('BT', (B, T))) if arrays else out
 
 
 # ---- the kernel, on one device ----
@@ -313,3 +329,56 @@ def _logp_local(h_MD, w_VD, y_M, weight_M=None, *, axes, vocab_size, softcap):
     order_M, inverse_M, live = _to_front(weight_M, w_VD.shape[0])
     out = _logp(_taken(h_MD, order_M, inverse_M), w_VD, y_M[order_M], live, vocab_size, softcap, axes)
     return tuple(_taken(x_M, inverse_M, order_M) for x_M in out)
+
+
+def _kl_tokens(h_MD, w_VD, q_MD, other_VD, live, vocab_size, softcap, axes):
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
+
+    def body(carry, chunk):
+        h_CD, q_CD = chunk
+        p_CV, apart_CV, _ = _apart(h_CD, q_CD, w_VD, other_VD, vocab_size, softcap, axes)
+        return carry, _sum(p_CV * apart_CV, axes)
+
+    _, out = _scan(body, None, _split(n, size, h_MD, q_MD), n, live)
+    return out.reshape(-1)[: h_MD.shape[0]]
+
+
+def _apart(h_CD, q_CD, w_VD, other_VD, vocab_size, softcap, axes):
+    """A chunk's (p, log p/q, the slope of the soft-cap)."""
+    places_C = jnp.zeros(h_CD.shape[0], jnp.int32)
+    x_CV, slope_CV, lse_C, _, _ = _softmax_parts(h_CD, w_VD, places_C, vocab_size, softcap, axes)
+    y_CV, _, other_C, _, _ = _softmax_parts(q_CD, other_VD, places_C, vocab_size, softcap, axes)
+    logp_CV = x_CV - lse_C[:, None]
+    return jnp.exp(logp_CV), logp_CV - (y_CV - other_C[:, None]), slope_CV
+
+
+def _kl_forward(h_MD, w_VD, q_MD, other_VD, live, *static):
+    out = _kl_tokens(h_MD, w_VD, q_MD, other_VD, live, *static)
+    return out, (h_MD, w_VD, q_MD, other_VD, live, out)
+
+
+def _kl_backward(vocab_size, softcap, axes, saved, g_M):
+    h_MD, w_VD, q_MD, other_VD, live, kl_M = saved
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
+
+    def body(dw_DV, chunk):
+        h_CD, q_CD, kl_C, g_C = chunk
+        p_CV, apart_CV, slope_CV = _apart(h_CD, q_CD, w_VD, other_VD, vocab_size, softcap, axes)
+        dx_CV = g_C[:, None] * p_CV * (apart_CV - kl_C[:, None])  # d KL/dx = p (log p/q − KL)
+        dh_CD, dw_chunk_DV = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return dw_DV + dw_chunk_DV, dh_CD.astype(h_CD.dtype)
+
+    start = jnp.zeros(w_VD.T.shape, jnp.float32)
+    dw_DV, dh = _scan(body, start, _split(n, size, h_MD, q_MD, kl_M, _whole(g_M, axes)), n, live)
+    dh_MD = dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]]
+    return dh_MD, dw_DV.T.astype(w_VD.dtype), jnp.zeros_like(q_MD), jnp.zeros_like(other_VD), None
+
+
+_kl: Any = jax.custom_vjp(_kl_tokens, nondiff_argnums=(5, 6, 7))
+_kl.defvjp(_kl_forward, _kl_backward)
+
+
+def _kl_local(h_MD, w_VD, other_VD, q_MD, weight_M, *, axes, vocab_size, softcap):
+    order_M, inverse_M, live = _to_front(weight_M, w_VD.shape[0])
+    h_MD, q_MD = _taken(h_MD, order_M, inverse_M), _taken(q_MD, order_M, inverse_M)
+    return (_taken(_kl(h_MD, w_VD, q_MD, other_VD, live, vocab_size, softcap, axes), inverse_M, order_M),)

@@ -14,12 +14,14 @@ SCORED = ('reward', 'critic')  # roles of models that give a number a token in p
 
 
 def assemble(trainable: Roles, frozen: Roles) -> dict[str, Any]:
-    """{role: the parameters that a forward pass takes}. A base with its adapter is the policy.
+    """{role: the parameters that a forward pass takes}. A base with its adapter is the policy, and alone the reference,
+    unless there is another.
 
     Args:
       trainable: what gradients are of. frozen: the rest; a role is in one of them.
     """
     models = {**frozen, **trainable}
     if 'adapter' in models:
-        models['policy'] = adapters.over(models.pop('base'), models.pop('adapter'))
+        base = models.pop('base')
+        models = {'reference': base, **models, 'policy': adapters.over(base, models.pop('adapter'))}
     return models

@@ -27,11 +27,30 @@ def token_log_probs(
 ) -> tuple[jax.Array, jax.Array, Aux]:
     """(log p of each target, the entropy there, both at a temperature, times the target's weight and float32 [B, T];
     the auxiliary sums of the forward pass)."""
-    h_BTD, aux = _forward(params, cfg, batch)
+    h_BTD, aux = hidden(params, cfg, batch)
+    return *of_hidden(params, cfg, h_BTD, batch, temperature), aux
+
+
+def of_hidden(
+    params: Params, cfg: ModelConfig, h_BTD: jax.Array, batch: Batch, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """The first two of `token_log_probs`, of final hidden states."""
     h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD, temperature)
     weights_BT = batch['weights_BT']
     logp_BT, _, entropy_BT = head.logp(h_BTD, w, batch['targets_BT'], weights_BT, **options)
-    return logp_BT * weights_BT, entropy_BT * weights_BT, aux
+    return logp_BT * weights_BT, entropy_BT * weights_BT
+
+
+def token_kl(
+    params: Params, reference: Params, cfg: ModelConfig, h_BTD: jax.Array, batch: Batch, temperature: float
+) -> jax.Array:
+    """KL(π‖π_ref) over the vocabulary at each target, at a temperature, times the target's weight: float32 [B, T], in
+    nats, with gradient in the policy's parameters and final hidden states `h_BTD`."""
+    other_BTD, _ = hidden(reference, cfg, batch)
+    h_BTD, w, options = transformer.head_inputs(params, cfg, h_BTD, temperature)
+    other_BTD, other_w, _ = transformer.head_inputs(reference, cfg, other_BTD, temperature)
+    weights_BT = batch['weights_BT']
+    return head.kl(h_BTD, w, jax.lax.stop_gradient(other_BTD), other_w, weights_BT, **options) * weights_BT
 
 
 def outside(x_BT: jax.Array, batch: Batch) -> jax.Array:
@@ -46,13 +65,13 @@ def scores(params: Params, cfg: ModelConfig, batch: Batch) -> list[jax.Array]:
 
 def scores_and_aux(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[list[jax.Array], Aux]:
     """(`scores`, the auxiliary sums of the forward pass)."""
-    h_BTD, aux = _forward(params, cfg, batch)
+    h_BTD, aux = hidden(params, cfg, batch)
     return by_side(token_scores(params, h_BTD) * batch['last_BT'], batch), aux
 
 
 def token_values(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
     """(a critic's value before each target that weighs something, float32 [B, T]; the auxiliary sums)."""
-    h_BTD, aux = _forward(params, cfg, batch)
+    h_BTD, aux = hidden(params, cfg, batch)
     return token_scores(params, h_BTD) * batch['weights_BT'], aux
 
 
@@ -71,7 +90,8 @@ def token_scores(params: Params, h_BTD: jax.Array) -> jax.Array:
     return jnp.sum(h_BTD.astype(jnp.float32) * w_D, axis=-1) + params['bias_score']
 
 
-def _forward(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
+def hidden(params: Params, cfg: ModelConfig, batch: Batch) -> tuple[jax.Array, Aux]:
+    """(final hidden states [B, T, D] of packed rows, the auxiliary sums of the forward pass)."""
     rows = {name: batch[name] for name in ('segments_BT', 'positions_BT')}
     return transformer.forward(params, cfg, batch['tokens_BT'], **rows)
 

@@ -1,4 +1,4 @@
-"""Rewards: (prompts, responses) -> a float score of each response."""
+"""Rewards: a float score of each response, from one source or several with their weights."""
 
 import contextlib
 import importlib
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from lm import sharding
-from lm.config import Config, split_run
+from lm.config import Config, nearest, split_run
 from lm.data.chats import Question
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
@@ -45,6 +45,72 @@ def function(name: str) -> Function:
     return lambda prompts, responses, answers: found(prompts, responses)
 
 
+ROUND = 32  # tokens to which widths are rounded up, so that few shapes are compiled
+
+
+class Texts(NamedTuple):
+    """Responses as text: the prompts with the marks of their conversation, what was drawn, and the data's own answers.
+
+    A response has no end-of-turn token; one that has ended and one that has not read the same.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    answers: list[str]
+
+
+# ---- several sources ----
+
+
+def sources(config: Config) -> tuple[str, ...]:
+    """Names of the sources that a config has: `model` (reward_from), and those of its group `reward`."""
+    own = ('fn',)
+    return ('model',) * bool(config.reward_from) + tuple(name for name in own if config.reward[name])
+
+
+def weights(config: Config) -> dict[str, float]:
+    """{source: weight}, 1 where nothing is said. Raises UsageError for a name that is no source, or what is no
+    number."""
+    names = sources(config)
+    found, text = dict.fromkeys(names, 1.0), config.reward.weights
+    for part in (text or '').split(',') if text else ():
+        name, _, number = part.strip().partition(':')
+        if name not in names:
+            raise UsageError(f'reward.weights={text}: {name!r}{nearest(name, names)} is not one of {", ".join(names)}')
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise UsageError(f'reward.weights={text}: the weight of {name} must be a number, as in {name}:1')
+    return found
+
+
+def combined(found: Mapping[str, np.ndarray], config: Config) -> np.ndarray:
+    """Σ weight × score, float32 [N]. With `reward.normalise` each source has mean 0 and standard deviation 1 first, so
+    that one of a larger scale does not drown the others (GDPO, arXiv 2601.05242, does so before it sums)."""
+    total = np.zeros(len(next(iter(found.values()))), np.float32)
+    for name, weight in weights(config).items():
+        score = found[name]
+        if config.reward.normalise:
+            score = (score - score.mean()) / (score.std() or 1)
+        total += np.float32(weight) * score
+    return total
+
+
+def of_texts(config: Config, texts: Texts) -> dict[str, np.ndarray]:
+    """{source: scores [N]} of the sources that read text. One process asks them, and tells the others."""
+    told = {}
+    if processes.first() and config.reward.fn:
+        name = f'reward.fn={config.reward.fn}'
+        try:
+            given = function(config.reward.fn)(*texts)
+        except (Exception, SystemExit) as error:  # a user's own code
+            raise RunError(f'{name}: {type(error).__name__}: {error}') from error
+        told['fn'] = checked(given, texts.prompts, name).tolist()
+    return {name: np.asarray(x, np.float32) for name, x in processes.all_gather(told)[0].items()}
+
+
 class Model(NamedTuple):
     """A reward model in use: a row has `width` tokens at most, and `rows` of them are in memory at once."""
 
@@ -73,30 +139,26 @@ def read_scale(run: str, step: int) -> Scale:
 
 def scores(
     config: Config, tokenizer: Tokenizer, asked: Sequence[Question], drawn: Sequence[Drawn], model: Model | None
-) -> np.ndarray:
-    """The score of each response by all sources that a config has, float32 [N]. Of several processes one asks the
-    user's function, and tells the others.
+) -> dict[str, np.ndarray]:
+    """{source: the score of each response}, float32 [N], of all sources that a config has.
 
     Args:
       model: that of `reward_from`, if there is one.
     """
-    total, prompts = np.zeros(len(drawn), np.float32), [tokenizer.decode(q.prompt) for q in asked]
+    texts = Texts(
+        [tokenizer.decode(q.prompt) for q in asked],
+        [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn],
+        [tokenizer.decode(q.answer) for q in asked],
+    )
+    found = {}
     if model is not None:
         ids = [[*q.prompt, *d.ids] for q, d in zip(asked, drawn, strict=True)]
-        found = of_model(model.params, model.cfg, model.scale, ids, width=model.width, rows=model.rows)
-        total += checked(found, prompts, config.reward_from)
-    if config.reward.fn:
-        told, name = None, f'reward.fn={config.reward.fn}'
-        if processes.first():
-            said = [tokenizer.decode(d.ids[:-1] if d.ended else d.ids) for d in drawn]
-            wanted = [tokenizer.decode(q.answer) for q in asked]
-            try:
-                given = function(config.reward.fn)(prompts, said, wanted)
-            except (Exception, SystemExit) as error:  # a user's own code
-                raise RunError(f'{name}: {type(error).__name__}: {error}') from error
-            told = checked(given, prompts, name).tolist()
-        total += np.asarray(processes.all_gather(told)[0], np.float32)
-    return total
+        told = of_model(model.params, model.cfg, model.scale, ids, width=model.width, rows=model.rows)
+        found['model'] = checked(told, texts.prompts, config.reward_from)
+    return found | of_texts(config, texts)
+
+
+# ---- one source ----
 
 
 def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:
@@ -124,13 +186,15 @@ def of_model(
     """A reward model's normalised scores of prompts with their responses, float32 [N].
 
     Args:
-      ids: of each, all at most `width`. rows: how many are in memory at once; a part of N that the mesh can share.
+      ids: of each, all at most `width`. rows: how many are in memory at once, those of like length together; a part of
+        N that the mesh can share.
     """
-    tokens_BT, length_B = np.zeros((len(ids), width), np.int32), np.array([len(own) for own in ids], np.int32)
-    for row_T, own in zip(tokens_BT, ids, strict=True):
-        row_T[: len(own)] = own
-    raw = []
-    for part in (slice(at, at + rows) for at in range(0, len(ids), rows)):
-        placed = sharding.shard_batch({'tokens_BT': tokens_BT[part]})
-        raw.append(np.asarray(_last_scores(params, placed['tokens_BT'], length_B[part], cfg=cfg)))
-    return (np.concatenate(raw) - scale.mean) / np.float32(scale.std)
+    length_B, raw_B = np.array([len(own) for own in ids], np.int32), np.zeros(len(ids), np.float32)
+    order_B, unit = np.argsort(length_B, kind='stable'), ROUND * jax.sharding.get_mesh().shape.get('seq', 1)
+    for some in (order_B[at : at + rows] for at in range(0, len(ids), rows)):
+        tokens_BT = np.zeros((len(some), min(width, math.ceil(length_B[some].max() / unit) * unit)), np.int32)
+        for row_T, i in zip(tokens_BT, some, strict=True):
+            row_T[: length_B[i]] = ids[i]
+        placed = sharding.shard_batch({'tokens_BT': tokens_BT})
+        raw_B[some] = np.asarray(_last_scores(params, placed['tokens_BT'], length_B[some], cfg=cfg))
+    return (raw_B - scale.mean) / np.float32(scale.std)

@@ -12,8 +12,9 @@ from lm import files, interrupts, progress, terminal
 from lm.config import nearest
 from lm.errors import RunError, UsageError
 from lm.interrupts import Ending, Interrupted
+from lm.sampling.choice import Sampling
 from lm.sampling.conversation import Talker, forget, heading, instruct, needs, print_answer
-from lm.sampling.generate import Sampling, fixed_slots
+from lm.sampling.generate import fixed_slots
 from lm.settings import SEED_MAX, Bound
 
 COMMANDS = {

@@ -16,28 +16,18 @@ from lm.model import kv_cache, parameters, transformer
 from lm.model.config import ModelConfig
 from lm.model.kv_cache import Cache
 from lm.model.parameters import Params
+from lm.sampling import choice
+from lm.sampling.choice import GREEDY, KNOBS, Sampling
 
 PREFILL_CHUNK = 256  # prompt tokens read at once: bounds the memory of attention over the cache
 ROUND = 64  # caches are rounded up to this many tokens, so that few shapes are compiled
 SLOTS = 512, 4  # the sizes of a cache that never grows: the least, and how many times the one before the next is
-WAYS = ('greedy', 'drawn', 'filtered')  # of choosing a token
+# Tokens that are drawn between two looks at which rows go on, where a look costs: a GPU's is the host's.
+TURNS = {'gpu': 8}
+FEWEST = 16  # rows that go on together to the end, on each device: fewer are not worth another program
 PIECE_SECONDS = 0.1  # of drawing between two looks at what was drawn, where nobody says after how many tokens
 
 
-class Sampling(NamedTuple):
-    """The settings by which a token is drawn. Each is one number, or one per row."""
-
-    temperature: float | Sequence[float] = 0.0  # 0 is greedy
-    top_k: int | Sequence[int] = 0  # the k likeliest; 0 is all
-    top_p: float | Sequence[float] = 1.0  # the fewest that hold this much probability (Holtzman et al., 2020)
-    min_p: float | Sequence[float] = 0.0  # those at least this part of the likeliest (Nguyen et al., 2024)
-    # What logits of tokens that the prompt or the answer has are divided by, or multiplied where negative (Keskar et
-    # al., 2019; transformers' meaning): before all the others, greedy or not.
-    repetition_penalty: float | Sequence[float] = 1.0
-
-
-GREEDY = Sampling()
-KNOBS = (np.float32, np.int32, np.float32, np.float32, np.float32)  # of a sampling's fields
 STOPS = 16  # stop ids that programs compiled ahead have room for
 
 
@@ -67,63 +57,45 @@ class State(NamedTuple):
     done_B: jax.Array
     key_B: jax.Array
     drawn: jax.Array  # tokens drawn so far
-    out_BT: jax.Array  # what was drawn; `stop` where a row is done
+    out_BT: jax.Array  # what was drawn; a stop id where a row is done
     seen_BV: jax.Array | None  # whether the prompt or the answer has it; None: nothing depends on that
     logp_BT: jax.Array | None  # log p of what was drawn, of the tempered distribution; None: nobody asks
-
-
-def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sequence[Any], *, filtered: bool) -> jax.Array:
-    """One id a row from float32 logits. Filters apply to the tempered distribution in the order top-k, top-p, min-p.
-
-    Each device draws for its own rows, and every one then knows all that was drawn.
-
-    Args:
-      sampling: the fields of `Sampling` up to min_p.
-    """
-    knobs = [jnp.broadcast_to(jnp.asarray(x), logits_BV.shape[:1]) for x in sampling]
-    if sharding.axis_sizes():
-        key_B, *knobs = jax.reshard([key_B, *knobs], P(jax.typeof(logits_BV).sharding.spec[0]))
-    temperature, top_k, top_p, min_p = knobs
-    x_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)[:, None]
-    if filtered:
-        x_BV = _filter(x_BV, top_k, top_p, min_p)
-    drawn_B = jax.vmap(jax.random.categorical)(key_B, x_BV)
-    return sharding.replicated(jnp.where(temperature > 0, drawn_B, likeliest(logits_BV)))
-
-
-def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first of the highest logits of each row: argmax as two plain reductions, which a CPU vectorizes."""
-    V = logits_BV.shape[-1]
-    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
-    return jnp.minimum(jnp.min(jnp.where(best_BV, jnp.arange(V), V), axis=-1), V - 1).astype(jnp.int32)
-
-
-def _filter(x_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """-inf for what the filters leave out; the likeliest always stays, and of equals the lowest ids."""
-    V = x_BV.shape[-1]
-    sorted_BV = -jnp.sort(-x_BV, axis=-1)
-    rank_V = jnp.arange(V)
-    keep_BV = rank_V < jnp.where(top_k > 0, top_k, V)[:, None]
-    p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    keep_BV &= (before_BV < top_p[:, None]) | (top_p[:, None] >= 1)  # rounding may bring the sum to 1 before the end
-    keep_BV &= p_BV >= min_p[:, None] * p_BV[:, :1]
-    keep_BV |= rank_V == 0
-    kept_B1 = jnp.sum(keep_BV, axis=-1, keepdims=True)
-    limit_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    above_BV, equal_BV = x_BV > limit_B1, x_BV == limit_B1
-    room_B1 = kept_B1 - jnp.sum(above_BV, axis=-1, keepdims=True)
-    return jnp.where(above_BV | equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1), x_BV, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=('cfg', 'batch', 'slots', 'room', 'logps'))
 def _begin(seed, seen_BV, *, cfg, batch, slots, room, logps=False) -> State:
     """Rows of which nothing is read yet."""
     cache, last_BD = kv_cache.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.dim), cfg.dtype)
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+    key_B = _keys(seed, batch)
     next_B, done_B, out_BT = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jnp.zeros((batch, room), jnp.int32)
     logp_BT = jnp.zeros((batch, room), jnp.float32) if logps else None
     return State(cache, last_BD, next_B, done_B, key_B, jnp.zeros((), jnp.int32), out_BT, seen_BV, logp_BT)
+
+
+def _keys(seed: jax.Array, batch: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+
+
+@jax.jit
+def _taken(state: State, row_B) -> State:
+    """The state of these rows, each of which goes on where it is kept: on the device with the same part of the rows."""
+
+    def cached(x_BKSH: jax.Array) -> jax.Array:
+        if not sharding.axis_sizes():
+            return x_BKSH[row_B]
+        spec = jax.typeof(x_BKSH).sharding.spec
+        return sharding.on_shards(lambda x, row_B: x[row_B % x.shape[0]], (x_BKSH, row_B), (spec, P(spec[0])), spec)
+
+    k_BKSH, v_BKSH = (tuple(map(cached, xs)) for xs in (state.cache.k_BKSH, state.cache.v_BKSH))
+    rest = state._replace(cache=state.cache._replace(k_BKSH=(), v_BKSH=()))
+    rest = jax.tree.map(lambda x: x[row_B] if x.ndim else x, rest)
+    return rest._replace(cache=rest.cache._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH))
+
+
+@jax.jit
+def _repeated(state: State, row_B, seed) -> State:
+    """The state of rows that begin with what these rows read, each with a key of its own."""
+    return _taken(state, row_B)._replace(key_B=_keys(seed, len(row_B)))
 
 
 @partial(jax.jit, static_argnames='cfg', donate_argnums=1)
@@ -148,20 +120,18 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
     if allowed_V is not None:
         logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     if seen_BV is not None:
-        logits_BV = _penalised(logits_BV, seen_BV, sampling[-1])
-    # Apart from what is drawn: random bits for a whole vocabulary cost as much as a layer.
-    greedy = lambda: sharding.replicated(likeliest(logits_BV))
+        logits_BV = choice.penalised(logits_BV, seen_BV, sampling[-1])
+    greedy = lambda: (sharding.replicated(choice.likeliest(logits_BV)), jnp.zeros(logits_BV.shape[0]))
 
-    def drawn(filtered: bool) -> jax.Array:
+    def drawn(filtered: bool) -> tuple[jax.Array, jax.Array]:
         key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.drawn)
-        return sample(logits_BV, key_B, sampling[:-1], filtered=filtered)
+        return choice.sample(logits_BV, key_B, sampling[:-1], filtered=filtered)
 
-    ways = dict(zip(WAYS, (greedy, lambda: drawn(False), lambda: drawn(True)), strict=True))
-    next_B = ways[how]() if how in ways else jax.lax.switch(_way(sampling, jnp), list(ways.values()))
+    ways = dict(zip(choice.WAYS, (greedy, lambda: drawn(False), lambda: drawn(True)), strict=True))
+    next_B, logp_B = ways[how]() if how in ways else jax.lax.switch(choice.way(sampling, jnp), list(ways.values()))
     next_B = jnp.where(state.done_B, stop_ids[0], next_B)
     out_BT, logp_BT = jax.lax.dynamic_update_slice(state.out_BT, next_B[:, None], (0, state.drawn)), state.logp_BT
     if logp_BT is not None:
-        logp_B = sharding.replicated(_log_prob(logits_BV, next_B, sampling[0]))
         logp_BT = jax.lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, state.drawn))
     done_B = state.done_B | jnp.any(next_B[:, None] == stop_ids, axis=-1)
     if seen_BV is not None:
@@ -170,36 +140,22 @@ def _draw(params, cfg, state: State, h_BTD, sampling, stop_ids, allowed_V, how: 
     return state._replace(next_B=next_B, done_B=done_B, seen_BV=seen_BV)
 
 
-def _log_prob(logits_BV: jax.Array, ids_B: jax.Array, temperature: jax.Array) -> jax.Array:
-    """log p [B] of ids under softmax(logits/T)."""
-    spec = jax.typeof(logits_BV).sharding.spec if sharding.axis_sizes() else None
-    knob_B = jnp.broadcast_to(jnp.asarray(temperature, logits_BV.dtype), logits_BV.shape[:1])
-    if spec is not None:
-        ids_B, knob_B = jax.reshard((ids_B, knob_B), P(spec[0]))
-    x_BV = logits_BV / knob_B[:, None]
-    hit_BV = jnp.arange(logits_BV.shape[1]) == ids_B[:, None]
-    return jnp.sum(jnp.where(hit_BV, x_BV, 0), axis=-1) - jax.nn.logsumexp(x_BV, axis=-1)
-
-
-def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    penalty_B = jnp.broadcast_to(jnp.asarray(penalty, logits_BV.dtype), logits_BV.shape[:1])
-    if sharding.axis_sizes():
-        rows = jax.typeof(logits_BV).sharding.spec[0]
-        seen_BV, penalty_B = jax.reshard(seen_BV, P(rows)), jax.reshard(penalty_B, P(rows))
-    penalty_B1 = penalty_B[:, None]
-    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return jnp.where(seen_BV, less_BV, logits_BV)
-
-
 @partial(jax.jit, static_argnames=('cfg', 'how'), donate_argnums=1)
-def _decode(params, state: State, until, sampling, stop_ids, allowed_V, *, cfg, how) -> State:
-    """Draws tokens until `until` are drawn or every row is done."""
+def _decode(params, state: State, until, least, sampling, stop_ids, allowed_V, *, cfg, how) -> State:
+    """Draws tokens, TURNS at a time, until `until` are drawn or no device has more than `least` rows that go on."""
+    parts, turn = _parts(state.done_B.shape[0]), _turn()
 
     def body(state: State) -> State:
         h_BTD, cache = kv_cache.forward_cached(params, cfg, state.next_B[:, None], state.cache)
         return _draw(params, cfg, state._replace(cache=cache), h_BTD, sampling, stop_ids, allowed_V, how)
 
-    return jax.lax.while_loop(lambda s: (s.drawn < until) & ~jnp.all(s.done_B), body, state)
+    live = lambda s: jnp.max(jnp.sum(~s.done_B.reshape(parts, -1), axis=1))
+    turned = body if turn == 1 else lambda s: jax.lax.fori_loop(0, turn, lambda _, s: body(s), s)
+    return jax.lax.while_loop(lambda s: (s.drawn < until) & (live(s) > least), turned, state)
+
+
+def _turn() -> int:
+    return TURNS.get(sharding.platform(), 1)
 
 
 # Once for all that is generated with these parameters; without it `stream` does it at each call.
@@ -257,7 +213,7 @@ def compiled(params: Params, cfg: ModelConfig, *, slots: int) -> Iterator[Callab
         (shape(np.uint32), seen),
         (*drawn, shape(np.int32, 1, ROUND), shape(np.int32, 1)),
         (*drawn, *drawn_from),
-        (*drawn, number, *drawn_from),
+        (*drawn, number, number, *drawn_from),
     )
     lower = lambda program, given: program.func.lower(*given, **program.keywords).compile()
     return map(lower, plain, arguments)
@@ -290,12 +246,12 @@ def draw(
     if temperature <= 0:
         raise ValueError('a temperature above 0 is needed: the likeliest token alone has no log-prob')
     options = {'max_new_tokens': max_new_tokens, 'stop_ids': stop_ids, 'sampling': Sampling(temperature), 'seed': seed}
-    *_, state = _states(params, cfg, prompts, every=max_new_tokens, logps=True, **options)
-    assert state is not None
-    drawn, found = int(state.drawn), []
-    for ids, logps in zip(np.asarray(state.out_BT)[:, :drawn], np.asarray(state.logp_BT)[:, :drawn], strict=True):
+    *_, out = _progress(params, cfg, prompts, every=max_new_tokens, logps=True, **options)
+    assert out is not None
+    found = []
+    for ids, logps in zip(out.ids_BT, out.logp_BT, strict=True):
         ends = np.flatnonzero(np.isin(ids, stop_ids))
-        n = int(ends[0]) + 1 if len(ends) else drawn
+        n = int(ends[0]) + 1 if len(ends) else len(ids)
         found.append(Drawn(ids[:n].tolist(), logps[:n].tolist(), bool(len(ends))))
     return found
 
@@ -313,7 +269,8 @@ def stream(
     every: int | None = 8,
     programs: tuple[int, Programs] | None = None,
 ) -> Generator[list[Generation], None, None]:
-    """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens, and at the end.
+    """Generates for a ragged batch of prompts, yielding all rows so far each `every` tokens (or some more,
+    see TURNS) and at the end.
 
     Args:
       prompts: ids of each row, at least one each. stop_ids: any of them ends a row; at least one.
@@ -326,22 +283,30 @@ def stream(
       ValueError: an empty prompt, no stop id, no token to generate, or too few slots.
     """
     options = {'max_new_tokens': max_new_tokens, 'stop_ids': stop_ids, 'allowed': allowed, 'sampling': sampling}
-    for state in _states(params, cfg, prompts, seed=seed, every=every, programs=programs, **options):
-        if state is None:
-            yield [Generation([], False)] * len(prompts)
-        else:
-            yield _rows(np.asarray(state.out_BT), int(state.drawn), set(stop_ids))
+    for out in _progress(params, cfg, prompts, seed=seed, every=every, programs=programs, **options):
+        yield [Generation([], False)] * len(prompts) if out is None else _rows(out.ids_BT, set(stop_ids))
 
 
-def _states(
+class Progress(NamedTuple):
+    """What was drawn so far for each prompt; after a stop id, anything."""
+
+    ids_BT: np.ndarray
+    logp_BT: np.ndarray  # 0 where nobody asks
+
+
+def _progress(
     params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int],
     sampling: Sampling, seed: int, every: int | None, allowed: np.ndarray | None = None,
     programs: tuple[int, Programs] | None = None, logps: bool = False,
-) -> Iterator[State | None]:  # fmt: skip
-    """The states of which `stream` gives the rows; None while prompts are read."""
+) -> Iterator[Progress | None]:  # fmt: skip
+    """What `stream` gives the rows of; None while prompts are read.
+
+    Rows that ended no longer compute: when few enough go on, these alone are put into a smaller batch.
+    """
     if not all(len(p) for p in prompts) or not stop_ids or max_new_tokens < 1:
         raise ValueError('a prompt needs at least one token, and generation at least one token and one stop id')
     B, longest = len(prompts), max(map(len, prompts))
+    asked, reads_B = _once(prompts)
     knobs = tuple(np.asarray(x, dtype) for x, dtype in zip(sampling, KNOBS, strict=True))
     if isinstance(params['layers'], Mapping):
         params = prepare(params, cfg, batch=B)
@@ -349,33 +314,94 @@ def _states(
         width, room, stops = _rounded(longest), _whole_rounds(max_new_tokens), np.asarray(stop_ids, np.int32)
         slots = width + min(room, ROUND)  # empty slots are read too: the cache begins small
         piece, most = math.gcd(width, PREFILL_CHUNK), width + room
-        run = _programs(cfg, batch=B, slots=slots, room=room, how=_how(knobs))
+        run = _programs(cfg, batch=len(asked), slots=slots, room=room, how=choice.how(knobs))
     else:
         most, run = programs
         width, piece, stops = _whole_rounds(longest), ROUND, np.resize(np.asarray(stop_ids, np.int32), STOPS)
         if most < width + max_new_tokens or len(stop_ids) > STOPS:
             raise ValueError(f'{most} slots, {STOPS} stop ids: too few for {width} and {max_new_tokens} tokens')
-    seen = None if programs is None and np.all(knobs[-1] == 1) else _seen(prompts, cfg.vocab_size)
+    seen = None if programs is None and np.all(knobs[-1] == 1) else _seen(asked, cfg.vocab_size)
     state = run.begin(np.uint32(seed), seen, logps=True) if logps else run.begin(np.uint32(seed), seen)
-    for tokens_BT, count_B in _pieces(prompts, width, piece):
+    for tokens_BT, count_B in _pieces(asked, width, piece):
         state = run.read(params, state, tokens_BT, count_B)
         if every is None:
             jax.block_until_ready(state.last_BD)
             yield None
-    drawn_from = knobs, stops, _mask(allowed, cfg.vocab_size, whole=programs is not None)
-    state = run.first(params, state, *drawn_from)
-    decode = lambda state, until: run.decode(params, state, np.int32(until), *drawn_from)
-    drawn, step = 0, every or 1
+    if len(asked) < B:
+        state = _repeated(state, reads_B, np.uint32(seed))
+    allowed_V = _mask(allowed, cfg.vocab_size, whole=programs is not None)
+    drawn_from = lambda rows: (tuple(x[rows] if x.ndim else x for x in knobs), stops, allowed_V)
+    rows, out = (
+        np.arange(B),
+        Progress(np.zeros((B, max_new_tokens), np.int32), np.zeros((B, max_new_tokens), np.float32)),
+    )
+    state, drawn, step = run.first(params, state, *drawn_from(rows)), 0, every or 1
     while True:
         begun = time.perf_counter()
         until = min(drawn + step, max_new_tokens)
-        state = _advance(state, until, decode, width=width, most=most)
+        while int(state.drawn) < until and not np.all(state.done_B):
+            if len(kept := _going_on(np.asarray(state.done_B))) < len(rows):
+                _write(out, rows, state)
+                state, rows = _taken(state, kept), rows[kept]
+            state, full = _with_room(state, width=width, most=most)
+            least = np.int32(_fewer(len(rows)))
+            state = run.decode(params, state, np.int32(min(until, full)), least, *drawn_from(rows))
+        _write(out, rows, state)
         drawn = int(state.drawn)
-        yield state
+        yield Progress(*(x[:, :drawn] for x in out))
         if drawn >= max_new_tokens or np.all(state.done_B):
             return
         if every is None:
             step = max(1, min(2 * step, int(step * PIECE_SECONDS / (time.perf_counter() - begun))))
+
+
+def _once(prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], np.ndarray]:
+    """(the prompts to read, which of them each row begins with): equal ones are read once, where every device then has
+    what its rows begin with, and all come as often: each number of prompts is another program."""
+    places: dict[tuple[int, ...], int] = {}
+    reads_B = np.array([places.setdefault(tuple(prompt), len(places)) for prompt in prompts])
+    B, P, parts = len(prompts), len(places), _parts(len(prompts))
+    if B % P or not _split_alike(B, P) or np.any(reads_B * parts // P != np.arange(B) * parts // B):
+        return prompts, np.arange(B)
+    return list(places), reads_B
+
+
+def _parts(batch: int) -> int:
+    """Over how many devices the rows of a batch are split."""
+    sizes = sharding.axis_sizes()
+    return math.prod(sizes[axis] for axis in sharding.assign({'B': batch})['B'])
+
+
+def _split_alike(*batches: int) -> bool:
+    """Tells whether the rows of these batches are split over the same axes."""
+    return len({sharding.assign({'B': batch})['B'] for batch in batches}) == 1
+
+
+def _fewer(batch: int) -> int:
+    """How many rows, on each device, are put into a batch of their own when no more go on: a power of two, so that few
+    programs are compiled; 0: none."""
+    parts = _parts(batch)
+    fewer = 1 << (batch // parts * 3 // 4).bit_length() >> 1
+    return fewer if fewer >= FEWEST and _split_alike(batch, parts * fewer) else 0
+
+
+def _going_on(done_B: np.ndarray) -> np.ndarray:
+    """The rows of the next batch: all of this one, or those that go on and, on each device, as many others as fill a
+    batch of `_fewer`."""
+    live_PB = ~done_B.reshape(_parts(len(done_B)), -1)
+    parts, size = live_PB.shape
+    while (fewer := _fewer(parts * size)) >= live_PB.sum(1).max() > 0:
+        size = fewer
+    kept_PB = np.sort(np.argsort(~live_PB, axis=1, kind='stable')[:, :size], axis=1)
+    return (kept_PB + np.arange(parts)[:, None] * live_PB.shape[1]).reshape(-1)
+
+
+def _write(out: Progress, rows: np.ndarray, state: State) -> None:
+    """Adds what the rows in generation have drawn, of the last turn as much as was asked for."""
+    drawn = min(int(state.drawn), out.ids_BT.shape[1])
+    out.ids_BT[rows, :drawn] = np.asarray(state.out_BT)[:, :drawn]
+    if state.logp_BT is not None:
+        out.logp_BT[rows, :drawn] = np.asarray(state.logp_BT)[:, :drawn]
 
 
 def fixed_slots(longest: int, max_new_tokens: int, *, context: int) -> int:
@@ -416,16 +442,15 @@ def _mask(allowed: np.ndarray | None, vocab_size: int, *, whole: bool) -> np.nda
     return None if allowed_V.all() and not whole else allowed_V
 
 
-def _advance(state: State, until: int, decode: Callable[[State, int], State], *, width: int, most: int) -> State:
-    """Draws until `until` tokens are drawn or every row is done. Prompts fill the cache to `width`; when it is full it
-    doubles, up to `most` slots."""
-    while int(state.drawn) < until and not np.all(state.done_B):
-        slots = state.cache.position_BS.shape[1]
-        if int(state.drawn) > slots - width:  # the newest token has no slot
-            slots = min(2 * slots, most)
-            state = _grow(state, slots=slots)
-        state = decode(state, min(until, slots - width + 1))
-    return state
+def _with_room(state: State, *, width: int, most: int) -> tuple[State, int]:
+    """(the state with room for another turn, how many may be drawn before it is full). Prompts fill the cache to
+    `width`; when it is full it doubles, up to `most` slots."""
+    slots, turn = state.cache.position_BS.shape[1], _turn()
+    full = lambda: (slots - width) // turn * turn + 1  # the newest token has no slot yet
+    if int(state.drawn) >= full():
+        slots = min(2 * slots, most)
+        state = _grow(state, slots=slots)
+    return state, full()
 
 
 def generate(params: Params, cfg: ModelConfig, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
@@ -443,21 +468,9 @@ def _whole_rounds(n: int) -> int:
     return math.ceil(n / ROUND) * ROUND
 
 
-def _how(knobs: Sequence[np.ndarray]) -> str:
-    """Names the part of `sample` that is needed: it is compiled without the rest."""
-    return WAYS[int(_way(knobs, np))]
-
-
-def _way(knobs: Sequence[Any], xp: Any) -> Any:
-    """The index of `_how`, by numpy or under jit."""
-    temperature, top_k, top_p, min_p, _ = knobs
-    filters = xp.any(top_k > 0) | xp.any(top_p < 1) | xp.any(min_p > 0)
-    return xp.where(xp.any(temperature > 0), 1 + filters, 0)
-
-
-def _rows(out_BT: np.ndarray, drawn: int, stops: set[int]) -> list[Generation]:
+def _rows(out_BT: np.ndarray, stops: set[int]) -> list[Generation]:
     def row(ids: list[int]) -> Generation:
         end = next((i for i, token in enumerate(ids) if token in stops), None)
         return Generation(ids[:end], end is not None)
 
-    return [row(ids) for ids in out_BT[:, :drawn].tolist()]
+    return [row(ids) for ids in out_BT.tolist()]

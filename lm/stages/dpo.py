@@ -93,10 +93,11 @@ class Dpo(pairs.PairTask):
         """The loss that the config names, of packed pairs; and of the text that is replayed, pretraining's."""
         config, cfg = self.config, self.cfg
         name, baseline, replay = config.loss, self._taken.baseline, bool(config.data.replay)
+        cached = self.cached or not self._taken.reference
         settings = _settings(config)
 
         def responses(logp_BT: jax.Array, models: Roles, batch: Batch) -> list[Response]:
-            live = sequences.log_probs(models['reference'], cfg, batch) if 'reference' in models else None
+            live = None if cached else sequences.log_probs(models['reference'], cfg, batch)
 
             def known(side: int) -> jax.Array | None:
                 if live is not None:

@@ -23,7 +23,8 @@ from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
-from lm.sampling.generate import Sampling, generate
+from lm.sampling.choice import Sampling
+from lm.sampling.generate import generate
 from lm.stages import plan
 from lm.stages.spec import Batch, Say, Source, Task
 from lm.training import step as training

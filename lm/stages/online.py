@@ -5,19 +5,21 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import progress, sharding
+from lm import advantages, progress, sharding
 from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
 from lm.data.packing import shuffled
+from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt
 from lm.errors import UsageError
+from lm.evals import gains
 from lm.losses import policy as losses
 from lm.model import sequences
 from lm.model.config import ModelConfig
@@ -25,7 +27,7 @@ from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
 from lm.rl import rewards
-from lm.runs import checkpoint
+from lm.runs import checkpoint, loading
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
 from lm.stages import language, plan
@@ -36,9 +38,12 @@ ROUND = 32  # tokens to which the width of a row is rounded up
 PENALTY = np.float32(-1)  # in place of the score of a response without an end of turn
 MISMATCH_CAP = 2.0  # the largest importance weight of a token, and one over the least
 WINDOW = 6  # rollouts over which a rising reward is seen
+HORIZON = 10_000  # responses over which β moves by its error
+HELD_OUT = 128  # prompts of each source at most that are answered for a score
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
-# token), and k1 from the reference in nats a response.
-MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl')
+# token), and the KL from the reference in nats a response, by k1 and by k3.
+MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', 'kl_k3', 'beta')
+PANEL = ('reward', 'kl', 'length', 'ended')  # of them, in the progress bar
 
 
 def check(config: Config) -> None:
@@ -53,6 +58,7 @@ def check(config: Config) -> None:
         )
     if config.reward.fn:
         rewards.function(config.reward.fn)
+    rewards.weights(config)
     if (rl.prompts * rl.group) % config.batch_size:
         raise UsageError(
             f'a rollout of rl.prompts={rl.prompts} × rl.group={rl.group} responses is not a multiple of '
@@ -63,9 +69,13 @@ def check(config: Config) -> None:
             f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in seq_len={config.seq_len}'
         )
     if rl.kl == 'none' and rl.beta:
-        raise UsageError(f'rl.beta={rl.beta} with rl.kl=none does nothing: set rl.kl=reward or k3, or leave it out')
+        raise UsageError(f'rl.beta={rl.beta} with rl.kl=none does nothing: set rl.kl, or leave it out')
     if rl.kl != 'none' and not rl.beta:
         raise UsageError(f'rl.kl={rl.kl} with rl.beta=0 is no leash: set rl.beta, or rl.kl=none')
+    if rl.kl_target and rl.kl != 'reward':
+        raise UsageError(f'rl.kl_target={rl.kl_target} moves the beta of rl.kl=reward, not of {rl.kl}')
+    if rl.resample and rl.group < 2:
+        raise UsageError(f'rl.resample={rl.resample} compares the responses of a group: set rl.group of at least 2')
     if config.optim.batch_warmup:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a rollout does not grow, set it to 0')
     if config.data.replay:
@@ -96,14 +106,17 @@ class Online(Task):
     """
 
     online = True
-    measures: ClassVar[tuple[str, ...]] = MEASURES
+    until: ClassVar[tuple[str, ...]] = ('rl.beta', 'rl.kl_budget', 'rl.kl_target')
     extra: ClassVar[tuple[str, ...]] = ()  # arrays of tokens beside those that every member of the family has
+    extra_measures: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         shape = self.responses, self.width
         self.rows = {name: np.zeros(shape, x.dtype) for name, x in self.batch().items()}
         self.health = np.full(len(self.measures), np.nan, np.float32)  # of the last rollout, in the order of measures
         self.means = np.full(WINDOW, np.nan, np.float32)  # the mean scores of the last rollouts, the newest at the end
+        self.moved_beta = np.float32(self.config.rl.beta or 0)
+        self.before: list[dict[str, np.ndarray]] = []  # scores of the policy as it began, of each source
 
     # ---- sizes ----
 
@@ -130,14 +143,17 @@ class Online(Task):
         return self.updates * max(1, len(self.asked) // self.config.rl.prompts)
 
     @property
+    def leashed(self) -> bool:
+        """Whether there is a reference: with an adapter it is the base."""
+        return (self.config.rl.kl or 'none') != 'none' or self.config.rl.kl_budget is not None
+
+    @property
     def frozen(self) -> Mapping[str, str]:
-        rl = self.config.rl
-        reference = {'reference': 'init_from'} if rl.kl != 'none' or rl.kl_budget else {}
+        reference = {'reference': 'init_from'} if self.leashed and self.adapter is None else {}
         return reference | ({'reward': 'reward_from'} if self.config.reward_from else {})
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        names = ('old_BT', 'sampler_BT', 'advantage_BT', *self.extra)
-        names += ('reference_BT',) if 'reference' in self.frozen else ()
+        names = ('old_BT', 'sampler_BT', 'reference_BT', 'advantage_BT', *self.extra)
         shape, arrays = (self.config.batch_size, self.width), ROWS | dict.fromkeys(names, np.float32)
         return plan.abstract_batch({name: (shape, dtype) for name, dtype in arrays.items()})
 
@@ -160,9 +176,10 @@ class Online(Task):
             )
         return found
 
-    def _questions(self, rollout: int) -> list[Question]:
-        """The prompts of a rollout: each once in an epoch, in an order that the seed gives."""
-        count, seed = self.config.rl.prompts, self.config.seed
+    def questions(self, rollout: int, again: int = 0) -> list[Question]:
+        """The prompts of a rollout: each once in an epoch, in an order that the seed gives; those that are drawn again,
+        in another."""
+        count, seed = self.config.rl.prompts, self.config.seed + (again << 32)  # a setting's seed has 32 bits
         asked = (self.asked[shuffled(j, len(self.asked), seed)] for j in range(rollout * count, (rollout + 1) * count))
         return [self._question(source, conversation) for source, conversation, _ in asked]
 
@@ -182,6 +199,10 @@ class Online(Task):
         del start
         size, per_epoch = self.config.batch_size, self.responses // self.config.batch_size
 
+        # Row j·n + i is of microbatch i of n: the first of them are filled first.
+        count = size // self.config.execution.microbatch
+        places = np.arange(size).reshape(-1, count).T.reshape(-1)
+
         def source(state: training.TrainState, i: int) -> Batch:
             rollout, update = divmod(i, self.updates)
             if update == 0:
@@ -190,76 +211,137 @@ class Online(Task):
                 processes.assert_equal(f'the rows of rollout {rollout}', _digest(self.rows))
             epoch, part = divmod(update, per_epoch)
             key = np.random.SeedSequence([self.config.seed, rollout, epoch])
-            rows = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
-            return sharding.shard_batch({name: x[rows] for name, x in self.rows.items()})
+            taken = np.random.default_rng(key).permutation(self.responses)[part * size : (part + 1) * size]
+            rows = {name: x[taken] for name, x in self.rows.items()}
+            laid = self.packing(rows).lay(rows)
+            whole = {name: np.zeros((size, self.width), x.dtype) for name, x in laid.items()}
+            for name, x in laid.items():
+                whole[name][places[: len(x)]] = x
+            return sharding.shard_batch(whole)
 
         return source
 
     def roll_out(self, state: training.TrainState, rollout: int) -> dict[str, np.ndarray]:
-        """Draws, scores and weighs: the rows of a rollout."""
-        c, rl, data = self.config, self.config.rl, self.data
+        """Draws, scores and weighs: the rows of a rollout. With `rl.resample` groups whose scores do not differ give
+        way to those of other prompts (DAPO's dynamic sampling)."""
+        c, rl = self.config, self.config.rl
         models = assemble(state.trainable, state.frozen)
-        questions = [q for q in self._questions(rollout) for _ in range(rl.group)]
-        seed = int(np.random.SeedSequence([c.seed, rollout]).generate_state(1)[0])
-        drawn = generate.draw(
-            models['policy'], self.cfg, [q.prompt for q in questions], max_new_tokens=rl.max_new_tokens,
-            stop_ids=data.stop_ids, temperature=rl.temperature, seed=seed,
-        )  # fmt: skip
-        ids = [[*q.prompt, *d.ids] for q, d in zip(questions, drawn, strict=True)]
-        pad_id = data.own.sources[0].train.pad_id
-        rows = _rows(ids, [len(q.prompt) for q in questions], self.width, pad_id)
-        rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
-        rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in drawn])
+        found = self._scored(models, self.questions(rollout), [c.seed, rollout])
+        for again in range(1, rl.resample + 1):
+            if not (wanted := self._same(found.score)).any():
+                break
+            others = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
+            found = found.filled(wanted, others, ~self._same(others.score), rl.group)
+        ended, score = np.array([d.ended for d in found.drawn]), found.score
+        rows = self.rows_of(found)
         rows |= self.measured(models, rows)
-        ended = np.array([d.ended for d in drawn])
-        score = self.scores(models, questions, drawn)
-        self.note(**self._told(rows, score, ended))
+        beta = self.beta
+        self.note(**self._told(rows, found, ended), **({'beta': beta} if rl.kl == 'reward' else {}))
+        if rl.kl_target:
+            self._move_beta()
         self.means = np.append(self.means[1:], np.float32(score.mean()))
         if rl.truncated == 'penalty':
             score = np.where(ended, score, PENALTY)
+        elif rl.truncated == 'rising':
+            score = score + overlong([len(d.ids) for d in found.drawn], rl.max_new_tokens)
         elif rl.truncated == 'mask':
             rows['weights_BT'] = rows['weights_BT'] * ended[:, None]
-        return rows | self.weigh(rows, score, rollout)
+        return rows | self.weigh(rows, score, rollout, beta)
 
     @abc.abstractmethod
-    def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
-        """The advantages [responses, T] of a rollout, and what else the loss takes."""
+    def weigh(
+        self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int, beta: float
+    ) -> dict[str, np.ndarray]:
+        """The advantages [responses, T] of a rollout, and what else the loss takes; `beta` is that of a leash in the
+        reward."""
         ...
+
+    def _scored(self, models: Roles, questions: Sequence[Question], seed: Sequence[int]) -> 'Scored':
+        """Responses to questions, `rl.group` to each, with their scores."""
+        asked = [q for q in questions for _ in range(self.config.rl.group)]
+        drawn = self.draw(models['policy'], asked, seed)
+        found = self.scores(models, asked, drawn)
+        return Scored(asked, drawn, found, rewards.combined(found, self.config))
+
+    def draw(self, policy: Any, asked: Sequence[Question], seed: Sequence[int]) -> list[generate.Drawn]:
+        """A response to each question, at most a rollout's."""
+        rl, first = self.config.rl, int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return generate.draw(
+            policy, self.cfg, [q.prompt for q in asked], max_new_tokens=rl.max_new_tokens,
+            stop_ids=self.data.stop_ids, temperature=rl.temperature, seed=first,
+        )  # fmt: skip
+
+    def rows_of(self, found: 'Scored') -> dict[str, np.ndarray]:
+        """A row for each response after its prompt, in which the response is to be learned."""
+        rows = dict(pipeline.stack([self._row(q.prompt, d.ids) for q, d in zip(found.asked, found.drawn, strict=True)]))
+        rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
+        rows['sampler_BT'][rows['weights_BT'] > 0] = np.concatenate([d.logps for d in found.drawn])
+        rows['reference_BT'] = np.zeros_like(rows['weights_BT'])  # where nobody is the reference
+        return rows
+
+    def _row(self, prompt: Sequence[int], drawn: Sequence[int]) -> Any:
+        ids = np.array([*prompt, *drawn])
+        pad_id = self.data.own.sources[0].train.pad_id
+        return chats.segments_row([(ids, np.arange(len(ids)) >= len(prompt))], self.width, pad_id)
+
+    def _same(self, score: np.ndarray) -> np.ndarray:
+        """[prompts] bool: groups that teach nothing."""
+        return np.asarray(advantages.same(jnp.asarray(score.reshape(-1, self.config.rl.group))))
 
     def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The trainer's own log-probs of what was drawn, by the policy and the reference."""
         found = {'old_BT': self.by_batches(models['policy'], rows, log_probs)}
-        if 'reference' in models:
+        if self.leashed:
             found['reference_BT'] = self.by_batches(models['reference'], rows, log_probs)
         return found
 
     def by_batches(self, params: Any, rows: Mapping[str, np.ndarray], of: Any) -> np.ndarray:
-        """A function of tokens, [responses, T], a microbatch at a time."""
-        size, out = self.config.execution.microbatch, []
-        for at in range(0, self.responses, size):
-            some = sharding.shard_batch({name: rows[name][at : at + size] for name in ROWS})
+        """A function of tokens, [responses, T], a microbatch of packed rows at a time."""
+        size, out, packing = self.config.execution.microbatch, [], self.packing(rows)
+        laid = packing.lay({name: rows[name] for name in ROWS})
+        for at in range(0, len(packing.rows), size):
+            some = {name: x[at : at + size] for name, x in laid.items()}
+            empty = [(0, size - len(some['tokens_BT'])), (0, 0)]
+            some = sharding.shard_batch({name: np.pad(x, empty) for name, x in some.items()})
             out.append(np.asarray(of(params, some, self.cfg, self.config.rl.temperature)))
-        return np.concatenate(out)
+        return packing.unpack(np.concatenate(out), self.responses)
 
-    def scores(self, models: Roles, questions: Any, drawn: Any) -> np.ndarray:
-        """The score of each response, float32 [responses]."""
+    def packing(self, rows: Mapping[str, np.ndarray]) -> 'Packing':
+        return Packing.of((rows['segments_BT'] > 0).sum(1).tolist(), self.width)
+
+    def scores(
+        self, models: Roles, asked: Sequence[Question], drawn: Sequence[generate.Drawn]
+    ) -> dict[str, np.ndarray]:
+        """{source: the score of each response}, before its weight."""
         c, model = self.config, None
         if 'reward' in models:
             model = rewards.Model(models['reward'], self.cfg, self.scale, self.width, c.execution.microbatch)
-        return rewards.scores(c, self.data.tokenizer, questions, drawn, model)
+        return rewards.scores(c, self.data.tokenizer, asked, drawn, model)
 
-    def _told(self, rows: Mapping[str, np.ndarray], score: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+    # ---- health ----
+
+    def _told(self, rows: Mapping[str, np.ndarray], found: 'Scored', ended: np.ndarray) -> dict[str, float]:
         """The health of a rollout."""
-        mask, old = rows['weights_BT'], rows['old_BT']
+        mask, old, score = rows['weights_BT'], rows['old_BT'], found.score
         gap = (old - rows['sampler_BT']) * mask
-        found = {
+        told = {
             'reward': float(score.mean()), 'reward_std': float(score.std()), 'ended': float(ended.mean()),
             'length': float(mask.sum(1).mean()), 'mismatch_max': float(np.abs(gap).max()),
             'mismatch_kl': float(np.sum(np.exp(gap) - 1 - gap) / mask.sum()),
         }  # fmt: skip
-        if 'reference_BT' in rows:
-            found['kl'] = float(((old - rows['reference_BT']) * mask).sum(1).mean())  # k1, nats a response
-        return found
+        if len(found.scores) > 1:
+            told |= {f'reward_{name}': float(x.mean()) for name, x in found.scores.items()}
+        if self.leashed:
+            apart = (old - rows['reference_BT']) * mask
+            told['kl'] = float(apart.sum(1).mean())
+            told['kl_k3'] = float((np.exp(-apart) - 1 + apart).sum(1).mean())
+        return told
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is measured of a rollout."""
+        several = rewards.sources(self.config)
+        return (*MEASURES, *(f'reward_{name}' for name in several if len(several) > 1), *self.extra_measures)
 
     def note(self, **measured: float) -> None:
         """Keeps measures of the last rollout."""
@@ -267,9 +349,23 @@ class Online(Task):
             self.health[self.measures.index(name)] = value
 
     def told(self) -> dict[str, float]:
-        """{'rl/…': what is known of the last rollout}."""
         known = zip(self.measures, self.health.tolist(), strict=True)
         return {f'rl/{name}': value for name, value in known if not math.isnan(value)}
+
+    def panel(self) -> str:
+        told = self.told()
+        return ' · '.join(f'{name} {told[f"rl/{name}"]:.3g}' for name in PANEL if f'rl/{name}' in told)
+
+    @property
+    def beta(self) -> float:
+        """The coefficient of a leash in the reward, as it is now."""
+        return float(self.moved_beta) if self.config.rl.kl_target else self.config.rl.beta
+
+    def _move_beta(self) -> None:
+        """β ← β(1 + error·n/horizon), error = KL/target − 1 within ± 0.2, n the responses since (Ziegler et al., 2019,
+        section 2.2)."""
+        error = np.clip(self.told()['rl/kl'] / self.config.rl.kl_target - 1, -0.2, 0.2)
+        self.moved_beta = np.float32(self.moved_beta * (1 + error * self.responses / HORIZON))
 
     def alarm(self, metrics: Mapping[str, float]) -> str | None:
         """Reward that rises while the policy leaves the budget of its leash is a reward that is hacked."""
@@ -283,41 +379,50 @@ class Online(Task):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.rows, 'health': self.health, 'means': self.means}
+        return {**self.rows, 'health': self.health, 'means': self.means, 'beta': self.moved_beta}
 
     def load(self, arrays: Mapping[str, Any]) -> None:
-        self.rows = dict(arrays)
-        self.health, self.means = (np.array(self.rows.pop(name)) for name in ('health', 'means'))
+        rows = dict(arrays)
+        self.health, self.means = (np.array(rows.pop(name)) for name in ('health', 'means'))
+        self.moved_beta, self.rows = np.float32(rows.pop('beta')), rows
 
     # ---- the loss ----
 
     def loss(self) -> training.Loss:
-        """The surrogate on the tokens that were drawn, and with `rl.kl=k3` the leash."""
+        """The surrogate on the tokens that were drawn, and the leash where it is a loss."""
         rl, cfg = self.config.rl, self.cfg
         clip = losses.Clip(rl.clip, rl.clip_low, rl.clip_high)
 
         def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
             del key
             mask_BT, old_BT = batch['weights_BT'], batch['old_BT']
-            logp_BT, entropy_BT, aux = sequences.token_log_probs(models['policy'], cfg, batch, rl.temperature)
-            weight_BT = losses.token_weights(mask_BT, rl.aggregation)
+            h_BTD, aux = sequences.hidden(models['policy'], cfg, batch)
+            logp_BT, entropy_BT = sequences.of_hidden(models['policy'], cfg, h_BTD, batch, rl.temperature)
+            own = {'segments_BT': batch['segments_BT']}
+            weight_BT = losses.token_weights(mask_BT, rl.aggregation, **own)
             weight_BT *= losses.mismatch_weights(
-                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, cap=MISMATCH_CAP
+                old_BT, batch['sampler_BT'], mask_BT, how=rl.mismatch, ratio=rl.mismatch_ratio, cap=MISMATCH_CAP, **own
             )
-            loss_BT, told = losses.surrogate(logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip)
+            loss_BT, told = losses.surrogate(
+                logp_BT, old_BT, batch['advantage_BT'], mask_BT, ratio=rl.ratio, clip=clip, **own
+            )
             found = {'policy': jnp.sum(weight_BT * loss_BT), **aux}
             if rl.kl == 'k3':
                 found['kl'] = jnp.sum(weight_BT * losses.k3_loss(logp_BT, batch['reference_BT'], old_BT, mask_BT))
+            elif rl.kl == 'full':
+                both = (models['policy'], models['reference'])
+                found['kl'] = jnp.sum(weight_BT * sequences.token_kl(*both, cfg, h_BTD, batch, rl.temperature))
             metrics = {name: jnp.sum(x) for name, x in told.items()}
             return found | self.more_terms(models, batch), metrics | {'entropy': jnp.sum(entropy_BT * mask_BT)}
 
         def denominators(batch: Batch) -> training.Sums:
             mask_BT = batch['weights_BT']
-            whole = losses.denominator(mask_BT, rl.aggregation, longest=rl.max_new_tokens)
+            own = {'segments_BT': batch['segments_BT'], 'longest': rl.max_new_tokens}
+            whole = losses.denominator(mask_BT, rl.aggregation, **own)
             found = dict.fromkeys(('ratio', 'clipped', 'entropy', 'value'), jnp.sum(mask_BT))
             return found | {'policy': whole, 'kl': whole} | aux_weights(cfg, batch)
 
-        coefs = {'policy': 1.0, **({'kl': rl.beta} if rl.kl == 'k3' else {}), **self.more_coefficients()}
+        coefs = {'policy': 1.0, **({'kl': rl.beta} if rl.kl in ('k3', 'full') else {}), **self.more_coefficients()}
         return training.Loss(terms, denominators, {**coefs, **aux_coefficients(cfg)})
 
     def more_terms(self, models: Roles, batch: Batch) -> dict[str, jax.Array]:
@@ -341,15 +446,128 @@ class Online(Task):
         return language.heldout_questions(self)
 
     def evaluate(self, state: training.TrainState, step: int) -> Mapping[str, float]:
-        """Answers to held-out questions, the rollout's health, the text that may have been forgotten, and the fixed
+        """Answers to held-out questions and their scores, the text that may have been forgotten, and the fixed
         prompts."""
-        c, data, policy, metrics = self.config, self.data, state.models['policy'], self.told()
-        for s in data.own.sources:
+        c, data, policy, metrics = self.config, self.data, state.models['policy'], {}
+        with progress.task('held-out rewards'):
+            gained = self.gained(state)
+        for s, found in zip(data.own.sources, gained, strict=True):
+            metrics |= {f'eval/{s.name}/{name}': value for name, value in found.items()}
             metrics |= language.answer_metrics(self, policy, s)
         if data.text:
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
         return metrics
+
+    def gained(self, state: training.TrainState) -> list[dict[str, float]]:
+        """Of each source, the scores of responses to its held-out prompts beside those of the policy as it began."""
+        models, found = {**assemble(state.trainable, state.frozen), 'policy': state.models['policy']}, []
+        self.before = self.before or self._of_the_beginning(models)
+        for s, before in zip(self.data.own.sources, self.before, strict=True):
+            if not before:
+                found.append({})
+                continue
+            now, count = self._held_out_scores(models, s), len(self.held_out(s))
+            both = rewards.combined({k: np.concatenate([before[k], x]) for k, x in now.items()}, self.config)
+            found.append(gains.metrics(both[-count:], both[:-count].reshape(gains.BASELINE, count).T))
+        return found
+
+    def _of_the_beginning(self, models: Roles) -> list[dict[str, np.ndarray]]:
+        """Of each source, the scores of BASELINE responses to each held-out prompt by the run that this one starts
+        from; nothing of them where that run is gone."""
+        if 'reference' in models:
+            first = models['reference']
+        else:
+            try:
+                first, _ = loading.weights(
+                    self.config.init_from, loading.abstract_params(self.cfg), warn=self.recorder.say
+                )
+            except UsageError as error:
+                self.recorder.say(f'nothing to compare held-out scores with: {error}')
+                return [{} for _ in self.data.own.sources]
+        began = {**models, 'policy': first}
+        return [self._held_out_scores(began, s, gains.BASELINE) for s in self.data.own.sources]
+
+    def held_out(self, s: PreparedSource) -> list[Question]:
+        """The first held-out prompts of a source that leave room for a response."""
+        room = self.width - self.config.rl.max_new_tokens
+        found = chats.questions(s.heldout, min(HELD_OUT, self.config.eval.rows), longest=self.config.seq_len)
+        return [q for q in found if len(q.prompt) <= room]
+
+    def _held_out_scores(self, models: Roles, s: PreparedSource, each: int = 1) -> dict[str, np.ndarray]:
+        """{source of scores: those of so many responses to each held-out prompt}; {} where there is none."""
+
+        def answer(some: Sequence[Question], at: int) -> dict[str, np.ndarray]:
+            return self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT]))
+
+        asked = self.held_out(s) * each
+        return gains.scores(answer, asked, rows=self.responses) if asked else {}
+
+
+class Packing(NamedTuple):
+    """Responses in rows, several to one: [(response, its place, its tokens), …] of each row."""
+
+    rows: list[list[tuple[int, int, int]]]
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int) -> 'Packing':
+        """The longest first, each in the first row that has room."""
+        rows: list[list[tuple[int, int, int]]] = []
+        used: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            fits = (r for r, n in enumerate(used) if n + lengths[i] <= width and len(rows[r]) < losses.RESPONSES)
+            r = next(fits, len(rows))
+            if r == len(rows):
+                rows.append([])
+                used.append(0)
+            rows[r].append((i, used[r], lengths[i]))
+            used[r] += lengths[i]
+        return cls(rows, width)
+
+    def lay(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays [responses, T] as packed rows."""
+        out = {name: np.zeros((len(self.rows), self.width), x.dtype) for name, x in arrays.items()}
+        for r, row in enumerate(self.rows):
+            for segment, (i, at, n) in enumerate(row, 1):
+                for name, x in arrays.items():
+                    out[name][r, at : at + n] = segment if name == 'segments_BT' else x[i, :n]
+        return out
+
+    def unpack(self, x_RT: np.ndarray, responses: int) -> np.ndarray:
+        """An array of packed rows as [responses, T]."""
+        out = np.zeros((responses, self.width), x_RT.dtype)
+        for r, row in enumerate(self.rows):
+            for i, at, n in row:
+                out[i, :n] = x_RT[r, at : at + n]
+        return out
+
+
+class Scored(NamedTuple):
+    """Responses to questions, those to one beside each other, with their scores."""
+
+    asked: list[Question]
+    drawn: list[generate.Drawn]
+    scores: dict[str, np.ndarray]  # by their source
+    score: np.ndarray  # of all of them
+
+    def filled(self, wanted: np.ndarray, others: 'Scored', good: np.ndarray, group: int) -> 'Scored':
+        """With groups that are `wanted` [P] given up for those of the others that are `good` [P], in their order."""
+        moves = list(zip(np.flatnonzero(wanted).tolist(), np.flatnonzero(good).tolist(), strict=False))
+        takes = {to * group + i: of * group + i for to, of in moves for i in range(group)}
+        pick = lambda own, new: [new[takes[i]] if i in takes else x for i, x in enumerate(own)]
+        array = lambda own, new: np.array(pick(own, new), np.float32)
+        scores = {name: array(x, others.scores[name]) for name, x in self.scores.items()}
+        return Scored(
+            pick(self.asked, others.asked), pick(self.drawn, others.drawn), scores, array(self.score, others.score)
+        )
+
+
+def overlong(lengths: Sequence[int], longest: int) -> np.ndarray:
+    """What is added to the scores of responses that come near the longest length: from 0 at 4/5 of it down to −1 (DAPO,
+    arXiv 2503.14476, eq. 13). Float32 [N]."""
+    room = longest / 5
+    return np.clip((longest - room - np.array(lengths)) / room, -1, 0).astype(np.float32)
 
 
 def _digest(rows: Mapping[str, np.ndarray]) -> str:
@@ -358,13 +576,6 @@ def _digest(rows: Mapping[str, np.ndarray]) -> str:
     for name in sorted(rows):
         hashed.update(rows[name].tobytes())
     return hashed.hexdigest()
-
-
-def _rows(ids: Sequence[Sequence[int]], prompts: Sequence[int], width: int, pad_id: int) -> dict[str, np.ndarray]:
-    """A row for each prompt with its response, of which the response is to be learned; `prompts` are their lengths."""
-    drawn = [np.arange(len(own)) >= n for own, n in zip(ids, prompts, strict=True)]
-    pairs = zip(map(np.asarray, ids), drawn, strict=True)
-    return dict(pipeline.stack([chats.segments_row([pair], width, pad_id) for pair in pairs]))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -15,7 +15,7 @@ from lm.data.growth import Growth
 from lm.data.prompts import DEFAULT_FILE, Prompt, load_prompts
 from lm.data.sources import has_default
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Preempted, RunError, UsageError
+from lm.errors import Alarm, Preempted, RunError, UsageError
 from lm.model.config import ModelConfig
 from lm.model.roles import Roles
 from lm.multihost import processes
@@ -95,19 +95,21 @@ def restore_resolved(config: Config, saved: Mapping[str, Any] | None, mesh: Mesh
 
 
 @contextlib.contextmanager
-def log_failure(recorder: Recorder, ledger: Ledger) -> Iterator[None]:
-    """Inside runs the training: if it ends early, status.json and log.txt say why."""
+def log_failure(recorder: Recorder, ledger: Ledger, until: Mapping[str, Any]) -> Iterator[None]:
+    """Inside runs the training: if it ends early, status.json and log.txt say why; of an alarm also the settings of
+    which one has to change before it goes on."""
 
-    def ended(reason: str, state: str = 'failed') -> None:
+    def ended(reason: str, state: str = 'failed', **more: Any) -> None:
         with contextlib.suppress(RunError):  # the disk may be what failed
             recorder.say(ledger.line())
             recorder.note(reason)
             recorder.flush()
-            recorder.status(state, reason=reason)
+            recorder.status(state, reason=reason, **more)
 
     def failed(error: BaseException) -> None:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed')
+        alarm = {'alarm': dict(until)} if isinstance(error, Alarm) else {}
+        ended(reason, 'preempted' if isinstance(error, Preempted) else 'failed', **alarm)
 
     try:
         processes.farewell(ended)
@@ -153,24 +155,29 @@ def abstract_state(trainable: Roles, optimizer: Any, seed: int, *, ema: bool = F
 
 def autotune_microbatch(
     config: Config, cfg: ModelConfig, abstract: training.TrainState, build: Callable[[int], Any],
-    batch: Callable[[int], training.Batch] | None,
+    batch: Callable[[int], training.Batch] | None, *, partly: bool = False,
 ) -> tuple[Any, str]:  # fmt: skip
     """(the compiled step, the microbatch in words), with execution.microbatch filled in if the user left it to us.
 
     Args:
       build: microbatch -> the compiled step.
-      batch: microbatch -> a batch to time its step with; None in a dry run, which times nothing.
+      batch: microbatch -> a batch to time its step with; None: nothing is timed.
+      partly: batches are filled in part, so that small microbatches are worth it.
     """
     if config.execution.microbatch:
         return build(config.execution.microbatch), f'microbatch {config.execution.microbatch}'
     build, mesh = functools.cache(build), jax.sharding.get_mesh()
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
+    if partly:
+        wanted = microbatch.MIN_TOKENS if device.platform == 'cpu' else microbatch.ACCELERATOR_TOKENS
+        enough = [m for m in found if m * config.seq_len >= wanted]
+        found = [m for m in found if m <= enough[0]] if enough else found
     memory = execution.least_memory(device)
     limit = memory and memory * execution.used(device.platform)
     search = functools.partial(microbatch.choose, found, build, limit=limit, seq_len=config.seq_len)
     alone = jax.process_count() == 1  # clocks differ: several processes time nothing
-    timed = alone and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
+    timed = alone and not partly and device.platform == 'cpu' and len(microbatch.candidates(found, config.seq_len)) > 1
     if timed and batch is not None:
         time_them = lambda steps: microbatch.time_steps(steps, abstract, {m: batch(m) for m in steps})
         key = {

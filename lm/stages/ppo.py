@@ -21,8 +21,12 @@ from lm.stages.spec import Batch, StageSpec
 class Ppo(online.Online):
     """Trains a policy and a critic, which starts as the reward model with a head of zeros."""
 
-    measures = (*online.MEASURES, 'explained_variance')
+    extra_measures = ('explained_variance',)
     extra = ('value_BT', 'return_BT')
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {'critic': self.config.critic.rate}
 
     def abstract_roles(self) -> dict[str, Any]:
         return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
@@ -40,19 +44,20 @@ class Ppo(online.Online):
     def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return super().measured(models, rows) | {'value_BT': self.by_batches(models['critic'], rows, online.values)}
 
-    def weigh(self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int) -> dict[str, np.ndarray]:
+    def weigh(
+        self, rows: Mapping[str, np.ndarray], score: np.ndarray, rollout: int, beta: float
+    ) -> dict[str, np.ndarray]:
         """GAE of rewards that have the leash at each token and the score at the last one. While the critic warms up the
         policy has no advantage, so that it stays where it is."""
         c, mask_BT, value_BT = self.config, jnp.asarray(rows['weights_BT']), jnp.asarray(rows['value_BT'])
         last_BT = mask_BT * (jnp.cumsum(mask_BT, 1) == jnp.sum(mask_BT, 1, keepdims=True))
         reward_BT = last_BT * score[:, None]
         if c.rl.kl == 'reward':
-            reward_BT -= (
-                c.rl.beta * losses.k1(*(jnp.asarray(rows[name]) for name in ('old_BT', 'reference_BT'))) * mask_BT
-            )
+            reward_BT -= beta * losses.k1(*(jnp.asarray(rows[name]) for name in ('old_BT', 'reference_BT'))) * mask_BT
+        lam = by_length(jnp.sum(mask_BT, 1, keepdims=True)) if c.lam is None else c.lam
         reward_BT = advantages.whiten(reward_BT, mask_BT, keep_mean=True)
         return_BT = advantages.gae(reward_BT, value_BT, mask_BT, lam=c.critic.lam) + value_BT
-        advantage_BT = advantages.whiten(advantages.gae(reward_BT, value_BT, mask_BT, lam=c.lam), mask_BT)
+        advantage_BT = advantages.whiten(advantages.gae(reward_BT, value_BT, mask_BT, lam=lam), mask_BT)
         own = rows['weights_BT'] > 0
         left, spread = (np.var(np.asarray(x)[own]) for x in (return_BT - value_BT, return_BT))
         self.note(explained_variance=float(1 - left / max(float(spread), 1e-8)))
@@ -66,7 +71,13 @@ class Ppo(online.Online):
         return {'value': jnp.sum(loss_BT * batch['weights_BT'])}
 
     def more_coefficients(self) -> dict[str, float]:
-        return {'value': self.config.critic.coef}
+        return {'value': 1.0}  # no parameter is shared with the policy
+
+
+def by_length(length: jax.Array) -> jax.Array:
+    """λ of GAE for responses of so many tokens, max(.95, 1 − 1/(.05·length)), so that the last reward reaches the first
+    token of a long one (VAPO, arXiv 2504.05118, section 3.2)."""
+    return jnp.maximum(0.95, 1 - 1 / (0.05 * jnp.maximum(length, 1)))
 
 
 SPEC = StageSpec('ppo', 'chat', 'answers', online.prepare, Ppo, online.check)

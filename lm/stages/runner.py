@@ -12,10 +12,10 @@ import numpy as np
 from etils import epath
 
 from lm import progress, sharding, xla
-from lm.config import Config
+from lm.config import Config, leaves
 from lm.data import chat_template
 from lm.data.tokenizer import find_tokenizer
-from lm.errors import UsageError
+from lm.errors import RunError, UsageError
 from lm.model import parameters
 from lm.model.config import ModelConfig
 from lm.multihost import processes
@@ -40,6 +40,7 @@ def run(
 
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
+    spec.settle(config)
     spec.check(config)
     found = rundir.open_workdir(config, workdir)
     with sharding.use_mesh(config.mesh) as mesh:
@@ -57,6 +58,10 @@ def _train(
     # ---- data ----
     recorder, ledger = Recorder(), Ledger()
     task = spec.open(config, cfg, recorder=recorder)
+    until = {key: value for key, value in leaves(config) if key in task.until}
+    status = rundir.read_status(workdir) if found else {}
+    if status.get('alarm') == until and until:
+        raise RunError(f'{status["reason"]} (nothing has changed since)')
     fitting.check(config, cfg, _state_before_data(task))
     prompts = plan.fixed_prompts(config)
     tokenizer, own = config.data.tokenizer, workdir / 'tokenizer'
@@ -88,7 +93,7 @@ def _train(
     kept |= {'about': spec.about._replace(adapter=task.adapter)._asdict()}
     rundir.write_config(workdir, config, parents, **kept)
     recorder.open(workdir)
-    with plan.log_failure(recorder, ledger):
+    with plan.log_failure(recorder, ledger, until):
         if processes.first():
             # With the chat template beside it, else ours if it fits: a run's directory is all it takes to talk to it.
             data.tokenizer.save(own)
@@ -135,9 +140,8 @@ def _fit(
     # ---- state and step ----
     optimizer, rate = plan.make_optimizer(config)
     abstract = abstract_state(task, optimizer)
-    build = partial(compile_step, task, optimizer, rate, abstract)
     with ledger('compile'), progress.task('compiling the step'):
-        step, told = plan.autotune_microbatch(config, cfg, abstract, build, partial(first_batch, task))
+        step, told = tuned_step(task, optimizer, rate, abstract)
     fitting.check_compiled(config, cfg, abstract, step)
     rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
@@ -153,8 +157,9 @@ def _fit(
         hooks = Hooks(
             recorder=recorder, ledger=ledger, writer=writer, evaluate=task.evaluate, alarm=task.alarm,
             state_dict=task.state_dict, cost=task.cost(), ceiling=flops.ceiling(), log_every=config.log.every,
-            eval_every=config.eval.every, save_every=config.checkpoint.every, max_skips=config.optim.max_skips,
-            profile=config.log.profile, batches=lambda i: grown.first(i) / config.batch_size,
+            told=task.told, panel=task.panel, eval_every=config.eval.every, save_every=config.checkpoint.every,
+            max_skips=config.optim.max_skips, profile=config.log.profile,
+            batches=lambda i: grown.first(i) / config.batch_size,
         )  # fmt: skip
         run_loop(state, source, step, steps=config.steps, stop=stop, hooks=hooks)
     recorder.status('done', config.steps)
@@ -175,13 +180,19 @@ def _tokens(batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     return math.prod(batch['tokens_BT'].shape)
 
 
+def tuned_step(
+    task: Task, optimizer: Any, rate: Any, abstract: training.TrainState, *, timed: bool = True
+) -> tuple[Any, str]:
+    """(the compiled step, its microbatch in words), which is filled in where the user left it to us."""
+    build = partial(compile_step, task, optimizer, rate, abstract)
+    # An online task has no batch before it has a state.
+    batch = partial(first_batch, task) if timed and not task.online else None
+    return plan.autotune_microbatch(task.config, task.cfg, abstract, build, batch, partly=task.online)
+
+
 def first_batch(task: Task, microbatch: int) -> Batch:
     """A batch to time a step with."""
-    task = task.at(microbatch)
-    if task.online:  # there is no state yet
-        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        return {name: zeros(x) for name, x in task.batch().items()}
-    return task.source(0)(None, 0)
+    return task.at(microbatch).source(0)(None, 0)
 
 
 def counted(step: Callable) -> Callable:
@@ -217,6 +228,7 @@ def compile_step(task: Task, optimizer: Any, rate: Any, abstract: training.Train
     fn = training.make_step(
         task.loss(), optimizer, clip=config.optim.clip, rate=rate, ema=config.optim.ema,
         microbatches=config.batch_size // microbatch, counts=grown.counts if grown.steps else None,
+        rates=task.rates, filled=task.online,
     )  # fmt: skip
     return jax.jit(counted(fn), donate_argnums=0).lower(abstract, task.batch()).compile()
 
@@ -262,11 +274,10 @@ def _dry_run(task: Task) -> dict[str, Any]:
         raise UsageError('a dry run reads no data, so it cannot count an epoch: set --config.steps')
     optimizer, rate = plan.make_optimizer(config)
     abstract, recorder = abstract_state(task, optimizer), task.recorder
-    build = partial(compile_step, task, optimizer, rate, abstract)
     recorder.say(f'attention   {execution.told(config, cfg)}')
     fitting.report_state(recorder, config, cfg, abstract)
     with progress.task('compiling the step'):
-        compiled, told = plan.autotune_microbatch(config, cfg, abstract, build, None)
+        compiled, told = tuned_step(task, optimizer, rate, abstract, timed=False)
     recorder.say(told)
     tokens = _tokens(task.batch())
     cost = task.cost().of(tokens, tokens)

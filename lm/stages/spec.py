@@ -54,7 +54,8 @@ class Task(abc.ABC):
 
     trains: ClassVar[str] = 'policy'  # the role of what is trained; 'adapter' needs a frozen 'base'
     adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
-    online: ClassVar[bool] = False  # whether batches depend on the state
+    online: ClassVar[bool] = False  # whether batches depend on the state; many of their rows may then hold nothing
+    until: ClassVar[tuple[str, ...]] = ()  # settings of which one has to change before a run goes on after its alarm
 
     def __post_init__(self) -> None:  # noqa: B027 (most keep nothing)
         """Makes what the task keeps between steps."""
@@ -113,6 +114,11 @@ class Task(abc.ABC):
         width = self.batch()['tokens_BT'].shape[1]
         return flops.cost(self.cfg, seq_len=width, head=head, forwards=forwards)
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """{role of what is trained: the multiple of the learning rate that it has}, 1 for the others."""
+        return MappingProxyType({})
+
     # ---- around the steps ----
 
     @abc.abstractmethod
@@ -140,6 +146,14 @@ class Task(abc.ABC):
         """Metrics of the state, `eval/…`."""
         del state, step
         return {}
+
+    def told(self) -> Mapping[str, float]:
+        """Metrics of what the next step learns from, beside its own."""
+        return {}
+
+    def panel(self) -> str:
+        """The same in a few words, for the progress bar."""
+        return ''
 
     def alarm(self, metrics: Mapping[str, float]) -> str | None:
         """Returns why training has to end now, by the metrics of a step or an evaluation; None: it has not to."""
@@ -175,6 +189,8 @@ class StageSpec(NamedTuple):
     open: Callable[..., Task]
     # config -> None. Raises UsageError for settings that make no sense, before anything is read
     check: Callable[[Config], None] = lambda config: None
+    # config -> None. Sets what the stage decides for itself where it is None, before that
+    settle: Callable[[Config], None] = lambda config: None
 
     @property
     def about(self) -> saved_config.About:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lm import progress, sharding
-from lm.errors import Preempted, RunError
+from lm.errors import Alarm, Preempted, RunError
 from lm.runs.checkpoint import Writer
 from lm.runtime import StopRequest
 from lm.training.flops import Ceiling, Cost
@@ -34,6 +34,8 @@ class Hooks(NamedTuple):
     profile: int | None
     batches: Callable[[int], float] = float  # full batches' worth of the first i steps
     alarm: Callable[[Mapping[str, float]], str | None] = lambda metrics: None  # why to end now
+    told: Callable[[], Mapping[str, float]] = dict  # metrics of what the next step learns from
+    panel: Callable[[], str] = str  # the same in a few words
     state_dict: Callable[[], dict[str, Any]] = dict  # arrays of the task that resuming needs
 
 
@@ -60,7 +62,7 @@ def run_loop(
     stop.patient = True
     meter, profile = Meter(hooks), Profile(hooks)
     i = int(jax.device_get(state.step))
-    pending: tuple[int, Any] | None = None
+    pending: tuple[int, Any, Mapping[str, float]] | None = None
     with hooks.recorder.bar(start=i, steps=steps):
         while i < steps:
             profile.before(i)
@@ -71,7 +73,7 @@ def run_loop(
                     state, metrics = step(state, batch)
                 if pending is not None:
                     meter.read(*pending, steps=steps)
-            i, pending = i + 1, (i + 1, metrics)
+            i, pending = i + 1, (i + 1, metrics, hooks.told())
             hooks.writer.check()
             evaluates, saves = i % hooks.eval_every == 0 or i == steps, i % hooks.save_every == 0 or i == steps
             # The signal is asked for once: one that comes below is for the next step.
@@ -127,8 +129,8 @@ class Meter:
         self._tokens = self._targets = self._batches = 0.0
         self._seconds_before = self._hooks.ledger.spent('step', 'data')
 
-    def read(self, step: int, metrics: Any, *, steps: int) -> None:
-        """Fetches a step's metrics and writes a line if one is due."""
+    def read(self, step: int, metrics: Any, told: Mapping[str, float], *, steps: int) -> None:
+        """Fetches a step's metrics and writes a line if one is due, with what was `told` of its batch."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         hooks, tokens = self._hooks, int(values.pop('tokens'))
         hooks.recorder.tokens = (hooks.recorder.tokens or 0) + tokens
@@ -143,19 +145,20 @@ class Meter:
         rate, batches_per_s = self._tokens / seconds, self._batches / seconds
         mfu = hooks.ceiling.mfu(hooks.cost.of(self._tokens, self._targets) / seconds)
         self._start_anew()
-        told = values if values['skipped'] else {k: v for k, v in values.items() if not math.isnan(v)}
-        line = {f'train/{k}': v for k, v in told.items()}  # without what this batch has none of
+        known = values if values['skipped'] else {k: v for k, v in values.items() if not math.isnan(v)}
+        line = {f'train/{k}': v for k, v in known.items()}  # without what this batch has none of
         perf = {'perf/tokens_per_s': rate, 'perf/mfu': mfu, 'perf/goodput': hooks.ledger.goodput}
-        hooks.recorder.metrics(step, line | perf)
+        hooks.recorder.metrics(step, {**line, **told, **perf})
         left = (hooks.batches(steps) - hooks.batches(step)) / batches_per_s
         hooks.recorder.status('training', step, steps=steps, seconds_left=round(left), tokens_per_s=round(rate))
-        hooks.recorder.advance(step, steps, f'loss {values["loss"]:.3f} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
+        shown = hooks.panel() or f'loss {values["loss"]:.3f}'
+        hooks.recorder.advance(step, steps, f'{shown} · {rate:,.0f} tokens/s · MFU {mfu:.0%}')
 
     def listen(self, step: int, metrics: Mapping[str, float]) -> None:
         """Asks the task whether these metrics are a reason to end. Nothing that came of them is saved: whoever goes on
         from the last checkpoint comes here again."""
         if (why := self._hooks.alarm(metrics)) is not None:
-            raise RunError(f'{why}: stopped at step {step}; the last checkpoint is from before it')
+            raise Alarm(f'{why}: stopped at step {step}; the last checkpoint is from before it')
 
     def _count(self, step: int, values: Mapping[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values['skipped'] else 0

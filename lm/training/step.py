@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +74,8 @@ def make_step(
     rate: optax.Schedule | None = None,
     ema: float | None = None,
     counts: np.ndarray | None = None,
+    rates: Mapping[str, float] = MappingProxyType({}),
+    filled: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
 
@@ -81,19 +84,27 @@ def make_step(
     optimizer as they were and reports skipped = 1.
 
     Args:
-      clip: the largest global norm of the gradients; None is off.
+      clip: the largest global norm of the gradients of each role; None is off.
       rate: the optimizer's own schedule, only to be reported as `lr`.
       counts: how many of the microbatches are computed at each step, while the batch grows; the last number holds for
         every later step. The others have weight 0. None: all of them.
       ema: decay of the average of the weights, for a state that has one.
+      rates: {role: what its updates are multiplied by}, 1 for the others.
+      filled: leave out the microbatches after the last that holds a token.
     """
 
     update = optax.with_extra_args_support(optimizer).update
+
+    def clipped(grads: Roles, norm: jax.Array) -> Roles:
+        if clip is None or len(grads) == 1:
+            return grads if clip is None else optim.clip(grads, norm, clip)
+        return {role: optim.clip(own, optax.tree.norm(own), clip) for role, own in grads.items()}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         denominators = loss.denominators(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         count = microbatches if counts is None else jnp.asarray(counts)[jnp.minimum(state.step, len(counts) - 1)]
+        count = holding(batch, microbatches) if filled else count
 
         def on_microbatch(fn: Callable, trainable: Roles, part: Batch, index: jax.Array | int) -> Any:
             return fn(assemble(trainable, state.frozen), part, jax.random.fold_in(key, index))
@@ -113,8 +124,10 @@ def make_step(
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
-            clipped = grads if clip is None else optim.clip(grads, norm, clip)
-            updates, opt = update(clipped, state.opt, state.trainable, step=state.step)
+            updates: Any
+            updates, opt = update(clipped(grads, norm), state.opt, state.trainable, step=state.step)
+            scaled = {role: jax.tree.map(lambda x, by=by: x * by, updates[role]) for role, by in rates.items()}
+            updates = {**updates, **scaled}
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
@@ -149,6 +162,12 @@ def accumulate(fn: Callable, trainable: Any, batch: Batch, n: int, count: jax.Ar
     shapes = jax.eval_shape(fn, trainable, first, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
     return jax.lax.fori_loop(0, count, body, zeros)
+
+
+def holding(batch: Batch, n: int) -> jax.Array:
+    """The number of microbatches, of n, up to the last that holds a token."""
+    any_B = jnp.any(batch['segments_BT'] > 0, axis=1).astype(jnp.int32)
+    return jnp.max(jnp.where(jnp.any(split_rows(any_B, n) > 0, axis=1), jnp.arange(1, n + 1), 0))
 
 
 def split_rows(x: jax.Array, n: int) -> jax.Array:
