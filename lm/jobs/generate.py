@@ -55,8 +55,8 @@ def check(config: Config) -> None:
     rewards.weights(config)
     if config.reward.normalise:
         raise UsageError(
-            'reward.normalise is by what is scored at once, so that scores of other prompts would not compare: leave it '
-            'out, and set reward.weights'
+            'reward.normalise is by what is scored at once, so that scores of other prompts would not compare: set '
+            'reward.weights in its place'
         )
     if config.data.tokenizer:
         raise UsageError(f'data.tokenizer={config.data.tokenizer}: answers are in that of init_from, leave it out')
