@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -210,9 +211,12 @@ def shard_batch(batch: Mapping[str, Any], local: LocalRows | None = None) -> dic
 
 
 def whole(x: Any) -> jax.Array:
-    """A host array, which every process has, whole on every device of the current mesh. Not by `jax.device_put` where
-    there are several processes: it compares what they have, and NaN is not NaN."""
-    mesh = jax.sharding.get_mesh()
+    """A copy of a host array, which every process has, whole on every device of the current mesh.
+
+    A copy, since an array of a CPU device may share the memory of what it was made of, which others go on writing to.
+    Not by `jax.device_put` where there are several processes: it compares what they have, and NaN is not NaN.
+    """
+    x, mesh = np.array(x), jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(x)
     where = NamedSharding(mesh, P())

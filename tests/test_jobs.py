@@ -238,6 +238,8 @@ def test_a_function_that_fails_leaves_a_line_and_begins_again(job, tmp_path):
         ({'init_from': 'none'}, 'asks a run that answers'),
         ({'max_new_tokens': 48}, 'leaves no room for a prompt'),
         ({'reward__fn': 'short'}, 'must be package.module:function'),
+        ({'reward__normalise': 'true'}, 'reward.normalise is by what is scored at once'),
+        ({'reward__weights': 'fm:1'}, "reward.weights=fm:1: 'fm' is not one of model"),
         ({'optim__lr': 1}, 'stage generate has no use for it'),
         ({'data__tokenizer': 'there'}, 'answers are in that of init_from'),
         ({'steps': 1}, 'stage generate has no use for it'),

@@ -12,7 +12,7 @@ import pytest
 import running
 from running import measured, one_object, params, signal_at, status
 
-from lm import config, settings
+from lm import config, settings, sharding
 from lm.data.chats import Question
 from lm.errors import Preempted, RunError, UsageError
 from lm.evals import gains
@@ -99,6 +99,15 @@ def test_fifteen_deaths_at_random_moments_leave_the_run_as_it_was(dialogues, tmp
     for state in faults.STATES:
         assert any(what.startswith(state) for what in seen), f'nothing at {state}: {seen}'
     assert seen['in the middle of a rollout'], seen
+
+
+def test_what_is_saved_stays_as_it_was_though_the_task_writes_on(one_device):
+    """Else a checkpoint, written in the background, has not what its checksums are of."""
+    memory = np.zeros(2 << 10, np.uint8)  # aligned, as memory that JAX shares has to be
+    health = memory[-memory.ctypes.data % 64 :][:1024].view(np.float32)
+    saved = sharding.whole(health)
+    health[0] = 1
+    assert saved[0] == 0
 
 
 @pytest.mark.slow

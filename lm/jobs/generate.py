@@ -55,6 +55,11 @@ def check(config: Config) -> None:
     if config.reward.fn:
         rewards.function(config.reward.fn)
     rewards.weights(config)
+    if config.reward.normalise:
+        raise UsageError(
+            'reward.normalise is by what is scored at once, so that scores of other prompts would not compare: set '
+            'reward.weights in its place'
+        )
     if config.data.tokenizer:
         raise UsageError(f'data.tokenizer={config.data.tokenizer}: answers are in that of init_from, leave it out')
     if config.batch_size % config.n:
