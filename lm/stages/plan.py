@@ -189,6 +189,8 @@ def autotune_microbatch(
     else:
         choice = search()
     config.execution.microbatch = choice.microbatch
+    if partly:
+        choice = choice._replace(why=f'of {config.batch_size}: only those are computed that hold something')
     later = '; timed at the start of a run' if timed and batch is None else ''
     return build(config.execution.microbatch), f'microbatch {config.execution.microbatch} ({choice.why}{later})'
 

@@ -16,6 +16,7 @@ from lm.runs import loading
 from lm.runs.saved_config import Parent
 from lm.stages import online
 from lm.stages.spec import Batch, StageSpec
+from lm.training import flops
 
 
 class Ppo(online.Online):
@@ -27,6 +28,11 @@ class Ppo(online.Online):
     @property
     def rates(self) -> Mapping[str, float]:
         return {'critic': self.config.critic.rate}
+
+    def cost(self) -> flops.Cost:
+        """Those of the policy and of the critic, which has no head over the vocabulary."""
+        policy = super().cost()
+        return policy._replace(token=policy.token + self.lm_cost(head=False).token)
 
     def abstract_roles(self) -> dict[str, Any]:
         return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
