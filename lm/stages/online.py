@@ -351,7 +351,8 @@ class Online(Task):
     def measures(self) -> tuple[str, ...]:
         """Names of what is measured of a rollout."""
         several = rewards.sources(self.config)
-        return (*MEASURES, *verified.MEASURES, *(f'reward_{name}' for name in several if len(several) > 1), *self.extra_measures)
+        more = (f'reward_{name}' for name in several if len(several) > 1)
+        return (*MEASURES, *verified.MEASURES, *more, *self.extra_measures)
 
     def note(self, **measured: float) -> None:
         """Keeps measures of the last rollout."""
