@@ -1,7 +1,7 @@
 """GRPO: groups of answers to questions about AWS operations, scored by the reward model; no critic.
 
 python -m lm.main --config=configs/grpo.py                     starts from runs/sft, scored by runs/reward
-python -m lm.main --config=configs/grpo.py:gym                 starts from runs/sft-gym, scored by a program (docs/gym.md)
+python -m lm.main --config=configs/grpo.py:gym                 starts from runs/sft-gym, scored by a program
 python -m lm.main --config=configs/grpo.py --config.reward_from=none --config.reward.fn=package.module:function
 """
 
