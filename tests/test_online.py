@@ -17,10 +17,10 @@ from lm.data.chats import Question
 from lm.errors import Preempted, RunError, UsageError
 from lm.evals import gains
 from lm.losses import policy
-from lm.rl import rewards
+from lm.rl import rewards, rollouts
 from lm.runs import rundir, saved_config
 from lm.sampling.generate import Drawn
-from lm.stages import grpo, online, ppo
+from lm.stages import grpo, ppo
 from lm.training import step
 
 OWN = {
@@ -259,7 +259,7 @@ def of_scores(*scores, length=1):
     asked = [Question([i], [9]) for i in range(len(scores))]
     drawn = [Drawn([i] * length, [0.0] * length, True) for i in range(len(scores))]
     score = np.array(scores, np.float32)
-    return online.Scored(asked, drawn, {'fn': score}, score)
+    return rollouts.Scored(asked, drawn, {'fn': score}, score)
 
 
 def test_groups_that_teach_nothing_give_way_to_others_in_their_order():
@@ -272,7 +272,7 @@ def test_groups_that_teach_nothing_give_way_to_others_in_their_order():
 
 
 def test_the_penalty_rises_over_the_last_fifth():
-    assert online.overlong([1, 80, 85, 100], 100).tolist() == [0, 0, -0.25, -1]
+    assert rollouts.overlong([1, 80, 85, 100], 100).tolist() == [0, 0, -0.25, -1]
 
 
 def weighed(**own):
@@ -306,7 +306,7 @@ def test_beta_moves_towards_its_target(monkeypatch):
         monkeypatch.setattr(ppo.Ppo, 'told', lambda self, kl=kl: {'rl/kl': kl})
         before = task.beta
         task._move_beta()
-        assert math.isclose(task.beta, before * (1 + error * 128 / 10_000), rel_tol=1e-6)
+        assert math.isclose(task.beta, before * (1 + error * 256 / 10_000), rel_tol=1e-6)
 
 
 def test_the_lambda_of_a_policy_grows_with_the_length():
@@ -345,7 +345,7 @@ def losses_of(rows, ratio, aggregation):
 @pytest.mark.parametrize('aggregation', ['tokens', 'constant', 'response'])
 def test_packed_responses_give_the_loss_of_responses_alone(ratio, aggregation):
     rows = drawn_rows()
-    packing = online.Packing.of([12, 7, 3, 5, 4], 12)
+    packing = rollouts.Packing.of([12, 7, 3, 5, 4], 12)
     assert sorted(n for row in packing.rows for *_, n in row) == [3, 4, 5, 7, 12] and len(packing.rows) == 3
     packed = packing.lay(rows)
     np.testing.assert_allclose(losses_of(packed, ratio, aggregation), losses_of(rows, ratio, aggregation), rtol=1e-6)
@@ -353,7 +353,7 @@ def test_packed_responses_give_the_loss_of_responses_alone(ratio, aggregation):
 
 
 def test_a_row_has_no_more_responses_than_can_be_told_apart():
-    packing = online.Packing.of([1] * 40, 64)
+    packing = rollouts.Packing.of([1] * 40, 64)
     assert [len(row) for row in packing.rows] == [16, 16, 8]
     assert packing.lay({'segments_BT': np.ones((40, 64), np.int32)})['segments_BT'].max() == policy.RESPONSES
 

@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from lm.model.config import ModelConfig
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
-from lm.rl import rewards, verified
+from lm.rl import rewards, rollouts, verified
+from lm.rl.rollouts import Packing, Scored
 from lm.runs import checkpoint, loading
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
@@ -244,7 +245,7 @@ class Online(Task):
         if rl.truncated == 'penalty':
             score = np.where(ended, score, PENALTY)
         elif rl.truncated == 'rising':
-            score = score + overlong([len(d.ids) for d in found.drawn], rl.max_new_tokens)
+            score = score + rollouts.overlong([len(d.ids) for d in found.drawn], rl.max_new_tokens)
         elif rl.truncated == 'mask':
             rows['weights_BT'] = rows['weights_BT'] * ended[:, None]
         return rows | self.weigh(rows, score, rollout, beta)
@@ -257,7 +258,7 @@ class Online(Task):
         reward."""
         ...
 
-    def _scored(self, models: Roles, questions: Sequence[Question], seed: Sequence[int]) -> 'Scored':
+    def _scored(self, models: Roles, questions: Sequence[Question], seed: Sequence[int]) -> Scored:
         """Responses to questions, `rl.group` to each, with their scores."""
         asked = [q for q in questions for _ in range(self.config.rl.group)]
         drawn = self.draw(models['policy'], asked, seed)
@@ -273,7 +274,7 @@ class Online(Task):
             stop_ids=self.data.stop_ids, temperature=rl.temperature, seed=first,
         )  # fmt: skip
 
-    def rows_of(self, found: 'Scored') -> dict[str, np.ndarray]:
+    def rows_of(self, found: Scored) -> dict[str, np.ndarray]:
         """A row for each response after its prompt, in which the response is to be learned."""
         rows = dict(pipeline.stack([self._row(q.prompt, d.ids) for q, d in zip(found.asked, found.drawn, strict=True)]))
         rows['sampler_BT'] = np.zeros_like(rows['weights_BT'])
@@ -308,7 +309,7 @@ class Online(Task):
             out.append(np.asarray(of(params, some, self.cfg, self.config.rl.temperature)))
         return packing.unpack(np.concatenate(out), self.responses)
 
-    def packing(self, rows: Mapping[str, np.ndarray]) -> 'Packing':
+    def packing(self, rows: Mapping[str, np.ndarray]) -> Packing:
         return Packing.of((rows['segments_BT'] > 0).sum(1).tolist(), self.width)
 
     def scores(
@@ -330,7 +331,7 @@ class Online(Task):
 
     # ---- health ----
 
-    def _told(self, rows: Mapping[str, np.ndarray], found: 'Scored', ended: np.ndarray) -> dict[str, float]:
+    def _told(self, rows: Mapping[str, np.ndarray], found: Scored, ended: np.ndarray) -> dict[str, float]:
         """The health of a rollout."""
         mask, old, score = rows['weights_BT'], rows['old_BT'], found.score
         gap = (old - rows['sampler_BT']) * mask
@@ -513,72 +514,6 @@ class Online(Task):
 
         asked = self.held_out(s) * each
         return gains.scores(answer, asked, rows=self.responses) if asked else {}
-
-
-class Packing(NamedTuple):
-    """Responses in rows, several to one: [(response, its place, its tokens), …] of each row."""
-
-    rows: list[list[tuple[int, int, int]]]
-    width: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], width: int) -> 'Packing':
-        """The longest first, each in the first row that has room."""
-        rows: list[list[tuple[int, int, int]]] = []
-        used: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fits = (r for r, n in enumerate(used) if n + lengths[i] <= width and len(rows[r]) < losses.RESPONSES)
-            r = next(fits, len(rows))
-            if r == len(rows):
-                rows.append([])
-                used.append(0)
-            rows[r].append((i, used[r], lengths[i]))
-            used[r] += lengths[i]
-        return cls(rows, width)
-
-    def lay(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays [responses, T] as packed rows."""
-        out = {name: np.zeros((len(self.rows), self.width), x.dtype) for name, x in arrays.items()}
-        for r, row in enumerate(self.rows):
-            for segment, (i, at, n) in enumerate(row, 1):
-                for name, x in arrays.items():
-                    out[name][r, at : at + n] = segment if name == 'segments_BT' else x[i, :n]
-        return out
-
-    def unpack(self, x_RT: np.ndarray, responses: int) -> np.ndarray:
-        """An array of packed rows as [responses, T]."""
-        out = np.zeros((responses, self.width), x_RT.dtype)
-        for r, row in enumerate(self.rows):
-            for i, at, n in row:
-                out[i, :n] = x_RT[r, at : at + n]
-        return out
-
-
-class Scored(NamedTuple):
-    """Responses to questions, those to one beside each other, with their scores."""
-
-    asked: list[Question]
-    drawn: list[generate.Drawn]
-    scores: dict[str, np.ndarray]  # by their source
-    score: np.ndarray  # of all of them
-
-    def filled(self, wanted: np.ndarray, others: 'Scored', good: np.ndarray, group: int) -> 'Scored':
-        """With groups that are `wanted` [P] given up for those of the others that are `good` [P], in their order."""
-        moves = list(zip(np.flatnonzero(wanted).tolist(), np.flatnonzero(good).tolist(), strict=False))
-        takes = {to * group + i: of * group + i for to, of in moves for i in range(group)}
-        pick = lambda own, new: [new[takes[i]] if i in takes else x for i, x in enumerate(own)]
-        array = lambda own, new: np.array(pick(own, new), np.float32)
-        scores = {name: array(x, others.scores[name]) for name, x in self.scores.items()}
-        return Scored(
-            pick(self.asked, others.asked), pick(self.drawn, others.drawn), scores, array(self.score, others.score)
-        )
-
-
-def overlong(lengths: Sequence[int], longest: int) -> np.ndarray:
-    """What is added to the scores of responses that come near the longest length: from 0 at 4/5 of it down to −1 (DAPO,
-    arXiv 2503.14476, eq. 13). Float32 [N]."""
-    room = longest / 5
-    return np.clip((longest - room - np.array(lengths)) / room, -1, 0).astype(np.float32)
 
 
 def _digest(rows: Mapping[str, np.ndarray]) -> str:
