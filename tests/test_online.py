@@ -220,6 +220,7 @@ def test_a_reward_from_what_gives_no_scores_is_refused(learn, dialogues):
         learn('grpo', reward_from=str(dialogues.run('sft')))
 
 
+@pytest.mark.slow
 def test_one_response_a_prompt_is_compared_with_the_batch(learn, tmp_path):
     learn('grpo', reward__fn='test_online:short', advantage='reinforce++', rl__group=1, rl__prompts=16, steps=2)
     assert measured(tmp_path / 'run')[1, 'train/grad_norm'] > 0

@@ -17,7 +17,9 @@ from lm.model import parameters
 from lm.stages import dpo, language
 
 SEQ_LEN = 16
-SETTINGS = {'loss': 'dpo', 'nll': 0.2} | dict.fromkeys(('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u'))
+SETTINGS = {'loss': 'dpo', 'reference': 'cached', 'nll': 0.2} | dict.fromkeys(
+    ('beta', 'margin', 'label_smoothing', 'lambda_d', 'lambda_u')
+)
 
 
 @pytest.fixture(autouse=True)

@@ -262,7 +262,7 @@ def test_speed_counts_the_steps_and_their_seconds(clock, part):
     for step in range(1, 7):
         with h.ledger('step'):
             clock.pass_(1)
-            meter.read(step, values, steps=6)
+            meter.read(step, values, {}, steps=6)
         with h.ledger('eval'):
             clock.pass_(7)
         assert h.recorder.last.get('perf/tokens_per_s', part * 50) == part * 50

@@ -62,6 +62,7 @@ def test_what_the_best_constant_earns_is_told():
     )
 
 
+@pytest.mark.slow
 def test_a_set_s_own_scorer(cache):  # noqa: F811
     ours = train_tokenizer([f'State the final answer: {i}\n' for i in range(200)], vocab_size=300)
     template, items = ChatTemplate(), [item for item in gym.items(SMALL) if not item.heldout][:3]
