@@ -155,6 +155,7 @@ def test_a_branch_into_it_begins_what_it_keeps(toy, dialogues):
     assert measured(toy.folder / 'run')[8, 'eval/rolled_out'] > 8
 
 
+@pytest.mark.slow
 def test_the_commands_know_it(toy, dialogues, call, monkeypatch):
     toy('run')
     run = toy.folder / 'run'
