@@ -36,7 +36,7 @@ from lm.stages import grpo
 
 EVERY = 40  # of the ids, that one of which ends a response
 EXTRA = [('reward_from', 'none'), ('reward.fn', 'rl:vowels'), ('optim.schedule', 'constant'), ('optim.warmup', '0')]
-TINY = {'model.dim': 32, 'model.layers': 2, 'rl.prompts': 4, 'rl.group': 2, 'rl.max_new_tokens': 8, 'batch_size': 4}
+TINY = {'model.dim': 32, 'model.layers': 2, 'rl.prompts': 8, 'rl.group': 2, 'rl.max_new_tokens': 8, 'batch_size': 8}
 
 
 def vowels(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
