@@ -52,7 +52,7 @@ def test_an_iteration_of_grpo_runs_anywhere(monkeypatch, capsys):
         ledger = result[setting]['ledger']
         parts = [ledger.pop(name) for name in ('generation', 'scoring', 'update')]
         assert min(parts) > 0 and sum(parts) == pytest.approx(ledger['total'], abs=1e-3)
-    assert result['fixed']['ledger']['tokens'] == 64 > result['ends']['ledger']['tokens']
+    assert result['fixed']['ledger']['tokens'] == 128 > result['ends']['ledger']['tokens']
 
 
 def test_the_sizes_are_those_that_the_bars_are_for(monkeypatch):
