@@ -173,7 +173,7 @@ def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]
 
 
 def show_job(console: Console, job: JobSpec, config: configs.Config, count: int) -> None:
-    """What a job would work on."""
+    """Prints the first prompts that a job would work on."""
     job.check(config)
     with task(f'looking at what {job.name} works on'):
         found = job.show(config, count, say)

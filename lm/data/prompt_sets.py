@@ -75,7 +75,8 @@ def _read(
 
 
 def _quotas(sizes: Sequence[int], weights: Sequence[float], count: int) -> list[int]:
-    """How many of each to take, in proportion to the weights; what one has not, the others give as far as they can."""
+    """Returns how many of each to take, in proportion to the weights; what one has not, the others give as far as they
+    can."""
     quotas = [0] * len(sizes)
     for _ in range(min(count, sum(sizes))):
         open_ones = [i for i, size in enumerate(sizes) if quotas[i] < size]

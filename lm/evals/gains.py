@@ -1,4 +1,4 @@
-"""What a policy has gained in reward over the one that it began as."""
+"""Gains of a policy in reward over the one that it began as."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

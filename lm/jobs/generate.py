@@ -49,12 +49,7 @@ def check(config: Config) -> None:
     """Raises UsageError for settings that make no sense together, before anything is read."""
     if not config.init_from:
         raise UsageError('stage=generate asks a run that answers: set --config.init_from=DIR')
-    if not rewards.sources(config):
-        raise UsageError(f'stage=generate needs a reward: set {rewards.WAYS}')
     verified.check(config)
-    if config.reward.fn:
-        rewards.function(config.reward.fn)
-    rewards.weights(config)
     if config.reward.normalise:
         raise UsageError(
             'reward.normalise is by what is scored at once, so that scores of other prompts would not compare: set '
@@ -76,7 +71,7 @@ def check(config: Config) -> None:
 
 
 class Speaker(NamedTuple):
-    """What a conversation is read with."""
+    """The tokenizer and the template that conversations are read with."""
 
     tokenizer: Tokenizer
     template: ChatTemplate

@@ -34,7 +34,7 @@ class Clip(NamedTuple):
 
 
 def by_response(x_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Of each token the sum over its response, [B, T]."""
+    """Returns for each token the sum over its response, [B, T]."""
     if segments_BT is None:
         return jnp.broadcast_to(jnp.sum(x_BT, 1, keepdims=True), x_BT.shape)
     own_BTS = (segments_BT[..., None] == jnp.arange(1, RESPONSES + 1)).astype(x_BT.dtype)

@@ -1,4 +1,4 @@
-"""What a rollout is made of: scored responses, and the rows that they share."""
+"""Parts of a rollout: scored responses, and the rows that they share."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -31,8 +31,8 @@ class Scored(NamedTuple):
 
 
 def overlong(lengths: Sequence[int], longest: int) -> np.ndarray:
-    """What is added to the scores of responses that come near the longest length: from 0 at 4/5 of it down to −1 (DAPO,
-    arXiv 2503.14476, eq. 13). Float32 [N]."""
+    """The penalty to add to the scores of responses that come near the longest length: from 0 at 4/5 of it down to −1
+    (DAPO, arXiv 2503.14476, eq. 13). Float32 [N]."""
     room = longest / 5
     return np.clip((longest - room - np.array(lengths)) / room, -1, 0).astype(np.float32)
 

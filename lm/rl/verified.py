@@ -13,15 +13,25 @@ from lm.data.chat_template import ChatTemplate
 from lm.data.chats import Question
 from lm.data.prepare import Prepared
 from lm.data.tokenizer import Tokenizer
+from lm.errors import UsageError
 from lm.multihost import processes
-from lm.rl import verifiers
+from lm.rl import rewards, verifiers
 from lm.rl.judge import Judge
 from lm.rl.verifiers import Verdict, Verifier
 from lm.sampling.generate import Drawn
 
-check = verifiers.check
 # Of a rollout: the part of responses with a score of exactly 1, and how many got none from the verifier or the judge.
 MEASURES = ('exact', 'verifier_failed', 'judge_failed')
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for a config without a reward, or with one of any kind that makes no sense."""
+    if not rewards.sources(config):
+        raise UsageError(f'stage={config.stage} needs a reward: set {rewards.WAYS}')
+    verifiers.check(config)
+    if config.reward.fn:
+        rewards.function(config.reward.fn)
+    rewards.weights(config)
 
 
 class Verified:

@@ -67,7 +67,7 @@ def _attention(model: Mapping[str, Any], dtype: str, asked: str | None) -> atten
 
 
 def told(config: Mapping[str, Any], cfg: ModelConfig) -> str:
-    """What was decided for a model, in words: 'blocks (cpu)', and more where it is not the plain way."""
+    """Returns what was decided for a model, in words: 'blocks (cpu)', and more where it is not the plain way."""
     choice = _attention(config['model'], cfg.dtype, config['execution']['attention'])
     more = ', layers scanned' * cfg.scan + f', remat={cfg.remat}' * (cfg.remat != 'none')
     return f'{choice.name} ({choice.why}){more}'

@@ -16,10 +16,8 @@ from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
 from lm.data.packing import shuffled
-from lm.data.prepare import PreparedSource
 from lm.data.prompts import Prompt
 from lm.errors import UsageError
-from lm.evals import gains
 from lm.losses import policy as losses
 from lm.model import sequences
 from lm.model.config import ModelConfig
@@ -28,10 +26,10 @@ from lm.model.roles import Roles, assemble
 from lm.multihost import processes
 from lm.rl import rewards, rollouts, verified
 from lm.rl.rollouts import Packing, Scored
-from lm.runs import checkpoint, loading
+from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
-from lm.stages import language, plan
+from lm.stages import held_out, language, plan
 from lm.stages.spec import ROWS, Batch, Say, Source, Task
 from lm.training import step as training
 
@@ -40,7 +38,6 @@ PENALTY = np.float32(-1)  # in place of the score of a response without an end o
 MISMATCH_CAP = 2.0  # the largest importance weight of a token, and one over the least
 WINDOW = 6  # rollouts over which a rising reward is seen
 HORIZON = 10_000  # responses over which β moves by its error
-HELD_OUT = 128  # prompts of each source at most that are answered for a score
 # Of a rollout: its scores, how its responses end, the gap between sampler and trainer (the largest |Δ log p|, and k3 a
 # token), and the KL from the reference in nats a response, by k1 and by k3.
 MEASURES = ('reward', 'reward_std', 'ended', 'length', 'mismatch_max', 'mismatch_kl', 'kl', 'kl_k3', 'beta')
@@ -53,12 +50,7 @@ def check(config: Config) -> None:
     if not config.init_from:
         why = 'begins with a model that answers, and does not branch'
         raise UsageError(f'stage={config.stage} {why}: set --config.init_from=DIR')
-    if not rewards.sources(config):
-        raise UsageError(f'stage={config.stage} needs a reward: set {rewards.WAYS}')
     verified.check(config)
-    if config.reward.fn:
-        rewards.function(config.reward.fn)
-    rewards.weights(config)
     if (rl.prompts * rl.group) % config.batch_size:
         raise UsageError(
             f'a rollout of rl.prompts={rl.prompts} × rl.group={rl.group} responses is not a multiple of '
@@ -462,7 +454,7 @@ class Online(Task):
         prompts."""
         c, data, policy, metrics = self.config, self.data, state.models['policy'], {}
         with progress.task('held-out rewards'):
-            gained = self.gained(state)
+            gained = held_out.gained(self, state)
         for s, found in zip(data.own.sources, gained, strict=True):
             metrics |= {f'eval/{s.name}/{name}': value for name, value in found.items()}
             metrics |= language.answer_metrics(self, policy, s, self.verified.verifier)
@@ -470,50 +462,6 @@ class Online(Task):
             metrics |= language.text_metrics(c, self.cfg, data.text, policy)
         language.log_samples(self, policy, step, metrics, data.template)
         return metrics
-
-    def gained(self, state: training.TrainState) -> list[dict[str, float]]:
-        """Of each source, the scores of responses to its held-out prompts beside those of the policy as it began."""
-        models, found = {**assemble(state.trainable, state.frozen), 'policy': state.models['policy']}, []
-        self.before = self.before or self._of_the_beginning(models)
-        for s, before in zip(self.data.own.sources, self.before, strict=True):
-            if not before:
-                found.append({})
-                continue
-            now, count = self._held_out_scores(models, s), len(self.held_out(s))
-            both = rewards.combined({k: np.concatenate([before[k], x]) for k, x in now.items()}, self.config)
-            found.append(gains.metrics(both[-count:], both[:-count].reshape(gains.BASELINE, count).T))
-        return found
-
-    def _of_the_beginning(self, models: Roles) -> list[dict[str, np.ndarray]]:
-        """Of each source, the scores of BASELINE responses to each held-out prompt by the run that this one starts
-        from; nothing of them where that run is gone."""
-        if 'reference' in models:
-            first = models['reference']
-        else:
-            try:
-                first, _ = loading.weights(
-                    self.config.init_from, loading.abstract_params(self.cfg), warn=self.recorder.say
-                )
-            except UsageError as error:
-                self.recorder.say(f'nothing to compare held-out scores with: {error}')
-                return [{} for _ in self.data.own.sources]
-        began = {**models, 'policy': first}
-        return [self._held_out_scores(began, s, gains.BASELINE) for s in self.data.own.sources]
-
-    def held_out(self, s: PreparedSource) -> list[Question]:
-        """The first held-out prompts of a source that leave room for a response."""
-        room = self.width - self.config.rl.max_new_tokens
-        found = chats.questions(s.heldout, min(HELD_OUT, self.config.eval.rows), longest=self.config.seq_len)
-        return [q for q in found if len(q.prompt) <= room]
-
-    def _held_out_scores(self, models: Roles, s: PreparedSource, each: int = 1) -> dict[str, np.ndarray]:
-        """{source of scores: those of so many responses to each held-out prompt}; {} where there is none."""
-
-        def answer(some: Sequence[Question], at: int) -> dict[str, np.ndarray]:
-            return self.scores(models, some, self.draw(models['policy'], some, [self.config.seed, at, HELD_OUT]))[0]
-
-        asked = self.held_out(s) * each
-        return gains.scores(answer, asked, rows=self.responses) if asked else {}
 
 
 def _digest(rows: Mapping[str, np.ndarray]) -> str:
