@@ -2,8 +2,9 @@
 
 Packed rows as the model sees them, a colour a document, control symbols by name. Of text, tokens whose next one is not
 learned are struck through; of conversations, what is learned stands out and the rest is dim. Of pairs the prompt and
-both responses, as far as they are within seq_len. Before them what was read and dropped of each source, by reason. Of
-a job (configs/generate.py) the prompts that it asks.
+both responses, as far as they are within seq_len; of a stage that answers by itself the prompts, in its order, and what
+the data would answer. Before them what was read and dropped of each source, by reason. Of a job (configs/generate.py)
+the prompts that it asks.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lm.errors import Parser, leave, run_command
 from lm.jobs import JOBS
 from lm.jobs.spec import JobSpec
 from lm.progress import say, task
+from lm.rl.prompts import Prompts
 from lm.runs import lineage
 from lm.settings import COUNT_OR_0
 from lm.stages import find, plan
@@ -36,7 +38,7 @@ COLOURS = ('cyan', 'yellow', 'green', 'magenta', 'blue', 'red')
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser = Parser('python -m lm.inspect', __doc__)
     parser.add_argument('--config', required=True, help='configs/STAGE.py[:ARG]')
-    parser.add_argument('--rows', type=configs.whole('--rows'), default=2, help='rows, or pairs, to show')
+    parser.add_argument('--rows', type=configs.whole('--rows'), default=2, help='rows, pairs or prompts to show')
     flags, settings = configs.split_settings(argv)
     return parser.parse_args(flags), settings
 
@@ -132,13 +134,19 @@ def _learned(row: Mapping[str, np.ndarray]) -> list[Token]:
 def pair_texts(sides: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer) -> list[Text]:
     """The prompt of a pair, and each side's response to it."""
 
-    def text(ids: np.ndarray, trained: np.ndarray) -> Text:
-        whole = [(np.append(ids, tokenizer.pad_id), np.append(trained, 0))]
-        return row_text(chats.segments_row(whole, len(ids), tokenizer.pad_id), tokenizer, conversations=True)
+    divided = [conversation_texts(*side, tokenizer) for side in sides]
+    return [max((prompt for prompt, _ in divided), key=len), *(response for _, response in divided)]
 
-    begins = [int(np.argmax(trained)) if len(trained) else 0 for _, trained in sides]
-    prompts = [text(ids[:n], trained[:n]) for n, (ids, trained) in zip(begins, sides, strict=True)]
-    return [max(prompts, key=len), *(text(*side)[len(p) :] for side, p in zip(sides, prompts, strict=True))]
+
+def conversation_texts(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> tuple[Text, Text]:
+    """A conversation up to what is learned, and from there on."""
+
+    def text(n: int) -> Text:
+        whole = [(np.append(ids[:n], tokenizer.pad_id), np.append(trained[:n], 0))]
+        return row_text(chats.segments_row(whole, n, tokenizer.pad_id), tokenizer, conversations=True)
+
+    prompt = text(int(np.argmax(trained)) if len(trained) else 0)
+    return prompt, text(len(ids))[len(prompt) :]
 
 
 def show_rows(console: Console, mixture: pipeline.Mixture, count: int, tokenizer: Tokenizer, *, dialogues: int) -> None:
@@ -163,6 +171,19 @@ def show_pairs(
         console.rule(Text(f'pair {i}: {names[source]}, label {label:g}, margin {margin:g}'))
         for name, text in zip(('prompt', *pairs.SIDES), pair_texts(of.pair(number), tokenizer), strict=False):
             console.print(Text(f'{name}: ', style='italic').append_text(text), soft_wrap=True)
+
+
+def show_prompts(console: Console, prompts: Prompts, count: int, tokenizer: Tokenizer) -> None:
+    """The first prompts in the order of a run, each with the answer that the data have for it."""
+    for i in range(min(count, len(prompts))):
+        source, question = prompts.at(i)
+        name = prompts.sources[source].name
+        console.rule(Text(f'prompt {i} of {len(prompts):,}: {name}, {len(question.prompt)} tokens'))
+        ids = np.array([*question.prompt, *question.answer])
+        answered = np.arange(len(ids)) >= len(question.prompt)
+        prompt, answer = conversation_texts(ids, answered, tokenizer)
+        console.print(prompt, soft_wrap=True)
+        console.print(Text("the data's answer: ", style='italic').append_text(answer), soft_wrap=True)
 
 
 def tell(console: Console, prepared: Prepared, lengths: Sequence[tuple[int, int]] | None = None) -> None:
@@ -212,6 +233,9 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         tell(console, data.text)
     if of_pairs:
         show_pairs(console, mixture, flags.rows, data.tokenizer, [s.name for s in own])
+    elif spec.open.online:
+        room = {'seq_len': config.seq_len, 'max_new_tokens': config.rl.max_new_tokens}
+        show_prompts(console, Prompts(own, **room, seed=config.seed), flags.rows, data.tokenizer)
     else:
         show_rows(console, mixture, flags.rows, data.tokenizer, dialogues=len(own))
 

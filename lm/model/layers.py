@@ -76,7 +76,12 @@ def rope_angles(
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     frequency = frequency if scaling is None else scaling.slowed(frequency)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    tables = lambda: (jnp.cos(angle), jnp.sin(angle))
+    if sharding.platform() != 'cpu' or sharding.axis_sizes():
+        return tables()
+    # XLA on CPU fuses them into all that reads them: made anew in each layer, for queries and keys, for each head, they
+    # are an eighth of a forward pass. What a branch gives is kept; the other is never taken, as positions are 0 or more.
+    return jax.lax.cond(positions_BT.reshape(-1)[0] >= 0, tables, lambda: (angle, angle))
 
 
 def rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

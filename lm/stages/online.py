@@ -15,7 +15,6 @@ from lm import advantages, progress, sharding
 from lm.config import Config
 from lm.data import chats, pipeline
 from lm.data.chats import Question, WithReplay
-from lm.data.packing import shuffled
 from lm.data.prompts import Prompt
 from lm.errors import UsageError
 from lm.losses import policy as losses
@@ -25,6 +24,7 @@ from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles, assemble
 from lm.multihost import processes
 from lm.rl import rewards, rollouts, verified
+from lm.rl.prompts import Prompts
 from lm.rl.rollouts import Packing, Scored
 from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
@@ -124,11 +124,12 @@ class Online(Task):
 
     @cached_property
     def width(self) -> int:
-        """Tokens of a row: room for the longest prompt with its response; seq_len where no data are read."""
+        """Tokens of a row: room for the longest prompt with its response, four times, so that little of a row is empty;
+        seq_len where no data are read."""
         if self.data is None:
             return self.config.seq_len
         parts = jax.sharding.get_mesh().shape.get('seq', 1) * ROUND
-        needed = max(length for *_, length in self.asked) + self.config.rl.max_new_tokens
+        needed = 4 * (self.asked.longest + self.config.rl.max_new_tokens)
         return min(self.config.seq_len, math.ceil(needed / parts) * parts)
 
     def epoch(self) -> int:
@@ -152,40 +153,21 @@ class Online(Task):
     # ---- rollouts ----
 
     @cached_property
-    def asked(self) -> list[tuple[int, int, int]]:
-        """(source, conversation, tokens) of each prompt that leaves room for a response."""
-        rl, seq_len = self.config.rl, self.config.seq_len
-        found = [
-            (n, i, len(question.prompt))
-            for n, s in enumerate(self.data.own.sources)
-            for i in range(s.train.documents)
-            if (question := self._question(n, i)) is not None and len(question.prompt) <= seq_len - rl.max_new_tokens
-        ]
-        if not found:
-            raise UsageError(
-                f'no prompt leaves room for rl.max_new_tokens={rl.max_new_tokens} in seq_len={seq_len}: set a longer '
-                'seq_len'
-            )
-        return found
+    def asked(self) -> Prompts:
+        c = self.config
+        return Prompts(self.data.own.sources, seq_len=c.seq_len, max_new_tokens=c.rl.max_new_tokens, seed=c.seed)
 
     def questions(self, rollout: int, again: int = 0) -> list[Question]:
-        """The prompts of a rollout: each once in an epoch, in an order that the seed gives; those that are drawn again,
-        in another."""
-        count, seed = self.config.rl.prompts, self.config.seed + (again << 32)  # a setting's seed has 32 bits
-        asked = (self.asked[shuffled(j, len(self.asked), seed)] for j in range(rollout * count, (rollout + 1) * count))
-        return [self._question(source, conversation) for source, conversation, _ in asked]
-
-    def _question(self, source: int, conversation: int) -> Any:
-        """The last answer of a conversation and what stands before it; None if it has none."""
-        ids, trained = self.data.own.sources[source].train.conversation(conversation)
-        return chats.last_answer(ids, trained, self.config.seq_len)
+        """The prompts of a rollout; those that are drawn again, in another order."""
+        count = self.config.rl.prompts
+        return [self.asked.at(j, again)[1] for j in range(rollout * count, (rollout + 1) * count)]
 
     def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
         """Reads the scale of the reward model's scores: that of the checkpoint which the run began with."""
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
             self.scale = rewards.read_scale(run, step)
-        if line := self.verified.baseline([self._question(n, i) for n, i, _ in self.asked]):
+        if line := self.verified.baseline(self.asked.all()):
             self.recorder.say(line)
         return {}
 

@@ -170,7 +170,7 @@ def autotune_microbatch(
     found = microbatch.options(config.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
     device = mesh.devices.flat[0]
     if partly:
-        wanted = microbatch.MIN_TOKENS if device.platform == 'cpu' else microbatch.ACCELERATOR_TOKENS
+        wanted = microbatch.MIN_TOKENS // 2 if device.platform == 'cpu' else microbatch.ACCELERATOR_TOKENS
         enough = [m for m in found if m * config.seq_len >= wanted]
         found = [m for m in found if m <= enough[0]] if enough else found
     memory = execution.least_memory(device)
