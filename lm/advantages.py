@@ -83,11 +83,14 @@ def gae(
     return advantage_TB.T
 
 
-def whiten(x_BT: jax.Array, mask_BT: jax.Array, *, keep_mean: bool = False) -> jax.Array:
-    """(x − mean)/std over the places that count, 0 elsewhere; `keep_mean` adds the mean again (Huang et al., 2024, the
-    N implementation details of RLHF: rewards keep it, advantages lose it)."""
+def whiten(x_BT: jax.Array, mask_BT: jax.Array, *, centre: bool = True) -> jax.Array:
+    """(x − mean)/std over the places that count, 0 elsewhere; without `centre` x/std. Advantages are centred and rewards
+    not (Huang et al., 2024, the N implementation details of RLHF).
+
+    The published formula for rewards, (x − mean)/std + mean, is for responses of one length: it moves the reward of
+    every token by mean·(1 − 1/std), so that where responses may end early a positive score pays for few tokens.
+    """
     count = jnp.maximum(jnp.sum(mask_BT), 1)
     mean = jnp.sum(x_BT * mask_BT) / count
     variance = jnp.sum(jnp.square(x_BT - mean) * mask_BT) / count
-    white_BT = (x_BT - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (white_BT + mean if keep_mean else white_BT) * mask_BT
+    return (x_BT - mean * centre) * jax.lax.rsqrt(variance + 1e-8) * mask_BT

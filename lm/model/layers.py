@@ -80,7 +80,7 @@ def rope_angles(
     if sharding.platform() != 'cpu' or sharding.axis_sizes():
         return tables()
     # XLA on CPU fuses them into all that reads them: made anew in each layer, for queries and keys, for each head, they
-    # are an eighth of a forward pass. What a branch gives is kept; the other is never taken, as positions are 0 or more.
+    # are an eighth of a forward pass. What a branch gives is kept; the other is never taken: positions are 0 or more.
     return jax.lax.cond(positions_BT.reshape(-1)[0] >= 0, tables, lambda: (angle, angle))
 
 

@@ -61,7 +61,7 @@ class Ppo(online.Online):
         if c.rl.kl == 'reward':
             reward_BT -= beta * losses.k1(*(jnp.asarray(rows[name]) for name in ('old_BT', 'reference_BT'))) * mask_BT
         lam = by_length(jnp.sum(mask_BT, 1, keepdims=True)) if c.lam is None else c.lam
-        reward_BT = advantages.whiten(reward_BT, mask_BT, keep_mean=True)
+        reward_BT = advantages.whiten(reward_BT, mask_BT, centre=False)
         return_BT = advantages.gae(reward_BT, value_BT, mask_BT, lam=c.critic.lam) + value_BT
         advantage_BT = advantages.whiten(advantages.gae(reward_BT, value_BT, mask_BT, lam=lam), mask_BT)
         own = rows['weights_BT'] > 0
