@@ -84,7 +84,7 @@ def gae(
 
 
 def whiten(x_BT: jax.Array, mask_BT: jax.Array, *, centre: bool = True) -> jax.Array:
-    """(x − mean)/std over the places that count, 0 elsewhere; without `centre` x/std. Advantages are centred and rewards
+    """(x − mean)/std over the places that count, 0 elsewhere; without `centre` x/std. Advantages are centred, rewards
     not (Huang et al., 2024, the N implementation details of RLHF).
 
     The published formula for rewards, (x − mean)/std + mean, is for responses of one length: it moves the reward of
