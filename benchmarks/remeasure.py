@@ -29,15 +29,17 @@ MARKED = re.compile(r'(<!-- remeasure: (\w+)[^\n]*-->\n)(.*?)(<!-- end -->)', re
 COMPARED = ('steps', 'batch_size', 'seq_len', 'seed', 'z_loss', 'nll', 'model', 'optim', 'data.mixture', 'data.replay')
 QUESTION = 'What does CreateDefaultVpc do in EC2?'
 WIDTH = 110  # characters of a line of the output
+LAST = 10  # rollouts over which a figure of them is averaged
 EVALUATION = re.compile(r'step \d+: ')
 
 
 class Run(NamedTuple):
-    """A default run: its config file, the run that it starts from, and whether it is one step with an empty cache
-    ('first') or with the cache that this left ('again')."""
+    """A default run: its config file, the run that it starts from, the one that scores what it draws, and whether it is
+    one step with an empty cache ('first') or with the cache that this left ('again')."""
 
     config: str
     parent: str | None = None
+    reward: str | None = None
     one_step: str | None = None
 
 
@@ -47,6 +49,8 @@ RUNS = {
     'reward': Run('configs/reward.py', 'sft'),
     'dpo': Run('configs/dpo.py', 'sft'),
     'dpo-decline': Run('configs/dpo.py:decline', 'sft'),
+    'ppo': Run('configs/ppo.py', 'sft', 'reward'),
+    'grpo': Run('configs/grpo.py', 'sft', 'reward'),
     'first': Run('configs/pretrain.py', one_step='first'),
     'again': Run('configs/pretrain.py', 'first', one_step='again'),
 }
@@ -61,7 +65,8 @@ def arguments(name: str, folder: Path) -> list[str]:
     words = [f'--config={run.config}', f'--workdir={folder / name}']
     if run.one_step:
         return [*words, '--config.steps=1']
-    return words if run.parent is None else [*words, f'--config.init_from={folder / run.parent}']
+    starts = {'init_from': run.parent, 'reward_from': run.reward}
+    return [*words, *(f'--config.{key}={folder / name}' for key, name in starts.items() if name)]
 
 
 def make_ready(name: str, folder: Path) -> None:
@@ -69,8 +74,8 @@ def make_ready(name: str, folder: Path) -> None:
     run = RUNS[name]
     if is_finished(folder / name):
         return check_settings(name, folder)
-    if run.parent:
-        make_ready(run.parent, folder)
+    for other in filter(None, (run.parent, run.reward)):
+        make_ready(other, folder)
     environment, cache = dict(os.environ), folder / 'first-cache'
     if run.one_step:
         environment['LM_CACHE'] = str(cache)
@@ -133,12 +138,14 @@ def greedy_answer(run: Path, prompt: str) -> str:
     return ' '.join(answers[-1].split())
 
 
-def evaluated(folder: Path, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """{name: what `lm.evaluate --rows 512` says of a run}, asked again when a run is newer than evaluate.json."""
-    kept = folder / 'evaluate.json'
+def evaluated(folder: Path, names: Sequence[str], reward: str | None = None) -> dict[str, Mapping[str, Any]]:
+    """{name: what `lm.evaluate --rows 512` says of a run, with its rewards by another}, asked again when a run is newer
+    than what was kept of it."""
+    kept = folder / (f'evaluate-by-{reward}.json' if reward else 'evaluate.json')
     newest = max((folder / name / 'metrics.jsonl').stat().st_mtime for name in names)
     if not kept.exists() or kept.stat().st_mtime < newest:
         command = [sys.executable, '-m', 'lm.evaluate', *(str(folder / name) for name in names), '--rows', '512']
+        command += [f'--reward_from={folder / reward}'] if reward else []
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise RunError(f'lm.evaluate ended with status {done.returncode}: what it said stands above')
@@ -260,6 +267,32 @@ def stage_cells(row: Mapping[str, Any], stage: str) -> Iterator[str]:
     yield f'{get("botocore/bpb"):.3f} / {get("chitchat/bpb"):.3f}' if text else ''
 
 
+ONLINE = ('ppo', 'grpo')
+
+
+def rewards(folder: Path) -> list[str]:
+    """What the stages gained that learn from what they draw, and what it cost."""
+    header = [
+        'run', 'whole command', 'gain in reward', 'wins over `runs/sft`', 'k1, nats a response', 'answers that end',
+        'F1, operations', 'bits per byte, botocore / chitchat',
+    ]  # fmt: skip
+    found = evaluated(folder, ONLINE, 'reward')
+    rows = [[f'`runs/{name}`', *online_cells(folder / name, found[name])] for name in ONLINE]
+    return [f'{machine()}.', '', *table(header, rows)]
+
+
+def online_cells(run: Path, row: Mapping[str, Any]) -> Iterator[str]:
+    get = lambda name: row[f'eval/{name}']
+    far = [line['rl/kl'] for line in map(json.loads, (run / 'metrics.jsonl').open()) if 'rl/kl' in line][-LAST:]
+    yield f'{seconds(run)["total"]:.0f} s'
+    yield f'+{get("operations/reward_gain"):.2f}'.replace('+0', '+')
+    yield percent(get('operations/win_rate'))
+    yield f'{sum(far) / len(far):.1f}' if any(far) else '–'
+    yield percent(get('operations/ended'))
+    yield f'{get("operations/f1"):.2f}'.removeprefix('0')
+    yield f'{get("botocore/bpb"):.3f} / {get("chitchat/bpb"):.3f}'
+
+
 class Table(NamedTuple):
     lines: Callable[[Path], list[str]]
     runs: Sequence[str]
@@ -269,6 +302,7 @@ TABLES = {
     'output': Table(output, ('pretrain',)),
     'answers': Table(answers, ('pretrain', 'sft', 'dpo')),
     'stages': Table(stages, STAGES),
+    'rewards': Table(rewards, ONLINE),
     'pretrain': Table(pretrain, ('pretrain', 'first', 'again')),
 }
 

@@ -352,7 +352,7 @@ class Grpo(Online):
 class Critic:
     """The critic of PPO."""
 
-    rate: float = setting(1.5, 'its learning rate, as a multiple of optim.lr', POSITIVE)
+    rate: float = setting(3.0, 'its learning rate, as a multiple of optim.lr', POSITIVE)
     warmup: int = setting(6, 'rollouts from which the critic alone learns', COUNT_OR_0)
     clip: float = setting(2.0, 'how far a value may move on one rollout, in deviations of rewards', POSITIVE)
     lam: float = setting(1.0, 'λ of GAE for its targets', PART)
@@ -364,7 +364,7 @@ class Ppo(Online):
     # The published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
     rl: Rl = Rl(
         prompts=256, group=1, epochs=2, ratio='token', clip='clip', clip_low=0.2, clip_high=0.2, aggregation='tokens',
-        kl='reward', beta=0.08, truncated='penalty', resample=0, kl_budget=20.0,
+        kl='reward', beta=0.025, truncated='penalty', resample=0, kl_budget=20.0,
     )  # fmt: skip
     critic: Critic = Critic()
     lam: float | None = setting(None, "λ of GAE for the policy's advantages; None: by length, at least .95", PART)

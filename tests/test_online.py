@@ -171,6 +171,19 @@ def test_reward_that_rises_beside_a_policy_that_runs_away_ends_the_run(learn, tm
     learn('grpo', reward__fn='test_online:short', steps=before + 2, rl__kl_budget=100.0, optim__lr=1e-2)
 
 
+@pytest.mark.slow
+def test_without_a_leash_the_reward_model_is_hacked_and_the_alarm_notices(learn, tmp_path):
+    """PPO by one reward model: held near the reference it comes to its end, without β it is stopped."""
+    own = {'steps': 48, 'optim__lr': 1e-2, 'rl__prompts': 16, 'batch_size': 32, 'rl__kl_budget': 2.0, 'eval__every': 48}
+    learn('ppo', 'held', **own, rl__beta=1.0)
+    with pytest.raises(RunError, match=r'from the reference, rl.kl_budget=.*: stopped at step'):
+        learn('ppo', 'free', **own, rl__kl='none', rl__beta=0.0)
+    held, free = measured(tmp_path / 'held'), measured(tmp_path / 'free')
+    last = max(step for step, name in free if name == 'rl/kl')
+    assert free[last, 'rl/kl'] > 2 > held[48, 'rl/kl']
+    assert free[last, 'rl/reward'] > free[1, 'rl/reward']
+
+
 @pytest.mark.parametrize(
     ('fn', 'wanted'),
     [

@@ -52,7 +52,8 @@ def write_run(folder, name, *, log=LOG, answer='Creates\na VPC.', settings=None)
     (run / 'config.json').write_text(json.dumps({'config': settings or {}}))
     evaluations = [{'step': 250, 'eval/bpb': 1.9}, {'step': 1350, 'train/loss': 3.0}]
     last = {'step': 1350, 'eval/bpb': 1.5, 'eval/botocore/bpb': 1.328, 'eval/chitchat/bpb': 1.7524}
-    (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, [*evaluations, last])) + '\n')
+    drawn = [{'step': step, 'rl/kl': kl} for step, kl in ((1, 9.0), *((i, 2.0) for i in range(2, 11)), (11, 3.0))]
+    (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, [*evaluations, *drawn, last])) + '\n')
     sample = {'prompt': 'What does CreateDefaultVpc do in EC2?', 'temperature': 0.0, 'text': answer}
     (run / 'samples.jsonl').write_text(json.dumps(sample) + '\n' + json.dumps(sample | {'temperature': 0.7}) + '\n')
 
@@ -69,8 +70,10 @@ def write_evaluation(folder, names):
         {'run': str(folder / name), 'stage': name.partition('-')[0], **(scores if name == 'reward' else text)}
         for name in names
     ]
-    (folder / 'evaluate.json').write_text(json.dumps({'runs': rows}))
-    os.utime(folder / 'evaluate.json', (2**33, 2**33))
+    gains = {'eval/operations/reward_gain': 0.488, 'eval/operations/win_rate': 0.751}
+    for kept, found in (('evaluate', rows), ('evaluate-by-reward', [row | gains for row in rows])):
+        (folder / f'{kept}.json').write_text(json.dumps({'runs': found}))
+        os.utime(folder / f'{kept}.json', (2**33, 2**33))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,7 @@ def write_evaluation(folder, names):
                 '| `runs/reward` | 125 s |  |  | – / 91 % |  |  |',
             ],
         ),
+        ('rewards', ['| `runs/ppo` | 152 s | +.49 | 75 % | 2.1 | 44 % | .05 | 1.327 / 1.752 |']),
         (
             'pretrain',
             [
@@ -104,7 +108,7 @@ def test_a_table_is_rewritten_and_nothing_else(remeasure, tmp_path, table, expec
     for name in remeasure.RUNS:
         log = {'first': one_step.format(15.2, 3.0, 1.0), 'again': one_step.format(0.3, 0.7, 0.1)}.get(name, LOG)
         write_run(tmp_path / 'runs', name, log=log)
-    write_evaluation(tmp_path / 'runs', remeasure.STAGES)
+    write_evaluation(tmp_path / 'runs', remeasure.STAGES + remeasure.ONLINE)
     readme, before = tmp_path / 'README.md', README.format(table)
     readme.write_text(before)
 
