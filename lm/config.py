@@ -212,7 +212,8 @@ def override(config: Config, key: str, text: str) -> None:
     for parent in parents:
         node = node[parent]
     field = known().get(key) or Field(None, node.get_type(last), own[key] is None, None)  # a config file may add some
-    node[last] = parse_value(key, text, field.kind, field.optional)
+    choices = field.bound.choices if field.bound else ()  # one of them may be 'none'
+    node[last] = text if text in choices else parse_value(key, text, field.kind, field.optional)
 
 
 def _nearest_setting(key: str, keys: Sequence[str]) -> str:

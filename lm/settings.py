@@ -331,6 +331,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of PPO, by its published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
+PPO = _OURS | _SYMMETRIC | {'rl.kl': 'reward', 'rl.beta': 0.025, 'rl.truncated': 'penalty'}
+CLIP_HIGH = {'cispo': 5.0, 'dppo': 0.2}  # in place of `clip`'s, where a clip is named and nothing is said of how far
+
+
 @dataclass(frozen=True)
 class Online(Settings):
     """The settings of all stages that learn from what their policy draws."""
@@ -361,11 +366,7 @@ class Critic:
 @dataclass(frozen=True)
 class Ppo(Online):
     stage: str = setting('ppo', 'of lm.stages')
-    # The published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
-    rl: Rl = Rl(
-        prompts=256, group=1, epochs=2, ratio='token', clip='clip', clip_low=0.2, clip_high=0.2, aggregation='tokens',
-        kl='reward', beta=0.025, truncated='penalty', resample=0, kl_budget=20.0,
-    )  # fmt: skip
+    rl: Rl = Rl(prompts=256, group=1, epochs=2, kl_budget=20.0)
     critic: Critic = Critic()
     lam: float | None = setting(None, "λ of GAE for the policy's advantages; None: by length, at least .95", PART)
 

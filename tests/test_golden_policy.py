@@ -41,7 +41,7 @@ def surrogate_of(case, logp, rows=slice(None), mask=MASK):
     ratio, clip, aggregation = settings_of(case)
     mask = mask[rows]
     loss, _ = policy.surrogate(logp, OLD[rows], ADVANTAGE[rows], mask, ratio=ratio, clip=clip)
-    weight = policy.token_weights(mask, aggregation) / policy.denominator(mask, aggregation, longest=LONGEST)
+    weight = policy.token_weights(mask, aggregation) / policy.denominator(mask, aggregation, most=len(mask) * LONGEST)
     return jnp.sum(weight * loss), weight
 
 

@@ -355,7 +355,7 @@ def losses_of(rows, ratio, aggregation):
     loss, _ = policy.surrogate(
         rows['logp_BT'], rows['old_BT'], rows['advantage_BT'], mask, ratio=ratio, clip=clip, **own
     )
-    return np.sum(weight * loss) / policy.denominator(mask, aggregation, longest=9, **own)
+    return np.sum(weight * loss) / policy.denominator(mask, aggregation, most=5 * 9, **own)
 
 
 @pytest.mark.parametrize('ratio', ['token', 'sequence'])

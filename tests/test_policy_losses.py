@@ -148,13 +148,13 @@ def test_the_gradient_on_policy_is_the_policy_gradient_whatever_the_clip():
 def test_an_aggregation_is_what_its_name_says(aggregation, wanted):
     mask = jnp.asarray(MASK)
     total = jnp.sum(policy.token_weights(mask, aggregation) * LOGP)
-    close(total / policy.denominator(mask, aggregation, longest=20), wanted(LOGP))
+    close(total / policy.denominator(mask, aggregation, most=B * 20), wanted(LOGP))
 
 
 def test_a_row_without_a_response_is_no_response():
     mask = jnp.asarray(MASK).at[0].set(0)
-    assert policy.denominator(mask, 'response', longest=20) == B - 1
-    assert policy.denominator(mask, 'constant', longest=20) == (B - 1) * 20
+    assert policy.denominator(mask, 'response', most=B * 20) == B - 1
+    assert policy.denominator(mask, 'constant', most=B * 20) == B * 20  # what is left out leaves it as it is
 
 
 def test_importance_weights_are_capped_or_cut():
@@ -210,7 +210,7 @@ def test_the_leash_and_its_gradient():
 @pytest.mark.parametrize('aggregation', ('tokens', 'constant', 'response'))
 def test_a_token_weighs_as_much_in_the_gradient(aggregation):
     mask = jnp.asarray(MASK)
-    divisor = policy.denominator(mask, aggregation, longest=20)
+    divisor = policy.denominator(mask, aggregation, most=B * 20)
     found = gradient(lambda x: policy.token_weights(mask, aggregation) * x / divisor)
     each = {'tokens': 1 / MASK.sum(), 'constant': 1 / (B * 20), 'response': 1 / MASK.sum(1, keepdims=True) / B}
     close(found, MASK * each[aggregation])

@@ -118,13 +118,11 @@ def token_weights(mask_BT: jax.Array, aggregation: str, segments_BT: jax.Array |
     return mask_BT
 
 
-def denominator(
-    mask_BT: jax.Array, aggregation: str, *, longest: int, segments_BT: jax.Array | None = None
-) -> jax.Array:
-    """The divisor of that sum over the whole batch: the tokens (DAPO), the responses × the longest that they may be
-    (Dr. GRPO), or the responses (GRPO)."""
+def denominator(mask_BT: jax.Array, aggregation: str, *, most: int, segments_BT: jax.Array | None = None) -> jax.Array:
+    """The divisor of that sum over the whole batch: its tokens (DAPO), the most that it may have (Dr. GRPO), or its
+    responses (GRPO); of the first and the last only those that count."""
     responses = jnp.sum(token_weights(mask_BT, 'response', segments_BT))  # each token is its part of one
-    return {'tokens': jnp.sum(mask_BT), 'constant': responses * longest, 'response': responses}[aggregation]
+    return {'tokens': jnp.sum(mask_BT), 'constant': jnp.float32(most), 'response': responses}[aggregation]
 
 
 def mismatch_weights(

@@ -14,21 +14,25 @@ class Prompts:
     """The prompts of some sources that leave room for a response, in the order in which they are asked.
 
     Attributes:
-      places: (source, conversation) of each. longest: the tokens of the longest.
+      places: (source, conversation) of each. longest: the tokens of the longest. too_long: how many leave no room.
 
     Raises UsageError if there is none.
     """
 
     def __init__(self, sources: Sequence[PreparedSource], *, seq_len: int, max_new_tokens: int, seed: int) -> None:
-        self.sources, self.seq_len, self.seed = sources, seq_len, seed
+        self.sources, self.seed = sources, seed
         self.places: list[tuple[int, int]] = []
-        self.longest = 0
+        self.longest = self.too_long = 0
         for n, s in enumerate(sources):
             for i in range(s.train.documents):
                 question = self._question(n, i)
-                if question is not None and len(question.prompt) <= seq_len - max_new_tokens:
-                    self.places.append((n, i))
-                    self.longest = max(self.longest, len(question.prompt))
+                if question is None:
+                    continue
+                if len(question.prompt) > seq_len - max_new_tokens:
+                    self.too_long += 1
+                    continue
+                self.places.append((n, i))
+                self.longest = max(self.longest, len(question.prompt))
         if not self.places:
             raise UsageError(
                 f'no prompt leaves room for rl.max_new_tokens={max_new_tokens} in seq_len={seq_len}: set a longer '
@@ -54,4 +58,4 @@ class Prompts:
     def _question(self, source: int, conversation: int) -> Question | None:
         """The last answer of a conversation and what stands before it; None if it has none."""
         ids, trained = self.sources[source].train.conversation(conversation)
-        return chats.last_answer(ids, trained, self.seq_len)
+        return chats.last_answer(ids, trained, len(ids))

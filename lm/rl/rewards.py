@@ -23,6 +23,7 @@ from lm.multihost import processes
 from lm.runs import reward_scale, rundir, saved_config
 from lm.runs.reward_scale import Scale
 from lm.sampling.generate import Drawn
+from lm.settings import FLOAT32_END
 
 # (prompts, responses, answers) -> scores; answers are the data's own.
 Function = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
@@ -87,13 +88,14 @@ def weights(config: Config) -> dict[str, float]:
     return found
 
 
-def combined(found: Mapping[str, np.ndarray], config: Config) -> np.ndarray:
-    """Σ weight × score, float32 [N]. With `reward.normalise` each source has mean 0 and standard deviation 1 first, so
-    that one of a larger scale does not drown the others (GDPO, arXiv 2601.05242, does so before it sums)."""
+def combined(found: Mapping[str, np.ndarray], config: Config, *, normalise: bool | None = None) -> np.ndarray:
+    """Σ weight × score, float32 [N]. With `normalise` (None: as the config says) each source has mean 0 and standard
+    deviation 1 over the N first, so that one of a larger scale does not drown the others (GDPO, arXiv 2601.05242, does
+    so within each group)."""
     total = np.zeros(len(next(iter(found.values()))), np.float32)
     for name, weight in weights(config).items():
         score = found[name]
-        if config.reward.normalise:
+        if config.reward.normalise if normalise is None else normalise:
             score = (score - score.mean()) / (score.std() or 1)
         total += np.float32(weight) * score
     return total
@@ -171,7 +173,7 @@ def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:
         got = 'no list' if found is None else f'{len(found)} scores'
         raise RunError(f'{name} gave {got} for {len(prompts)} responses: it must give a number for each')
     for score, prompt in zip(found, prompts, strict=True):
-        number = isinstance(score, int | float | np.number) and math.isfinite(float(score))
+        number = isinstance(score, int | float | np.number) and abs(score) < FLOAT32_END
         if not number:
             raise RunError(f'{name} gave {score!r} for an answer to {prompt[:80]!r}: a score must be a finite number')
     return np.asarray(found, np.float32)

@@ -16,18 +16,14 @@ class Scored(NamedTuple):
     asked: list[Question]
     drawn: list[Drawn]
     scores: dict[str, np.ndarray]  # by their source
-    score: np.ndarray  # of all of them
 
     def filled(self, wanted: np.ndarray, others: 'Scored', good: np.ndarray, group: int) -> 'Scored':
         """With groups that are `wanted` [P] given up for those of the others that are `good` [P], in their order."""
         moves = list(zip(np.flatnonzero(wanted).tolist(), np.flatnonzero(good).tolist(), strict=False))
         takes = {to * group + i: of * group + i for to, of in moves for i in range(group)}
         pick = lambda own, new: [new[takes[i]] if i in takes else x for i, x in enumerate(own)]
-        array = lambda own, new: np.array(pick(own, new), np.float32)
-        scores = {name: array(x, others.scores[name]) for name, x in self.scores.items()}
-        return Scored(
-            pick(self.asked, others.asked), pick(self.drawn, others.drawn), scores, array(self.score, others.score)
-        )
+        scores = {name: np.array(pick(x, others.scores[name]), np.float32) for name, x in self.scores.items()}
+        return Scored(pick(self.asked, others.asked), pick(self.drawn, others.drawn), scores)
 
 
 def overlong(lengths: Sequence[int], longest: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The verifier and the judge of a run, as its rollouts and its evaluations ask them: one process asks, and tells the
 others."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -55,19 +56,20 @@ class Verified:
 
     def scores(
         self, questions: Sequence[Question], drawn: Sequence[Drawn]
-    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """({'verify', 'judge'}: the score of each response, float32 [N], where there is one; what is to be noted)."""
-        found, noted, decode = {}, {}, self._tokenizer.decode
+    ) -> tuple[dict[str, np.ndarray], Counter[str]]:
+        """({'verify', 'judge'}: the score of each response, float32 [N], where there is one; how many got none, by the
+        names of MEASURES)."""
+        found, failed, decode = {}, Counter(), self._tokenizer.decode
         ids = [d.ids[:-1] if d.ended else d.ids for d in drawn]
         if verifier := self.verifier:
             verdict = _by_first(lambda: verifier(questions, [decode(own) for own in ids]))
             found['verify'] = verdict.scores
-            noted |= {'exact': verdict.exact, 'verifier_failed': verdict.failed}
+            failed['verifier_failed'] = verdict.failed
         if judge := self._judge:
             verdict = _by_first(lambda: judge([decode(q.prompt) for q in questions], [decode(own) for own in ids]))
             found['judge'] = verdict.scores
-            noted |= {'judge_failed': verdict.failed}
-        return found, noted
+            failed['judge_failed'] = verdict.failed
+        return found, failed
 
 
 def _by_first(ask: Callable[[], Verdict]) -> Verdict:

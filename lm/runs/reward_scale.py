@@ -1,4 +1,4 @@
-"""The scale of a reward model's scores, kept with the run: reward_scale.json, {step: {mean, std}}.
+"""The scale of a reward model's scores, kept with the run: normalisation.json, {step: {mean, std}}.
 
 Bradley–Terry leaves scores free up to an offset for each prompt and says nothing of their size. So they are shifted and
 scaled after training: a reference set, the first pairs that were trained on, has mean 0, and the two responses of a

@@ -39,7 +39,8 @@ def _of_the_beginning(task: Any, models: Roles) -> list[dict[str, np.ndarray]]:
         first = models['reference']
     else:
         try:
-            first, _ = loading.weights(task.config.init_from, loading.abstract_params(task.cfg), warn=task.recorder.say)
+            own = task.config.init_from, loading.abstract_params(task.cfg), task.began
+            first, _ = loading.read_unchanged(*own, warn=task.recorder.say)
         except UsageError as error:
             task.recorder.say(f'nothing to compare held-out scores with: {error}')
             return [{} for _ in task.data.own.sources]

@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from lm.rl.rollouts import Packing, Scored
 from lm.runs import checkpoint
 from lm.runs.saved_config import Parent
 from lm.sampling import generate
+from lm.settings import CLIP_HIGH
 from lm.stages import held_out, language, plan
 from lm.stages.spec import ROWS, Batch, Say, Source, Task
 from lm.training import step as training
@@ -63,7 +65,9 @@ def check(config: Config) -> None:
     if rl.kl == 'none' and rl.beta:
         raise UsageError(f'rl.beta={rl.beta} with rl.kl=none does nothing: set rl.kl, or leave it out')
     if rl.kl != 'none' and not rl.beta:
-        raise UsageError(f'rl.kl={rl.kl} with rl.beta=0 is no leash: set rl.beta, or rl.kl=none')
+        raise UsageError(f'rl.kl={rl.kl} with rl.beta=0 is no leash: set rl.beta, or leave rl.kl out')
+    if rl.mismatch == 'none' and rl.mismatch_ratio != 'token':
+        raise UsageError(f'rl.mismatch_ratio={rl.mismatch_ratio} with rl.mismatch=none does nothing: set rl.mismatch')
     if rl.kl_target and rl.kl != 'reward':
         raise UsageError(f'rl.kl_target={rl.kl_target} moves the beta of rl.kl=reward, not of {rl.kl}')
     if rl.resample and rl.group < 2:
@@ -72,6 +76,23 @@ def check(config: Config) -> None:
         raise UsageError(f'optim.batch_warmup={config.optim.batch_warmup}: a rollout does not grow, set it to 0')
     if config.data.replay:
         raise UsageError(f'data.replay={config.data.replay}: this stage replays no text, set it to 0')
+
+
+def settle(config: Config, defaults: Mapping[str, Any]) -> None:
+    """Sets what is None by what is said (no leash without β, no β without a leash, a clip's own bound), then by the
+    defaults."""
+    rl = config.rl
+    if rl.beta == 0 and rl.kl is None:
+        rl.kl = 'none'
+    if rl.kl == 'none' and rl.beta is None:
+        rl.beta = 0.0
+    if rl.clip_high is None:
+        rl.clip_high = CLIP_HIGH.get(rl.clip)
+    for key, value in defaults.items():
+        group, _, name = key.rpartition('.')
+        owner = config[group] if group else config
+        if name in owner and owner[name] is None:
+            owner[name] = value
 
 
 def prepare(config: Config, tokenizer: str | None, say: Say) -> WithReplay:
@@ -109,6 +130,7 @@ class Online(Task):
         self.means = np.full(WINDOW, np.nan, np.float32)  # the mean scores of the last rollouts, the newest at the end
         self.moved_beta = np.float32(self.config.rl.beta or 0)
         self.before: list[dict[str, np.ndarray]] = []  # scores of the policy as it began, of each source
+        self.began: Parent | None = None  # what that was, of a run that goes on
 
     # ---- sizes ----
 
@@ -138,7 +160,7 @@ class Online(Task):
     @property
     def leashed(self) -> bool:
         """Whether there is a reference: with an adapter it is the base."""
-        return (self.config.rl.kl or 'none') != 'none' or self.config.rl.kl_budget is not None
+        return self.config.rl.kl != 'none' or self.config.rl.kl_budget is not None
 
     @property
     def frozen(self) -> Mapping[str, str]:
@@ -164,6 +186,7 @@ class Online(Task):
 
     def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
         """Reads the scale of the reward model's scores: that of the checkpoint which the run began with."""
+        self.began = parents.get('policy')
         if run := self.config.reward_from:
             step = parents['reward'].step if 'reward' in parents else checkpoint.locate(run)
             self.scale = rewards.read_scale(run, step)
@@ -202,20 +225,21 @@ class Online(Task):
         way to those of other prompts (DAPO's dynamic sampling)."""
         c, rl = self.config, self.config.rl
         models = assemble(state.trainable, state.frozen)
-        found = self._scored(models, self.questions(rollout), [c.seed, rollout])
+        found, failed = self._scored(models, self.questions(rollout), [c.seed, rollout])
         for again in range(1, rl.resample + 1):
-            if not (wanted := self._same(found.score)).any():
+            if not (wanted := self._same(rewards.combined(found.scores, c))).any():
                 break
-            others = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
-            found = found.filled(wanted, others, ~self._same(others.score), rl.group)
-        ended, score = np.array([d.ended for d in found.drawn]), found.score
+            others, more = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
+            good = ~self._same(rewards.combined(others.scores, c))
+            found, failed = found.filled(wanted, others, good, rl.group), failed + more
+        ended, score = np.array([d.ended for d in found.drawn]), rewards.combined(found.scores, c)
         rows = self.rows_of(found)
         rows |= self.measured(models, rows)
         beta = self.beta
-        self.note(**self._told(rows, found, ended), **({'beta': beta} if rl.kl == 'reward' else {}))
+        self.note(**self._told(rows, found, ended), **failed, **({'beta': beta} if rl.kl == 'reward' else {}))
         if rl.kl_target:
             self._move_beta()
-        self.means = np.append(self.means[1:], np.float32(score.mean()))
+        self.means = np.append(self.means[1:], np.float32(self.told()['rl/reward']))
         if rl.truncated == 'penalty':
             score = np.where(ended, score, PENALTY)
         elif rl.truncated == 'rising':
@@ -232,13 +256,12 @@ class Online(Task):
         reward."""
         ...
 
-    def _scored(self, models: Roles, questions: Sequence[Question], seed: Sequence[int]) -> Scored:
-        """Responses to questions, `rl.group` to each, with their scores."""
+    def _scored(self, models: Roles, questions: Sequence[Question], seed: Sequence[int]) -> tuple[Scored, Counter[str]]:
+        """(responses to questions, `rl.group` to each, with their scores; how many got none of a source)."""
         asked = [q for q in questions for _ in range(self.config.rl.group)]
         drawn = self.draw(models['policy'], asked, seed)
-        found, told = self.scores(models, asked, drawn)
-        self.note(**told)
-        return Scored(asked, drawn, found, rewards.combined(found, self.config))
+        scores, failed = self.scores(models, asked, drawn)
+        return Scored(asked, drawn, scores), failed
 
     def draw(self, policy: Any, asked: Sequence[Question], seed: Sequence[int]) -> list[generate.Drawn]:
         """A response to each question, at most a rollout's."""
@@ -288,14 +311,14 @@ class Online(Task):
 
     def scores(
         self, models: Roles, asked: Sequence[Question], drawn: Sequence[generate.Drawn]
-    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """({source: the score of each response}, before its weight; what is to be noted of them)."""
+    ) -> tuple[dict[str, np.ndarray], Counter[str]]:
+        """({source: the score of each response}, before its weight; how many got none, by a measure's name)."""
         c, model = self.config, None
         if 'reward' in models:
             model = rewards.Model(models['reward'], self.cfg, self.scale, self.width, c.execution.microbatch)
         found = rewards.scores(c, self.data.tokenizer, asked, drawn, model)
-        more, told = self.verified.scores(asked, drawn)
-        return found | more, told
+        more, failed = self.verified.scores(asked, drawn)
+        return found | more, failed
 
     @cached_property
     def verified(self) -> verified.Verified:
@@ -307,13 +330,16 @@ class Online(Task):
 
     def _told(self, rows: Mapping[str, np.ndarray], found: Scored, ended: np.ndarray) -> dict[str, float]:
         """The health of a rollout."""
-        mask, old, score = rows['weights_BT'], rows['old_BT'], found.score
+        mask, old = rows['weights_BT'], rows['old_BT']
+        score = rewards.combined(found.scores, self.config, normalise=False)
         gap = (old - rows['sampler_BT']) * mask
         told = {
             'reward': float(score.mean()), 'reward_std': float(score.std()), 'ended': float(ended.mean()),
             'length': float(mask.sum(1).mean()), 'mismatch_max': float(np.abs(gap).max()),
             'mismatch_kl': float(np.sum(np.exp(gap) - 1 - gap) / mask.sum()),
         }  # fmt: skip
+        if 'verify' in found.scores:
+            told['exact'] = float(np.mean(found.scores['verify'] == 1))
         if len(found.scores) > 1:
             told |= {f'reward_{name}': float(x.mean()) for name, x in found.scores.items()}
         if self.leashed:
@@ -365,12 +391,16 @@ class Online(Task):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.rows, 'health': self.health, 'means': self.means, 'beta': self.moved_beta}
+        beta = np.array([self.config.rl.beta, self.moved_beta], np.float32)  # as it was set, and as it is
+        return {**self.rows, 'health': self.health, 'means': self.means, 'beta': beta}
 
     def load(self, arrays: Mapping[str, Any]) -> None:
         rows = dict(arrays)
         self.health, self.means = (np.array(rows.pop(name)) for name in ('health', 'means'))
-        self.moved_beta, self.rows = np.float32(rows.pop('beta')), rows
+        before, moved = rows.pop('beta')
+        if before == np.float32(self.config.rl.beta):  # another one begins anew
+            self.moved_beta = np.float32(moved)
+        self.rows = rows
 
     # ---- the loss ----
 
@@ -403,7 +433,7 @@ class Online(Task):
 
         def denominators(batch: Batch) -> training.Sums:
             mask_BT = batch['weights_BT']
-            own = {'segments_BT': batch['segments_BT'], 'longest': rl.max_new_tokens}
+            own = {'segments_BT': batch['segments_BT'], 'most': self.config.batch_size * rl.max_new_tokens}
             whole = losses.denominator(mask_BT, rl.aggregation, **own)
             found = dict.fromkeys(('ratio', 'clipped', 'entropy', 'value'), jnp.sum(mask_BT))
             return found | {'policy': whole, 'kl': whole} | aux_weights(cfg, batch)
@@ -422,11 +452,14 @@ class Online(Task):
     # ---- around the steps ----
 
     def describe(self) -> list[str]:
-        c, rl = self.config, self.config.rl
-        return [
-            f'{len(self.asked):,} prompts; a rollout: {rl.prompts} prompts × {rl.group} responses of at most '
+        c, rl, asked = self.config, self.config.rl, self.asked
+        lines = [
+            f'{len(asked):,} prompts; a rollout: {rl.prompts} prompts × {rl.group} responses of at most '
             f'{rl.max_new_tokens} tokens, {self.updates} steps of {c.batch_size}'
         ]
+        if asked.too_long:
+            lines.append(f'{asked.too_long:,} prompts left out: longer than seq_len − rl.max_new_tokens')
+        return lines
 
     def heldout_prompts(self) -> list[Prompt]:
         return language.heldout_questions(self)

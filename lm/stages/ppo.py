@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import advantages
+from lm.config import Config
 from lm.losses import policy as losses
 from lm.model import parameters, sequences
 from lm.model.roles import Roles
 from lm.runs import loading
 from lm.runs.saved_config import Parent
+from lm.settings import PPO
 from lm.stages import online
 from lm.stages.spec import Batch, StageSpec
 from lm.training import flops
@@ -86,4 +88,9 @@ def by_length(length: jax.Array) -> jax.Array:
     return jnp.maximum(0.95, 1 - 1 / (0.05 * jnp.maximum(length, 1)))
 
 
-SPEC = StageSpec('ppo', 'chat', 'answers', online.prepare, Ppo, online.check)
+def settle(config: Config) -> None:
+    """Sets what is None by PPO's own defaults."""
+    online.settle(config, PPO)
+
+
+SPEC = StageSpec('ppo', 'chat', 'answers', online.prepare, Ppo, online.check, settle)

@@ -81,7 +81,7 @@ def make_step(
 
     Gradients are summed over the microbatches, each divided by the denominators of the whole batch, so any number of
     microbatches gives the same update. An update whose loss or gradient norm is not finite leaves parameters and
-    optimizer as they were and reports skipped = 1.
+    optimizer as they were and reports skipped = 1; one whose gradient is 0 leaves them, too.
 
     Args:
       clip: the largest global norm of the gradients of each role; None is off.
@@ -124,12 +124,13 @@ def make_step(
         with jax.named_scope('optimizer'):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(value)
+            learns = finite & (norm > 0)  # of no gradient at all a step of Muon's would be as large as of any
             updates: Any
             updates, opt = update(clipped(grads, norm), state.opt, state.trainable, step=state.step)
             scaled = {role: jax.tree.map(lambda x, by=by: x * by, updates[role]) for role, by in rates.items()}
             updates = {**updates, **scaled}
             trainable = optax.apply_updates(state.trainable, updates)
-            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(learns, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
             average = None if ema is None else averaged(state.ema, trainable, state.step, decay=ema)
         metrics = {name: measured(total, denominators[name]) for name, total in sums.items()}
