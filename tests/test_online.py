@@ -214,6 +214,8 @@ def test_a_reward_that_is_no_number_ends_the_run_before_the_step(learn, tmp_path
         ({'reward__fn': 'builtins:__doc__'}, 'is no function'),
         ({'rl__beta': 0.5}, 'rl.beta=0.5 with rl.kl=none does nothing'),
         ({'advantage': 'max_rl', 'reward__fn': 'test_online:below'}, 'advantage=max_rl takes scores of at least 0'),
+        ({'advantage': 'max_rl', 'rl__truncated': 'penalty'}, 'and rl.truncated=penalty takes from them'),
+        ({'rl__mismatch_ratio': 'sequence'}, 'rl.mismatch_ratio=sequence with rl.mismatch=none does nothing'),
         ({'rl__kl_target': 3.0}, 'rl.kl_target=3.0 moves the beta of rl.kl=reward, not of none'),
         ({'advantage': 'reinforce++', 'rl__group': 1, 'rl__prompts': 16, 'rl__resample': 1}, 'rl.resample=1 compares'),
         ({'variant': 'drgrpo'}, 'variant=drgrpo (did you mean dr_grpo?)'),
@@ -275,17 +277,16 @@ def of_scores(*scores, length=1):
     """Scored responses to as many questions, of which the i-th asks [i]."""
     asked = [Question([i], [9]) for i in range(len(scores))]
     drawn = [Drawn([i] * length, [0.0] * length, True) for i in range(len(scores))]
-    score = np.array(scores, np.float32)
-    return rollouts.Scored(asked, drawn, {'fn': score}, score)
+    return rollouts.Scored(asked, drawn, {'fn': np.array(scores, np.float32)})
 
 
 def test_groups_that_teach_nothing_give_way_to_others_in_their_order():
     own, others = of_scores(1, 1, 0, 1, 0, 0), of_scores(5, 5, 2, 3, 7, 8)
     found = own.filled(np.array([True, False, True]), others, np.array([False, True, True]), 2)
-    assert found.score.tolist() == [2, 3, 0, 1, 7, 8] == found.scores['fn'].tolist()
+    assert found.scores['fn'].tolist() == [2, 3, 0, 1, 7, 8]
     assert [q.prompt for q in found.asked] == [[2], [3], [2], [3], [4], [5]] == [d.ids for d in found.drawn]
     few = own.filled(np.array([True, False, True]), others, np.array([False, False, True]), 2)
-    assert few.score.tolist() == [7, 8, 0, 1, 0, 0]
+    assert few.scores['fn'].tolist() == [7, 8, 0, 1, 0, 0]
 
 
 def test_the_penalty_rises_over_the_last_fifth():

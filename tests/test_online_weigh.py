@@ -1,13 +1,18 @@
 """What a rollout of PPO and GRPO is made into, on rows made by hand, against NumPy in float64."""
 
+import math
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from running import ROOT
 
 from lm import config, settings
 from lm.data.chats import Question
+from lm.errors import RunError
+from lm.rl import rewards
 from lm.runs import loading
 from lm.runs.saved_config import Parent
 from lm.sampling.generate import Drawn
@@ -38,6 +43,7 @@ def task_of(stage, kind, **rl):
     task.config = config.base(kind)
     for name, value in rl.items():
         task.config.rl[name] = value
+    (ppo if kind is settings.Ppo else grpo).settle(task.config)
     task.health = np.full(len(task.measures), np.nan, np.float32)
     return task
 
@@ -172,13 +178,26 @@ def test_a_leash_that_is_no_part_of_the_reward_leaves_the_scores():
     close(found['advantage_BT'], np.array([0.75, -0.75, 0.875, -0.875])[:, None] * MASK)
 
 
-@pytest.mark.parametrize(('advantage', 'kept'), [('group', [0, 0, 1, 1]), ('reinforce++', [1, 1, 1, 1])])
-def test_a_group_whose_scores_do_not_differ_weighs_nothing(advantage, kept):
-    """Unless the batch is what responses are compared with."""
-    task = of_grpo(advantage, kl='none')
-    found = task.weigh(rows(), np.float32([1, 1, 0, 3]), 0, 0.0)
+@pytest.mark.parametrize(
+    ('advantage', 'kl', 'kept'),
+    [
+        ('group', 'none', [0, 0, 1, 1]),
+        ('reinforce++', 'none', [1, 1, 1, 1]),
+        ('group', 'k3', [1, 1, 1, 1]),
+        ('group', 'full', [1, 1, 1, 1]),
+        ('group', 'reward', [1, 1, 1, 1]),
+    ],
+)
+def test_a_group_whose_scores_do_not_differ_weighs_nothing(advantage, kl, kept):
+    """Unless the batch is what responses are compared with, or a leash pulls at them."""
+    task = of_grpo(advantage, kl=kl)
+    found = task.weigh(rows(), np.float32([1, 1, 0, 3]), 0, 0.1)
     np.testing.assert_array_equal(found['weights_BT'], np.array(kept)[:, None] * MASK)
-    assert task.told()['rl/groups_without_variance'] == 1 - np.mean(kept)
+    assert task.told()['rl/groups_without_variance'] == 0.5
+    assert (found['advantage_BT'][0].any(), found['advantage_BT'][2].any()) == (
+        kl == 'reward' or advantage != 'group',
+        True,
+    )
 
 
 # ---- rollouts ----
@@ -187,12 +206,14 @@ def test_a_group_whose_scores_do_not_differ_weighs_nothing(advantage, kept):
 class Given(online.Online):
     """Draws what it is given, one list after the other; an advantage is the score."""
 
+    source = 'fn'
+
     def draw(self, policy, asked, seed):
         self.seeds.append(list(seed))
         return self.given[len(self.seeds) - 1][0]
 
     def scores(self, models, asked, drawn):
-        return {'fn': np.float32(self.given[len(self.seeds) - 1][1])}, {}
+        return {self.source: np.float32(self.given[len(self.seeds) - 1][1])}, Counter(judge_failed=2)
 
     def measured(self, models, rows):
         return {'old_BT': rows['sampler_BT']}
@@ -261,3 +282,53 @@ def test_groups_whose_scores_do_not_differ_are_drawn_anew(resample, wanted, prom
     assert found['tokens_BT'][::2, 0].tolist() == found['tokens_BT'][1::2, 0].tolist() == prompts
     assert task.seeds == [[5, 3], [5, 3, 1], [5, 3, 2]][: resample + 1]
     assert task.told()['rl/reward'] == pytest.approx(np.mean(wanted))
+
+
+def test_what_is_told_of_a_rollout_is_of_what_it_became(monkeypatch):
+    """The exact answers of the groups that stayed, the failures of all draws, scores before they are normalised."""
+    monkeypatch.setattr(Given, 'source', 'verify')
+    given = [(responses(*[2] * 4, ended=[True] * 4), score) for score in ([1, 1, 1, 0], [0, 0, 0, 0])]
+    task, found = rolled(given, group=2, resample=1)
+    assert task.told()['rl/exact'] == task.told()['rl/reward'] == 0.75
+    assert task.told()['rl/judge_failed'] == 4
+    task.config.reward.normalise, task.seeds = True, []
+    found = task.roll_out(SimpleNamespace(trainable={'policy': None}, frozen={}), 3)
+    close(found['advantage_BT'][:, 0], (np.array([1, 1, 1, 0]) - 0.75) / np.std([1, 1, 1, 0]))
+    assert task.told()['rl/reward'] == task.means[-1] == 0.75
+
+
+def test_a_beta_that_was_set_anew_begins_anew():
+    task = task_of(Given, settings.Grpo, kl='reward', beta=0.5, kl_target=2.0)
+    task.moved_beta, task.means, task.rows = np.float32(0.25), np.zeros(6, np.float32), {}
+    saved = task.state_dict()
+    for beta, wanted in ((0.5, 0.25), (2.0, 2.0)):
+        again = task_of(Given, settings.Grpo, kl='reward', beta=beta, kl_target=2.0)
+        again.moved_beta = np.float32(beta)
+        again.load(saved)
+        assert again.beta == wanted
+
+
+@pytest.mark.parametrize('path', ['configs/ppo.py', 'configs/grpo.py'])
+@pytest.mark.parametrize(
+    ('said', 'wanted'),
+    [
+        ({'rl.kl': 'none'}, {'rl.kl': 'none', 'rl.beta': 0.0}),
+        ({'rl.beta': '0'}, {'rl.kl': 'none', 'rl.beta': 0.0}),
+        ({'rl.clip': 'cispo'}, {'rl.clip_high': 5.0}),
+        ({'rl.clip': 'dppo'}, {'rl.clip_high': 0.2}),
+        ({'rl.clip': 'cispo', 'rl.clip_high': '3'}, {'rl.clip_high': 3.0}),
+        ({'rl.clip_low': 'none', 'rl.truncated': 'none'}, {'rl.clip_low': 0.2}),
+    ],
+)
+def test_what_is_said_on_the_command_line_settles_the_rest(path, said, wanted):
+    c, _ = config.load(str(ROOT / path), list(said.items()))
+    (ppo if c.stage == 'ppo' else grpo).settle(c)
+    found = dict(config.leaves(c))
+    assert {key: found[key] for key in wanted} == wanted
+    assert all(found[key] is not None for key in settings.PPO if key.startswith('rl.'))
+
+
+@pytest.mark.parametrize('score', [np.float64(1e39), 10**400, math.inf])
+def test_a_score_that_float32_does_not_hold_is_named_by_its_prompt(score):
+    with pytest.raises(RunError, match="for an answer to 'two': a score must be a finite number"):
+        rewards.checked([0.5, score], ['one', 'two'], 'mine')
