@@ -332,7 +332,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 # Of PPO, by its published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
-PPO = _OURS | _SYMMETRIC | {'rl.kl': 'reward', 'rl.beta': 0.025, 'rl.truncated': 'penalty'}
+PPO = _OURS | _SYMMETRIC | {'rl.kl': 'reward', 'rl.beta': 0.03, 'rl.truncated': 'penalty'}
 CLIP_HIGH = {'cispo': 5.0, 'dppo': 0.2}  # in place of `clip`'s, where a clip is named and nothing is said of how far
 
 
@@ -357,7 +357,7 @@ class Grpo(Online):
 class Critic:
     """The critic of PPO."""
 
-    rate: float = setting(3.0, 'its learning rate, as a multiple of optim.lr', POSITIVE)
+    rate: float = setting(2.0, 'its learning rate, as a multiple of optim.lr', POSITIVE)
     warmup: int = setting(6, 'rollouts from which the critic alone learns', COUNT_OR_0)
     clip: float = setting(2.0, 'how far a value may move on one rollout, in deviations of rewards', POSITIVE)
     lam: float = setting(1.0, 'λ of GAE for its targets', PART)

@@ -194,10 +194,8 @@ def test_a_group_whose_scores_do_not_differ_weighs_nothing(advantage, kl, kept):
     found = task.weigh(rows(), np.float32([1, 1, 0, 3]), 0, 0.1)
     np.testing.assert_array_equal(found['weights_BT'], np.array(kept)[:, None] * MASK)
     assert task.told()['rl/groups_without_variance'] == 0.5
-    assert (found['advantage_BT'][0].any(), found['advantage_BT'][2].any()) == (
-        kl == 'reward' or advantage != 'group',
-        True,
-    )
+    compared = kl == 'reward' or advantage == 'reinforce++'
+    assert [found['advantage_BT'][i].any() for i in (0, 2)] == [compared, True]
 
 
 # ---- rollouts ----
@@ -226,7 +224,7 @@ def rolled(given, *, group, **rl):
     """(the task, the rows of its rollout 3) whose prompt j, drawn for the n-th time again, is [100 + 10n + j]."""
     own = {'kl': 'none', 'prompts': len(given[0][1]) // group, 'group': group, 'resample': 0, 'truncated': 'score'}
     task = task_of(Given, settings.Grpo, max_new_tokens=10, **(own | rl))
-    task.config.reward.fn, task.config.seed = 'of:nobody', 5
+    task.config.reward[Given.source], task.config.seed = 'of:nobody', 5
     task.given, task.seeds, task.width, task.means = given, [], 12, np.full(6, np.nan, np.float32)
     first = 3 * own['prompts']
     task.asked = SimpleNamespace(at=lambda j, again: (0, Question([100 + 10 * again + j - first], [9])))
