@@ -13,10 +13,10 @@ from lm import config, settings
 from lm.data.chats import Question
 from lm.errors import RunError
 from lm.rl import rewards
-from lm.runs import loading
+from lm.runs import checkpoint, loading
 from lm.runs.saved_config import Parent
 from lm.sampling.generate import Drawn
-from lm.stages import grpo, online, ppo
+from lm.stages import grpo, held_out, online, ppo
 from lm.stages.spec import Task
 
 SCORE = np.float32([1, -0.5, 2, 0.25])
@@ -330,3 +330,16 @@ def test_what_is_said_on_the_command_line_settles_the_rest(path, said, wanted):
 def test_a_score_that_float32_does_not_hold_is_named_by_its_prompt(score):
     with pytest.raises(RunError, match="for an answer to 'two': a score must be a finite number"):
         rewards.checked([0.5, score], ['one', 'two'], 'mine')
+
+
+def test_a_beginning_that_has_other_weights_now_is_none_to_compare_with(monkeypatch):
+    said = []
+    monkeypatch.setattr(loading, 'abstract_params', lambda cfg: None)
+    monkeypatch.setattr(loading, 'weights', lambda *_, **__: ({}, Parent('runs/sft', 2, 'other')))
+    monkeypatch.setattr(checkpoint, 'digest', lambda params: 'other')
+    task = SimpleNamespace(
+        config=SimpleNamespace(init_from='runs/sft'), cfg=None, began=Parent('runs/sft', 1, 'own'),
+        recorder=SimpleNamespace(say=said.append), data=SimpleNamespace(own=SimpleNamespace(sources=['one', 'two'])),
+    )  # fmt: skip
+    assert held_out._of_the_beginning(task, {}) == [{}, {}]
+    assert 'runs/sft has other weights than when this run began' in said[0]

@@ -144,6 +144,20 @@ def test_a_step_that_is_not_finite_changes_no_bit(poison):
     )
 
 
+def test_a_step_without_any_gradient_changes_no_bit():
+    """Momentum alone would move the weights on, and Muon's update has one size."""
+    optimizer = optim.adamw(lambda _: 0.1, **ADAMW)
+    step = jax.jit(training.make_step(toy_loss(), optimizer, clip=1.0, microbatches=2))
+    state, _ = step(toy_state(optimizer), toy_batch())
+    idle = toy_batch()
+    idle['weights_BT'][:] = 0
+    after, metrics = step(state, idle)
+    assert (metrics['skipped'], metrics['grad_norm'], metrics['loss'], after.step) == (0, 0, 0, state.step + 1)
+    jax.tree.map(
+        np.testing.assert_array_equal, *jax.device_get(((after.trainable, after.opt), (state.trainable, state.opt)))
+    )
+
+
 def test_the_global_norm_is_clipped_and_logged_as_it_was():
     (free, metrics), (clipped, same) = (run(toy_loss(), toy_batch(), clip=c) for c in (1e9, 0.05))
     moved = [np.linalg.norm(s.trainable['policy']['score_D'] - np.arange(1.0, 4.0)) / 0.1 for s in (free, clipped)]
