@@ -150,7 +150,7 @@ def test_a_step_without_any_gradient_changes_no_bit():
     step = jax.jit(training.make_step(toy_loss(), optimizer, clip=1.0, microbatches=2))
     state, _ = step(toy_state(optimizer), toy_batch())
     idle = toy_batch()
-    idle['weights_BT'][:] = 0
+    idle['weights_BT'][:] = idle['rows_B'][:] = 0
     after, metrics = step(state, idle)
     assert (metrics['skipped'], metrics['grad_norm'], metrics['loss'], after.step) == (0, 0, 0, state.step + 1)
     jax.tree.map(
