@@ -332,7 +332,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 # Of PPO, by its published details (Huang et al., 2024): k1 in the reward, −1 for a response that does not end.
-PPO = _OURS | _SYMMETRIC | {'rl.kl': 'reward', 'rl.beta': 0.02, 'rl.truncated': 'penalty'}
+PPO = _OURS | _SYMMETRIC | {'rl.kl': 'reward', 'rl.beta': 0.025, 'rl.truncated': 'penalty'}
 CLIP_HIGH = {'cispo': 5.0, 'dppo': 0.2}  # in place of `clip`'s, where a clip is named and nothing is said of how far
 
 

@@ -173,8 +173,8 @@ def checked(scores: Any, prompts: Sequence[str], name: str) -> np.ndarray:
         got = 'no list' if found is None else f'{len(found)} scores'
         raise RunError(f'{name} gave {got} for {len(prompts)} responses: it must give a number for each')
     for score, prompt in zip(found, prompts, strict=True):
-        number = isinstance(score, int | float | np.number) and abs(score) < FLOAT32_END
-        if not number:
+        value = score.item() if isinstance(score, np.number) else score  # a float32's range ends below the bound
+        if not isinstance(value, int | float) or not abs(value) < FLOAT32_END:
             raise RunError(f'{name} gave {score!r} for an answer to {prompt[:80]!r}: a score must be a finite number')
     return np.asarray(found, np.float32)
 
