@@ -252,7 +252,8 @@ def test_the_commands_know_the_run(learn, tmp_path, call, dialogues, monkeypatch
     assert status == 0 and out
     status, out, err = call('evaluate', run, '--rows=4', '--max_new_tokens=2')
     assert status == 0 and one_object(out)['stage'] == 'ppo', err
-    words = dialogues.argv('ppo', None, init_from=str(dialogues.run('sft')), reward_from=str(dialogues.run('reward')))
+    own = {'data__mixture': 'chats.jsonl', 'init_from': str(dialogues.run('sft'))}
+    words = dialogues.argv('ppo', None, **own, reward_from=str(dialogues.run('reward')), rl__max_new_tokens=8)
     status, out, err = call('inspect', *words, '--rows=1')
     assert status == 0 and 'prompt 0 of' in out and "the data's answer: " in out, err
 
