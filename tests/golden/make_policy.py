@@ -10,8 +10,8 @@ clips bite and no token's k3 outweighs all others. Where TRL's convention is not
 
     dapo, cispo   the divisor is the tokens of the whole generation batch over the steps that it is cut into, so that a
                   step is not divided by its own tokens: `halves` are two such steps. Ours are the tokens of the step.
-    grpo, dr_grpo a response that is masked because it was cut still counts in the divisor: `masked` has one. Ours
-                  divides by the responses that count.
+    grpo          a response that is masked because it was cut still counts in the divisor: `masked` has one. Ours
+                  divides by the responses that count. (dr_grpo's divisor is a constant there and here.)
     k3            times the importance ratio that the surrogate has, so with importance_sampling_level='sequence' times
                   the response's (`gspo_k3`); ours is times the token's.
     cispo         epsilon_high is the bound of the ratio itself and no distance from 1; ours is the same.
