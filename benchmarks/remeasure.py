@@ -29,7 +29,7 @@ MARKED = re.compile(r'(<!-- remeasure: (\w+)[^\n]*-->\n)(.*?)(<!-- end -->)', re
 COMPARED = ('steps', 'batch_size', 'seq_len', 'seed', 'z_loss', 'nll', 'model', 'optim', 'data.mixture', 'data.replay')
 QUESTION = 'What does CreateDefaultVpc do in EC2?'
 WIDTH = 110  # characters of a line of the output
-LAST = 10  # rollouts over which a figure of them is averaged
+LAST = 4  # rollouts that metrics.jsonl tells of, over which a figure of them is averaged
 EVALUATION = re.compile(r'step \d+: ')
 
 
@@ -145,7 +145,7 @@ def evaluated(folder: Path, names: Sequence[str], reward: str | None = None) -> 
     newest = max((folder / name / 'metrics.jsonl').stat().st_mtime for name in names)
     if not kept.exists() or kept.stat().st_mtime < newest:
         command = [sys.executable, '-m', 'lm.evaluate', *(str(folder / name) for name in names), '--rows', '512']
-        command += [f'--reward_from={folder / reward}'] if reward else []
+        command += [f'--reward_from={folder / reward}', '--tasks=answers,heldout,rewards'] if reward else []
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise RunError(f'lm.evaluate ended with status {done.returncode}: what it said stands above')

@@ -88,7 +88,7 @@ def write_evaluation(folder, names):
                 '| `runs/reward` | 125 s |  |  | – / 91 % |  |  |',
             ],
         ),
-        ('rewards', ['| `runs/ppo` | 152 s | +.49 | 75 % | 2.1 | 44 % | .05 | 1.327 / 1.752 |']),
+        ('rewards', ['| `runs/ppo` | 152 s | +.49 | 75 % | 2.2 | 44 % | .05 | 1.327 / 1.752 |']),
         (
             'pretrain',
             [
