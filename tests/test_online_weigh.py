@@ -204,14 +204,14 @@ def test_a_group_whose_scores_do_not_differ_weighs_nothing(advantage, kl, kept):
 class Given(online.Online):
     """Draws what it is given, one list after the other; an advantage is the score."""
 
-    source = 'fn'
+    source, failures = 'fn', 2
 
     def draw(self, policy, asked, seed):
         self.seeds.append(list(seed))
         return self.given[len(self.seeds) - 1][0]
 
     def scores(self, models, asked, drawn):
-        return {self.source: np.float32(self.given[len(self.seeds) - 1][1])}, Counter(judge_failed=2)
+        return {self.source: np.float32(self.given[len(self.seeds) - 1][1])}, Counter(judge_failed=self.failures)
 
     def measured(self, models, rows):
         return {'old_BT': rows['sampler_BT']}
@@ -289,10 +289,10 @@ def test_what_is_told_of_a_rollout_is_of_what_it_became(monkeypatch):
     task, found = rolled(given, group=2, resample=1)
     assert task.told()['rl/exact'] == task.told()['rl/reward'] == 0.75
     assert task.told()['rl/judge_failed'] == 4
-    task.config.reward.normalise, task.seeds = True, []
+    task.config.reward.normalise, task.seeds, task.failures = True, [], 0
     found = task.roll_out(SimpleNamespace(trainable={'policy': None}, frozen={}), 3)
     close(found['advantage_BT'][:, 0], (np.array([1, 1, 1, 0]) - 0.75) / np.std([1, 1, 1, 0]))
-    assert task.told()['rl/reward'] == task.means[-1] == 0.75
+    assert task.told()['rl/reward'] == task.means[-1] == 0.75 and task.told()['rl/judge_failed'] == 0
 
 
 def test_a_beta_that_was_set_anew_begins_anew():

@@ -231,7 +231,8 @@ class Online(Task):
                 break
             others, more = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
             good = ~self._same(rewards.combined(others.scores, c))
-            found, failed = found.filled(wanted, others, good, rl.group), failed + more
+            found = found.filled(wanted, others, good, rl.group)
+            failed.update(more)
         ended, score = np.array([d.ended for d in found.drawn]), rewards.combined(found.scores, c)
         rows = self.rows_of(found)
         rows |= self.measured(models, rows)
