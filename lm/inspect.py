@@ -233,7 +233,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         tell(console, data.text)
     if of_pairs:
         show_pairs(console, mixture, flags.rows, data.tokenizer, [s.name for s in own])
-    elif spec.open.online:
+    elif 'rl' in config:  # it answers by itself
         room = {'seq_len': config.seq_len, 'max_new_tokens': config.rl.max_new_tokens}
         show_prompts(console, Prompts(own, **room, seed=config.seed), flags.rows, data.tokenizer)
     else:

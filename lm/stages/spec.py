@@ -185,7 +185,8 @@ class StageSpec(NamedTuple):
     output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
     # (config, tokenizer's folder or None, say) -> data: reads them, or finds them in the cache
     prepare: Callable[[Config, str | None, Say], Any]
-    open: type[Task]
+    # (config, cfg, data, prompts, recorder) -> the task
+    open: Callable[..., Task]
     # config -> None. Raises UsageError for settings that make no sense, before anything is read
     check: Callable[[Config], None] = lambda config: None
     # config -> None. Sets what the stage decides for itself where it is None, before that
