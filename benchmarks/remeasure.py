@@ -123,10 +123,14 @@ def seconds(run: Path) -> dict[str, float]:
     return spent
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What the run measured, in order."""
+    return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+
+
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """The run's own evaluations, in order."""
-    lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
-    return [line for line in lines if any(key.startswith('eval/') for key in line)]
+    return [line for line in metrics(run) if any(key.startswith('eval/') for key in line)]
 
 
 def greedy_answer(run: Path, prompt: str) -> str:
@@ -283,7 +287,7 @@ def rewards(folder: Path) -> list[str]:
 
 def online_cells(run: Path, row: Mapping[str, Any]) -> Iterator[str]:
     get = lambda name: row[f'eval/{name}']
-    far = [line['rl/kl'] for line in map(json.loads, (run / 'metrics.jsonl').open()) if 'rl/kl' in line][-LAST:]
+    far = [line['rl/kl'] for line in metrics(run) if 'rl/kl' in line][-LAST:]
     yield f'{seconds(run)["total"]:.0f} s'
     yield f'+{get("operations/reward_gain"):.2f}'.replace('+0', '+')
     yield percent(get('operations/win_rate'))

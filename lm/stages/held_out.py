@@ -19,7 +19,8 @@ HELD_OUT = 128  # prompts of each source at most that are answered for a score
 
 
 def gained(task: Any, state: training.TrainState) -> list[dict[str, float]]:
-    """Of each source, the scores of responses to its held-out prompts beside those of the policy as it began."""
+    """Returns the gains of each source: the scores of responses to its held-out prompts beside those of the policy as
+    it began."""
     models, found = {**assemble(state.trainable, state.frozen), 'policy': state.models['policy']}, []
     task.before = task.before or _of_the_beginning(task, models)
     for s, before in zip(task.data.own.sources, task.before, strict=True):
@@ -33,8 +34,8 @@ def gained(task: Any, state: training.TrainState) -> list[dict[str, float]]:
 
 
 def _of_the_beginning(task: Any, models: Roles) -> list[dict[str, np.ndarray]]:
-    """Of each source, the scores of BASELINE responses to each held-out prompt by the run that this one starts
-    from; nothing of them where that run is gone."""
+    """Scores BASELINE responses to each held-out prompt by the run that this one starts from, for each source; nothing
+    where that run is gone or has other weights now."""
     if 'reference' in models:
         first = models['reference']
     else:

@@ -226,21 +226,22 @@ class Online(Task):
         c, rl = self.config, self.config.rl
         models = assemble(state.trainable, state.frozen)
         found, failed = self._scored(models, self.questions(rollout), [c.seed, rollout])
+        score = rewards.combined(found.scores, c)
         for again in range(1, rl.resample + 1):
-            if not (wanted := self._same(rewards.combined(found.scores, c))).any():
+            if not (wanted := self._same(score)).any():
                 break
             others, more = self._scored(models, self.questions(rollout, again), [c.seed, rollout, again])
-            good = ~self._same(rewards.combined(others.scores, c))
-            found = found.filled(wanted, others, good, rl.group)
+            found = found.filled(wanted, others, ~self._same(rewards.combined(others.scores, c)), rl.group)
+            score = rewards.combined(found.scores, c)
             failed.update(more)
-        ended, score = np.array([d.ended for d in found.drawn]), rewards.combined(found.scores, c)
+        ended = np.array([d.ended for d in found.drawn])
         rows = self.rows_of(found)
         rows |= self.measured(models, rows)
-        beta = self.beta
-        self.note(**self._told(rows, found, ended), **failed, **({'beta': beta} if rl.kl == 'reward' else {}))
+        beta, told = self.beta, self._told(rows, found, ended)
+        self.note(**told, **failed, **({'beta': beta} if rl.kl == 'reward' else {}))
         if rl.kl_target:
             self._move_beta()
-        self.means = np.append(self.means[1:], np.float32(self.told()['rl/reward']))
+        self.means = np.append(self.means[1:], np.float32(told['reward']))
         if rl.truncated == 'penalty':
             score = np.where(ended, score, PENALTY)
         elif rl.truncated == 'rising':

@@ -162,7 +162,7 @@ def autotune_microbatch(
     Args:
       build: microbatch -> the compiled step.
       batch: microbatch -> a batch to time its step with; None: nothing is timed.
-      partly: batches are filled in part, so that small microbatches are worth it.
+      partly: batches are filled in part: a microbatch of half the usual least costs less than rows that hold nothing.
     """
     if config.execution.microbatch:
         return build(config.execution.microbatch), f'microbatch {config.execution.microbatch}'
