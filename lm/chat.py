@@ -43,6 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--prompt', help='answer this and leave')
     parser.add_argument('--system', help='what the assistant is told before the conversation')
     parser.add_argument('--raw', action='store_true', help='continue plain text')
+    parser.add_argument('--base', action='store_true', help='of a run that is an adapter, the model under it answers too')
     parser.add_argument('--max_new_tokens', type=whole('--max_new_tokens'), default=128)
     parser.add_argument('--temperature', type=float, help='0 is greedy')
     parser.add_argument('--top_k', type=whole('--top_k'), help='draw from the k likeliest; 0: all')
@@ -102,12 +103,17 @@ def say(line: str) -> None:
 
 def open_talkers(flags: argparse.Namespace) -> 'list[Talker]':
     """The runs, loaded. Raises UsageError if there is no such run, or none of them knows a conversation."""
+    from lm.runs import rundir, saved_config
     from lm.sampling.conversation import can_chat, open_talker
 
+    for run in flags.runs if flags.base else ():
+        if saved_config.about(rundir.read_config(run)).adapter is None:
+            raise UsageError(f'--base is for runs that are adapters, and {run} is none: leave it out')
     if not any([can_chat(run) for run in flags.runs]) and not flags.raw:
         raise UsageError('these runs were pretrained and know no conversation: add --raw to continue plain text')
     options = {'raw': flags.raw, 'system': flags.system, 'max_new_tokens': flags.max_new_tokens}
-    return [open_talker(run, warn=say, **options) for run in flags.runs]
+    asked = [(run, bare) for run in flags.runs for bare in ((False, True) if flags.base else (False,))]
+    return [open_talker(run, warn=say, bare=bare, **options) for run, bare in asked]
 
 
 def talk(flags: argparse.Namespace) -> None:

@@ -151,6 +151,21 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Factors of a low rank that are trained in place of the weights, see `lm.model.lora`."""
+
+    rank: int | None = setting(None, 'of each product; None: the weights themselves are trained', COUNT)
+    alpha: float = setting(32.0, 'the products are multiplied by alpha/rank', POSITIVE)
+    scale: str = setting('alpha/r', 'rs: by alpha/√rank', one_of('alpha/r', 'rs'))
+    targets: str | None = setting(None, "'wq,wv:8', of that rank; None: every matrix of the layers")
+    dropout: float = setting(0.0, 'part of what a product reads that is left out in training', DECAY)
+    plus: float = setting(1.0, "LoRA+: B's rate, as a multiple of A's", POSITIVE)
+    dora: bool = setting(False, 'DoRA: the lengths of the columns are trained apart')
+    start: str = setting('zero', 'pissa: from the principal components of each matrix', one_of('zero', 'pissa'))
+    merge: bool = setting(False, 'an adapter that the run starts from goes into its base; else it lies under the new')
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = setting(100, 'steps', COUNT)
     keep: int = setting(3, 'the newest that stay', COUNT)
@@ -218,12 +233,14 @@ class DialogueData(Data):
 class Sft(Pretrain):
     stage: str = setting('sft', 'of lm.stages')
     data: DialogueData = DialogueData()
+    lora: Lora = Lora()
 
 
 @dataclass(frozen=True)
 class Reward(Settings):
     stage: str = setting('reward', 'of lm.stages')
     data: DialogueData = DialogueData()
+    lora: Lora = Lora()
     centring: float = setting(1e-2, 'coefficient of (chosen + rejected)²', FROM_0)
     margins: float = setting(0.0, "what a pair's margin is multiplied by; 0: the better one need only lead", FROM_0)
 
@@ -235,6 +252,7 @@ PREFERENCES = ('dpo', 'cdpo', 'robust', 'ipo', 'simpo', 'orpo', 'kto')
 class Dpo(Settings):
     stage: str = setting('dpo', 'of lm.stages')
     data: DialogueData = DialogueData()
+    lora: Lora = Lora()
     loss: str = setting('dpo', 'of lm.losses.preference', one_of(*PREFERENCES))
     reference: str = setting('cached', 'log-probs computed once, or at each step', one_of('cached', 'live'))
     beta: float | None = setting(None, "strength of the reference; None, here and below: the loss's own", POSITIVE)
@@ -342,6 +360,7 @@ class Online(Settings):
 
     stage: str = setting('grpo', 'of lm.stages')
     data: DialogueData = DialogueData()
+    lora: Lora = Lora()
     rl: Rl = Rl()
     reward: RewardSource = RewardSource()
     reward_from: str | None = setting(None, 'DIR[@STEP] of a reward model; the critic of PPO starts from it, too')

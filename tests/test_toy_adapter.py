@@ -13,7 +13,7 @@ from running import ROOT, all_devices, assert_same, measured, params, signal_at
 
 from lm.errors import Preempted
 from lm.model import seam
-from lm.model.adapters import ADAPTERS
+from lm.model.adapters import ADAPTERS, Adapter
 from lm.runs import checkpoint, loading, rundir
 from lm.stages import STAGES, grpo, sft
 
@@ -38,7 +38,7 @@ class Scaled:
         return self.base * jnp.expand_dims(self.scale, tuple(range(self.scale.ndim - 1, self.base.ndim - 1)))
 
 
-def init(key, base):
+def init(key, base, settings):
     up = base['layers']['w_up_DF']
     return {'layers': {'w_up_DF': Scaled(jnp.ones((up.shape[0], up.shape[-1])))}}
 
@@ -50,8 +50,7 @@ def config_of(workdir):
 class Adapted(sft.Sft):
     """Fine-tuning of the factors alone."""
 
-    trains, adapter = 'adapter', 'scaled'
-    frozen = {'base': 'init_from'}
+    adapter = 'scaled'
 
 
 # ---- train, save, resume, chat, convert ----
@@ -60,7 +59,7 @@ class Adapted(sft.Sft):
 @pytest.fixture
 def adapted(dialogues, tmp_path, monkeypatch):
     """adapted(workdir, **settings) trains it, through the command."""
-    monkeypatch.setitem(ADAPTERS, 'scaled', init)
+    monkeypatch.setitem(ADAPTERS, 'scaled', Adapter(init))
     monkeypatch.setitem(STAGES, 'adapted', sft.SPEC._replace(name='adapted', open=Adapted))
     file = tmp_path / 'adapted.py'
     file.write_text((ROOT / 'configs' / 'sft.py').read_text().replace('c.steps =', "c.stage = 'adapted'; c.steps ="))
@@ -122,18 +121,14 @@ def test_another_base_is_refused(adapted, dialogues, monkeypatch):
 class Rewarded(grpo.Grpo):
     """Policy gradients of the factors alone."""
 
-    trains, adapter = 'adapter', 'scaled'
-
-    @property
-    def frozen(self):
-        return {**super().frozen, 'base': 'init_from'}
+    adapter = 'scaled'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kl', ['reward', 'full'])
 def test_the_reference_of_an_adapter_is_its_base(dialogues, tmp_path, monkeypatch, kl):
     """No second copy is held, and at first the policy is the reference."""
-    monkeypatch.setitem(ADAPTERS, 'scaled', init)
+    monkeypatch.setitem(ADAPTERS, 'scaled', Adapter(init))
     monkeypatch.setitem(STAGES, 'rewarded', grpo.SPEC._replace(name='rewarded', open=Rewarded))
     file = tmp_path / 'rewarded.py'
     file.write_text((ROOT / 'configs' / 'grpo.py').read_text().replace('c.steps =', "c.stage = 'rewarded'; c.steps ="))

@@ -1,20 +1,53 @@
 """Adapters: a few trained weights over a model that stays as it is (Houlsby et al., 2019; Hu et al., 2021).
 
-An adapter is a tree like a part of the model's, with a weight (`seam.Weight`) at each leaf that holds what is trained;
-`over(base)` gives the weight that stands in the base's place.
+An adapter is a tree like a part of the model's. At each leaf is a weight (`seam.Weight`) that holds what is trained,
+and whose `over(base)` stands in the base's place; or an array, which takes it.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-# {name: init(key, the base's parameters or their shapes) -> the adapter's tree}; a run names the one that it trains.
-ADAPTERS: dict[str, Callable[[jax.Array, Any], Any]] = {}
+from lm.model import lora, seam
+
+Settings = Mapping[str, Any]
+
+
+class Adapter(NamedTuple):
+    """A kind of adapter, with the settings of the group that has its name.
+
+    Attributes:
+      init: (key, the base's parameters, settings) -> the adapter's tree.
+      rates: (the tree, settings) -> the multiple of the learning rate for it, or for each of its parts.
+    """
+
+    init: Callable[[jax.Array, Any, Settings], Any]
+    rates: Callable[[Any, Settings], Any] = lambda tree, settings: 1.0
+
+
+# By the name that a run says it trains.
+ADAPTERS = {'lora': Adapter(lora.init, lora.rates)}
+
+
+def settings_of(config: Mapping[str, Any], name: str) -> Settings:
+    """The settings of an adapter in those of a run."""
+    return dict(config[name]) if name in config else {}
 
 
 def over(base: Any, adapter: Any) -> Any:
     """The base's tree with the adapter's leaves over its own; what the adapter leaves out stays as it is."""
     if isinstance(adapter, Mapping):
-        return {**base, **{name: over(base[name], leaf) for name, leaf in adapter.items()}}
-    return adapter.over(base)
+        return {**base, **{name: over(base.get(name), leaf) for name, leaf in adapter.items()}}
+    return adapter.over(base) if isinstance(adapter, seam.Weight) else adapter
+
+
+def merged(params: Any) -> Any:
+    """The parameters with an array in the place of each weight: those of layers are made one at a time."""
+
+    def leaf(path: Any, w: Any) -> Any:
+        if not isinstance(w, seam.Weight):
+            return w
+        return jax.lax.map(seam.dense, w) if 'layers' in [key.key for key in path] else seam.dense(w)
+
+    return jax.tree.map_with_path(leaf, params, is_leaf=lambda w: isinstance(w, seam.Weight))

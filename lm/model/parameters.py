@@ -97,6 +97,11 @@ def init_sharded(key: jax.Array, cfg: ModelConfig) -> dict[str, Any]:
     return jax.jit(partial(init, cfg=cfg), out_shardings=where)(key)
 
 
+def shapes_of_scores(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameters of a reward model beside the decoder's, as shapes and dtypes."""
+    return {row.name: jax.ShapeDtypeStruct(row.shape(cfg.sizes), jnp.float32) for row in REWARD_HEAD}
+
+
 def init_scores(key: jax.Array, cfg: ModelConfig) -> dict[str, jax.Array]:
     """The parameters of a reward model beside the decoder's."""
     return {row.name: _start(row, key, cfg) for row in REWARD_HEAD}

@@ -14,6 +14,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -26,6 +28,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
 from lm.interop.opened import Leaf, Opened, by_path
+from lm.model import parameters, seam
 from lm.model.config import ModelConfig
 from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config
 from lm.runs.saved_config import About
@@ -40,21 +43,21 @@ ITEM = 'trainable'  # what training saves its weights as
 
 
 def open_run(run: str) -> Opened:
-    """Opens 'DIR' (its newest checkpoint that holds) or 'DIR@STEP': the average of the weights if it kept one.
+    """Opens 'DIR' (its newest checkpoint that holds) or 'DIR@STEP': the average of the weights if it kept one. An
+    adapter is merged into its base, in float32, as it is read.
 
-    Every leaf is read once to verify its checksum. Raises UsageError if there is no such run or checkpoint, RunError if
-    nothing in it can be read.
+    Every leaf is read once to verify its checksum. Raises UsageError if there is no such run or checkpoint, or an
+    adapter's base has changed, RunError if nothing in it can be read.
     """
     saved, notes = rundir.read_config(run), []
-    if (adapter := saved_config.about(saved).adapter) is not None:
-        base = saved_config.parents(saved)['base'].path
-        raise UsageError(f'{run} is an adapter ({adapter}) over {base}: it cannot be converted, name {base}')
     step = checkpoint.locate(run)
     folder, asked = split_run(run)
     directory = files.absolute(folder) / 'checkpoints'
     for at in [step] if asked else checkpoint.listed(directory):
         try:
             leaves = _verified(directory / str(at), saved)
+            if saved_config.about(saved).adapter is not None:
+                leaves = _merged(saved, leaves, _open_base(saved))
             return _opened(run, saved, leaves, at, notes)
         except (ValueError, FileNotFoundError) as error:
             notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
@@ -82,10 +85,45 @@ def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step
     return found
 
 
+def _open_base(saved: Mapping[str, Any]) -> Opened:
+    """The model under an adapter. Raises UsageError if it is not what it was when the adapter was trained."""
+    base = saved_config.base_of(saved)
+    under = rundir.read_config(base.path)
+    directory = files.absolute(split_run(base.path)[0]) / 'checkpoints' / str(checkpoint.locate(base.path))
+    item, role = saved_config.weights_item(under['config']), saved_config.about(under).trains
+    now = checkpoint.saved_digest(checkpoint.read_meta(directory), item, role)
+    loading.check_digest(base, base._replace(digest=now))
+    return open_run(base.path)
+
+
+def _merged(saved: Mapping[str, Any], own: Mapping[str, Leaf], base: Opened) -> dict[str, Leaf]:
+    """The leaves of a base with an adapter's in it, each made when it is read."""
+    cfg, about = execution.model_config(saved['config'], training=False), saved_config.about(saved)
+    assert about.adapter is not None
+    plain = loading.abstract_params(cfg, 'base')
+    tree = loading.abstract_adapter(about.adapter, plain, cfg, saved['config'], scored=about.output == 'scores')
+    leaves = {name: leaf for name, leaf in base.leaves.items() if parameters.row(name) not in parameters.REWARD_HEAD}
+    is_weight = lambda x: isinstance(x, seam.Weight)
+    for path, weight in jax.tree.leaves_with_path(tree, is_leaf=is_weight):
+        name = '/'.join(key.key for key in path)
+        leaves[name] = _over(leaves[name], name, weight, own) if is_weight(weight) else own[name]
+    return leaves
+
+
+def _over(base: Leaf, name: str, weight: Any, own: Mapping[str, Leaf]) -> Leaf:
+    """The weight of an adapter over a leaf, as an array, a layer at a time."""
+
+    def read(layer: int) -> np.ndarray:
+        filled = jax.tree.map_with_path(lambda path, x: own[f'{name}/{path[-1].name}'].read(layer), weight)
+        return np.asarray(seam.dense(filled.over(jnp.asarray(base.read(layer)))))
+
+    return Leaf(base.shape, np.dtype(np.float32), base.layers, read)
+
+
 def _verified(path: epath.Path, saved: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of one checkpoint. Raises ValueError for what is missing or damaged, by name."""
     meta, leaves, item = checkpoint.read_meta(path), {}, saved_config.weights_item(saved['config'])
-    inside = (item,) if meta['layout'] == 1 else (item, saved_config.about(saved).role)
+    inside = (item,) if meta['layout'] == 1 else (item, saved_config.about(saved).trains)
     store = _Store(path / 'state')
     for key in (k for k in meta['checksums'] if k.startswith(checkpoint.leaf_key(inside))):
         names = checkpoint.leaf_names(key)[len(inside) :]
@@ -127,14 +165,15 @@ def _url(path: epath.Path) -> str:
 
 def _leaf(array: Any, names: Sequence[str], vocab_size: int) -> Leaf:
     """A leaf that reads itself, a layer at a time, without the vocabulary's padding."""
-    stacked, letters = len(names) > 1, sharding.dims_of(names[-1])
+    stacked = len(names) > 1
+    own = array.shape[1:] if stacked else array.shape
+    letters = sharding.dims_of(names[-1]) or ' ' * len(own)  # none: a number, or a field of a weight
     cut = tuple(slice(vocab_size if letter == 'V' else None) for letter in letters)
     layers = int(array.shape[0]) if stacked else None
 
     def read(layer: int) -> np.ndarray:
         return np.asarray(array[(layer, *cut) if stacked else cut or ...].read().result())
 
-    own = array.shape[1:] if stacked else array.shape
     shape = tuple(min(n, vocab_size) if part.stop else n for n, part in zip(own, cut, strict=True))
     return Leaf(tuple(map(int, shape)), np.dtype(array.dtype.numpy_dtype), layers, read)
 

@@ -40,9 +40,6 @@ def inherit_model(
             f'{parent} is a reward model, which gives scores and has not learned to speak: set init_from to the run '
             f'that it started from ({saved["init_from"]})'
         )
-    if theirs.adapter is not None and not resumed and not config.branch_from:
-        under = saved_config.parents(whole)['base'].path
-        raise UsageError(f'{parent} is an adapter ({theirs.adapter}) over {under}: set init_from={under}')
     if config.branch_from and not resumed:
         _check_branch(config, saved)
     model = base().model.to_dict() | saved['model']  # a setting newer than that run has its default

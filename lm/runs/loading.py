@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,11 @@ import jax
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import parameters
+from lm.model import adapters, parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
 from lm.model.roles import SCORED, assemble
+from lm.model.seam import Weight
 from lm.runs import checkpoint, execution, rundir, saved_config
 from lm.runs.saved_config import About, Parent
 
@@ -36,8 +38,9 @@ class Model(NamedTuple):
         return saved_config.about(self.saved)
 
 
-def load(run: str, *, warn: Callable[[str], None]) -> Model:
-    """Loads 'DIR' (its newest checkpoint that holds) or 'DIR@STEP' onto the current mesh, parameters alone.
+def load(run: str, *, warn: Callable[[str], None], bare: bool = False) -> Model:
+    """Loads 'DIR' (its newest checkpoint that holds) or 'DIR@STEP' onto the current mesh, parameters alone; with `bare`
+    those under its adapter.
 
     Raises UsageError if there is no such run or checkpoint, RunError if nothing in it can be read.
     """
@@ -45,7 +48,12 @@ def load(run: str, *, warn: Callable[[str], None]) -> Model:
     cfg = execution.model_config(saved['config'], training=False)
     with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
         reading = beside.submit(Tokenizer.load, rundir.tokenizer_folder(run))
-        params, parent = weights(run, abstract_params(cfg, saved_config.about(saved).role), warn=warn)
+        wanted = abstract_params(cfg, saved_config.about(saved).role)
+        if bare:
+            base = saved_config.base_of(saved)
+            params, parent = read_unchanged(base.path, wanted, base, warn=warn)
+        else:
+            params, parent = weights(run, wanted, warn=warn)
     try:
         tokenizer = reading.result()
     except OSError as error:
@@ -62,17 +70,23 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
     """(what a run's checkpoint has for use, whence): the average of its weights if it kept one, else the weights.
 
     Args:
-      abstract: the parameters, or some of them, as shapes and shardings.
+      abstract: the parameters, or some of them, as shapes and shardings. Those of an adapter are merged into its base,
+        unless it asks for weights with one: `abstract_parent`.
     """
     saved = rundir.read_config(run)
-    item, own, frozen = saved_config.weights_item(saved['config']), saved_config.about(saved), {}
+    item, own, frozen, wanted = saved_config.weights_item(saved['config']), saved_config.about(saved), {}, abstract
     if own.adapter is not None:
-        base = saved_config.parents(saved)['base']
-        frozen['base'] = read_unchanged(base.path, abstract, base, warn=warn)[0]
-        abstract = abstract_adapter(own.adapter, abstract)
-    step, tree, meta = checkpoint.find(run, {item: {own.trains: abstract}}, warn=warn)
-    models = assemble(tree[item], frozen)
-    return models[own.role], Parent(run, step, checkpoint.saved_digest(meta, item, own.trains))
+        cfg, under = execution.model_config(saved['config'], training=False), saved_config.base_of(saved)
+        base = _abstract_base(saved, cfg)
+        frozen['base'] = read_unchanged(under.path, base, under, warn=warn)[0]
+        wanted = abstract_adapter(own.adapter, base, cfg, saved['config'], scored=own.role in SCORED)
+    step, tree, meta = checkpoint.find(run, {item: {own.trains: wanted}}, warn=warn)
+    model = assemble(tree[item], frozen)[own.role]
+    if own.adapter is not None:
+        model = {name: model[name] for name in abstract}
+        if not any(isinstance(w, Weight) for w in jax.tree.leaves(abstract, is_leaf=lambda w: isinstance(w, Weight))):
+            model = jax.jit(adapters.merged, out_shardings=shardings_of(abstract))(model)
+    return model, Parent(run, step, checkpoint.saved_digest(meta, item, own.trains))
 
 
 def branch(
@@ -98,7 +112,13 @@ def read_unchanged(
 def check_unchanged(before: Parent | None, params: Any, now: Parent) -> None:
     """Raises UsageError if weights that were read now are not those that a run began with. Older versions took the
     digest of converted models after the cast."""
-    if before is not None and before.digest not in ('', now.digest) and checkpoint.digest(params) != before.digest:
+    if before is not None and before.digest not in ('', now.digest):
+        check_digest(before, now._replace(digest=checkpoint.digest(params)))
+
+
+def check_digest(before: Parent, now: Parent) -> None:
+    """Raises UsageError if two digests of a run differ."""
+    if before.digest not in ('', now.digest):
         raise UsageError(
             f'{now.path} has other weights than when this run began: bring them back, or begin another run'
         )
@@ -109,23 +129,38 @@ def abstract_params(cfg: ModelConfig, role: str = 'policy') -> Any:
     return with_shardings(shapes(cfg, role))
 
 
-def abstract_adapter(name: str, base: Any) -> Any:
-    """An adapter over parameters, both as shapes, dtypes and shardings on the current mesh."""
-    return with_shardings(jax.eval_shape(lambda key: ADAPTERS[name](key, base), jax.random.key(0)))
+def abstract_adapter(name: str, base: Any, cfg: ModelConfig, config: Mapping[str, Any], *, scored: bool) -> Any:
+    """An adapter over parameters, both as shapes, dtypes and shardings on the current mesh; with the score of a reward
+    model beside it."""
+    init = partial(ADAPTERS[name].init, settings=adapters.settings_of(config, name))
+    found = jax.eval_shape(init, jax.random.key(0), base)
+    return with_shardings(found | (parameters.shapes_of_scores(cfg) if scored else {}))
 
 
-def abstract_model(saved: Mapping[str, Any], cfg: ModelConfig) -> Any:
-    """Returns what `load` gives of a run with this config.json, as shapes, dtypes and shardings on the current mesh."""
-    own = saved_config.about(saved)
-    params = abstract_params(cfg, own.role)
-    if own.adapter is None:
-        return params
-    return assemble({'adapter': abstract_adapter(own.adapter, params)}, {'base': params})['policy']
+def abstract_parent(run: str, cfg: ModelConfig, role: str, *, merge: bool) -> Any:
+    """Returns what a run is read as in a role: plain parameters, or unless they are to be merged an adapter over its
+    base, as shapes, dtypes and shardings on the current mesh."""
+    if merge or (own := saved_config.about(saved := rundir.read_config(run))).adapter is None:
+        return abstract_params(cfg, role)
+    base = _abstract_base(saved, cfg)
+    adapter = abstract_adapter(own.adapter, base, cfg, saved['config'], scored=own.role in SCORED)
+    return assemble({own.trains: adapter}, {'base': base})[own.role]
+
+
+def _abstract_base(saved: Mapping[str, Any], cfg: ModelConfig) -> Any:
+    """The base of an adapter with this config.json, as shapes, dtypes and shardings on the current mesh."""
+    merge = adapters.settings_of(saved['config'], 'lora').get('merge', True)
+    return abstract_parent(saved_config.base_of(saved).path, cfg, 'base', merge=merge)
 
 
 def shapes(cfg: ModelConfig, role: str = 'policy') -> Any:
     """The parameters of a role as shapes and dtypes."""
     return parameters.shapes(cfg, scored=role in SCORED)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings in a tree of shapes."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def with_shardings(tree: Any) -> Any:

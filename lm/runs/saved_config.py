@@ -7,6 +7,7 @@ from lm import config as configs
 from lm.data.records import Kind
 from lm.errors import UsageError
 from lm.model.adapters import ADAPTERS
+from lm.model.roles import ADAPTER_OF
 
 
 class Parent(NamedTuple):
@@ -36,7 +37,7 @@ class About(NamedTuple):
     @property
     def trains(self) -> str:
         """The role of what is trained."""
-        return self.role if self.adapter is None else 'adapter'
+        return self.role if self.adapter is None else ADAPTER_OF[self.role]
 
 
 # Of the stages that older versions had: their runs do not say.
@@ -68,14 +69,13 @@ def check(saved: Mapping[str, Any]) -> None:
         own, known = about(saved), parents(saved)
         sound = all(isinstance(p.path, str) and isinstance(p.digest, str) for p in known.values())
     except (TypeError, IndexError):
-        sound, own, known = False, About('text', 'text'), {}
+        sound, own = False, About('text', 'text')
     if not sound:
         raise UsageError('is damaged (about or parents): restore it, or name another run')
     if own.output not in OUTPUTS or own.data not in get_args(Kind) or not isinstance(own.adapter, str | None):
         raise UsageError(f'has a run of {own.data} that gives {own.output}, which this version does not know')
-    if own.adapter is not None and (own.adapter not in ADAPTERS or 'base' not in known):
-        why = 'which this version does not know' if own.adapter not in ADAPTERS else 'and no base under it'
-        raise UsageError(f'has an adapter ({own.adapter}), {why}')
+    if own.adapter is not None and own.adapter not in ADAPTERS:
+        raise UsageError(f'has an adapter ({own.adapter}), which this version does not know: use a newer lm')
 
 
 def about(saved: Mapping[str, Any]) -> About:
@@ -95,6 +95,14 @@ def parents(saved: Mapping[str, Any] | None) -> dict[str, Parent]:
         return {}
     digests = {about(saved).trains: '', 'reference': saved.get('reference')}
     return {role: Parent(found[0], UNKNOWN, digest) for role, digest in digests.items() if digest is not None}
+
+
+def base_of(saved: Mapping[str, Any]) -> Parent:
+    """The run under an adapter. Raises UsageError where none is named: it was not yet read."""
+    known = parents(saved)
+    if 'base' not in known:
+        raise UsageError('a run of an adapter names no base: it ended before it had read one, run its command again')
+    return known['base']
 
 
 def pretraining_of(saved: Mapping[str, Any]) -> str | None:

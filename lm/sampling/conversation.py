@@ -81,10 +81,13 @@ def can_chat(run: str) -> bool:
     return output == 'answers'
 
 
-def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int, warn: Callable[[str], None]) -> Talker:
+def open_talker(
+    run: str, *, raw: bool, system: str | None, max_new_tokens: int, warn: Callable[[str], None], bare: bool = False
+) -> Talker:
     """Loads a run onto the current mesh, its parameters laid out once for all answers.
 
     Args:
+      bare: of an adapter, load its base alone.
       raw: it is to continue plain text. system: what it is told before a conversation.
       max_new_tokens: of an answer, to compile for.
     """
@@ -92,11 +95,11 @@ def open_talker(run: str, *, raw: bool, system: str | None, max_new_tokens: int,
     whole = rundir.read_config(run)
     saved = whole['config']
     cfg = execution.model_config(saved, training=False)
-    ahead = Ahead(generate.laid_out(loading.abstract_model(whole, cfg), cfg), cfg)
+    ahead = Ahead(generate.laid_out(loading.abstract_params(cfg), cfg), cfg)
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
-    model = loading.load(run, warn=warn)
+    model = loading.load(run, warn=warn, bare=bare)
     template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
-    talker = Talker(run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
+    talker = Talker(f'{run} without its adapter' if bare else run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
     instruct(talker, system)
     return talker
 

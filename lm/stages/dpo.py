@@ -64,7 +64,7 @@ class Dpo(pairs.PairTask):
     @property
     def frozen(self) -> Mapping[str, str]:
         live = self._taken.reference and self.config.reference == 'live'
-        return {'reference': 'init_from'} if live else {}
+        return {**super().frozen, **({'reference': 'init_from'} if live and self.adapter is None else {})}
 
     def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
         self.data, known = reference.add(self, parents)

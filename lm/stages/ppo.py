@@ -12,7 +12,7 @@ from lm import advantages
 from lm.config import Config
 from lm.losses import policy as losses
 from lm.model import parameters, sequences
-from lm.model.roles import Roles
+from lm.model.roles import ADAPTER_OF, Roles, assemble
 from lm.runs import loading
 from lm.runs.saved_config import Parent
 from lm.settings import PPO
@@ -28,26 +28,44 @@ class Ppo(online.Online):
     extra = ('value_BT', 'return_BT')
 
     @property
-    def rates(self) -> Mapping[str, float]:
-        return {'critic': self.config.critic.rate}
+    def rates(self) -> Mapping[str, Any]:
+        rates = super().rates
+        return {**rates, self._critic: jax.tree.map(lambda x: x * self.config.critic.rate, rates.get(self._critic, 1.0))}
 
     def cost(self) -> flops.Cost:
         """Those of the policy and of the critic, which has no head over the vocabulary."""
         policy = super().cost()
         return policy._replace(token=policy.token + self.lm_cost(head=False).token)
 
-    def abstract_roles(self) -> dict[str, Any]:
-        return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
+    @property
+    def _critic(self) -> str:
+        """The role of what is trained of the critic."""
+        return 'critic' if self.adapter is None else ADAPTER_OF['critic']
 
-    def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
-        weights, parents = super().begin(abstract)
-        own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), self.cfg))
-        run = self.config.reward_from or self.config.init_from
-        wanted = {name: x for name, x in abstract['critic'].items() if name not in own}
-        body, parent = loading.weights(run, wanted, warn=self.recorder.say)
-        where = {name: abstract['critic'][name].sharding for name in own}
+    @property
+    def _before(self) -> str:
+        """The role of the model under the critic's adapter."""
+        return 'reward' if self.config.reward_from else 'base'
+
+    def abstract_roles(self) -> dict[str, Any]:
+        if self.adapter is None:
+            return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
+        return {**super().abstract_roles(), self._critic: self.abstract_adapter('critic', self._before)}
+
+    def begin(
+        self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Parent]]:
+        weights, parents = super().begin(abstract, frozen)
+        own = parameters.shapes_of_scores(self.cfg)
+        wanted = {name: x for name, x in abstract[self._critic].items() if name not in own}
+        if self.adapter is None:
+            run = self.config.reward_from or self.config.init_from
+            body, parents['critic'] = loading.weights(run, wanted, warn=self.recorder.say)
+        else:
+            body = self.first_adapter(wanted, assemble({}, frozen)[self._before])
+        where = loading.shardings_of({name: abstract[self._critic][name] for name in own})
         zeros = {name: jax.device_put(np.zeros(x.shape, x.dtype), where[name]) for name, x in own.items()}
-        return {**weights, 'critic': body | zeros}, {**parents, 'critic': parent}
+        return {**weights, self._critic: body | zeros}, parents
 
     def measured(self, models: Roles, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return super().measured(models, rows) | {'value_BT': self.by_batches(models['critic'], rows, online.values)}

@@ -14,7 +14,7 @@ from lm.losses import reward
 from lm.model import parameters, sequences
 from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.roles import Roles
-from lm.runs import reward_scale, rundir, saved_config
+from lm.runs import loading, reward_scale, rundir, saved_config
 from lm.runs.saved_config import Parent
 from lm.stages import pairs
 from lm.stages.spec import Batch, StageSpec
@@ -33,16 +33,17 @@ def check(config: Config) -> None:
 class Reward(pairs.PairTask):
     """Trains the role `reward`."""
 
-    trains = 'reward'
+    makes = 'reward'
 
-    def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
-        """The body of the run it starts from, and a new score; of a reward model, both."""
-        if saved_config.about(rundir.read_config(self.config.init_from)).output == 'scores':
-            return super().first_weights(abstract)
-        own = jax.eval_shape(lambda: parameters.init_scores(jax.random.key(0), self.cfg))
-        body, parent = super().first_weights({k: v for k, v in abstract.items() if k not in own})
-        where = {name: abstract[name].sharding for name in own}
-        init = jax.jit(parameters.init_scores, static_argnums=1, out_shardings=where)
+    def first_weights(self, abstract: Any, frozen: Mapping[str, Any]) -> tuple[Any, Parent | None]:
+        """The body of the run it starts from, and a new score; of a reward model, both. Beside an adapter the score is
+        trained whole."""
+        run = self.config.init_from
+        own = {name: abstract[name] for name in parameters.shapes_of_scores(self.cfg)}
+        body, parent = super().first_weights({k: v for k, v in abstract.items() if k not in own}, frozen)
+        if saved_config.about(rundir.read_config(run)).output == 'scores':
+            return body | loading.weights(run, own, warn=self.recorder.say)[0], parent
+        init = jax.jit(parameters.init_scores, static_argnums=1, out_shardings=loading.shardings_of(own))
         return body | init(jax.random.key(self.config.seed), self.cfg), parent
 
     def loss(self) -> training.Loss:

@@ -210,7 +210,7 @@ def abstract_state(task: Task, optimizer: Any) -> training.TrainState:
     """The state, with what the step only reads, as shapes and shardings."""
     ema = task.config.optim.ema is not None
     state = plan.abstract_state(task.abstract_roles(), optimizer, task.config.seed, ema=ema)
-    return dataclasses.replace(state, frozen={role: loading.abstract_params(task.cfg, role) for role in task.frozen})
+    return dataclasses.replace(state, frozen={role: task.abstract_frozen(role) for role in task.frozen})
 
 
 def abstract_saved(task: Task, abstract: training.TrainState) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def start(
     recorder.rewind(0 if newest is None else newest[0])
     if newest is None and not config.branch_from:
         create = jax.jit(lambda p: training.create(p, {}, optimizer, config.seed, ema=config.optim.ema is not None))
-        weights, began = task.begin(abstract.trainable)
+        weights, began = task.begin(abstract.trainable, frozen)
         return dataclasses.replace(create(weights), frozen=frozen), {**parents, **began, **read}
     step, tree, meta = newest or loading.branch(config.branch_from, wanted, warn=recorder.say)
     # A checkpoint of an older version lets us know only the places for tokens in the batches before, padding with them.

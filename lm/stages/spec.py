@@ -8,6 +8,7 @@ import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,9 +18,10 @@ import numpy as np
 from lm.config import Config
 from lm.data.prompts import Prompt
 from lm.data.records import Kind
-from lm.model import parameters
+from lm.model import adapters, parameters
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
+from lm.model.roles import ADAPTER_OF, SCORED
 from lm.runs import loading, saved_config
 from lm.runs.saved_config import Parent
 from lm.stages import plan
@@ -52,8 +54,7 @@ class Task(abc.ABC):
     prompts: Sequence[Prompt] = ()
     recorder: Recorder = field(default_factory=Recorder)
 
-    trains: ClassVar[str] = 'policy'  # the role of what is trained; 'adapter' needs a frozen 'base'
-    adapter: ClassVar[str | None] = None  # the kind of an adapter, of `adapters.ADAPTERS`
+    makes: ClassVar[str] = 'policy'  # the role of the model that is trained
     online: ClassVar[bool] = False  # whether batches depend on the state; many of their rows may then hold nothing
     until: ClassVar[tuple[str, ...]] = ()  # settings of which one has to change before a run goes on after its alarm
 
@@ -63,9 +64,19 @@ class Task(abc.ABC):
     # ---- what a step is made of ----
 
     @property
+    def adapter(self) -> str | None:
+        """The kind of the adapter that is trained, of `adapters.ADAPTERS`; None: the model's own weights are."""
+        return 'lora' if 'lora' in self.config and self.config.lora.rank else None
+
+    @property
+    def trains(self) -> str:
+        """The role of what is trained."""
+        return self.makes if self.adapter is None else ADAPTER_OF[self.makes]
+
+    @property
     def frozen(self) -> Mapping[str, str]:
         """{role of what the step reads and does not train: the setting that names the run it comes from}."""
-        return MappingProxyType({})
+        return MappingProxyType({} if self.adapter is None else {'base': 'init_from'})
 
     @abc.abstractmethod
     def loss(self) -> training.Loss:
@@ -84,26 +95,46 @@ class Task(abc.ABC):
     def abstract_roles(self) -> dict[str, Any]:
         """{role: the parameters that are trained, as shapes and shardings}: mostly of one role."""
         if self.adapter is None:
-            return {self.trains: loading.abstract_params(self.cfg, self.trains)}
-        return {self.trains: loading.abstract_adapter(self.adapter, loading.abstract_params(self.cfg, 'base'))}
+            return {self.trains: loading.abstract_params(self.cfg, self.makes)}
+        return {self.trains: self.abstract_adapter(self.makes, 'base')}
 
-    def begin(self, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
-        """({role: the weights to begin with}, {role: the run they come from}) of what is trained."""
-        weights, parent = self.first_weights(abstract[self.trains])
+    def abstract_adapter(self, makes: str, under: str) -> Any:
+        """The adapter of a model, over a role that is read, as shapes and shardings."""
+        assert self.adapter is not None
+        base = self.abstract_frozen(under)
+        return loading.abstract_adapter(self.adapter, base, self.cfg, self.config, scored=makes in SCORED)
+
+    def abstract_frozen(self, role: str) -> Any:
+        """What a role that is read has, as shapes and shardings. A base that is an adapter itself is one, over another,
+        unless it is merged."""
+        merge = role != 'base' or self.config.lora.merge
+        return loading.abstract_parent(self.config[self.frozen[role]], self.cfg, role, merge=merge)
+
+    def begin(
+        self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Parent]]:
+        """({role: the weights to begin with}, {role: the run they come from}) of what is trained, beside what is
+        read."""
+        weights, parent = self.first_weights(abstract[self.trains], frozen)
         return {self.trains: weights}, {self.trains: parent} if parent else {}
 
-    def first_weights(self, abstract: Any) -> tuple[Any, Parent | None]:
+    def first_weights(self, abstract: Any, frozen: Mapping[str, Any]) -> tuple[Any, Parent | None]:
         """(the weights to begin with, the run they come from): those of init_from, else random ones and None; of an
         adapter those that it begins with."""
         if self.adapter is not None:
-            init, base = ADAPTERS[self.adapter], loading.abstract_params(self.cfg, 'base')
-            where = jax.tree.map(lambda x: x.sharding, abstract)
-            return jax.jit(lambda key: init(key, base), out_shardings=where)(jax.random.key(self.config.seed)), None
+            return self.first_adapter(abstract, frozen['base']), None
         if not self.config.init_from:
             return parameters.init_sharded(jax.random.key(self.config.seed), self.cfg), None
         weights, parent = loading.weights(self.config.init_from, abstract, warn=self.recorder.say)
         self.recorder.say(f'weights from {self.config.init_from} at step {parent.step}')
         return weights, parent
+
+    def first_adapter(self, abstract: Any, base: Any) -> Any:
+        """An adapter as it begins, over a base."""
+        assert self.adapter is not None
+        init = partial(ADAPTERS[self.adapter].init, settings=adapters.settings_of(self.config, self.adapter))
+        init = jax.jit(init, out_shardings=loading.shardings_of(abstract))
+        return init(jax.random.key(self.config.seed), base)
 
     def cost(self) -> flops.Cost:
         """Model FLOPs of a step."""
@@ -111,13 +142,19 @@ class Task(abc.ABC):
 
     def lm_cost(self, *, head: bool = True, forwards: int = 0) -> flops.Cost:
         """Model FLOPs of training a language model, see `flops.cost`."""
-        width = self.batch()['tokens_BT'].shape[1]
-        return flops.cost(self.cfg, seq_len=width, head=head, forwards=forwards)
+        width, factors = self.batch()['tokens_BT'].shape[1], None
+        if self.adapter is not None:
+            factors = sum(x.size for x in jax.tree.leaves(self.abstract_roles()[self.trains]))
+        return flops.cost(self.cfg, seq_len=width, head=head, forwards=forwards, factors=factors)
 
     @property
-    def rates(self) -> Mapping[str, float]:
-        """{role of what is trained: the multiple of the learning rate that it has}, 1 for the others."""
-        return MappingProxyType({})
+    def rates(self) -> Mapping[str, Any]:
+        """{role of what is trained: the multiple of the learning rate for it, or for each of its parts}, 1 for the
+        others."""
+        if self.adapter is None:
+            return MappingProxyType({})
+        rates, settings = ADAPTERS[self.adapter].rates, adapters.settings_of(self.config, self.adapter)
+        return {role: rates(tree, settings) for role, tree in self.abstract_roles().items()}
 
     # ---- around the steps ----
 

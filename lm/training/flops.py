@@ -33,7 +33,9 @@ class Cost(NamedTuple):
         return tokens * self.token + targets * self.target
 
 
-def cost(cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0) -> Cost:
+def cost(
+    cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0, factors: int | None = None
+) -> Cost:
     """6N a token plus the causal half of attention, N what is multiplied: the layers' parameters that have contracted
     letters, and for a target the head; not the embedding's rows nor the norms.
 
@@ -44,14 +46,17 @@ def cost(cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0
       seq_len: tokens a row.
       head: whether there is one over the vocabulary; a reward model has none.
       forwards: how often more the tokens pass a model forward only, as the live reference of DPO.
+      factors: parameters of an adapter; the model under it then has no gradient, and its products two passes of three.
     """
     D, N, H, V = (cfg.sizes[d] for d in 'DNHV')
     _, layer = parameters.rows(cfg)
     matrices = cfg.layers * sum(math.prod(row.shape(cfg.sizes)) for row in layer if row.contracted)
     reaches = [min(window or seq_len, seq_len) for window in cfg.windows]
     seen = sum(reach - reach * reach / (2 * seq_len) for reach in reaches)  # keys, on average: a triangle, then a band
-    times = 1 + forwards / 3  # a forward pass is a third of a step
-    return Cost(times * (6 * matrices + 12 * N * H * seen), times * 6 * V * D if head else 0.0)
+    scores = 12 * N * H * seen
+    forward, backward = (2, 4) if factors is None else (2, 2)
+    token = (forward * (1 + forwards) + backward) * matrices + (1 + forwards / 3) * scores + 6 * (factors or 0)
+    return Cost(token, (forward * (1 + forwards) + backward) * V * D if head else 0.0)
 
 
 def per_token(cfg: ModelConfig, *, seq_len: int) -> float:

@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.losses.objective import measured, objective
+from lm.model import lora
 from lm.model.roles import Roles, assemble
 from lm.training import optimizer as optim
 
+DROPOUT = 1  # folded into a microbatch's key for what adapters leave out
 Batch = Mapping[str, jax.Array]
 Sums = Mapping[str, jax.Array]
 
@@ -74,7 +76,7 @@ def make_step(
     rate: optax.Schedule | None = None,
     ema: float | None = None,
     counts: np.ndarray | None = None,
-    rates: Mapping[str, float] = MappingProxyType({}),
+    rates: Mapping[str, Any] = MappingProxyType({}),
     filled: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step function, to be jitted with its state donated.
@@ -89,7 +91,7 @@ def make_step(
       counts: how many of the microbatches are computed at each step, while the batch grows; the last number holds for
         every later step. The others have weight 0. None: all of them.
       ema: decay of the average of the weights, for a state that has one.
-      rates: {role: what its updates are multiplied by}, 1 for the others.
+      rates: {role: what its updates, or each part of them, are multiplied by}, 1 for the others.
       filled: leave out the microbatches after the last that holds a token.
     """
 
@@ -116,6 +118,7 @@ def make_step(
             terms_of = lambda *args: loss.terms(*args, global_sums)
 
         def micro(trainable: Roles, part: Batch, index: jax.Array | int) -> tuple[jax.Array, Sums]:
+            trainable = lora.with_keys(trainable, jax.random.fold_in(jax.random.fold_in(key, index), DROPOUT))
             terms, metrics = on_microbatch(terms_of, trainable, part, index)
             return objective(terms, denominators, loss.coefs), {**metrics, **terms}
 
@@ -127,8 +130,8 @@ def make_step(
             learns = finite & (norm > 0)  # of no gradient at all a step of Muon's would be as large as of any
             updates: Any
             updates, opt = update(clipped(grads, norm), state.opt, state.trainable, step=state.step)
-            scaled = {role: jax.tree.map(lambda x, by=by: x * by, updates[role]) for role, by in rates.items()}
-            updates = {**updates, **scaled}
+            times = lambda by, part: jax.tree.map(lambda x: x * by, part)
+            updates = {**updates, **{role: jax.tree.map(times, by, updates[role]) for role, by in rates.items()}}
             trainable = optax.apply_updates(state.trainable, updates)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(learns, n, o), new, old)
             trainable, opt = keep(trainable, state.trainable), keep(opt, state.opt)
