@@ -43,7 +43,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--prompt', help='answer this and leave')
     parser.add_argument('--system', help='what the assistant is told before the conversation')
     parser.add_argument('--raw', action='store_true', help='continue plain text')
-    parser.add_argument('--base', action='store_true', help='of a run that is an adapter, the model under it answers too')
+    parser.add_argument(
+        '--base', action='store_true', help='of a run that is an adapter, the model under it answers too'
+    )
     parser.add_argument('--max_new_tokens', type=whole('--max_new_tokens'), default=128)
     parser.add_argument('--temperature', type=float, help='0 is greedy')
     parser.add_argument('--top_k', type=whole('--top_k'), help='draw from the k likeliest; 0: all')

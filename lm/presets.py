@@ -121,6 +121,15 @@ CONVERTED: dict[str, dict[str, dict[str, Any]]] = {
     }
 }
 
+LORA = 'lora'  # trains an adapter of the stage's model; the rates are of `configs/*.py`'s own models
+ADAPTED = {
+    'sft': {'optim.lr': 1e-2},
+    'reward': {'optim.lr': 1e-2},
+    'dpo': {'optim.lr': 1e-2},
+    'grpo': {'optim.lr': 1e-2},
+    'ppo': {'optim.lr': 1e-2},
+}
+
 HEAD_DIM, DIM_PER_LAYER, FFN_PER_DIM = 32, 32, 3
 LAPTOP_DEPTH = 4  # what the files in configs/ are tuned at
 BATCH_STEP = 8  # batches stay multiples of it, for meshes to divide
@@ -164,7 +173,9 @@ def own(arg: str, names: tuple[str, ...]) -> tuple[str | None, str]:
 
 
 def parent(stage: str, arg: str) -> str:
-    """The default folder of the run of an earlier stage with the same ARG; a converted model is its own pretraining."""
+    """The default folder of the run of an earlier stage with the same ARG, but for `lora`: an adapter lies over a whole
+    model. A converted model is its own pretraining."""
+    arg = ','.join(part for part in arg.split(',') if part != LORA)
     first = arg.partition(',')[0]
     if first in CONVERTED and stage not in CONVERTED[first]:
         return f'runs/{first}'
@@ -196,6 +207,8 @@ def apply(config: Config, arg: str) -> Config:
 
 def _preset(name: str, stage: str) -> dict[str, Any]:
     """The settings of a preset's name. Raises UsageError if there is none, or none for this stage."""
+    if name == LORA and stage in ADAPTED:
+        return {'lora.rank': 16, 'optim.name': 'adamw', 'optim.weight_decay': 0.0} | ADAPTED[stage]
     if name in PRESETS:
         return PRESETS[name]
     if name not in CONVERTED:

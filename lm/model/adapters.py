@@ -1,17 +1,29 @@
 """Adapters: a few trained weights over a model that stays as it is (Houlsby et al., 2019; Hu et al., 2021).
 
-An adapter is a tree like a part of the model's. At each leaf is a weight (`seam.Weight`) that holds what is trained,
-and whose `over(base)` stands in the base's place; or an array, which takes it.
+An adapter is a tree like a part of the model's. At each leaf is a `Part`, which holds what is trained, or an array that
+takes the place of the base's.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from lm.errors import UsageError
 from lm.model import lora, seam
+from lm.settings import Lora as lora_settings
 
 Settings = Mapping[str, Any]
+
+
+@runtime_checkable
+class Part(seam.Weight, Protocol):
+    """The protocol of an adapter's weights."""
+
+    def over(self, base: Any) -> seam.Weight:
+        """The weight that stands in the place of a base's."""
+        ...
 
 
 class Adapter(NamedTuple):
@@ -30,6 +42,15 @@ class Adapter(NamedTuple):
 ADAPTERS = {'lora': Adapter(lora.init, lora.rates)}
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raises UsageError for settings of an adapter where none is asked for."""
+    if 'lora' not in config or config['lora']['rank'] is not None:
+        return
+    for field in dataclasses.fields(lora_settings):
+        if (value := config['lora'][field.name]) != field.default:
+            raise UsageError(f'lora.{field.name}={value} does nothing without lora.rank: set that, or leave it out')
+
+
 def settings_of(config: Mapping[str, Any], name: str) -> Settings:
     """The settings of an adapter in those of a run."""
     return dict(config[name]) if name in config else {}
@@ -39,7 +60,7 @@ def over(base: Any, adapter: Any) -> Any:
     """The base's tree with the adapter's leaves over its own; what the adapter leaves out stays as it is."""
     if isinstance(adapter, Mapping):
         return {**base, **{name: over(base.get(name), leaf) for name, leaf in adapter.items()}}
-    return adapter.over(base) if isinstance(adapter, seam.Weight) else adapter
+    return adapter.over(base) if isinstance(adapter, Part) else adapter
 
 
 def merged(params: Any) -> Any:

@@ -4,6 +4,7 @@ relatives: DoRA (Liu et al., 2024), rsLoRA (Kalajdzievski, 2023), PiSSA's start 
 `init` makes the factors of a model, `Lora` is the weight that they and the matrix under them are.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -50,7 +51,7 @@ class Lora:
 
     def over(self, base: Any) -> 'Lora':
         """These factors over a weight."""
-        return self.replace(base=base)
+        return dataclasses.replace(self, base=base)
 
     def dims(self, parent: str) -> dict[str, str]:
         """The letters of each array field."""
@@ -110,8 +111,8 @@ def lengths(w: jax.Array, inputs: int) -> jax.Array:
 
 def matrices(layers: Mapping[str, Any]) -> dict[str, Param]:
     """{name in `lora.targets`: row} of what may have factors: the matrices of the layers."""
-    rows = [parameters.row(name) for name in layers]
-    return {row.name.rpartition('_')[0]: row for row in rows if row.matrix}
+    rows = [row for row in parameters.of_layers() if row.matrix and row.name in layers]
+    return {row.name.rpartition('_')[0]: row for row in rows}
 
 
 def ranks(settings: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, int]:
@@ -218,7 +219,9 @@ def with_keys(adapter: Any, key: jax.Array) -> Any:
     def keyed(i: int, leaf: Any) -> Any:
         if not (is_lora(leaf) and leaf.dropout):
             return leaf
-        return leaf.replace(key=jax.random.key_data(jax.random.split(jax.random.fold_in(key, i), leaf.a.shape[0])))
+        return dataclasses.replace(
+            leaf, key=jax.random.key_data(jax.random.split(jax.random.fold_in(key, i), leaf.a.shape[0]))
+        )
 
     return tree.unflatten([keyed(i, leaf) for i, leaf in enumerate(leaves)])
 
@@ -228,7 +231,10 @@ def rates(adapter: Any, settings: Mapping[str, Any]) -> Any:
     the constants by 0."""
 
     def of(leaf: Any) -> Any:
-        found = jax.tree.map_with_path(lambda path, x: 0.0 if path[-1].name.startswith('start') else 1.0, leaf)
-        return found.replace(b=settings['plus']) if isinstance(leaf, Lora) else 1.0
+        if not isinstance(leaf, Lora):
+            return 1.0
+        found = jax.tree.map(lambda x: 1.0, leaf)
+        constant = {} if leaf.start_a is None else {'start_a': 0.0, 'start_b': 0.0}
+        return dataclasses.replace(found, b=settings['plus'], **constant)
 
     return jax.tree.map(of, adapter, is_leaf=lambda x: isinstance(x, Lora))

@@ -62,13 +62,17 @@ def rows(cfg: ModelConfig) -> tuple[list[Param], list[Param]]:
     return own(TOP), own((*LAYER, *FEED_FORWARDS[cfg.feed_forward].rows))
 
 
+def of_layers() -> list[Param]:
+    """The rows of the layers of all models, in their order."""
+    return [*LAYER, *(row for kind in FEED_FORWARDS.values() for row in kind.rows)]
+
+
 def row(name: str) -> Param:
     """The row of a parameter of any model, by its leaf's name or path. Raises KeyError for a name of none."""
     name = name.rpartition('/')[2]
-    for table in (TOP, LAYER, REWARD_HEAD, *(kind.rows for kind in FEED_FORWARDS.values())):
-        for found in table:
-            if found.name == name:
-                return found
+    for found in (*TOP, *of_layers(), *REWARD_HEAD):
+        if found.name == name:
+            return found
     raise KeyError(f'{name} is in no row of lm/model/parameters.py')
 
 

@@ -11,7 +11,11 @@ from lm.model import adapters
 
 Roles = Mapping[str, Any]  # {role: tree of parameters}
 SCORED = ('reward', 'critic')  # roles of models that give a number a token in place of words
-ADAPTER_OF = {'policy': 'adapter', 'reward': 'reward_adapter', 'critic': 'critic_adapter'}  # {model: its adapter's role}
+ADAPTER_OF = {
+    'policy': 'adapter',
+    'reward': 'reward_adapter',
+    'critic': 'critic_adapter',
+}  # {model: its adapter's role}
 
 
 def assemble(trainable: Roles, frozen: Roles) -> dict[str, Any]:

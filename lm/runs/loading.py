@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -132,8 +131,8 @@ def abstract_params(cfg: ModelConfig, role: str = 'policy') -> Any:
 def abstract_adapter(name: str, base: Any, cfg: ModelConfig, config: Mapping[str, Any], *, scored: bool) -> Any:
     """An adapter over parameters, both as shapes, dtypes and shardings on the current mesh; with the score of a reward
     model beside it."""
-    init = partial(ADAPTERS[name].init, settings=adapters.settings_of(config, name))
-    found = jax.eval_shape(init, jax.random.key(0), base)
+    settings = adapters.settings_of(config, name)
+    found = jax.eval_shape(lambda key, base: ADAPTERS[name].init(key, base, settings), jax.random.key(0), base)
     return with_shardings(found | (parameters.shapes_of_scores(cfg) if scored else {}))
 
 

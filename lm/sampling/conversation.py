@@ -99,7 +99,8 @@ def open_talker(
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
     model = loading.load(run, warn=warn, bare=bare)
     template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
-    talker = Talker(f'{run} without its adapter' if bare else run, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
+    named = f'{run} without its adapter' if bare else run
+    talker = Talker(named, model._replace(params=lay_out(model.params, model.cfg)), template, ahead=ahead)
     instruct(talker, system)
     return talker
 

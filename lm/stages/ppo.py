@@ -29,8 +29,8 @@ class Ppo(online.Online):
 
     @property
     def rates(self) -> Mapping[str, Any]:
-        rates = super().rates
-        return {**rates, self._critic: jax.tree.map(lambda x: x * self.config.critic.rate, rates.get(self._critic, 1.0))}
+        rates, by = super().rates, self.config.critic.rate
+        return {**rates, self._critic: jax.tree.map(lambda x: x * by, rates.get(self._critic, 1.0))}
 
     def cost(self) -> flops.Cost:
         """Those of the policy and of the critic, which has no head over the vocabulary."""
@@ -52,9 +52,7 @@ class Ppo(online.Online):
             return {**super().abstract_roles(), 'critic': loading.abstract_params(self.cfg, 'critic')}
         return {**super().abstract_roles(), self._critic: self.abstract_adapter('critic', self._before)}
 
-    def begin(
-        self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Parent]]:
+    def begin(self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
         weights, parents = super().begin(abstract, frozen)
         own = parameters.shapes_of_scores(self.cfg)
         wanted = {name: x for name, x in abstract[self._critic].items() if name not in own}

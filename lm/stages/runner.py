@@ -16,7 +16,7 @@ from lm.config import Config, leaves
 from lm.data import chat_template
 from lm.data.tokenizer import find_tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import parameters
+from lm.model import adapters, parameters
 from lm.model.config import ModelConfig
 from lm.multihost import processes
 from lm.runs import checkpoint, execution, loading, rundir, saved_config
@@ -41,6 +41,7 @@ def run(
     Raises UsageError before anything is allocated, RunError and Preempted while running.
     """
     spec.settle(config)
+    adapters.check(config)
     spec.check(config)
     found = rundir.open_workdir(config, workdir)
     with sharding.use_mesh(config.mesh) as mesh:
@@ -145,7 +146,7 @@ def _fit(
     fitting.check_compiled(config, cfg, abstract, step)
     rundir.write_config(workdir, config, parents, **kept)  # a run that is killed now has its microbatch
     recorder.settings = config.to_dict()
-    for line in (*describe_run(config, cfg, tokens=_tokens(task.batch())), told):
+    for line in (*describe_run(task, tokens=_tokens(task.batch())), told):
         recorder.say(line)
     with progress.task('loading the weights'):
         state, parents = start(task, workdir, abstract, optimizer, parents)
@@ -165,13 +166,16 @@ def _fit(
     recorder.status('done', config.steps)
 
 
-def describe_run(config: Config, cfg: ModelConfig, *, tokens: int) -> list[str]:
+def describe_run(task: Task, *, tokens: int) -> list[str]:
     """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
+    config, cfg = task.config, task.cfg
     count, planned = fitting.count(parameters.shapes(cfg)), plan.planned_tokens(config, tokens)
+    trained = fitting.count(task.abstract_roles())
+    told = '' if task.adapter is None else f' under {trained:,} of an adapter, which alone are trained'
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     return [
         f'attention: {execution.told(config, cfg)}',
-        f'{count:,} parameters, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
+        f'{count:,} parameters{told}, {planned:,} tokens in {config.steps:,} steps, {cfg.dtype}, mesh: {mesh}',
     ]
 
 

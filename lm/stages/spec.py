@@ -8,7 +8,6 @@ import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -110,9 +109,7 @@ class Task(abc.ABC):
         merge = role != 'base' or self.config.lora.merge
         return loading.abstract_parent(self.config[self.frozen[role]], self.cfg, role, merge=merge)
 
-    def begin(
-        self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Parent]]:
+    def begin(self, abstract: Mapping[str, Any], frozen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Parent]]:
         """({role: the weights to begin with}, {role: the run they come from}) of what is trained, beside what is
         read."""
         weights, parent = self.first_weights(abstract[self.trains], frozen)
@@ -132,9 +129,9 @@ class Task(abc.ABC):
     def first_adapter(self, abstract: Any, base: Any) -> Any:
         """An adapter as it begins, over a base."""
         assert self.adapter is not None
-        init = partial(ADAPTERS[self.adapter].init, settings=adapters.settings_of(self.config, self.adapter))
-        init = jax.jit(init, out_shardings=loading.shardings_of(abstract))
-        return init(jax.random.key(self.config.seed), base)
+        init, settings = ADAPTERS[self.adapter].init, adapters.settings_of(self.config, self.adapter)
+        begin = jax.jit(lambda key, base: init(key, base, settings), out_shardings=loading.shardings_of(abstract))
+        return begin(jax.random.key(self.config.seed), base)
 
     def cost(self) -> flops.Cost:
         """Model FLOPs of a step."""

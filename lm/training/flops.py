@@ -33,9 +33,7 @@ class Cost(NamedTuple):
         return tokens * self.token + targets * self.target
 
 
-def cost(
-    cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0, factors: int | None = None
-) -> Cost:
+def cost(cfg: ModelConfig, *, seq_len: int, head: bool = True, forwards: int = 0, factors: int | None = None) -> Cost:
     """6N a token plus the causal half of attention, N what is multiplied: the layers' parameters that have contracted
     letters, and for a target the head; not the embedding's rows nor the norms.
 
