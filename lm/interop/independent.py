@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from lm.errors import UsageError, install
-from lm.interop import gguf_file, gguf_in, huggingface
+from lm.interop import gguf_file, gguf_in, huggingface, peft
 from lm.interop.gguf_file import CHUNK, READ_AS
-from lm.interop.graph import Info
+from lm.interop.graph import Fetch, Info
 from lm.interop.opened import Opened
 
 
@@ -35,6 +35,15 @@ def open_gguf(path: str | Path) -> Opened:
 
 def open_folder(path: str | Path) -> Opened:
     """A folder of Hugging Face's whose tensors the package safetensors reads."""
+    return huggingface.open_folder(path, fetch=_fetch())
+
+
+def open_adapter(path: str | Path, base: Opened) -> Opened:
+    """A model with the adapter of a folder of peft's, whose tensors the package safetensors reads."""
+    return peft.open_adapter(path, base, fetch=_fetch()).over(base)
+
+
+def _fetch() -> Fetch:
     try:
         from safetensors import safe_open
     except ImportError:
@@ -44,4 +53,4 @@ def open_folder(path: str | Path) -> Opened:
         with safe_open(str(info.path), 'np') as file:
             return file.get_tensor(info.name)
 
-    return huggingface.open_folder(path, fetch=fetch)
+    return fetch

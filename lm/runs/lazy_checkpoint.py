@@ -12,26 +12,27 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from lm import config as configs
-from lm import files, progress, sharding
+from lm import files, progress, settings, sharding
 from lm.config import Config, split_run
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
+from lm.interop.adapter import OpenedAdapter, Stack
 from lm.interop.opened import Leaf, Opened, by_path
-from lm.model import parameters, seam
+from lm.model import seam
 from lm.model.config import ModelConfig
 from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config
-from lm.runs.saved_config import About
+from lm.runs.saved_config import About, Parent
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
 CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
@@ -56,9 +57,11 @@ def open_run(run: str) -> Opened:
     for at in [step] if asked else checkpoint.listed(directory):
         try:
             leaves = _verified(directory / str(at), saved)
-            if saved_config.about(saved).adapter is not None:
-                leaves = _merged(saved, leaves, _open_base(saved))
-            return _opened(run, saved, leaves, at, notes)
+            if saved_config.about(saved).adapter is None:
+                return _opened(run, saved, leaves, at, notes)
+            own = _adapter(run, saved, leaves)
+            base = own.over(_open_base(saved))
+            return _opened(run, saved, base.leaves, at, notes)
         except (ValueError, FileNotFoundError) as error:
             notes.append(f'checkpoint {directory / str(at)} is damaged: {error}')
     raise RunError(notes[-1] if asked else f'no checkpoint in {directory} can be read: {notes[-1]}')
@@ -88,36 +91,55 @@ def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step
 def _open_base(saved: Mapping[str, Any]) -> Opened:
     """The model under an adapter. Raises UsageError if it is not what it was when the adapter was trained."""
     base = saved_config.base_of(saved)
-    under = rundir.read_config(base.path)
-    directory = files.absolute(split_run(base.path)[0]) / 'checkpoints' / str(checkpoint.locate(base.path))
-    item, role = saved_config.weights_item(under['config']), saved_config.about(under).trains
-    now = checkpoint.saved_digest(checkpoint.read_meta(directory), item, role)
-    loading.check_digest(base, base._replace(digest=now))
+    loading.check_digest(base, _parent(base.path))
     return open_run(base.path)
 
 
-def _merged(saved: Mapping[str, Any], own: Mapping[str, Leaf], base: Opened) -> dict[str, Leaf]:
-    """The leaves of a base with an adapter's in it, each made when it is read."""
+def _parent(run: str) -> Parent:
+    """A run as what weights come from, by what its checkpoint says of itself."""
+    saved, step = rundir.read_config(run), checkpoint.locate(run)
+    meta = checkpoint.read_meta(files.absolute(split_run(run)[0]) / 'checkpoints' / str(step))
+    item, role = saved_config.weights_item(saved['config']), saved_config.about(saved).trains
+    return Parent(run, step, checkpoint.saved_digest(meta, item, role))
+
+
+def open_adapter(run: str) -> tuple[OpenedAdapter, Opened]:
+    """(the adapter that 'DIR' or 'DIR@STEP' is, the model under it).
+
+    Raises UsageError if it is none, and as `open_run`; RunError if it cannot be read.
+    """
+    saved = rundir.read_config(run)
+    if saved_config.about(saved).adapter is None:
+        raise UsageError(f'{run} is no adapter, it has all of its weights: convert it to a folder or a GGUF file')
+    step = checkpoint.locate(run)
+    path = files.absolute(split_run(run)[0]) / 'checkpoints' / str(step)
+    try:
+        own = _adapter(run, saved, _verified(path, saved))
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(f'checkpoint {path} is damaged: {error}') from error
+    return own, _open_base(saved)
+
+
+def _adapter(run: str, saved: Mapping[str, Any], own: Mapping[str, Leaf]) -> OpenedAdapter:
+    """The adapter whose arrays these leaves are."""
     cfg, about = execution.model_config(saved['config'], training=False), saved_config.about(saved)
     assert about.adapter is not None
-    plain = loading.abstract_params(cfg, 'base')
-    tree = loading.abstract_adapter(about.adapter, plain, cfg, saved['config'], scored=about.output == 'scores')
-    leaves = {name: leaf for name, leaf in base.leaves.items() if parameters.row(name) not in parameters.REWARD_HEAD}
-    is_weight = lambda x: isinstance(x, seam.Weight)
+    scored = about.output == 'scores'
+    tree = loading.abstract_adapter(
+        about.adapter, loading.abstract_params(cfg, 'base'), cfg, saved['config'], scored=scored
+    )
+    is_weight, stacks, arrays = lambda x: isinstance(x, seam.Weight), {}, {}
     for path, weight in jax.tree.leaves_with_path(tree, is_leaf=is_weight):
         name = '/'.join(key.key for key in path)
-        leaves[name] = _over(leaves[name], name, weight, own) if is_weight(weight) else own[name]
-    return leaves
+        if is_weight(weight):
+            stacks[name] = Stack(cfg.layers, partial(_filled, weight, name, own))
+        else:
+            arrays[name] = own[name]
+    return OpenedAdapter(run, saved_config.base_of(saved).path, stacks, arrays, scored=scored)
 
 
-def _over(base: Leaf, name: str, weight: Any, own: Mapping[str, Leaf]) -> Leaf:
-    """The weight of an adapter over a leaf, as an array, a layer at a time."""
-
-    def read(layer: int) -> np.ndarray:
-        filled = jax.tree.map_with_path(lambda path, x: own[f'{name}/{path[-1].name}'].read(layer), weight)
-        return np.asarray(seam.dense(filled.over(jnp.asarray(base.read(layer)))))
-
-    return Leaf(base.shape, np.dtype(np.float32), base.layers, read)
+def _filled(weight: Any, name: str, own: Mapping[str, Leaf], layer: int) -> Any:
+    return jax.tree.map_with_path(lambda path, x: own[f'{name}/{path[-1].name}'].read(layer), weight)
 
 
 def _verified(path: epath.Path, saved: Mapping[str, Any]) -> dict[str, Leaf]:
@@ -226,6 +248,63 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         if opened.scored:  # scores without a scale are taken as they are
             reward_scale.write(made, 0, reward_scale.Scale(*(opened.scale or (0.0, 1.0))))
         _write_checkpoint(opened, execution.model_config(config, training=False), made / 'checkpoints' / '0')
+
+
+def write_adapter_run(adapter: OpenedAdapter, base: str, workdir: epath.PathLike) -> None:
+    """Writes a run that is an adapter over the run `base`, with one checkpoint, 0; it appears at once or not at all.
+
+    Raises UsageError if `workdir` exists, RunError if it cannot be written.
+    """
+    workdir, under = files.absolute(workdir), rundir.read_config(base)
+    if workdir.exists():
+        raise UsageError(f'{workdir} exists: name a new folder')
+    about = saved_config.about(under)._replace(adapter='lora')
+    about = about._replace(data='pairs', output='scores') if adapter.scored else about
+    stage = 'reward' if adapter.scored else 'sft'
+    config = configs.base({'reward': settings.Reward, 'sft': settings.Sft}[stage])
+    config.model.update({key: value for key, value in under['config']['model'].items() if key in config.model})
+    config.stage, config.steps, config.init_from, config.seq_len = stage, 0, base, under['config']['seq_len']
+    config.lora.update(_lora_of(adapter))
+    cfg = execution.model_config(config, training=False)
+    wanted = loading.abstract_adapter('lora', loading.abstract_params(cfg, 'base'), cfg, config, scored=adapter.scored)
+    tree = jax.tree.map_with_path(partial(_placed, adapter, config), wanted)
+    parent = _parent(base)
+    with files.new_folder(workdir) as made:
+        tokenizer = epath.Path(rundir.tokenizer_folder(base))
+        for path in tokenizer.iterdir():
+            files.write_bytes(made / 'tokenizer' / path.name, path.read_bytes())
+        more = {'about': about._asdict(), 'converted_from': adapter.where, 'data': None}
+        rundir.write_config(made, config, {'base': parent}, tokenizer=under.get('tokenizer'), **more)
+        if adapter.scored:
+            reward_scale.write(made, 0, reward_scale.Scale(0.0, 1.0))
+        with checkpoint.Writer(made / 'checkpoints', keep=1) as writer:
+            writer.save(0, {ITEM: {about.trains: tree}})
+
+
+def _lora_of(adapter: OpenedAdapter) -> dict[str, Any]:
+    """The settings of the group `lora` under which a run has these factors, but for what multiplies B: `_placed`."""
+    first = {name.removeprefix('layers/').rpartition('_')[0]: stack.read(0) for name, stack in adapter.stacks.items()}
+    ranks = {name: weight.a.shape[-1] for name, weight in first.items()}
+    one = next(iter(first.values()))
+    return {
+        'rank': max(ranks.values()), 'targets': ','.join(f'{name}:{rank}' for name, rank in ranks.items()),
+        'alpha': float(one.scale * one.a.shape[-1]), 'dora': one.magnitude is not None,
+    }  # fmt: skip
+
+
+def _placed(adapter: OpenedAdapter, config: Config, path: Any, wanted: Any) -> Any:
+    """One array of an adapter on the current mesh. What multiplies the product in its file and not by the settings is
+    in B."""
+    if len(path) == 1:
+        return jax.device_put(adapter.arrays[path[0].key].read(0), wanted.sharding)
+    stack, field = adapter.stacks[f'{path[0].key}/{path[1].key}'], path[2].name
+
+    def layer(i: int) -> np.ndarray:
+        weight = stack.read(i)
+        by = weight.scale * weight.a.shape[-1] / config.lora.alpha if field == 'b' else 1.0
+        return np.asarray(vars(weight)[field] * np.float32(by))
+
+    return jax.device_put(np.stack([layer(i) for i in range(stack.layers)]), wanted.sharding)
 
 
 def _about(opened: Opened) -> About:
