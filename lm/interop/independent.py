@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.errors import UsageError, install
-from lm.interop import gguf_file, gguf_in, huggingface, peft
+from lm.interop import gguf_adapter, gguf_file, gguf_in, huggingface, peft
 from lm.interop.gguf_file import CHUNK, READ_AS
 from lm.interop.graph import Fetch, Info
 from lm.interop.opened import Opened
@@ -31,6 +31,14 @@ def open_gguf(path: str | Path) -> Opened:
         return out.reshape(info.shape)
 
     return gguf_in.open_gguf(path, fetch=fetch)
+
+
+def open_gguf_adapter(path: str | Path, base: Opened) -> Opened:
+    """A model with the adapter of a GGUF file, whose tensors the package gguf reads."""
+    gguf = gguf_file.package()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    fetch = lambda info: np.array(tensors[info.name].data).reshape(info.shape)
+    return gguf_adapter.open_adapter(path, base, fetch=fetch).over(base)
 
 
 def open_folder(path: str | Path) -> Opened:

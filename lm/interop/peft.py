@@ -10,21 +10,19 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lm import files
 from lm.errors import UsageError
-from lm.interop import families, family_config, graph
+from lm.interop import families, family_config
 from lm.interop import safetensors_file as file
-from lm.interop.adapter import OpenedAdapter, Stack
+from lm.interop.adapter import OpenedAdapter, check_factors, stack_of
 from lm.interop.graph import DTYPES, Fetch, Info
 from lm.interop.opened import Leaf, Opened
 from lm.model import parameters
-from lm.model.lora import Lora
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'  # before each name of the model
@@ -87,13 +85,12 @@ def open_adapter(path: epath.PathLike, base: Opened, *, fetch: Fetch = file.read
             found[leaf][layer][PARTS[part]] = info
     if not found:
         raise UsageError(f'{where}: has no factors in {WEIGHTS}')
-    scale_of = partial(_scale, told, where, notes)
-    names = {place: module for module, place in places.items()}
-    stacks = {}
+    names, stacks = {place: module for module, place in places.items()}, {}
+    parts = ('a', 'b', 'magnitude') if told.get('use_dora') else ('a', 'b')
     for leaf, layers in found.items():
-        _check(leaf, layers, base, told, where)
-        module_of = lambda layer, leaf=leaf: names[leaf, layer]
-        stacks[f'layers/{leaf}'] = _stack(leaf, layers, base, told, where, module_of, scale_of, fetch)
+        check_factors(leaf, layers, base, parts, where)
+        scales = {i: _scale(told, where, notes, names[leaf, i], x['a'].shape[0]) for i, x in layers.items()}
+        stacks[f'layers/{leaf}'] = stack_of(leaf, layers, base, scales, fetch, where)
     _check_targets(told, {m for m, (leaf, i) in places.items() if i in found.get(leaf, {})}, set(places), where)
     scored = bool(arrays)
     return OpenedAdapter(where, str(told.get('base_model_name_or_path')), stacks, arrays, scored, tuple(notes))
@@ -173,25 +170,6 @@ def _score(info: Info, base: Opened, where: str, fetch: Fetch) -> dict[str, Leaf
     }
 
 
-def _check(leaf: str, layers: Mapping[int, Mapping[str, Info]], base: Opened, told: Mapping[str, Any], where: str):
-    """Raises UsageError for a matrix with half of its tensors, or of another shape or kind."""
-    _, (outputs, inputs) = graph.shapes(leaf, base.model)
-    needed = {'a', 'b'} | ({'magnitude'} if told.get('use_dora') else set())
-    for parts in layers.values():
-        one = next(iter(parts.values())).name
-        if set(parts) != needed:
-            missing = sorted(needed ^ set(parts))
-            what = 'lacks' if missing[0] in needed else 'has, without use_dora,'
-            told_by = {part: name for name, part in PARTS.items()}
-            raise UsageError(f'{where}: what {one!r} belongs to {what} its {told_by[missing[0]]}')
-        rank = parts['a'].shape[0] if parts['a'].shape else 0
-        wanted = {'a': (rank, inputs), 'b': (outputs, rank), 'magnitude': (outputs,)}
-        for part, info in parts.items():
-            if info.shape != wanted[part] or not rank or info.kind not in DTYPES:
-                told_of = f'{where}: the tensor {info.name!r} is {info.kind} {info.shape}'
-                raise UsageError(f'{told_of}; {base.where} makes it {wanted[part]}')
-
-
 def _scale(told: Mapping[str, Any], where: str, notes: list[str], module: str, rank: int) -> float:
     """The factor of B·A for a module. Raises UsageError for a rank that is not the tensors', and for an alpha of 0."""
     own = {}
@@ -219,40 +197,6 @@ def _matches(pattern: str, module: str, where: str) -> bool:
         raise UsageError(f'{where}: the pattern {pattern!r} is no expression ({error})') from None
 
 
-def _stack(
-    leaf: str, layers: Mapping[int, Mapping[str, Info]], base: Opened, told: Mapping[str, Any], where: str,
-    module_of: Callable[[int], str], scale_of: Callable[[str, int], float], fetch: Fetch,
-) -> Stack:  # fmt: skip
-    """The factors of a matrix in all layers, of the largest rank that one has: the others have columns of zeros, and a
-    layer without any is left as it is."""
-    shape, _ = graph.shapes(leaf, base.model)
-    n = len(parameters.row(leaf).contracted)
-    rank = max(parts['a'].shape[0] for parts in layers.values())
-    scales = {i: scale_of(module_of(i), parts['a'].shape[0]) for i, parts in layers.items()}
-    scale = scales[min(scales)]
-    if told.get('use_dora') and len(layers) < base.model['layers']:
-        raise UsageError(f'{where}: use_dora in some layers of {leaf.rpartition("_")[0]} alone has no place here')
-
-    def read(layer: int) -> Lora:
-        a, b = np.zeros((rank, math.prod(shape[:n])), np.float32), np.zeros((math.prod(shape[n:]), rank), np.float32)
-        magnitude = None
-        if layer in layers:
-            given = {part: _finite(fetch(info).astype(np.float32), info, where) for part, info in layers[layer].items()}
-            a[: len(given['a'])] = given['a']
-            b[:, : len(given['a'])] = given['b'] * np.float32(scales[layer] / scale)
-            magnitude = given['magnitude'].reshape(shape[n:]) if 'magnitude' in given else None
-        a, b = a.T.reshape(*shape[:n], rank), b.T.reshape(rank, *shape[n:])
-        return Lora(a, b, parameters.row(leaf).contracted, scale, magnitude=magnitude)
-
-    return Stack(base.model['layers'], read)
-
-
-def _finite(x: np.ndarray, info: Info, where: str) -> np.ndarray:
-    if not np.isfinite(x).all():
-        raise UsageError(f'{where}: the tensor {info.name!r} holds values that are no numbers')
-    return x
-
-
 def _check_targets(told: Mapping[str, Any], have: set[str], all_of: set[str], where: str) -> None:
     """Raises UsageError for a module that `target_modules` names and that has no factors."""
     targets, layers = told.get('target_modules'), told.get('layers_to_transform')
@@ -271,13 +215,6 @@ def _check_targets(told: Mapping[str, Any], have: set[str], all_of: set[str], wh
 # ---- writing ----
 
 
-class Written(NamedTuple):
-    """A module of a file: its name, its tensors as they are stored."""
-
-    name: str
-    tensors: dict[str, np.ndarray]
-
-
 def write_adapter(adapter: OpenedAdapter, base: Opened, path: epath.PathLike, *, say: Callable[[str], None]) -> None:
     """Writes a folder that peft loads over the model `base` as `lm.convert` writes that; it appears at once or not at
     all. Every factor is in float32, and what multiplies it is in B where one number for all would not do.
@@ -287,27 +224,23 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: epath.PathLike, *,
     folder = epath.Path(path).expanduser()
     if folder.exists():
         raise UsageError(f'{path} exists: name a new folder')
-    family, ranks, scales = _family(base), {}, {}
-    for name, stack in adapter.stacks.items():
-        weight = stack.read(0)
-        ranks[name], scales[name] = weight.factors()[0].shape[-1], weight.scale
-    alphas = {name: scales[name] * ranks[name] for name in ranks}
-    alpha, rank = next(iter(alphas.values())), max(ranks.values())
+    family, ranks, alpha = _family(base), adapter.ranks(), adapter.alpha()
+    rank = max(ranks.values())
     modules = {name: family.layer[name.removeprefix('layers/')].removesuffix('.weight') for name in ranks}
-    written = []
-    for name, stack in adapter.stacks.items():
-        for layer in range(stack.layers):
-            place = families.LAYER_PREFIX.format(layer) + modules[name]
-            written.append(_written(place, stack.read(layer), name, scales[name] * ranks[name] / alpha))
-    tensors = {f'{PREFIX}{w.name}.{part}': x for w in written for part, x in w.tensors.items()}
+    names, tensors = {part: name for name, part in PARTS.items()}, {}
+    for name, layer, parts in adapter.stored(alpha):
+        place = PREFIX + families.LAYER_PREFIX.format(layer) + modules[name]
+        tensors |= {f'{place}.{names[part]}': x for part, x in parts.items()}
     if adapter.scored:
         tensors[f'{PREFIX}{SCORE}.weight'] = np.asarray(adapter.arrays['score_D'].read(0), np.float32)[None]
         say(f'the score has a bias of {float(adapter.arrays["bias_score"].read(0)):.6g}, which peft has no place for')
+    adapted = [name.removeprefix(PREFIX) for name in tensors if '.lora_A.' in name]
     told = {
         'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if adapter.scored else 'CAUSAL_LM', 'r': rank,
         'lora_alpha': int(alpha) if float(alpha).is_integer() else alpha, 'use_rslora': False,
-        'use_dora': any('lora_magnitude_vector' in w.tensors for w in written), 'bias': 'none',
-        'target_modules': [w.name for w in written], 'modules_to_save': [SCORE] if adapter.scored else None,
+        'use_dora': any(name.endswith(names['magnitude']) for name in tensors), 'bias': 'none',
+        'target_modules': [name.removesuffix(f'.{names["a"]}') for name in adapted],
+        'modules_to_save': [SCORE] if adapter.scored else None,
         'rank_pattern': {modules[name].rpartition('.')[2]: r for name, r in ranks.items() if r != rank},
         'fan_in_fan_out': False, 'inference_mode': True, 'init_lora_weights': True, 'lora_dropout': 0.0,
         'base_model_name_or_path': adapter.base,
@@ -319,14 +252,3 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: epath.PathLike, *,
             write(file.header({name: ('F32', x.shape) for name, x in tensors.items()}))
             for x in tensors.values():
                 write(np.ascontiguousarray(x, np.float32).tobytes())
-
-
-def _written(place: str, weight: Lora, name: str, factor: float) -> Written:
-    row = parameters.row(name)
-    a, b = (np.asarray(x, np.float32) for x in weight.factors())
-    rank = a.shape[-1]
-    assert len(row.contracted) == a.ndim - 1
-    found = {'lora_A.weight': a.reshape(-1, rank).T, 'lora_B.weight': b.reshape(rank, -1).T * np.float32(factor)}
-    if weight.magnitude is not None:
-        found['lora_magnitude_vector'] = np.asarray(weight.magnitude, np.float32).reshape(-1)
-    return Written(place, found)
