@@ -2,6 +2,7 @@
 
     python -m lm.main --config=configs/sft.py                      starts from runs/pretrain
     python -m lm.main --config=configs/sft.py:depth=6              starts from runs/pretrain-depth6
+    python -m lm.main --config=configs/sft.py:lora                 trains an adapter of rank 16 over runs/pretrain
     python -m lm.main --config=configs/sft.py:gym                  turns 2×2 matrices, for configs/grpo.py:gym
     python -m lm.main --config=configs/sft.py:smollm2              starts from runs/smollm2, which lm.convert makes
 

@@ -135,18 +135,12 @@ def gguf_file(src: str) -> str:
 # ---- reading and writing ----
 
 
-def open_model(src: str, form: str, base: str | None = None) -> Opened:
-    """Opens what lies at SRC, an adapter over the run `base`."""
+def open_model(src: str, form: str) -> Opened:
+    """Opens what lies at SRC."""
     if form == 'run':
         from lm.runs.lazy_checkpoint import open_run
 
         return open_run(src)
-    if form in ADAPTERS:
-        from lm.runs.lazy_checkpoint import open_run
-
-        assert base is not None
-        opened = open_run(base)
-        return _adapters(form).open_adapter(src, opened).over(opened)
     if form == 'huggingface':
         from lm.interop.huggingface import open_folder
 
@@ -167,18 +161,26 @@ def _adapters(form: str) -> Any:
     return peft if form == 'peft' else gguf_adapter
 
 
-def write_model(opened: Opened, flags: argparse.Namespace, form: str, say: Callable[[str], None]) -> None:
-    """Writes it as `form`; an adapter as one where that is a form of adapters, or goes into a run."""
-    dst, quantize = flags.dst, flags.quantize
+def open_over(src: str, form: str, base: str) -> Opened:
+    """Opens an adapter over a run, merged into it."""
+    from lm.runs.lazy_checkpoint import open_run
+
+    opened = open_run(base)
+    return _adapters(form).open_adapter(src, opened).over(opened)
+
+
+def write_adapter(flags: argparse.Namespace, form: str, src_form: str) -> None:
+    """Writes an adapter as one: a run's as `form`, another's as a run."""
+    from lm.runs import lazy_checkpoint
+
     if form in ADAPTERS:
-        from lm.runs.lazy_checkpoint import open_adapter
+        return _adapters(form).write_adapter(*lazy_checkpoint.open_adapter(flags.src), flags.dst, say=say)
+    adapter = _adapters(src_form).open_adapter(flags.src, lazy_checkpoint.open_run(flags.base))
+    return lazy_checkpoint.write_adapter_run(adapter, flags.base, flags.dst)
 
-        return _adapters(form).write_adapter(*open_adapter(flags.src), dst, say=say)
-    if form == 'run' and flags.base:
-        from lm.runs.lazy_checkpoint import open_run, write_adapter_run
 
-        adapter = _adapters(form_of(flags.src)).open_adapter(flags.src, open_run(flags.base))
-        return write_adapter_run(adapter, flags.base, dst)
+def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: Callable[[str], None]) -> None:
+    """Writes it as `form`."""
     if form == 'run':
         from lm.runs.lazy_checkpoint import write_run
 
@@ -192,9 +194,9 @@ def write_model(opened: Opened, flags: argparse.Namespace, form: str, say: Calla
     return write_gguf(opened, dst, quantize=quantize or 'BF16', say=say)
 
 
-def reopened(dst: str, form: str, src: str) -> Opened:
+def reopened(dst: str, form: str, src: str = '') -> Opened:
     """The model that was written, read by the format's own package, or a run with every checksum. An adapter is over
-    the base of the one that it was made of."""
+    the base of the run `src` that it was made of."""
     from lm.interop import independent
 
     if form == 'run':
@@ -241,12 +243,15 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
     check(flags, form, src_form)
     runtime.start_jax()
     with sharding.use_mesh({}, devices=jax.local_devices()[:1]):
-        opened = open_model(flags.src, src_form, flags.base)
+        opened = open_over(flags.src, src_form, flags.base) if flags.base else open_model(flags.src, src_form)
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
         with interrupts.means(f'{flags.dst} was not written'), task(f'writing {flags.dst}'):
-            write_model(opened, flags, form, say)
+            if form in ADAPTERS or (form == 'run' and flags.base):
+                write_adapter(flags, form, src_form)
+            else:
+                write_model(opened, flags.dst, form, flags.quantize, say)
         wrote = time.perf_counter() - begun
         try:
             with interrupts.means(f'{flags.dst} is whole, and was not checked'), task(f'reading {flags.dst} again'):

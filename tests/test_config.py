@@ -218,7 +218,7 @@ def test_every_setting_of_every_stage_is_declared_once_with_a_meaning():
     for kind in configs._kinds():
         for field in dataclasses.fields(kind):
             assert dataclasses.is_dataclass(field.default) or len(field.metadata['meaning']) > 3
-        assert len(configs.fields_of(kind)) < (112 if issubclass(kind, settings.Online) else 82)
+        assert len(configs.fields_of(kind)) < (121 if issubclass(kind, settings.Online) else 91)
     assert 'beta' in configs.fields_of(settings.Dpo) and 'beta' not in configs.fields_of(settings.Sft)
     assert dict(configs.leaves(configs.base(settings.Sft))).keys() == configs.fields_of(settings.Sft).keys()
 

@@ -13,11 +13,24 @@ import pytest
 
 from lm import files
 from lm.errors import RunError, UsageError
-from lm.interop import gguf_arch, gguf_file, gguf_in, gguf_out, graph, independent, tokenizer_files, tokenizers
+from lm.interop import (
+    gguf_adapter,
+    gguf_arch,
+    gguf_file,
+    gguf_in,
+    gguf_out,
+    graph,
+    independent,
+    tokenizer_files,
+    tokenizers,
+)
+from lm.interop.adapter import OpenedAdapter, Stack
 from lm.interop.opened import Leaf, Opened
 from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.model.layers import RopeScaling
+from lm.model.lora import Lora
+from lm.model.parameters import row as row_of
 
 EOS = 2  # of the vocabulary made by hand
 VOCAB = 320  # not a multiple of what tables are padded to
@@ -404,8 +417,8 @@ def our_logits(params, cfg, tokens):
     return np.asarray(transformer.logits(params, cfg, h))[0]
 
 
-def llama_cpp(path, prompt, count):
-    """(ids, log-probs) of a greedy continuation by llama.cpp, in float32."""
+def llama_cpp(path, prompt, count, adapter=None):
+    """(ids, log-probs) of a greedy continuation by llama.cpp, in float32; with an adapter's file beside the model."""
     xllamacpp = pytest.importorskip('xllamacpp')
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -415,6 +428,10 @@ def llama_cpp(path, prompt, count):
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = params.fit_params = False
     params.verbosity = 0
+    if adapter is not None:
+        info = xllamacpp.CommonAdapterLoraInfo()
+        info.path, info.scale = str(adapter), 1.0
+        params.lora_adapters = [info]
     request = {
         'prompt': prompt, 'n_predict': count, 'temperature': 0, 'n_probs': 1, 'ignore_eos': True, 'cache_prompt': False,
     }  # fmt: skip
@@ -444,3 +461,68 @@ def test_llama_cpp_says_the_same(name, tmp_path):
         said, expected = greedy(function(params, cfg, np.array(prompt + ids))[len(prompt) - 1 : -1])
         assert said == ids
         np.testing.assert_allclose(logp, expected, atol=1e-3)  # llama.cpp's GELU is a table of float16
+
+
+# ---- adapters ----
+
+
+def adapted(model, *, scale=2.0, names=('wq_DNH', 'wk_DKH', 'wo_NHD', 'w_down_FD')):
+    """An adapter of drawn factors over a model, of ranks that differ."""
+    draw = np.random.default_rng(3)
+
+    def stack(name, rank):
+        shape, n = model.leaf(f'layers/{name}').shape, len(row_of(name).contracted)
+        made = [
+            Lora(
+                *(0.2 * draw.standard_normal(x).astype(np.float32) for x in ((*shape[:n], rank), (rank, *shape[n:]))),
+                row_of(name).contracted, scale,
+            )
+            for _ in range(model.model['layers'])
+        ]  # fmt: skip
+        return Stack(len(made), made.__getitem__)
+
+    return OpenedAdapter('drawn', 'base', {f'layers/{n}': stack(n, 2 + i % 2) for i, n in enumerate(names)}, {})
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3'])
+def test_llama_cpp_says_the_same_with_an_adapter(name, tmp_path):
+    """Rotary pairs of neighbours among them, where the rows of B are turned and those of A are not."""
+    path, model, _ = write(tmp_path, name)
+    adapter, file = adapted(model), tmp_path / 'adapter.gguf'
+    gguf_adapter.write_adapter(adapter, model, file, say=lambda line: None)
+    again = gguf_adapter.open_adapter(file, model)
+    merged, back = adapter.over(model), again.over(model)
+    for leaf in adapter.stacks:
+        np.testing.assert_allclose(back.leaf(leaf).read(1), merged.leaf(leaf).read(1), atol=1e-5)
+    prompt = np.random.default_rng(1).integers(4, VOCAB, 24).tolist()
+    ids, logp = llama_cpp(path, prompt, 8, file)
+    assert (ids, logp.tolist()) != tuple(map(list, llama_cpp(path, prompt, 8)))
+    stacked = lambda x: np.stack([x.read(i) for i in range(x.layers)]) if x.layers else x.read(0)
+    cfg, params = parameters(merged.model, {leaf: stacked(x) for leaf, x in merged.leaves.items()})
+    said, expected = greedy(our_logits(params, cfg, np.array(prompt + ids))[len(prompt) - 1 : -1])
+    assert said == ids
+    np.testing.assert_allclose(logp, expected, atol=1e-3)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
+    _, model, _ = write(tmp_path, 'llama')
+    other, _ = opened('qwen3', np.float32)
+    file = tmp_path / 'adapter.gguf'
+    gguf_adapter.write_adapter(adapted(model), model, file, say=lambda line: None)
+    with pytest.raises(UsageError, match='is for the architecture llama, and .* is qwen3'):
+        gguf_adapter.open_adapter(file, other)
+    short = dataclasses.replace(model, model={**model.model, 'layers': 2})
+    with pytest.raises(UsageError, match=r'blk.2.attn_q.weight.lora_a.* is of no matrix of'):
+        gguf_adapter.open_adapter(file, short)
+    narrow = dataclasses.replace(model, model={**model.model, 'ffn_dim': 64})
+    with pytest.raises(UsageError, match=r'ffn_down.weight.lora_a.* makes it \(3, 64\)'):
+        gguf_adapter.open_adapter(file, narrow)
+    whole = adapted(model)
+    dora = Stack(3, lambda i: dataclasses.replace(whole.stacks['layers/wq_DNH'].read(i), magnitude=np.ones((4, 32))))
+    with pytest.raises(UsageError, match='DoRA has no place in a GGUF adapter'):
+        lengths = dataclasses.replace(whole, stacks={'layers/wq_DNH': dora})
+        gguf_adapter.write_adapter(lengths, model, tmp_path / 'x.gguf', say=lambda line: None)
+    with pytest.raises(UsageError, match='a reward model has no GGUF form'):
+        scored = dataclasses.replace(whole, scored=True)
+        gguf_adapter.write_adapter(scored, model, tmp_path / 'x.gguf', say=lambda line: None)
+    assert not (tmp_path / 'x.gguf').exists()

@@ -41,7 +41,7 @@ def test_a_kind_of_quantization_may_be_written_in_small_letters(word, kind):
 def test_an_unknown_kind_of_quantization_is_shown_as_it_was_typed(tmp_path):
     flags = convert.parse(['a', str(tmp_path / 'b.gguf'), '--quantize=q4km'])
     with pytest.raises(UsageError, match=r'--quantize=q4km \(did you mean Q4_K_M\?\) is not one of'):
-        convert.check(flags, 'gguf')
+        convert.check(flags, 'gguf', 'run')
 
 
 @pytest.mark.parametrize('extra', PROJECT['optional-dependencies'])

@@ -138,10 +138,10 @@ def test_the_critic_begins_as_the_reward_model_and_expects_nothing(one_device, t
     task.cfg, task.recorder = tiny, SimpleNamespace(say=print)
     task.config.init_from, task.config.reward_from = 'runs/sft', reward
     body = Parent('runs/any', 7, 'digest')
-    monkeypatch.setattr(Task, 'begin', lambda self, abstract: ({'policy': 'weights'}, {'policy': 'run'}))
+    monkeypatch.setattr(Task, 'begin', lambda self, abstract, frozen: ({'policy': 'weights'}, {'policy': 'run'}))
     monkeypatch.setattr(loading, 'weights', lambda run, wanted, warn: (dict.fromkeys(wanted, run), body))
     abstract = loading.abstract_params(tiny, 'critic')
-    weights, parents = task.begin({'critic': abstract})
+    weights, parents = task.begin({'critic': abstract}, {})
     assert weights.keys() == parents.keys() == {'policy', 'critic'} and parents['critic'] is body
     critic, heads = weights['critic'], ('score_D', 'bias_score')
     assert critic.keys() == abstract.keys()

@@ -128,7 +128,7 @@ def changed(end, by):
 @pytest.mark.parametrize(
     'tensors, settings, wanted',
     [
-        (without('lora_B.weight'), {}, 'lacks its lora_B.weight'),
+        (without('lora_B.weight'), {}, "lacks a factor 'b' beside it"),
         (lambda x: {k: v for k, v in x.items() if '.2.' not in k}, {}, 'target_modules names model.layers.2.'),
         (lambda x: {}, {}, 'has no factors'),
         (lambda x: {k.replace('layers.2', 'layers.7'): v for k, v in x.items()}, {}, 'is of no matrix of'),
@@ -142,7 +142,7 @@ def changed(end, by):
         (lambda x: x, {'init_lora_weights': 'pissa_niter_4'}, 'changed the base: save it with'),
         (lambda x: x, {'modules_to_save': ['lm_head']}, 'modules_to_save=["lm_head"]: only the score'),
         (lambda x: x, {'bias': 'all'}, 'bias="all" has no place'),
-        (lambda x: x, {'use_dora': True}, 'lacks its lora_magnitude_vector'),
+        (lambda x: x, {'use_dora': True}, "lacks a factor 'magnitude' beside it"),
         (lambda x: x, {'target_parameters': ['experts']}, 'target_parameters=["experts"] has no place'),
         (lambda x: x, {'alpha_pattern': {'(q+_)+proj': 1}}, 'repeats what repeats'),
         (lambda x: x, {'alpha_pattern': {'[': 1}}, 'is no expression'),

@@ -33,8 +33,8 @@ def adapter(folder):
 
 def test_an_adapters_folder(tmp_path, refused, lab):
     folder = adapter(tmp_path / 'a')
-    says = 'is an adapter, which changes another model: merge it first'
-    assert says in refused(convert, folder, tmp_path / 'out')
+    assert 'is an adapter over None: name the run of that' in refused(convert, folder, tmp_path / 'out')
+    says = f'is an adapter of peft: python -m lm.convert {folder} DST --base=RUN makes a run of it'
     assert says in refused(chat, folder, '--raw', '--prompt=x')
     given = lab.argv(tmp_path / 'x', config='configs/sft.py', **lab.inherited | {'init_from': folder})
     assert says in refused(lm_main, *given)
@@ -105,4 +105,5 @@ def test_a_gguf_file_that_is_no_model(tmp_path, refused):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "is of the type 'adapter', and no model: merge it" in refused(convert, tmp_path / 'a.gguf', tmp_path / 'out')
+    says = 'is an adapter over a model of the architecture llama: name the run of that with --base=RUN'
+    assert says in refused(convert, tmp_path / 'a.gguf', tmp_path / 'out')

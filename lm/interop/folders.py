@@ -21,7 +21,7 @@ def reason(path: epath.PathLike) -> str:
     if not folder.is_dir():
         return 'is neither a folder nor a .gguf file: name one'
     if (folder / ADAPTER).exists():
-        return 'is an adapter, which changes another model: merge it first (peft: merge_and_unload, save_pretrained)'
+        return f'is an adapter of peft: python -m lm.convert {folder} DST --base=RUN makes a run of it'
     if run := _run_around(folder):
         return f'is a part of the run {run}: name that'
     if inside := _models_in(folder):

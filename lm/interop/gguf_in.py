@@ -39,7 +39,7 @@ def architecture(metadata: Mapping[str, Any], where: str) -> tuple[str, Arch]:
     """The name of a file's architecture, and its table."""
     kind = metadata.get('general.type', 'model')
     if kind != 'model':
-        first = ': merge it into its model first' if kind == 'adapter' else ': name the file of the model'
+        first = ': name the run under it with --base=RUN' if kind == 'adapter' else ': name the file of the model'
         raise UsageError(f'{where}: is of the type {str(kind)[:40]!r}, and no model{first}')
     name = metadata.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHS:
