@@ -158,12 +158,12 @@ def test_ppo_trains_a_policy_and_a_critic_of_factors(dialogues, tmp_path, kind):
         reward = tmp_path / 'reward'
         dialogues.train('reward', reward, **LORA)
     run = tmp_path / 'run'
-    own = {'rl__group': 2, 'rl__prompts': 8, 'critic__warmup': 1}
+    own = {'rl__group': 2, 'rl__prompts': 8, 'critic__warmup': 0, 'steps': 6}
     init = str(dialogues.run('sft'))
-    dialogues.train('ppo', run, init_from=init, reward_from=str(reward), **ONLINE, **own, **LORA)
+    dialogues.train('ppo', run, init_from=init, reward_from=str(reward), **(ONLINE | own | LORA))
     names = {name[1] for name in saved_names(run) if name[0] == 'trainable'}
     assert names == {'adapter', 'critic_adapter'}
-    assert measured(run)[1, 'rl/kl'] == pytest.approx(0, abs=1e-5) and measured(run)[4, 'rl/kl'] != 0
+    assert measured(run)[1, 'rl/kl'] == pytest.approx(0, abs=1e-5) and measured(run)[6, 'rl/kl'] != 0
     assert set(config_of(run)['parents']) == {'base', 'reward'}
 
 
