@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -26,12 +26,15 @@ from lm import files, interrupts, runtime, sharding
 from lm.config import check_flags, nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
-from lm.interop import folders, gguf_adapter
+from lm.interop import folders
 from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
 from lm.progress import say, task
 from lm.settings import up_to
+
+if TYPE_CHECKING:
+    from lm.interop.adapter import OpenedAdapter
 
 FORMS = ('run', 'huggingface', 'gguf', 'peft', 'gguf-adapter')
 ADAPTERS = ('peft', 'gguf-adapter')
@@ -85,7 +88,7 @@ def form_of(src: str) -> str:
     if src in PACKAGED and epath.Path(src).exists():
         raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
     if src in PACKAGED or is_gguf(src):
-        return 'gguf-adapter' if Path(src).is_file() and gguf_adapter.is_adapter(src) else 'gguf'
+        return 'gguf-adapter' if Path(src).is_file() and _adapters('gguf-adapter').is_adapter(src) else 'gguf'
     folder = epath.Path(split_run(src)[0])
     config, file = {}, folder / 'config.json'
     try:
@@ -156,27 +159,28 @@ def open_model(src: str, form: str) -> Opened:
 
 def _adapters(form: str) -> Any:
     """The module that reads and writes a form of ADAPTERS."""
-    from lm.interop import peft
+    from lm.interop import gguf_adapter, peft
 
     return peft if form == 'peft' else gguf_adapter
 
 
-def open_over(src: str, form: str, base: str) -> Opened:
-    """Opens an adapter over a run, merged into it."""
-    from lm.runs.lazy_checkpoint import open_run
-
-    opened = open_run(base)
-    return _adapters(form).open_adapter(src, opened).over(opened)
-
-
-def write_adapter(flags: argparse.Namespace, form: str, src_form: str) -> None:
-    """Writes an adapter as one: a run's as `form`, another's as a run."""
+def open_adapter(flags: argparse.Namespace, src_form: str) -> 'tuple[OpenedAdapter, Opened]':
+    """(the adapter at SRC, the model under it)."""
     from lm.runs import lazy_checkpoint
 
+    if src_form == 'run':
+        return lazy_checkpoint.open_adapter(flags.src)
+    base = lazy_checkpoint.open_run(flags.base)
+    return _adapters(src_form).open_adapter(flags.src, base), base
+
+
+def write_adapter(adapter: 'OpenedAdapter', base: Opened, flags: argparse.Namespace, form: str) -> None:
+    """Writes an adapter as one: in a form of ADAPTERS, or as a run."""
     if form in ADAPTERS:
-        return _adapters(form).write_adapter(*lazy_checkpoint.open_adapter(flags.src), flags.dst, say=say)
-    adapter = _adapters(src_form).open_adapter(flags.src, lazy_checkpoint.open_run(flags.base))
-    return lazy_checkpoint.write_adapter_run(adapter, flags.base, flags.dst)
+        return _adapters(form).write_adapter(adapter, base, flags.dst, say=say)
+    from lm.runs.lazy_checkpoint import write_adapter_run
+
+    return write_adapter_run(adapter, flags.base, flags.dst)
 
 
 def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: Callable[[str], None]) -> None:
@@ -194,18 +198,19 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
     return write_gguf(opened, dst, quantize=quantize or 'BF16', say=say)
 
 
-def reopened(dst: str, form: str, src: str = '') -> Opened:
-    """The model that was written, read by the format's own package, or a run with every checksum. An adapter is over
-    the base of the run `src` that it was made of."""
+def reopened(dst: str, form: str, base: Opened | None = None) -> Opened:
+    """The model that was written, read by the format's own package, or a run with every checksum.
+
+    Args:
+      base: the model under an adapter.
+    """
     from lm.interop import independent
 
     if form == 'run':
         return open_model(dst, form)
-    if form in ADAPTERS:
-        from lm.runs.lazy_checkpoint import open_adapter
-
+    if base is not None and form in ADAPTERS:
         again = independent.open_adapter if form == 'peft' else independent.open_gguf_adapter
-        return again(dst, open_adapter(src)[1])
+        return again(dst, base)
     return independent.open_folder(dst) if form == 'huggingface' else independent.open_gguf(dst)
 
 
@@ -243,19 +248,20 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
     check(flags, form, src_form)
     runtime.start_jax()
     with sharding.use_mesh({}, devices=jax.local_devices()[:1]):
-        opened = open_over(flags.src, src_form, flags.base) if flags.base else open_model(flags.src, src_form)
+        pair = open_adapter(flags, src_form) if {form, src_form} & set(ADAPTERS) else None
+        opened = pair[0].over(pair[1]) if pair else open_model(flags.src, src_form)
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
         with interrupts.means(f'{flags.dst} was not written'), task(f'writing {flags.dst}'):
-            if form in ADAPTERS or (form == 'run' and flags.base):
-                write_adapter(flags, form, src_form)
+            if pair and form in ('run', *ADAPTERS):
+                write_adapter(*pair, flags, form)
             else:
                 write_model(opened, flags.dst, form, flags.quantize, say)
         wrote = time.perf_counter() - begun
         try:
             with interrupts.means(f'{flags.dst} is whole, and was not checked'), task(f'reading {flags.dst} again'):
-                found = agreement.compare(opened, reopened(flags.dst, form, flags.src), tokens=flags.tokens)
+                found = agreement.compare(opened, reopened(flags.dst, form, pair and pair[1]), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
     kind = (flags.quantize or 'BF16') if form == 'gguf' else None

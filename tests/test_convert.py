@@ -294,7 +294,7 @@ def test_a_checkpoint_without_its_list_falls_back_to_the_one_before(call, dialog
 
 
 def test_a_check_that_cannot_be_made_is_a_failure_that_deletes_nothing(call, dialogues, monkeypatch, tmp_path):
-    def unreadable(dst, form, src):
+    def unreadable(dst, form, base):
         raise UsageError(f'{dst} is odd')
 
     monkeypatch.setattr(convert, 'reopened', unreadable)

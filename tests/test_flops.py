@@ -30,7 +30,7 @@ CASES = {
 
 def step_of(name, **changes):
     """(the task, its step, not compiled, and what that takes) at sizes where products are nearly all."""
-    given = {**SIZES, **CASES[name], **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
+    given = {**SIZES, **CASES.get(name, {}), **changes, **({} if name == 'pretrain' else {'init_from': 'x'})}
     file = running.ROOT / 'configs' / f'{name if name in STAGES else "dpo"}.py'
     config, _ = configs.load(str(file), [(k, str(v)) for k, v in given.items()])
     config.execution.microbatch, config.execution.scan, cfg = config.batch_size, False, execution.model_config(config)
@@ -39,6 +39,20 @@ def step_of(name, **changes):
     state = runner.abstract_state(task, optimizer)
     step = training.make_step(task.loss(), optimizer, clip=config.optim.clip, rate=rate)
     return task, step, (state, task.batch())
+
+
+def test_the_flops_of_an_adapter_are_those_that_xla_counts(one_device, monkeypatch):
+    """What is frozen has no gradient, the head and the embedding neither; nothing below the first layer asks for one,
+    which is too little at any depth to be left out of ours."""
+    monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
+    task, step, arguments = step_of('sft', **{'lora.rank': 16, 'lora.merge': True})
+    cfg, (B, T) = task.cfg, arguments[1]['tokens_BT'].shape
+    masked = 12 * cfg.layers * cfg.heads * cfg.head_dim * (T / 2) * B * T
+    first = 2 * cfg.dim * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim * B * T
+    ours = task.cost().of(B * T, B * T)
+    assert counted_by_xla(step, arguments) == pytest.approx(ours + masked - first, rel=0.01)
+    whole = step_of('sft')[0].cost()
+    assert task.cost().token < 0.75 * whole.token and task.cost().target == whole.target * 2 / 3
 
 
 def counted_by_xla(step, arguments):

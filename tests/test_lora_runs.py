@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 from checks import refused
-from running import ROOT, all_devices, assert_same, lines, measured, params, signal_at
+from running import all_devices, assert_same, measured, params, signal_at
 
+from lm import config
 from lm.errors import Preempted
 from lm.model import transformer
 from lm.runs import checkpoint, execution, lazy_checkpoint, loading, rundir
-from lm.stages import STAGES
 
 LORA = {'lora__rank': 4, 'optim__lr': 1e-2}
 ONLINE = {
@@ -62,6 +62,7 @@ def test_only_the_factors_are_trained_and_saved(tuned, dialogues):
     assert ' parameters under ' in text and ' of an adapter, which alone are trained' in text
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_ends_as_one_that_did_not(tuned, dialogues, tmp_path, monkeypatch):
     options = LORA | {'lora__dropout': 0.1, 'lora__plus': 4.0, 'lora__start': 'pissa', 'lora__dora': True}
     dialogues.train('sft', tmp_path / 'whole', **options)
@@ -109,7 +110,9 @@ def test_it_is_talked_to_beside_its_base(tuned, dialogues, call, monkeypatch):
     assert status == 0, err
 
 
-@pytest.mark.parametrize('merge', [False, True], ids=['beneath', 'merged'])
+@pytest.mark.parametrize(
+    'merge', [pytest.param(False, id='beneath'), pytest.param(True, id='merged', marks=pytest.mark.slow)]
+)
 def test_an_adapter_is_built_on(tuned, dialogues, tmp_path, merge):
     """A second adapter over the first begins with what that says, and leaves it as it is."""
     run = tmp_path / 'run'
@@ -125,7 +128,7 @@ def test_an_adapter_is_built_on(tuned, dialogues, tmp_path, merge):
     assert {name[1] for name in saved_names(tmp_path / 'full') if name[0] == 'trainable'} == {'policy'}
 
 
-@pytest.mark.parametrize('reference', ['cached', 'live'])
+@pytest.mark.parametrize('reference', ['cached', pytest.param('live', marks=pytest.mark.slow)])
 def test_the_reference_of_dpo_is_the_model_without_its_adapter(dialogues, tmp_path, reference):
     run = tmp_path / 'run'
     dialogues.train('dpo', run, reference=reference, **LORA)
@@ -208,8 +211,5 @@ def test_another_base_or_none_is_refused(tuned, dialogues, tmp_path, call, monke
 
 
 def test_every_stage_after_pretraining_has_an_adapter():
-    from lm import config, settings
-
     found = {kind.__name__ for kind in config._kinds() if 'lora.rank' in config.fields_of(kind)}
-    assert found >= {'Sft', 'Reward', 'Dpo', 'Grpo', 'Ppo'} and 'Pretrain' not in found, (settings, STAGES)
-    assert (ROOT / 'configs' / 'sft.py').exists() and lines
+    assert found >= {'Sft', 'Reward', 'Dpo', 'Grpo', 'Ppo'} and 'Pretrain' not in found

@@ -34,7 +34,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str:
-    """What a file says lies under the adapter."""
+    """Names the model under the adapter as far as a file does."""
     return f'a model of the architecture {file.read_header(path).metadata.get("general.architecture")}'
 
 
@@ -110,10 +110,8 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: str | Path, *, say
     for parameter, layer, parts in adapter.stored(alpha):
         if 'magnitude' in parts:
             raise UsageError(f'{adapter.where}: DoRA has no place in a GGUF adapter: leave out --format, to merge it')
-        leaf = parameter.removeprefix('layers/')
-        shape = parameters.row(leaf), base.leaf(parameter).shape
-        outputs = shape[1][len(shape[0].contracted) :]
-        rank = len(parts['a'])
+        leaf, rank = parameter.removeprefix('layers/'), len(parts['a'])
+        outputs = base.leaf(parameter).shape[len(parameters.row(leaf).contracted) :]
         b = _turned(leaf, arch, back=False)(parts['b'].T.reshape(rank, *outputs)).reshape(rank, -1).T
         for end, x in (('.lora_a', parts['a']), ('.lora_b', b)):
             plan.append(Tensor(f'blk.{layer}.{arch.layer[leaf]}{end}', 'F32', x.shape, x.nbytes, '', 0))

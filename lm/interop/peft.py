@@ -97,7 +97,7 @@ def open_adapter(path: epath.PathLike, base: Opened, *, fetch: Fetch = file.read
 
 
 def base_of(path: epath.PathLike) -> str:
-    """What a folder's adapter_config.json says lies under the adapter."""
+    """Names the model under the adapter as a folder's adapter_config.json does."""
     return str(_config(epath.Path(path) / CONFIG).get('base_model_name_or_path'))
 
 
@@ -162,7 +162,7 @@ def _score(info: Info, base: Opened, where: str, fetch: Fetch) -> dict[str, Leaf
     """The score of a reward model; peft's has no bias."""
     dim = base.model['dim']
     if info.shape != (1, dim) or info.kind not in DTYPES:
-        raise UsageError(f'{where}: the tensor {info.name!r} is {info.kind} {info.shape}, a score is ({1}, {dim})')
+        raise UsageError(f'{where}: the tensor {info.name!r} is {info.kind} {info.shape}, a score is (1, {dim})')
     f32 = np.dtype(np.float32)
     return {
         'score_D': Leaf((dim,), f32, None, lambda _: fetch(info).astype(f32).reshape(dim)),

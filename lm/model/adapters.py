@@ -12,7 +12,7 @@ import jax
 
 from lm.errors import UsageError
 from lm.model import lora, seam
-from lm.settings import Lora as lora_settings
+from lm.settings import Lora
 
 Settings = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def check(config: Mapping[str, Any]) -> None:
     """Raises UsageError for settings of an adapter where none is asked for."""
     if 'lora' not in config or config['lora']['rank'] is not None:
         return
-    for field in dataclasses.fields(lora_settings):
+    for field in dataclasses.fields(Lora):
         if (value := config['lora'][field.name]) != field.default:
             raise UsageError(f'lora.{field.name}={value} does nothing without lora.rank: set that, or leave it out')
 

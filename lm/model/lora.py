@@ -227,8 +227,8 @@ def with_keys(adapter: Any, key: jax.Array) -> Any:
 
 
 def rates(adapter: Any, settings: Mapping[str, Any]) -> Any:
-    """What the rate of each array is multiplied by: B's by `lora.plus` (LoRA+; Hayou et al., 2024, section 4), those of
-    the constants by 0."""
+    """Returns the multiple of the learning rate for each array: `lora.plus` for B (LoRA+; Hayou et al., 2024, section
+    4), 0 for the constants."""
 
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, Lora):

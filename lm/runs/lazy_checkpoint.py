@@ -91,8 +91,8 @@ def _opened(run: str, saved: Mapping[str, Any], leaves: Mapping[str, Leaf], step
 def _open_base(saved: Mapping[str, Any]) -> Opened:
     """The model under an adapter. Raises UsageError if it is not what it was when the adapter was trained."""
     base = saved_config.base_of(saved)
-    loading.check_digest(base, _parent(base.path))
-    return open_run(base.path)
+    loading.check_digest(base, now := _parent(base.path))
+    return open_run(f'{split_run(base.path)[0]}@{now.step}')  # where it is damaged, one before it is another base
 
 
 def _parent(run: str) -> Parent:

@@ -165,8 +165,7 @@ class Online(Task):
     @property
     def frozen(self) -> Mapping[str, str]:
         reference = {'reference': 'init_from'} if self.leashed and self.adapter is None else {}
-        reward = {'reward': 'reward_from'} if self.config.reward_from else {}
-        return {**super().frozen, **reference, **reward}
+        return {**super().frozen, **reference, **({'reward': 'reward_from'} if self.config.reward_from else {})}
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         names = ('old_BT', 'sampler_BT', 'reference_BT', 'advantage_BT', *self.extra)

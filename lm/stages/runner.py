@@ -170,8 +170,9 @@ def describe_run(task: Task, *, tokens: int) -> list[str]:
     """The model, its attention, the mesh and how long it trains, a line each. `tokens` are those of a full batch."""
     config, cfg = task.config, task.cfg
     count, planned = fitting.count(parameters.shapes(cfg)), plan.planned_tokens(config, tokens)
-    trained = fitting.count(task.abstract_roles())
-    told = '' if task.adapter is None else f' under {trained:,} of an adapter, which alone are trained'
+    told = ''
+    if task.adapter is not None:
+        told = f' under {fitting.count(task.abstract_roles()):,} of an adapter, which alone are trained'
     mesh = {a: n for a, n in jax.sharding.get_mesh().shape.items() if n > 1} or 'one device'
     return [
         f'attention: {execution.told(config, cfg)}',

@@ -104,8 +104,8 @@ class Task(abc.ABC):
         return loading.abstract_adapter(self.adapter, base, self.cfg, self.config, scored=makes in SCORED)
 
     def abstract_frozen(self, role: str) -> Any:
-        """What a role that is read has, as shapes and shardings. A base that is an adapter itself is one, over another,
-        unless it is merged."""
+        """Returns the parameters of a role that is read, as shapes and shardings. A base that is an adapter itself is
+        one, over another, unless it is merged."""
         merge = role != 'base' or self.config.lora.merge
         return loading.abstract_parent(self.config[self.frozen[role]], self.cfg, role, merge=merge)
 
