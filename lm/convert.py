@@ -30,6 +30,7 @@ from lm.interop import folders
 from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.interop.tokenizer_files import dump
+from lm.model import quantized
 from lm.progress import say, task
 from lm.settings import up_to
 
@@ -46,6 +47,7 @@ MAX_TOKENS = 4096
 # something else is wrong. Of what is not quantized the logits must be the same but for the order of sums.
 MOST_KL = {
     'F16': 1e-3, 'BF16': 1e-2, 'Q8_0': 2e-2, 'Q6_K': 0.05, 'Q5_K_M': 0.3, 'Q4_K_M': 0.3, 'Q4_K_S': 0.3, 'Q4_0': 0.8,
+    'int8': 2e-2, 'int4': 0.8, 'nf4': 0.8,
 }  # fmt: skip
 MOST_DIFFERENCE = 1e-3
 
@@ -55,8 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('src', metavar='SRC', type=_place, help='a run, a Hugging Face folder, a GGUF file, or smollm2')
     parser.add_argument('dst', metavar='DST', type=_place, help='where to: a new folder, or a new file NAME.gguf')
     parser.add_argument(
-        '--quantize', metavar='KIND', type=as_written, help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …'
-    )
+        '--quantize', metavar='KIND', type=as_written,
+        help='of a GGUF file: F32 F16 BF16 Q8_0 Q4_0 Q4_K_S Q4_K_M …; of a run: int8 int4 nf4, or with groups int4:32',
+    )  # fmt: skip
     parser.add_argument('--format', choices=FORMS, help='what DST is to be, where its name and SRC leave it open')
     parser.add_argument('--base', metavar='RUN', type=_place, help='the run under an adapter of another form')
     parser.add_argument('--tokens', type=whole('--tokens'), default=256, help='of the fixed text, to check with (256)')
@@ -64,8 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def as_written(kind: str) -> str:
-    """A kind of quantization as it is written in GGUF files: q4_k_m is Q4_K_M."""
-    return next((known for known in MIXES if known.lower() == kind.lower()), kind)
+    """A kind of quantization as it is written in GGUF files and runs: q4_k_m is Q4_K_M, NF4 is nf4."""
+    return next((known for known in (*MIXES, *quantized.KINDS) if known.lower() == kind.lower()), kind)
 
 
 def _place(path: str) -> str:
@@ -107,12 +110,14 @@ def form_of(src: str) -> str:
     raise UsageError(f'{src} {folders.reason(folder)}')
 
 
-def target_form(dst: str, src_form: str, asked: str | None) -> str:
-    """The form that DST is to have. Raises UsageError if its name says otherwise than --format."""
+def target_form(dst: str, src_form: str, asked: str | None, quantize: str | None) -> str:
+    """The form that DST is to have: one that can be quantized so. Raises UsageError if its name says otherwise than
+    --format."""
     named = 'gguf' if is_gguf(dst) else None
     if asked and asked.startswith('gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
-    return asked or named or ('huggingface' if src_form == 'run' else 'run')
+    makes_run = src_form != 'run' or (quantize and quantized.is_kind(quantize))
+    return asked or named or ('run' if makes_run else 'huggingface')
 
 
 def packaged(name: str) -> str:
@@ -188,7 +193,7 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
     if form == 'run':
         from lm.runs.lazy_checkpoint import write_run
 
-        return write_run(opened, dst)
+        return write_run(opened, dst, quantize=quantize)
     if form == 'huggingface':
         from lm.interop.huggingface import write_folder
 
@@ -223,9 +228,16 @@ def check(flags: argparse.Namespace, form: str, src_form: str) -> None:
         raise UsageError(f'{flags.dst} is in a bucket: name a local DST, and copy it there')
     if epath.Path(flags.dst).exists():
         raise UsageError(f'{flags.dst} exists: name another, or remove it')
-    if flags.quantize and form != 'gguf':
-        raise UsageError(f'--quantize={flags.quantize} is for GGUF files: name DST with .gguf, or leave it out')
-    if flags.quantize and flags.quantize not in MIXES:
+    if flags.quantize and form not in ('gguf', 'run'):
+        raise UsageError(f'--quantize={flags.quantize} is for GGUF files and runs: name DST so, or leave it out')
+    if flags.quantize and form == 'run':
+        if src_form in ADAPTERS:
+            raise UsageError(f'{flags.src} is an adapter, which is not quantized: leave out --quantize')
+        quantized.parse(flags.quantize)
+    elif flags.quantize and flags.quantize not in MIXES:
+        if quantized.is_kind(flags.quantize):
+            kinds = ', '.join(MIXES)
+            raise UsageError(f'--quantize={flags.quantize} is for runs, and {flags.dst} is a GGUF file, of {kinds}')
         hint = nearest(flags.quantize, list(MIXES))
         raise UsageError(f'--quantize={flags.quantize}{hint} is not one of {", ".join(MIXES)}')
     if flags.base and src_form not in ADAPTERS:
@@ -244,7 +256,7 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
 
     begun = time.perf_counter()
     src_form = form_of(flags.src)
-    form = target_form(flags.dst, src_form, flags.format)
+    form = target_form(flags.dst, src_form, flags.format, flags.quantize)
     check(flags, form, src_form)
     runtime.start_jax()
     with sharding.use_mesh({}, devices=jax.local_devices()[:1]):
@@ -253,6 +265,8 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
         for note in opened.notes:
             say(note)
         agreement.ids_of(opened, flags.tokens)  # what has no tokenizer that fits is not written
+        if form == 'run' and flags.quantize:
+            say(quantized.told(opened.model, flags.quantize))
         with interrupts.means(f'{flags.dst} was not written'), task(f'writing {flags.dst}'):
             if pair and form in ('run', *ADAPTERS):
                 write_adapter(*pair, flags, form)
@@ -264,7 +278,7 @@ def convert(flags: argparse.Namespace) -> dict[str, Any]:
                 found = agreement.compare(opened, reopened(flags.dst, form, pair and pair[1]), tokens=flags.tokens)
         except UsageError as error:
             raise RunError(f'{flags.dst} could not be checked: {error}. It was left there') from error
-    kind = (flags.quantize or 'BF16') if form == 'gguf' else None
+    kind = (flags.quantize or 'BF16') if form == 'gguf' else flags.quantize
     told = {'src': flags.src, 'dst': flags.dst, 'form': form, 'quantize': kind, **found._asdict()}
     told |= {'seconds': round(wrote, 1), 'seconds_with_check': round(time.perf_counter() - begun, 1)}
     told |= {'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -280,7 +294,7 @@ def judge(flags: argparse.Namespace, found: Any, kind: str | None) -> None:
         line += f', the KL {found.kl:.2g} nats a token'
     if kind:
         line += f', the perplexity {found.perplexity_before:.4g} before and {found.perplexity_after:.4g} after'
-    most_kl = MOST_KL.get(kind or '')
+    most_kl = MOST_KL.get((kind or '').partition(':')[0])
     if most_kl is None or found.kl is None:
         good, most = found.largest <= MOST_DIFFERENCE, f'a difference of {MOST_DIFFERENCE}'
     else:

@@ -29,7 +29,7 @@ from lm.errors import RunError, UsageError
 from lm.interop import placed, tokenizer_files
 from lm.interop.adapter import OpenedAdapter, Stack
 from lm.interop.opened import Leaf, Opened, by_path
-from lm.model import seam
+from lm.model import parameters, quantized, seam
 from lm.model.config import ModelConfig
 from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config
 from lm.runs.saved_config import About, Parent
@@ -57,6 +57,8 @@ def open_run(run: str) -> Opened:
     for at in [step] if asked else checkpoint.listed(directory):
         try:
             leaves = _verified(directory / str(at), saved)
+            if saved_config.about(saved).quantized is not None:
+                leaves = _made_dense(saved, leaves)
             if saved_config.about(saved).adapter is None:
                 return _opened(run, saved, leaves, at, notes)
             own = _adapter(run, saved, leaves)
@@ -136,6 +138,26 @@ def _adapter(run: str, saved: Mapping[str, Any], own: Mapping[str, Leaf]) -> Ope
         else:
             arrays[name] = own[name]
     return OpenedAdapter(run, saved_config.base_of(saved).path, stacks, arrays, scored=scored)
+
+
+def _made_dense(saved: Mapping[str, Any], own: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves of a run whose weights are quantized, those as float32."""
+    about = saved_config.about(saved)
+    cfg = execution.model_config(saved['config'], training=False)
+    tree = loading.abstract_params(cfg, about.role, about.quantized)
+    is_weight = lambda x: isinstance(x, seam.Weight)
+    found = {}
+    for path, weight in jax.tree.leaves_with_path(tree, is_leaf=is_weight):
+        name = '/'.join(key.key for key in path)
+        if is_weight(weight):
+            read = lambda i, weight=weight, name=name: np.asarray(_dense(_filled(weight, name, own, i)))
+            found[name] = Leaf(weight.shape, np.dtype(np.float32), cfg.layers, read)
+        else:
+            found[name] = own[name]
+    return found
+
+
+_dense: Any = jax.jit(seam.dense)
 
 
 def _filled(weight: Any, name: str, own: Mapping[str, Leaf], layer: int) -> Any:
@@ -229,8 +251,9 @@ def load(opened: Opened) -> loading.Model:
 # ---- writing ----
 
 
-def write_run(opened: Opened, workdir: epath.PathLike) -> None:
-    """Writes a run with one checkpoint, 0, in the dtypes that the leaves have; it appears at once or not at all.
+def write_run(opened: Opened, workdir: epath.PathLike, *, quantize: str | None = None) -> None:
+    """Writes a run with one checkpoint, 0, in the dtypes that the leaves have, or the matrices of its layers quantized
+    (`lm.model.quantized`); it appears at once or not at all.
 
     Raises UsageError if `workdir` exists, or the model has settings that we do not know; RunError if it cannot be
     written.
@@ -243,11 +266,12 @@ def write_run(opened: Opened, workdir: epath.PathLike) -> None:
         for name, content in opened.tokenizer.items():
             files.write_bytes(made / 'tokenizer' / name, content)
         fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
-        more = {'about': _about(opened)._asdict(), 'converted_from': opened.where}
+        about = _about(opened)._replace(quantized=quantize)
+        more = {'about': about._asdict(), 'converted_from': opened.where}
         rundir.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
             reward_scale.write(made, 0, reward_scale.Scale(*(opened.scale or (0.0, 1.0))))
-        _write_checkpoint(opened, execution.model_config(config, training=False), made / 'checkpoints' / '0')
+        _write_checkpoint(opened, execution.model_config(config, training=False), made / 'checkpoints' / '0', quantize)
 
 
 def write_adapter_run(adapter: OpenedAdapter, base: str, workdir: epath.PathLike) -> None:
@@ -328,22 +352,51 @@ def _config(opened: Opened) -> Config:
     return config
 
 
-def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path) -> None:
+def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path, quantize: str | None) -> None:
     expected, inside = _expected(opened, cfg), (ITEM, _about(opened).role)
     tree, sums, dtypes = {}, {}, {}
     (path / 'state').mkdir(parents=True)
-    for name, shape in progress.over(expected.items(), 'tensors'):
-        names, leaf = (*inside, *name.split('/')), opened.leaves[name]
-        key = checkpoint.leaf_key(names)
-        sums[key], dtypes[key] = _write_leaf(path / 'state', '.'.join(names), shape, leaf), leaf.dtype.name
-        tree[str(names)] = {
-            'key_metadata': [{'key': part, 'key_type': 2} for part in names],  # of a dict
-            'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)},
-        }
+    for name, whole in progress.over(expected.items(), 'tensors'):
+        names = (*inside, *name.split('/'))
+        for field, shape, leaf in _fields(opened, name, whole, quantize):
+            key = checkpoint.leaf_key(names) + ''.join(f'.{part}' for part in field)
+            own = (*names, *field)
+            sums[key], dtypes[key] = _write_leaf(path / 'state', '.'.join(own), shape, leaf), leaf.dtype.name
+            tree[str(own)] = {
+                'key_metadata': [{'key': part, 'key_type': 2} for part in own],  # of a dict
+                'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)},
+            }
     told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
     files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
     meta = {'layout': checkpoint.LAYOUT, 'step': 0, 'checksums': sums, 'dtypes': dtypes}
     files.write_text(path / 'meta' / 'metadata', json.dumps(checkpoint.sealed(meta)))
+
+
+def _fields(
+    opened: Opened, name: str, shape: tuple[int, ...], quantize: str | None
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], Leaf]]:
+    """(its name if it is a weight's, shape with layers, leaf) of each array that a parameter is written as."""
+    leaf, row = opened.leaves[name], parameters.row(name)
+    if quantize is None or leaf.layers is None or not row.matrix:
+        yield (), shape, leaf
+        return
+    stack = [_quantized(opened, name, i, quantize) for i in range(leaf.layers)]
+    for field in stack[0].dims(row.dims):
+        at = lambda i, field=field: vars(stack[i])[field]
+        yield (field,), (leaf.layers, *at(0).shape), Leaf(at(0).shape, at(0).dtype, leaf.layers, at)
+
+
+def _quantized(opened: Opened, name: str, layer: int, kind: str) -> Any:
+    """One layer's matrix quantized, on the host. Raises UsageError for numbers that are not finite."""
+    w, row = opened.leaves[name].read(layer), parameters.row(name)
+    if not np.isfinite(w).all():
+        raise UsageError(
+            f'{opened.where}: {name} of layer {layer} has numbers that are not finite: nothing is quantized'
+        )
+    return jax.device_get(_quantize(w, row.dims, row.contracted, kind))
+
+
+_quantize: Any = jax.jit(quantized.quantize, static_argnums=(1, 2, 3))
 
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

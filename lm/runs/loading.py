@@ -9,7 +9,7 @@ import jax
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.model import adapters, parameters
+from lm.model import adapters, parameters, quantized
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
 from lm.model.roles import SCORED, assemble
@@ -47,12 +47,11 @@ def load(run: str, *, warn: Callable[[str], None], bare: bool = False) -> Model:
     cfg = execution.model_config(saved['config'], training=False)
     with ThreadPoolExecutor(1) as beside:  # half a second, where a vocabulary is large
         reading = beside.submit(Tokenizer.load, rundir.tokenizer_folder(run))
-        wanted = abstract_params(cfg, saved_config.about(saved).role)
         if bare:
             base = saved_config.base_of(saved)
-            params, parent = read_unchanged(base.path, wanted, base, warn=warn)
+            params, parent = read_unchanged(base.path, abstract_in_use(base.path, cfg), base, warn=warn)
         else:
-            params, parent = weights(run, wanted, warn=warn)
+            params, parent = weights(run, abstract_in_use(run, cfg), warn=warn)
     try:
         tokenizer = reading.result()
     except OSError as error:
@@ -69,19 +68,22 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
     """(what a run's checkpoint has for use, whence): the average of its weights if it kept one, else the weights.
 
     Args:
-      abstract: the parameters, or some of them, as shapes and shardings. Those of an adapter are merged into its base,
-        unless it asks for weights with one: `abstract_parent`.
+      abstract: the parameters, or some of them, as shapes and shardings. Where all are arrays, an adapter is merged
+        into its base, and what is quantized made dense; else they are the weights that it asks for: `abstract_parent`.
     """
     saved = rundir.read_config(run)
     item, own, frozen, wanted = saved_config.weights_item(saved['config']), saved_config.about(saved), {}, abstract
+    cfg = execution.model_config(saved['config'], training=False)
     if own.adapter is not None:
-        cfg, under = execution.model_config(saved['config'], training=False), saved_config.base_of(saved)
-        base = _abstract_base(saved, cfg)
+        under, base = saved_config.base_of(saved), _abstract_base(saved, cfg)
         frozen['base'] = read_unchanged(under.path, base, under, warn=warn)[0]
         wanted = abstract_adapter(own.adapter, base, cfg, saved['config'], scored=own.role in SCORED)
+    elif own.quantized is not None:
+        lying = abstract_params(cfg, own.role, own.quantized)
+        wanted = {name: lying[name] for name in abstract}
     step, tree, meta = checkpoint.find(run, {item: {own.trains: wanted}}, warn=warn)
     model = assemble(tree[item], frozen)[own.role]
-    if own.adapter is not None:
+    if wanted is not abstract:
         model = {name: model[name] for name in abstract}
         if not any(isinstance(w, Weight) for w in jax.tree.leaves(abstract, is_leaf=lambda w: isinstance(w, Weight))):
             model = jax.jit(adapters.merged, out_shardings=shardings_of(abstract))(model)
@@ -123,9 +125,24 @@ def check_digest(before: Parent, now: Parent) -> None:
         )
 
 
-def abstract_params(cfg: ModelConfig, role: str = 'policy') -> Any:
-    """The parameters of a role as shapes, dtypes and shardings on the current mesh."""
-    return with_shardings(shapes(cfg, role))
+def abstract_params(cfg: ModelConfig, role: str = 'policy', kind: str | None = None) -> Any:
+    """The parameters of a role as shapes, dtypes and shardings on the current mesh, quantized where a kind is named."""
+    plain = shapes(cfg, role)
+    return with_shardings(plain if kind is None else jax.eval_shape(lambda p: quantized.quantized(p, kind), plain))
+
+
+def abstract_in_use(run: str, cfg: ModelConfig) -> Any:
+    """Returns what a run is talked to and evaluated as, as shapes, dtypes and shardings on the current mesh: quantized
+    weights as they lie, an adapter beside them; over others it is merged."""
+    return abstract_parent(run, cfg, saved_config.about(rundir.read_config(run)).role, merge=not _quantized(run))
+
+
+def _quantized(run: str) -> bool:
+    """Tells whether a run's weights lie quantized, or those under its adapters."""
+    own = saved_config.about(saved := rundir.read_config(run))
+    if own.adapter is None:
+        return own.quantized is not None
+    return _quantized(saved_config.base_of(saved).path)
 
 
 def abstract_adapter(name: str, base: Any, cfg: ModelConfig, config: Mapping[str, Any], *, scored: bool) -> Any:
@@ -139,8 +156,9 @@ def abstract_adapter(name: str, base: Any, cfg: ModelConfig, config: Mapping[str
 def abstract_parent(run: str, cfg: ModelConfig, role: str, *, merge: bool) -> Any:
     """Returns what a run is read as in a role: plain parameters, or unless they are to be merged an adapter over its
     base, as shapes, dtypes and shardings on the current mesh."""
-    if merge or (own := saved_config.about(saved := rundir.read_config(run))).adapter is None:
-        return abstract_params(cfg, role)
+    own = saved_config.about(saved := rundir.read_config(run))
+    if own.adapter is None or merge:
+        return abstract_params(cfg, role, own.quantized)
     base = _abstract_base(saved, cfg)
     adapter = abstract_adapter(own.adapter, base, cfg, saved['config'], scored=own.role in SCORED)
     return assemble({own.trains: adapter}, {'base': base})[own.role]

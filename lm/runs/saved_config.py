@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 from lm import config as configs
 from lm.data.records import Kind
 from lm.errors import UsageError
+from lm.model import quantized
 from lm.model.adapters import ADAPTERS
 from lm.model.roles import ADAPTER_OF
 
@@ -28,6 +29,7 @@ class About(NamedTuple):
     data: str  # kind of records that it learns from: 'text', 'chat', 'pairs'
     output: str  # 'text' that continues, 'answers' in a conversation, or 'scores'
     adapter: str | None = None  # of `adapters.ADAPTERS`, which is then all that the run trains
+    quantized: str | None = None  # how the matrices of its layers lie: 'int8', 'int4:32', 'nf4'; None: as arrays
 
     @property
     def role(self) -> str:
@@ -76,6 +78,12 @@ def check(saved: Mapping[str, Any]) -> None:
         raise UsageError(f'has a run of {own.data} that gives {own.output}, which this version does not know')
     if own.adapter is not None and own.adapter not in ADAPTERS:
         raise UsageError(f'has an adapter ({own.adapter}), which this version does not know: use a newer lm')
+    if own.quantized is not None:
+        try:
+            quantized.parse(own.quantized)
+        except (UsageError, AttributeError):
+            why = f'has weights quantized as {own.quantized}, which this version does not know: use a newer lm'
+            raise UsageError(why) from None
 
 
 def about(saved: Mapping[str, Any]) -> About:

@@ -95,7 +95,8 @@ def open_talker(
     whole = rundir.read_config(run)
     saved = whole['config']
     cfg = execution.model_config(saved, training=False)
-    ahead = Ahead(generate.laid_out(loading.abstract_params(cfg), cfg), cfg)
+    used = saved_config.base_of(whole).path if bare else run
+    ahead = Ahead(generate.laid_out(loading.abstract_in_use(used, cfg), cfg), cfg)
     ahead.begin(fixed_slots(1, max_new_tokens, context=cfg.context or saved['seq_len']))  # while the weights are read
     model = loading.load(run, warn=warn, bare=bare)
     template = ChatTemplate.load(rundir.tokenizer_folder(run), model.tokenizer) if chats else None
