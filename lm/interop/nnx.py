@@ -20,7 +20,7 @@ from flax import nnx
 
 from lm.errors import UsageError
 from lm.interop.opened import Leaf, Opened, by_path
-from lm.model import transformer
+from lm.model import adapters, transformer
 from lm.model.config import ModelConfig
 from lm.model.parameters import Params
 
@@ -43,8 +43,8 @@ class Decoder(nnx.Module):
 
 
 def to_nnx(params: Params, cfg: ModelConfig) -> Decoder:
-    """A model's parameters, which it does not copy, as a module."""
-    return Decoder(params, cfg)
+    """A model's parameters as a module: arrays, which it does not copy, and dense ones of what is quantized."""
+    return Decoder(adapters.merged(params), cfg)
 
 
 def from_nnx(module: Decoder) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def load(config: Config, before: Mapping[str, Parent], speaker: Speaker, say: Sa
 
     def weights(run: str, role: str) -> tuple[Any, ModelConfig, Parent]:
         cfg = execution.model_config(rundir.read_config(run)['config'], training=False)
-        params, parent = loading.read_unchanged(run, loading.abstract_params(cfg, role), before.get(role), warn=say)
+        params, parent = loading.read_unchanged(run, loading.abstract_in_use(run, cfg), before.get(role), warn=say)
         return params, cfg, parent
 
     params, cfg, parent = weights(config.init_from, 'policy')
