@@ -1,6 +1,7 @@
 """Distillation: its losses equal those of whole distributions in float64, and a student learns from its teacher."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from checks import assert_close
 from running import ROOT, assert_same, measured, params, signal_at, steps_saved
 
 from lm import sharding
-from lm.errors import Preempted
+from lm.data import cache
+from lm.errors import Preempted, UsageError
 from lm.losses import distill as losses
 from lm.model import head
 from lm.model.head import Distillation, Teacher
 from lm.runs import rundir, saved_config
+from lm.stages import teacher
 
 B, T, D, E, V, WORDS = 4, 16, 8, 16, 64, 50  # a padded vocabulary; the teacher is twice as wide
 
@@ -219,6 +222,77 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
     np.testing.assert_allclose(grads, 0, atol=1e-6)
 
 
+# ---- a teacher's likeliest words ----
+
+
+def asked(k, temperature=1.0, dims='VD', place=None):
+    """(ids, log-probs, log of the tail) of the teacher, for the student's loss."""
+    place = place or (lambda dims, x, spec: jnp.asarray(x))
+    h_BTD, w_VD = inputs()[1]
+    h_BTD = place('BTD', h_BTD, sharding.activation_spec)
+    w = place(dims, w_VD if dims == 'VD' else w_VD.T, sharding.array_spec)
+    options = {'temperature': temperature, 'dims': dims, 'vocab_size': WORDS, 'softcap': 3.0}
+    return jax.jit(lambda h, w: head.top_k(h, w, k, **options))(h_BTD, w)
+
+
+def of_top_k(temperature=1.0):
+    loss = Distillation(losses.top_k_divergence, 0.6, temperature, 0.1)
+
+    def fn(student, known, y_BT, weights_BT):
+        return head.distill(*student, Teacher(known), y_BT, weights_BT, loss, vocab_size=WORDS)
+
+    return jax.jit(jax.value_and_grad(fn, has_aux=True))
+
+
+@pytest.mark.parametrize('mesh', ['one', 'fsdp2-seq2-tensor2', 'tensor4'], indirect=True)
+def test_the_likeliest_words_are_the_teachers(chunks, mesh):
+    place = lambda d, x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec(d, x.shape)))
+    ids, logp, tail = jax.device_get(asked(20, 2.0, 'DV', place))  # more than one device of four has of the words
+    expected = log_probs(*inputs()[1], 2.0, 3.0)
+    np.testing.assert_allclose(logp, -np.sort(-expected)[..., :20], rtol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, -1), logp, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(tail), 1 - np.exp(np.float64(logp)).sum(-1), rtol=1e-4)
+
+
+def test_all_words_are_the_whole_distribution(chunks):
+    student, teacher, y_BT, weights_BT = inputs()
+    student = tuple(map(jnp.asarray, student))
+    full = ours(temperature=2.0, alpha=0.6, z_coef=0.1, caps=(None, 3.0))(student, teacher, y_BT, weights_BT)
+    found = of_top_k(2.0)(student, asked(WORDS, 2.0), y_BT, weights_BT)
+    assert_close(found, jax.device_get(full))
+
+
+def plain_top_k(student, k, temperature):
+    """In float64, of k + 1 classes."""
+    _, teacher, y_BT, weights_BT = inputs()
+    q, p = log_probs(*student, temperature), log_probs(*teacher, temperature, 3.0)
+    ids = np.argsort(-p)[..., :k]
+
+    def classes(x):
+        some = np.take_along_axis(np.exp(x), ids, -1)
+        return np.log(np.concatenate([some, 1 - some.sum(-1, keepdims=True)], -1))
+
+    x = np.einsum('btd,vd->btv', *map(np.float64, student))[..., :WORDS]
+    lse = np.log(np.exp(x).sum(-1))
+    nll = lse - np.take_along_axis(x, y_BT[..., None], -1)[..., 0]
+    loss = 0.6 * temperature**2 * kl(classes(p), classes(q)) + 0.4 * nll + 0.1 * lse**2
+    return np.sum(np.float64(weights_BT) * loss)
+
+
+@pytest.mark.parametrize('mesh', ['one', 'tensor4'], indirect=True)
+def test_the_tail_is_one_class(chunks, mesh):
+    student, _, y_BT, weights_BT = inputs()
+    place = lambda d, x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec(d, x.shape)))
+    placed = place('BTD', student[0], sharding.activation_spec), place('VD', student[1], sharding.array_spec)
+    rows = [place('BT', x, sharding.activation_spec) for x in (y_BT, weights_BT)]
+    (found, _), grads = jax.device_get(of_top_k(2.0)(placed, asked(5, 2.0, place=place), *rows))
+    assert float(found) == pytest.approx(plain_top_k(student, 5, 2.0), rel=2e-5)
+    way = [np.random.default_rng(3).standard_normal(x.shape) for x in student]
+    slope = sum(float(np.sum(np.float64(g) * d)) for g, d in zip(grads, way, strict=True))
+    expected = slope_of(functools.partial(plain_top_k, k=5, temperature=2.0), student, way)
+    assert slope == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
 # ---- the stage ----
 
 STUDENT = {
@@ -248,13 +322,13 @@ def config_of(workdir):
 
 def test_a_student_comes_nearer_to_its_teacher_and_resumes(distill, trained, monkeypatch):
     """It learns what its teacher did, where nothing else is named; bit for bit, though it was stopped."""
-    options = {'distill__divergence': 'jsd', 'distill__temperature': 2.0, 'steps': 24, 'data__mixture': None}
-    options |= {'data__heldout': None, 'checkpoint__every': 8}
+    options = {'distill__divergence': 'jsd', 'distill__temperature': 2.0, 'steps': 12, 'data__mixture': None}
+    options |= {'data__heldout': None, 'optim__lr': 1e-2}
     run = distill('whole', **options)
     found = measured(run)
-    assert found[24, 'train/divergence'] < 0.7 * found[1, 'train/divergence']
-    assert found[24, 'eval/loss'] < found[6, 'eval/loss']
-    for step in (1, 24):
+    assert found[12, 'train/divergence'] < 0.7 * found[1, 'train/divergence']
+    assert found[12, 'eval/loss'] < found[6, 'eval/loss']
+    for step in (1, 12):
         parts = {name: found[step, f'train/{name}'] for name in ('divergence', 'cross_entropy', 'z_loss')}
         whole = 0.9 * 4 * parts['divergence'] + 0.1 * parts['cross_entropy'] + parts['z_loss']
         assert found[step, 'train/loss'] == pytest.approx(whole, rel=1e-5)
@@ -264,9 +338,9 @@ def test_a_student_comes_nearer_to_its_teacher_and_resumes(distill, trained, mon
     assert saved['config']['data']['heldout'] == 0.1 and saved_config.about(saved).output == 'text'
     assert params(run)['embed_VD'].shape == (params(trained)['embed_VD'].shape[0], 16)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
-        signal_at(patch, 12, 15)
+        signal_at(patch, 6, 15)
         distill('run', **options)
-    assert 12 <= steps_saved(run.parent / 'run')[-1] < 24
+    assert 6 <= steps_saved(run.parent / 'run')[-1] < 12
     assert_same(run, distill('run', **options))
 
 
@@ -301,6 +375,37 @@ def test_a_dry_run_has_the_teacher_in_memory(lab, trained, tmp_path, call):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_teacher_is_asked_once(distill, trained, monkeypatch, capsys):
+    """All of its words teach as it does live, to the float16 of the cache."""
+    words = config_of(trained)['config']['model']['vocab_size']
+    options = {'distill__temperature': 2.0, 'steps': 6}
+    live = measured(distill('live', **options))
+    run = distill('asked', distill__top_k=words, **options)
+    count = 6 * 8 * 32
+    size = count * (4 * words + 4) + 6 * 8 * 8
+    told = f'likeliest words of the teacher after {count:,} tokens, {words} each: {size:,} bytes'
+    assert told in capsys.readouterr().err
+    found = measured(run)
+    for step in range(1, 7):
+        assert found[step, 'train/loss'] == pytest.approx(live[step, 'train/loss'], rel=2e-3)
+    monkeypatch.setattr(teacher, '_answers', lambda *args: pytest.fail('it is asked again'))
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        signal_at(patch, 3, 15)
+        distill('again', distill__top_k=words, **options)
+    assert_same(run, distill('again', distill__top_k=words, **options))
+    assert config_of(run)['parents'] == config_of(run.parent / 'live')['parents']
+
+
+@pytest.mark.slow
+def test_a_cache_that_was_cut_short_is_refused(distill, trained):
+    distill('one', distill__top_k=4, steps=1)
+    for file in (cache.cache_dir() / 'teacher').glob('*/0-logp.npy'):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UsageError, match=r'what the teacher said in .*teacher/\w+ is damaged .*: delete that folder'):
+        distill('two', distill__top_k=4, steps=1)
+    shutil.rmtree(cache.cache_dir() / 'teacher')
+
+
 @pytest.fixture
 def refused(lab, trained, tmp_path, call):
     """refused(words, **settings): the command ends with 2 and one line that has these words."""
@@ -320,6 +425,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(refused):
     refused('/nowhere is not a run', teacher_from='/nowhere')
     refused('distill.divergence=reverse needs a live teacher', distill__divergence='reverse', distill__top_k=4)
     refused('distill.divergence=jsd needs a live teacher', distill__divergence='jsd', distill__top_k=4)
+    refused('distill.top_k=4096 is more than the vocabulary has', distill__top_k=4096)
     refused('distill.jsd_beta=0.5 does nothing with distill.divergence=forward', distill__jsd_beta=0.5)
     refused('distill.jsd_beta=1.0 must be between 0 and 1', distill__divergence='jsd', distill__jsd_beta=1)
     refused('distill.alpha=0.0 must be above 0 and at most 1', distill__alpha=0)

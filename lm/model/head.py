@@ -92,12 +92,25 @@ def kl(
     return _run(local, h_BTD, (w, other_w), (other_BTD, weights_BT), dims, 1)[0]
 
 
+def top_k(
+    h_BTD: jax.Array, w: Any, k: int, *, temperature: float = 1.0, dims: str = 'VD', vocab_size: int,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(ids of the k most likely words [B, T, W], their log-probs [B, T, W], the log of the mass of all others [B, T]),
+    without gradient.
+
+    Args:
+      k: at most vocab_size. temperature: of the logits, after the soft-cap.
+    """
+    local = partial(_top_k_local, k=k, temperature=temperature, vocab_size=vocab_size, softcap=softcap)
+    return _run(local, h_BTD, (w,), (), dims, 3)
+
+
 class Teacher(NamedTuple):
     """A teacher's distributions: by its final hidden states and its head, or by log-probs of its most likely words.
 
     Attributes:
-      tokens: arrays [B, T, …]: the hidden states [B, T, D], or ids [B, T, k], their log-probs and the log of the mass
-        of all other words [B, T], both at the temperature of the loss.
+      tokens: arrays [B, T, …]: the hidden states [B, T, D], or what `top_k` gives at the temperature of the loss.
       w: the head's weight, None of log-probs. dims, softcap: of that head.
     """
 
@@ -159,7 +172,7 @@ def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softc
 # ---- layout: each device has some tokens and some of the vocabulary ----
 
 
-def _run(local, h_BTD, heads, per_token, dims, arrays):
+def _run(local, h_BTD, heads, per_token, dims, arrays) -> Any:
     """Calls `local(h_MD, w_VD…, per_token…, axis)` on each device's tokens M and its part of the vocabulary, which
     returns so many arrays [M], or (None) two trees of sums. `dims`: of all heads, or of each."""
     every = (dims,) * len(heads) if isinstance(dims, str) else dims
@@ -174,7 +187,7 @@ def _run(local, h_BTD, heads, per_token, dims, arrays):
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         out = local(flat(h_BTD), *heads_VD, *map(flat, per_token), axes=vocab_axes or None)
         if arrays:
-            return tuple(x.reshape(shape) for x in out)
+            return tuple(x.reshape(*shape, *x.shape[1:]) for x in out)
         return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
 
     if not sharding.axis_sizes():
@@ -203,7 +216,7 @@ def _split(n: int, size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pad(x).reshape(n, size, *x.shape[1:]) for x in arrays)
 
 
-def _scan(body, carry, xs, n, live=None):
+def _scan(body, carry, xs, n, live=None) -> Any:
     """`lax.scan`, but a plain call for one chunk; of the first `live` chunks alone, if that is given, with zeros for
     what the others would yield."""
     chunk = lambda i: jax.tree.map(lambda x: x[i], xs)
@@ -450,12 +463,34 @@ def _log_softmax(parts, temperature, axes):
     return x_CV - jnp.log(_sum(jnp.exp(x_CV), axes))[:, None]
 
 
-def _spread(ids_CK, logp_CK, v, axes):
+def _spread(ids_CW, logp_CW, v, axes):
     """Log-probs of some words, [C, V] of this device's part of the vocabulary, and NEGATIVE for the others."""
-    ids_CK = ids_CK - (jax.lax.axis_index(axes) * v if axes else 0)
-    ids_CK = jnp.where(ids_CK < 0, v, ids_CK)  # what is out of bounds is dropped, and a negative place is not
-    rows = jnp.arange(ids_CK.shape[0])[:, None]
-    return jnp.full((ids_CK.shape[0], v), NEGATIVE).at[rows, ids_CK].set(logp_CK.astype(jnp.float32), mode='drop')
+    ids_CW = ids_CW - (jax.lax.axis_index(axes) * v if axes else 0)
+    ids_CW = jnp.where(ids_CW < 0, v, ids_CW)  # what is out of bounds is dropped, and a negative place is not
+    rows = jnp.arange(ids_CW.shape[0])[:, None]
+    return jnp.full((ids_CW.shape[0], v), NEGATIVE).at[rows, ids_CW].set(logp_CW.astype(jnp.float32), mode='drop')
+
+
+def _top_k_local(h_MD, w_VD, *, axes, k, temperature, vocab_size, softcap):
+    (m, _), v = h_MD.shape, w_VD.shape[0]
+    n, size = _chunks(m, v)
+
+    def body(carry, chunk):
+        places_C = jnp.zeros(size, jnp.int32)
+        parts = _softmax_parts(chunk[0], w_VD, places_C, vocab_size, softcap, axes)
+        logp_CV = _log_softmax(parts, temperature, axes)
+        logp_CW, ids_CW = jax.lax.top_k(logp_CV, min(k, v))
+        if axes:
+            ids_CW += jax.lax.axis_index(axes) * v
+            every = lambda x_CW: jax.lax.all_gather(x_CW, axes, axis=1, tiled=True)
+            (logp_CW, place_CW), ids_CW = jax.lax.top_k(every(logp_CW), k), every(ids_CW)
+            ids_CW = jnp.take_along_axis(ids_CW, place_CW, axis=1)
+        others_CV = jnp.where(_spread(ids_CW, logp_CW, v, axes) > NEGATIVE / 2, 0, jnp.exp(logp_CV))
+        tail_C = jnp.log(jnp.maximum(_sum(others_CV, axes), jnp.finfo(jnp.float32).tiny))
+        return carry, (ids_CW, logp_CW, tail_C)
+
+    _, out = _scan(body, None, _split(n, size, h_MD), n)
+    return tuple(x.reshape(-1, *x.shape[2:])[:m] for x in out)
 
 
 def _distill_sums(h_MD, w_VD, other_VD, y_M, weight_M, teacher, live, loss, vocab_size, softcaps, axes):
@@ -472,8 +507,8 @@ def _distill_pass(h_MD, w_VD, other_VD, y_M, weight_M, teacher, live, loss, voca
 
     def known(y_C, own):
         if other_VD is None:
-            ids_CK, logp_CK, tail_C = own
-            return _spread(ids_CK, logp_CK, w_VD.shape[0], axes), tail_C
+            ids_CW, logp_CW, tail_C = own
+            return _spread(ids_CW, logp_CW, w_VD.shape[0], axes), tail_C
         (other_CD,) = own
         return (_log_softmax(_softmax_parts(other_CD, other_VD, y_C, vocab_size, softcaps[1], axes), t, axes),)
 

@@ -1,6 +1,6 @@
 """Distillation: a student learns the distributions of a larger model over the next token (Hinton et al., 2015)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import Config, base
+from lm.data import pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
 from lm.losses import distill as losses
@@ -17,9 +18,11 @@ from lm.model.feed_forward import aux_coefficients, aux_weights
 from lm.model.head import Teacher
 from lm.model.roles import Roles
 from lm.runs import execution, loading, rundir, saved_config
+from lm.runs.saved_config import Parent
 from lm.settings import Settings
-from lm.stages import fitting, language
+from lm.stages import fitting, language, plan, teacher
 from lm.stages.spec import Batch, StageSpec
+from lm.stages.teacher import Answers
 from lm.stages.text import TextTask
 from lm.training import flops
 from lm.training import step as training
@@ -71,12 +74,13 @@ def check(config: Config) -> None:
         raise UsageError(
             f'distill.divergence={c.divergence} needs a live teacher: leave distill.top_k={c.top_k} out, or set forward'
         )
+    if c.top_k is not None and c.top_k > config.model.vocab_size:
+        raise UsageError(f'distill.top_k={c.top_k} is more than the vocabulary has ({config.model.vocab_size})')
     if config.lora.rank and not config.init_from:
         raise UsageError(f'lora.rank={config.lora.rank} trains factors over a run: set --config.init_from=DIR')
-    teacher, rows = rundir.tokenizer_folder(config.teacher_from), config.model.vocab_size
+    own, words, rows = config.data.tokenizer, rundir.tokenizer_folder(config.teacher_from), config.model.vocab_size
     theirs = rundir.read_config(config.teacher_from)['config']['model']['vocab_size']
-    own = config.data.tokenizer
-    if own != teacher and Tokenizer.load(own).fingerprint != Tokenizer.load(teacher).fingerprint:
+    if own != words and Tokenizer.load(own).fingerprint != Tokenizer.load(words).fingerprint:
         raise UsageError(
             f'{config.init_from or own} has another tokenizer than the teacher {config.teacher_from}: a student needs '
             'the same, name another run'
@@ -89,11 +93,18 @@ def check(config: Config) -> None:
 
 
 class Distill(TextTask):
-    """Trains a student, the policy; the teacher is read at each step."""
+    """Trains a student, the policy; the teacher is read at each step, or asked once before the first."""
+
+    answers: Sequence[Answers] | None = None  # of a teacher that was asked, for each source
+
+    @property
+    def live(self) -> bool:
+        """Whether each step reads the teacher."""
+        return self.config.distill.top_k is None
 
     @property
     def frozen(self) -> Mapping[str, str]:
-        return {**super().frozen, 'teacher': 'teacher_from'}
+        return {**super().frozen, **({'teacher': 'teacher_from'} if self.live else {})}
 
     @cached_property
     def teacher(self) -> ModelConfig:
@@ -108,17 +119,40 @@ class Distill(TextTask):
             return super().abstract_frozen(role)
         return loading.abstract_params(self.teacher, role)
 
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        if self.live:
+            return super().batch()
+        shape = self.config.batch_size, self.config.seq_len
+        return super().batch() | plan.abstract_batch(teacher.abstract(*shape, self.config.distill.top_k))
+
+    def mixture(self) -> pipeline.Mixture:
+        found = super().mixture()
+        if self.answers is None:
+            return found
+        rows = tuple(teacher.AnsweredRows(*each) for each in zip(found.rows, self.answers, strict=True))
+        return pipeline.Mixture(rows, found.weights)
+
+    def precompute(self, parents: Mapping[str, Parent]) -> dict[str, Parent]:
+        if self.live:
+            return {}
+        self.answers, known = teacher.ask(self, self.teacher, super().mixture(), parents.get('teacher'))
+        return {'teacher': known}
+
     def describe(self) -> list[str]:
         count = fitting.count(loading.shapes(self.teacher))
         return [*super().describe(), f'the teacher: {self.config.teacher_from}, {count:,} parameters']
 
     def cost(self) -> flops.Cost:
-        """Model FLOPs of a step, with the teacher's forward pass: a third of what training it would take."""
+        """Model FLOPs of a step, with a live teacher's forward pass: a third of what training it would take."""
+        if not self.live:
+            return self.lm_cost()
         own, theirs = self.lm_cost(), flops.cost(self.teacher, seq_len=self.config.seq_len)
         return flops.Cost(own.token + theirs.token / 3, own.target + theirs.target / 3)
 
     def known(self, models: Roles, batch: Batch) -> Teacher:
-        """Returns what the teacher has to say of a batch."""
+        """The teacher's distributions over a batch."""
+        if not self.live:
+            return Teacher(tuple(batch[name] for name in teacher.NAMES))
         other, cfg = models['teacher'], self.teacher
         with jax.named_scope('teacher'):
             h_BTD, w, options = transformer.head_inputs(other, cfg, sequences.hidden(other, cfg, batch)[0])
@@ -127,7 +161,7 @@ class Distill(TextTask):
     def loss(self) -> training.Loss:
         """One term, since the head makes its parts in one pass, and these as metrics."""
         cfg, c, z_loss = self.cfg, self.config.distill, self.config.z_loss
-        apart = partial(losses.divergence, kind=c.divergence, beta=c.jsd_beta)
+        apart = partial(losses.divergence, kind=c.divergence, beta=c.jsd_beta) if self.live else losses.top_k_divergence
         of_token = head.Distillation(apart, c.alpha, c.temperature, z_loss)
 
         def terms(models: Roles, batch: Batch, key: jax.Array) -> tuple[training.Sums, training.Sums]:
