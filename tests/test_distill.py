@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checks import assert_close
 from running import ROOT, assert_same, measured, params, signal_at, steps_saved
+from test_head import temporaries
 
 from lm import sharding
 from lm.data import cache
@@ -187,6 +188,27 @@ def test_the_sums_of_a_batch_are_those_of_its_parts():
     assert_close((sums, dw), jax.device_get(added))
 
 
+def test_memory_is_at_most_a_quarter_of_the_naive_heads():
+    """4096 tokens and 131,072 words, gradients included."""
+    tokens, words = 4096, 131_072
+    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+    models = (shape(1, tokens, 32), shape(words, 32)), (shape(1, tokens, 64), shape(words, 64))
+    rows = shape(1, tokens, dtype=jnp.int32), shape(1, tokens)
+
+    def naive(student, teacher, y_BT, weights_BT):
+        q, p = (jax.nn.log_softmax(jnp.einsum('BTD,VD->BTV', *model)) for model in (student, teacher))
+        return jnp.sum(weights_BT[..., None] * jnp.exp(p) * (p - q))
+
+    def ours(student, teacher, y_BT, weights_BT):
+        known = Teacher((teacher[0],), teacher[1])
+        return head.distill(*student, known, y_BT, weights_BT, loss, vocab_size=words)[0]
+
+    loss = Distillation(functools.partial(losses.divergence, kind='forward'), 1.0)
+    whole, chunked = (temporaries(jax.value_and_grad(f), *models, *rows) for f in (naive, ours))
+    assert whole >= 4 * tokens * words, 'the naive heads hold their logits'
+    assert chunked <= whole / 4, (chunked, whole)
+
+
 # ---- divergences ----
 
 
@@ -345,9 +367,9 @@ def test_a_student_comes_nearer_to_its_teacher_and_resumes(distill, trained, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['forward', 'reverse'])
-def test_microbatches_are_one_batch(distill, kind):
-    options = {'steps': 4, 'distill__divergence': kind} | SPLIT
+@pytest.mark.parametrize('own', [{'distill__divergence': 'reverse'}, {'distill__top_k': 8}], ids=['live', 'asked'])
+def test_microbatches_are_one_batch(distill, own):
+    options = {'steps': 4} | own | SPLIT
     one, several = (measured(distill(f'{n}', execution__microbatch=n, **options)) for n in (8, 2))
     for key, x in several.items():
         if key[1].startswith('train/'):
@@ -368,11 +390,15 @@ def test_an_adapter_learns_from_a_teacher(distill, trained, lab, tmp_path):
     np.testing.assert_array_equal(after['embed_VD'], before['embed_VD'])
 
 
-def test_a_dry_run_has_the_teacher_in_memory(lab, trained, tmp_path, call):
-    argv = lab.argv(tmp_path / 'run', '--dry_run', **STUDENT | {'teacher_from': str(trained)})
-    status, out, err = call('main', *argv)
-    assert status == 0 and 'teacher     0.000 GiB' in err, err
+def test_the_commands_know_it(lab, trained, tmp_path, call):
+    """Of a teacher that is asked once, the step has no weights in memory."""
+    options = STUDENT | {'teacher_from': str(trained)}
+    for more, held in (({}, True), ({'distill__top_k': 8}, False)):
+        status, _, err = call('main', *lab.argv(tmp_path / 'run', '--dry_run', **options | more))
+        assert status == 0 and ('teacher     0.000 GiB' in err) == held, err
     assert not (tmp_path / 'run').exists()
+    status, out, err = call('inspect', *lab.argv(None, '--rows=1', **options | {'data__mixture': None}))
+    assert status == 0 and 'row 0: ' in out and 'one.jsonl' in out, err
 
 
 def test_a_teacher_is_asked_once(distill, trained, monkeypatch, capsys):
