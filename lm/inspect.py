@@ -212,6 +212,7 @@ def show(flags: argparse.Namespace, settings: Sequence[tuple[str, str]]) -> None
         return
     spec = find(config.stage)
     lineage.inherit_model(config, spec.about, configs.chosen(flags.config, settings), weights=False)
+    spec.settle(config)
     console = Screen(highlight=False)
     with task('preparing the data'):
         data: Any = spec.prepare(config, config.data.tokenizer, say)

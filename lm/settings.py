@@ -50,6 +50,8 @@ FROM_0 = Bound('at least 0 and finite', lambda x: 0 <= x < FLOAT32_END)
 PART = Bound('from 0 to 1', lambda x: 0 <= x <= 1)
 DECAY = Bound('from 0 to below 1', lambda x: 0 <= x < 1)
 INNER = Bound('between 0 and 1', lambda x: 0 < x < 1)
+SHARE = Bound('above 0 and at most 1', lambda x: 0 < x <= 1)
+SOFTENED = Bound('from 0.01 to 100', lambda x: 0.01 <= x <= 100)
 REPLAYED = Bound('from 0 to 0.9', lambda x: 0 <= x <= 0.9)
 
 
@@ -234,6 +236,28 @@ class Sft(Pretrain):
     stage: str = setting('sft', 'of lm.stages')
     data: DialogueData = DialogueData()
     lora: Lora = Lora()
+
+
+DIVERGENCES = ('forward', 'reverse', 'jsd')
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of a student, see `lm.losses.distill`."""
+
+    divergence: str = setting('forward', 'KL(teacher‖student); reverse: the other; jsd: of both', one_of(*DIVERGENCES))
+    jsd_beta: float | None = setting(None, "jsd: the teacher's share of the mixture; None: 0.5", INNER)
+    temperature: float = setting(1.0, 'of both distributions; the divergence is multiplied by its square', SOFTENED)
+    alpha: float = setting(0.9, 'share of the divergence; the rest is cross-entropy of the data', SHARE)
+    top_k: int | None = setting(None, "the teacher's most likely words, asked once; None: all, at each step", COUNT)
+
+
+@dataclass(frozen=True)
+class Distill(Pretrain):
+    stage: str = setting('distill', 'of lm.stages')
+    teacher_from: str | None = setting(None, 'DIR[@STEP] of the teacher; its tokenizer, and its text where none is set')
+    lora: Lora = Lora()
+    distill: Distillation = Distillation()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ einsum subscripts, parameter leaves (`wq_DNH`) and, through the table below, the
     B batch            T query time        S key time         D model            N query heads     K key/value heads
     H head dim         F feed-forward      V vocabulary       L layers (implied) E experts         J queries per kv head
     C chunk            G quantization group                   R adapter rank     P pairs in a packed row
+    W likely words of a teacher
 
 Five axes, always all five, all Explicit (JAX checks each operation's layout when it is traced); size 1 is free:
 

@@ -12,7 +12,7 @@ from running import lines
 from lm import config as configs
 from lm.model import head
 from lm.runs import execution, rundir
-from lm.stages import STAGES, find, plan, runner
+from lm.stages import STAGES, distill, find, plan, runner
 from lm.training import flops
 from lm.training import step as training
 
@@ -24,7 +24,7 @@ SIZES = {
 }  # fmt: skip
 CASES = {
     'pretrain': {}, 'sft': {}, 'reward': {}, 'dpo': {}, 'dpo-live': {'reference': 'live'}, 'simpo': {'loss': 'simpo'},
-    'kto': {'loss': 'kto'}, 'kto-live': {'loss': 'kto', 'reference': 'live'},
+    'kto': {'loss': 'kto'}, 'kto-live': {'loss': 'kto', 'reference': 'live'}, 'distill': {},
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_a_stages_flops_are_those_that_xla_counts(name, one_device, monkeypatch)
     """Layers unrolled, the head in one chunk, no remat, no padding; dense attention multiplies what it then masks, and
     the head of `logp` makes its logits twice, of which the second time is not counted."""
     monkeypatch.setattr(head, 'CHUNK_BYTES', {'cpu': 1 << 40})
+    monkeypatch.setattr(distill.Distill, 'teacher', property(lambda self: self.cfg))
     task, step, arguments = step_of(name)
     cfg, (B, T) = task.cfg, arguments[1]['tokens_BT'].shape
     ours = task.cost().of(B * T, B * T)

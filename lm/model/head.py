@@ -1,20 +1,22 @@
 """The head: from hidden states to log-probabilities, without ever holding the logits [B, T, V].
 
-Three entries over one kernel that works through the tokens in chunks, never through the vocabulary:
+Four entries over one kernel that works through the tokens in chunks, never through the vocabulary:
 
-  nll    for cross-entropy (pretraining, SFT): gradients are computed in the forward pass, so the logits of a chunk are
-         made once; the backward pass only scales them.
-  logp   for losses that need arbitrary functions of a token's log-probability (DPO, PPO, distillation): keeps lse and
-         makes a chunk's logits again in the backward pass.
-  kl     for the whole distribution beside another model's, whose logits are made chunk by chunk, too.
+  nll      for cross-entropy (pretraining, SFT): gradients are computed in the forward pass, so the logits of a chunk
+           are made once; the backward pass only scales them.
+  logp     for losses that need arbitrary functions of a token's log-probability (DPO, PPO): keeps lse and makes a
+           chunk's logits again in the backward pass.
+  kl       for the whole distribution beside another model's, whose logits are made chunk by chunk, too.
+  distill  for cross-entropy and a divergence from a teacher's distribution; its gradients are made as those of `nll`.
 
 The vocabulary may be split over `tensor`; its padding is masked out of the softmax. All of it is float32 but the
 products, whose operands have the dtype of h.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,72 @@ def kl(
     return _run(local, h_BTD, (w, other_w), (other_BTD, weights_BT), dims, 1)[0]
 
 
+def top_k(
+    h_BTD: jax.Array, w: Any, k: int, *, temperature: float = 1.0, dims: str = 'VD', vocab_size: int,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(ids of the k most likely words [B, T, W], their log-probs [B, T, W], the log of the mass of all others [B, T]),
+    without gradient.
+
+    Args:
+      k: at most vocab_size. temperature: of the logits, after the soft-cap.
+    """
+    local = partial(_top_k_local, k=k, temperature=temperature, vocab_size=vocab_size, softcap=softcap)
+    return _run(local, h_BTD, (w,), (), dims, 3)
+
+
+class Teacher(NamedTuple):
+    """A teacher's distributions: by its final hidden states and its head, or by log-probs of its most likely words.
+
+    Attributes:
+      tokens: arrays [B, T, …]: the hidden states [B, T, D], or what `top_k` gives at the temperature of the loss.
+      w: the head's weight, None of log-probs. dims, softcap: of that head.
+    """
+
+    tokens: tuple[jax.Array, ...]
+    w: Any = None
+    dims: str = 'VD'
+    softcap: float | None = None
+
+
+class Distillation(NamedTuple):
+    """The loss of a token: alpha·T²·divergence + (1 − alpha)·(−log p(target)) + z_coef·lse², T the temperature of the
+    divergence alone.
+
+    Attributes:
+      divergence: (the student's log-probs [C, V], the teacher's, …, total=) -> (the divergence [C], its gradient by the
+        student's logits [C, V]), where `total` sums [C, V] over the vocabulary. Of a teacher by its most likely words
+        the log-probs of the others are NEGATIVE, and the log of their mass [C] comes after them.
+    """
+
+    divergence: Callable[..., tuple[jax.Array, jax.Array]]
+    alpha: float
+    temperature: float = 1.0
+    z_coef: float = 0.0
+
+
+def distill(
+    h_BTD: jax.Array,
+    w: Any,
+    teacher: Teacher,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    loss: Distillation,
+    *,
+    dims: str = 'VD',
+    vocab_size: int,
+    softcap: float | None = None,
+    sparse: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(Σ weight·loss, differentiable in h and w alone; {'divergence', 'nll', 'z', 'correct'}: sums of the weighted
+    parts, without gradient and coefficient). The arguments are those of `nll`."""
+    live, softcaps = teacher.w is not None, (softcap, teacher.softcap)
+    options = {'vocab_size': vocab_size, 'softcaps': softcaps, 'sparse': sparse}
+    heads, every = ((w, teacher.w), (dims, teacher.dims)) if live else ((w,), (dims,))
+    per_token = (targets_BT, weights_BT, *teacher.tokens)
+    return _run(partial(_distill_local, loss=loss, live=live, **options), h_BTD, heads, per_token, every, None)
+
+
 def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softcap: float | None = None) -> jax.Array:
     """Float32 logits [B, T, vocab_size], for sampling: a few positions, never a training step's."""
     w = seam.dense(w)
@@ -104,10 +172,12 @@ def logits(h_BTD: jax.Array, w: Any, *, dims: str = 'VD', vocab_size: int, softc
 # ---- layout: each device has some tokens and some of the vocabulary ----
 
 
-def _run(local, h_BTD, heads, per_token, dims, arrays):
+def _run(local, h_BTD, heads, per_token, dims, arrays) -> Any:
     """Calls `local(h_MD, w_VD…, per_token…, axis)` on each device's tokens M and its part of the vocabulary, which
-    returns so many arrays [M], or (None) two trees of sums."""
-    heads = [(w if dims == 'VD' else w.T).astype(h_BTD.dtype) for w in map(seam.dense, heads)]
+    returns so many arrays [M], or (None) two trees of sums. `dims`: of all heads, or of each."""
+    every = (dims,) * len(heads) if isinstance(dims, str) else dims
+    heads = [seam.dense(w) for w in heads]
+    heads = [(w if d == 'VD' else w.T).astype(h_BTD.dtype) for w, d in zip(heads, every, strict=True)]
     B, T, _ = h_BTD.shape
     taken = sharding.assign({'B': B, 'V': heads[0].shape[0], 'T': T})
     vocab_axes, token_axes = taken['V'], taken['B'] + taken['T']
@@ -117,7 +187,7 @@ def _run(local, h_BTD, heads, per_token, dims, arrays):
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         out = local(flat(h_BTD), *heads_VD, *map(flat, per_token), axes=vocab_axes or None)
         if arrays:
-            return tuple(x.reshape(shape) for x in out)
+            return tuple(x.reshape(*shape, *x.shape[1:]) for x in out)
         return jax.tree.map(lambda x: jax.lax.psum(x, token_axes), out) if token_axes else out
 
     if not sharding.axis_sizes():
@@ -146,7 +216,7 @@ def _split(n: int, size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pad(x).reshape(n, size, *x.shape[1:]) for x in arrays)
 
 
-def _scan(body, carry, xs, n, live=None):
+def _scan(body, carry, xs, n, live=None) -> Any:
     """`lax.scan`, but a plain call for one chunk; of the first `live` chunks alone, if that is given, with zeros for
     what the others would yield."""
     chunk = lambda i: jax.tree.map(lambda x: x[i], xs)
@@ -382,3 +452,117 @@ def _kl_local(h_MD, w_VD, other_VD, q_MD, weight_M, *, axes, vocab_size, softcap
     order_M, inverse_M, live = _to_front(weight_M, w_VD.shape[0])
     h_MD, q_MD = _taken(h_MD, order_M, inverse_M), _taken(q_MD, order_M, inverse_M)
     return (_taken(_kl(h_MD, w_VD, q_MD, other_VD, live, vocab_size, softcap, axes), inverse_M, order_M),)
+
+
+def _log_softmax(parts, temperature, axes):
+    """Log-probs [C, V] at a temperature, of `_softmax_parts`."""
+    x_CV, _, lse_C, _, best_C = parts
+    if temperature == 1:
+        return x_CV - lse_C[:, None]
+    x_CV = (x_CV - best_C[:, None]) / temperature
+    return x_CV - jnp.log(_sum(jnp.exp(x_CV), axes))[:, None]
+
+
+def _spread(ids_CW, logp_CW, v, axes):
+    """Log-probs of some words, [C, V] of this device's part of the vocabulary, and NEGATIVE for the others."""
+    ids_CW = ids_CW - (jax.lax.axis_index(axes) * v if axes else 0)
+    ids_CW = jnp.where(ids_CW < 0, v, ids_CW)  # what is out of bounds is dropped, and a negative place is not
+    rows = jnp.arange(ids_CW.shape[0])[:, None]
+    return jnp.full((ids_CW.shape[0], v), NEGATIVE).at[rows, ids_CW].set(logp_CW.astype(jnp.float32), mode='drop')
+
+
+def _top_k_local(h_MD, w_VD, *, axes, k, temperature, vocab_size, softcap):
+    (m, _), v = h_MD.shape, w_VD.shape[0]
+    n, size = _chunks(m, v)
+
+    def body(carry, chunk):
+        places_C = jnp.zeros(size, jnp.int32)
+        parts = _softmax_parts(chunk[0], w_VD, places_C, vocab_size, softcap, axes)
+        logp_CV = _log_softmax(parts, temperature, axes)
+        logp_CW, ids_CW = jax.lax.top_k(logp_CV, min(k, v))
+        if axes:
+            ids_CW += jax.lax.axis_index(axes) * v
+            every = lambda x_CW: jax.lax.all_gather(x_CW, axes, axis=1, tiled=True)
+            (logp_CW, place_CW), ids_CW = jax.lax.top_k(every(logp_CW), k), every(ids_CW)
+            ids_CW = jnp.take_along_axis(ids_CW, place_CW, axis=1)
+        others_CV = jnp.where(_spread(ids_CW, logp_CW, v, axes) > NEGATIVE / 2, 0, jnp.exp(logp_CV))
+        tail_C = jnp.log(jnp.maximum(_sum(others_CV, axes), jnp.finfo(jnp.float32).tiny))
+        return carry, (ids_CW, logp_CW, tail_C)
+
+    _, out = _scan(body, None, _split(n, size, h_MD), n)
+    return tuple(x.reshape(-1, *x.shape[2:])[:m] for x in out)
+
+
+def _distill_sums(h_MD, w_VD, other_VD, y_M, weight_M, teacher, live, loss, vocab_size, softcaps, axes):
+    return _distill_pass(
+        h_MD, w_VD, other_VD, y_M, weight_M, teacher, live, loss, vocab_size, softcaps, axes, gradient=False
+    )[0]
+
+
+def _distill_pass(h_MD, w_VD, other_VD, y_M, weight_M, teacher, live, loss, vocab_size, softcaps, axes, *, gradient):
+    """As `_nll_pass`; `teacher` has hidden states if there is `other_VD`, else ids, log-probs and the log of a tail."""
+    n, size = _chunks(h_MD.shape[0], w_VD.shape[0])
+    t, coefs = loss.temperature, {'divergence': loss.alpha * loss.temperature**2, 'nll': 1 - loss.alpha}
+    coefs['z'] = loss.z_coef
+
+    def known(y_C, own):
+        if other_VD is None:
+            ids_CW, logp_CW, tail_C = own
+            return _spread(ids_CW, logp_CW, w_VD.shape[0], axes), tail_C
+        (other_CD,) = own
+        return (_log_softmax(_softmax_parts(other_CD, other_VD, y_C, vocab_size, softcaps[1], axes), t, axes),)
+
+    def body(carry, chunk):
+        dw_DV, total, sums = carry
+        h_CD, y_C, weight_C, *own = chunk
+        parts = x_CV, slope_CV, lse_C, target_CV, best_C = _softmax_parts(
+            h_CD, w_VD, y_C, vocab_size, softcaps[0], axes
+        )
+        log_q_CV = _log_softmax(parts, t, axes)
+        apart_C, dx_CV = loss.divergence(log_q_CV, *known(y_C, own), total=partial(_sum, axes=axes))
+        at_target_C = _sum(jnp.where(target_CV, x_CV, 0), axes)
+        found = {'divergence': apart_C, 'nll': lse_C - at_target_C, 'z': jnp.square(lse_C)}
+        total += sum(coef * jnp.sum(weight_C * found[name]) for name, coef in coefs.items())
+        found['correct'] = at_target_C >= best_C
+        sums = {name: sums[name] + jnp.sum(weight_C * x_C) for name, x_C in found.items()}
+        if not gradient:
+            return (dw_DV, total, sums), None
+        scale_C = 1 - loss.alpha + 2 * loss.z_coef * lse_C
+        dx_CV = loss.alpha * t * dx_CV + jnp.exp(x_CV - lse_C[:, None]) * scale_C[:, None]
+        dx_CV = weight_C[:, None] * (dx_CV - jnp.where(target_CV, 1 - loss.alpha, 0))
+        dh_CD, dw_chunk_DV = _back(dx_CV, slope_CV, h_CD, w_VD)
+        return (dw_DV + dw_chunk_DV, total, sums), dh_CD.astype(h_CD.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    dw_DV = jnp.zeros(w_VD.T.shape if gradient else (), jnp.float32)
+    start = (dw_DV, zero, dict.fromkeys(('divergence', 'nll', 'z', 'correct'), zero))
+    (dw_DV, total, sums), dh = _scan(body, start, _split(n, size, h_MD, y_M, weight_M, *teacher), n, live)
+    if dh is None:
+        return (total, sums), None
+    return (total, sums), (dh.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]], dw_DV.T.astype(w_VD.dtype))
+
+
+def _distill_forward(*args):
+    return _distill_pass(*args, gradient=True)
+
+
+def _distill_backward(loss, vocab_size, softcaps, axes, gradients, cotangents):
+    del loss, vocab_size, softcaps
+    g = _whole(cotangents[0], axes)  # the parts carry no gradient, nor does the teacher
+    return *(d * g.astype(d.dtype) for d in gradients), None, None, None, None, None
+
+
+_distill: Any = jax.custom_vjp(_distill_sums, nondiff_argnums=(7, 8, 9, 10))
+_distill.defvjp(_distill_forward, _distill_backward)
+
+
+def _distill_local(h_MD, w_VD, *rest, axes, loss, live, vocab_size, softcaps, sparse):
+    other_VD, (y_M, weight_M, *teacher) = (rest[0], rest[1:]) if live else (None, rest)
+    count = None
+    if sparse:
+        order_M, inverse_M, count = _to_front(weight_M, w_VD.shape[0])
+        h_MD = _taken(h_MD, order_M, inverse_M)
+        y_M, weight_M, *teacher = (x[order_M] for x in (y_M, weight_M, *teacher))
+    statics = loss, vocab_size, softcaps, axes
+    total, sums = _distill(h_MD, w_VD, other_VD, y_M, weight_M, tuple(teacher), count, *statics)
+    return total, jax.lax.stop_gradient(sums)

@@ -2,10 +2,12 @@
 
 from lm.config import nearest
 from lm.errors import UsageError
-from lm.stages import dpo, grpo, ppo, pretrain, reward, sft
+from lm.stages import distill, dpo, grpo, ppo, pretrain, reward, sft
 from lm.stages.spec import StageSpec
 
-STAGES = {spec.name: spec for spec in (pretrain.SPEC, sft.SPEC, reward.SPEC, dpo.SPEC, grpo.SPEC, ppo.SPEC)}
+STAGES = {
+    spec.name: spec for spec in (pretrain.SPEC, sft.SPEC, reward.SPEC, dpo.SPEC, grpo.SPEC, ppo.SPEC, distill.SPEC)
+}
 
 
 def find(stage: str) -> StageSpec:
