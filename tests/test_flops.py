@@ -11,7 +11,7 @@ from running import lines
 
 from lm import config as configs
 from lm.model import head
-from lm.runs import execution, rundir
+from lm.runs import execution, loading, rundir
 from lm.stages import STAGES, distill, find, plan, runner
 from lm.training import flops
 from lm.training import step as training
@@ -26,6 +26,13 @@ CASES = {
     'pretrain': {}, 'sft': {}, 'reward': {}, 'dpo': {}, 'dpo-live': {'reference': 'live'}, 'simpo': {'loss': 'simpo'},
     'kto': {'loss': 'kto'}, 'kto-live': {'loss': 'kto', 'reference': 'live'}, 'distill': {},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_read(monkeypatch):
+    """The runs that a stage names are plain weights of its own shapes."""
+    monkeypatch.setattr(loading, 'abstract_parent', lambda run, cfg, role, merge: loading.abstract_params(cfg, role))
+    monkeypatch.setattr(loading, 'abstract_in_use', lambda run, cfg: loading.abstract_params(cfg))
 
 
 def step_of(name, **changes):

@@ -1,7 +1,8 @@
 """A teacher that is asked once, before training: its most likely words after each token, and the mass of the others.
 
 The answers lie in the cache, under what they depend on: the teacher's weights, the rows that the run reads, and the
-temperature. A token takes 2 bytes (4 of a vocabulary over 65,536) for an id, 2 for its log-prob, and 4 for the mass.
+temperature. A token takes for each of its words 2 bytes for an id (4 of a vocabulary over 65,536) and 2 for a log-prob,
+and 4 for the mass.
 """
 
 import functools
