@@ -27,9 +27,9 @@ from lm.config import check_flags, nearest, split_run, whole
 from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
 from lm.interop import folders
-from lm.interop.mixes import MIXES
+from lm.interop.gguf.mixes import MIXES
 from lm.interop.opened import Opened
-from lm.interop.tokenizer_files import dump
+from lm.interop.tokenizers.files import dump
 from lm.model import quantized
 from lm.progress import say, task
 from lm.settings import up_to
@@ -150,10 +150,10 @@ def open_model(src: str, form: str) -> Opened:
 
         return open_run(src)
     if form == 'huggingface':
-        from lm.interop.huggingface import open_folder
+        from lm.interop.huggingface.folder import open_folder
 
         return open_folder(src)
-    from lm.interop.gguf_in import open_gguf
+    from lm.interop.gguf.reader import open_gguf
 
     opened = open_gguf(gguf_file(src))
     if src not in DRAWN:
@@ -164,7 +164,8 @@ def open_model(src: str, form: str) -> Opened:
 
 def _adapters(form: str) -> Any:
     """The module that reads and writes a form of ADAPTERS."""
-    from lm.interop import gguf_adapter, peft
+    from lm.interop import peft
+    from lm.interop.gguf import adapter as gguf_adapter
 
     return peft if form == 'peft' else gguf_adapter
 
@@ -195,10 +196,10 @@ def write_model(opened: Opened, dst: str, form: str, quantize: str | None, say: 
 
         return write_run(opened, dst, quantize=quantize)
     if form == 'huggingface':
-        from lm.interop.huggingface import write_folder
+        from lm.interop.huggingface.folder import write_folder
 
         return write_folder(opened, dst, say=say)
-    from lm.interop.gguf_out import write_gguf
+    from lm.interop.gguf.writer import write_gguf
 
     return write_gguf(opened, dst, quantize=quantize or 'BF16', say=say)
 

@@ -17,7 +17,7 @@ from running import ROOT
 from lm import convert, sharding
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
-from lm.interop import gguf_out
+from lm.interop.gguf import writer as gguf_out
 from lm.interop.opened import Leaf, Opened
 from lm.runs import checkpoint, lazy_checkpoint, loading, rundir
 

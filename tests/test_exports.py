@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from lm import convert  # noqa: E402
 from lm import main as lm_main  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
-from lm.interop import pre_tokenizers  # noqa: E402
-from lm.interop.huggingface import open_folder  # noqa: E402
+from lm.interop.huggingface.folder import open_folder  # noqa: E402
+from lm.interop.tokenizers import pre_tokenizers  # noqa: E402
 
 END, TURN_END = 257, 259  # of a text, and of a turn
 

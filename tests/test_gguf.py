@@ -13,19 +13,16 @@ import pytest
 
 from lm import files
 from lm.errors import RunError, UsageError
-from lm.interop import (
-    gguf_adapter,
-    gguf_arch,
-    gguf_file,
-    gguf_in,
-    gguf_out,
-    graph,
-    independent,
-    tokenizer_files,
-    tokenizers,
-)
+from lm.interop import graph, independent
 from lm.interop.adapter import OpenedAdapter, Stack
+from lm.interop.gguf import adapter as gguf_adapter
+from lm.interop.gguf import arch as gguf_arch
+from lm.interop.gguf import file as gguf_file
+from lm.interop.gguf import reader as gguf_in
+from lm.interop.gguf import writer as gguf_out
 from lm.interop.opened import Leaf, Opened
+from lm.interop.tokenizers import conversion as tokenizers
+from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.model.layers import RopeScaling

@@ -9,7 +9,7 @@ import pytest
 from gguf_bytes import ARRAY, BOOL, STRING, U8, array, header, padded, pair, string, tensor, text, u32
 
 from lm.errors import UsageError
-from lm.interop import gguf_file
+from lm.interop.gguf import file as gguf_file
 from lm.interop.graph import DTYPES
 
 HUGE = 2**62

@@ -14,9 +14,13 @@ import pytest
 from lm import files
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
-from lm.interop import families, family_config, huggingface, independent, safetensors_file, tokenizer_files, tokenizers
-from lm.interop.huggingface import open_folder, write_folder
+from lm.interop import independent
+from lm.interop.huggingface import families, family_config, safetensors_file
+from lm.interop.huggingface import folder as huggingface
+from lm.interop.huggingface.folder import open_folder, write_folder
 from lm.interop.opened import Leaf, Opened
+from lm.interop.tokenizers import conversion as tokenizers
+from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import transformer
 from lm.model.config import ModelConfig
 from lm.runs import lazy_checkpoint

@@ -11,11 +11,11 @@ import sentencepiece
 from lm.data.chat_template import DEFAULT, ChatTemplate
 from lm.data.tokenizer import SPACE, train_tokenizer
 from lm.errors import UsageError
-from lm.interop import pre_tokenizers
+from lm.interop.tokenizers import pre_tokenizers
 
 library = pytest.importorskip('tokenizers', reason="pip install -e '.[convert]'")
 from lm.data.tokenizer_json import from_files  # noqa: E402
-from lm.interop.tokenizers import from_gguf, from_huggingface, to_gguf, to_huggingface  # noqa: E402
+from lm.interop.tokenizers.conversion import from_gguf, from_huggingface, to_gguf, to_huggingface  # noqa: E402
 
 WORDS = [''.join(random.Random(i).choices('aeioubdklmnrst', k=2 + i % 6)) for i in range(300)]
 LINES = [

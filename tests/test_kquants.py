@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.interop import kquants, mixes
+from lm.interop.gguf import kquants, mixes
 from lm.interop.graph import DTYPES
 
 gguf = pytest.importorskip('gguf')

@@ -14,7 +14,7 @@ from lm import chat, convert  # noqa: E402
 from lm import main as lm_main  # noqa: E402
 from lm.data.tokenizer import Tokenizer  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
-from lm.interop.huggingface import open_folder  # noqa: E402
+from lm.interop.huggingface.folder import open_folder  # noqa: E402
 
 ROWS, IDS = 384, 260
 

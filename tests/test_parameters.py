@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.interop import families, gguf_arch
+from lm.interop.gguf import arch as gguf_arch
+from lm.interop.huggingface import families
 from lm.model import parameters, sequences
 from lm.model.feed_forward import FEED_FORWARDS
 from lm.training.param_groups import infos_of

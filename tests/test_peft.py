@@ -12,8 +12,8 @@ from running import params
 
 from lm.errors import UsageError
 from lm.interop import peft, placed
-from lm.interop import safetensors_file as file
-from lm.interop.huggingface import open_folder
+from lm.interop.huggingface import safetensors_file as file
+from lm.interop.huggingface.folder import open_folder
 from lm.model import sequences, transformer
 from lm.model.config import ModelConfig
 from lm.runs import loading

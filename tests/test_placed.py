@@ -11,7 +11,7 @@ import pytest
 from lm import sharding
 from lm.errors import UsageError
 from lm.interop import placed
-from lm.interop.huggingface import open_folder, write_folder
+from lm.interop.huggingface.folder import open_folder, write_folder
 from lm.model import parameters, transformer
 from lm.model.config import ModelConfig
 from lm.runs import lazy_checkpoint, loading

@@ -19,7 +19,7 @@ from lm.data.prepare import prepare  # noqa: E402
 from lm.data.tokenizer import Tokenizer  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
 from lm.evals import heldout  # noqa: E402
-from lm.interop.tokenizers import from_gguf, to_gguf  # noqa: E402
+from lm.interop.tokenizers.conversion import from_gguf, to_gguf  # noqa: E402
 
 LLAMA_2 = (
     "{{ bos_token }}{% for m in messages %}{{ '[I]' + m.content if m.role == 'user' else m.content + eos_token }}"

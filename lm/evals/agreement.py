@@ -13,8 +13,8 @@ import numpy as np
 
 from lm import progress
 from lm.errors import UsageError
-from lm.interop import tokenizer_files
 from lm.interop.opened import Opened
+from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import sequences, transformer
 from lm.model.config import ModelConfig
 

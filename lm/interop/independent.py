@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from lm.errors import UsageError, install
-from lm.interop import gguf_adapter, gguf_file, gguf_in, huggingface, peft
-from lm.interop.gguf_file import CHUNK, READ_AS
+from lm.interop import peft
+from lm.interop.gguf import adapter as gguf_adapter
+from lm.interop.gguf import file as gguf_file
+from lm.interop.gguf import reader as gguf_in
+from lm.interop.gguf.file import CHUNK, READ_AS
 from lm.interop.graph import Fetch, Info
+from lm.interop.huggingface import folder as huggingface
 from lm.interop.opened import Opened
 
 

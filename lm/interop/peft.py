@@ -17,10 +17,10 @@ from etils import epath
 
 from lm import files
 from lm.errors import UsageError
-from lm.interop import families, family_config
-from lm.interop import safetensors_file as file
 from lm.interop.adapter import OpenedAdapter, check_factors, stack_of
 from lm.interop.graph import DTYPES, Fetch, Info
+from lm.interop.huggingface import families, family_config
+from lm.interop.huggingface import safetensors_file as file
 from lm.interop.opened import Leaf, Opened
 from lm.model import parameters
 

@@ -26,9 +26,10 @@ from lm.config import Config, split_run
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
-from lm.interop import placed, tokenizer_files
+from lm.interop import placed
 from lm.interop.adapter import OpenedAdapter, Stack
 from lm.interop.opened import Leaf, Opened, by_path
+from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import parameters, quantized, seam
 from lm.model.config import ModelConfig
 from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config

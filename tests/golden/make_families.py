@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers as tf
 
-from lm.interop.huggingface import open_folder, write_folder
+from lm.interop.huggingface.folder import open_folder, write_folder
 
 FOLDER = Path(__file__).parent / 'families'
 TOKENS = np.random.default_rng(0).integers(

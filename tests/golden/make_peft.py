@@ -21,7 +21,7 @@ import torch
 import transformers as tf
 
 from lm.interop import peft as ours
-from lm.interop.huggingface import open_folder
+from lm.interop.huggingface.folder import open_folder
 
 HERE = Path(__file__).parent
 FOLDER, FAMILIES = HERE / 'peft', HERE / 'families'

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.errors import UsageError
-from lm.interop.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
 from lm.interop.graph import PLAIN, differences, first_exact, kinds, scales
+from lm.interop.huggingface.families import ACTIVATIONS, COMMON, FAMILIES, NEUTRAL, VISION, Family, Key
 from lm.model.layers import RopeScaling
 from lm.settings import INT32_MAX
 

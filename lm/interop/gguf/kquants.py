@@ -47,9 +47,9 @@ def quantize(rows: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _simple(rows: np.ndarray, kind: str) -> np.ndarray:
-    from lm.interop import gguf_file
+    from lm.interop.gguf import file
 
-    gguf = gguf_file.package()
+    gguf = file.package()
     with np.errstate(over='ignore'):  # the caller looks at the scales
         return gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
 

@@ -19,10 +19,10 @@ from lm.data.chat_template import TEMPLATE_FILE, ChatTemplate, chosen
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE, SPACE, Tokenizer
 from lm.data.tokenizer_json import CONFIG_FILE, GENERATION_FILE, MAP_FILE
 from lm.errors import UsageError
-from lm.interop import pre_tokenizers, sentencepiece_json
-from lm.interop.pre_tokenizers import Way
-from lm.interop.sentencepiece_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece, Pieces
-from lm.interop.tokenizer_files import checked, dump, loaded, template_of
+from lm.interop.tokenizers import pre_tokenizers, sentencepiece_json
+from lm.interop.tokenizers.files import checked, dump, loaded, template_of
+from lm.interop.tokenizers.pre_tokenizers import Way
+from lm.interop.tokenizers.sentencepiece_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER, Piece, Pieces
 
 _TEMPLATE_JSON = 'chat_template.json'
 _ADDED_FILE = 'added_tokens.json'

@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from lm.data import tokenizer_json
 from lm.data.tokenizer import SPACE
 from lm.errors import UsageError
-from lm.interop import pre_tokenizers
+from lm.interop.tokenizers import pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # the types of pieces, GGUF's as well
 ModelProto: Any = vars(sentencepiece_model_pb2)['ModelProto']  # made when it is imported, where no type checker sees it

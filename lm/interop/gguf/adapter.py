@@ -12,11 +12,10 @@ import numpy as np
 
 from lm import files
 from lm.errors import UsageError
-from lm.interop import gguf_arch as tables
-from lm.interop import gguf_file as file
-from lm.interop import gguf_out
 from lm.interop.adapter import OpenedAdapter, check_factors, stack_of
-from lm.interop.gguf_arch import Arch
+from lm.interop.gguf import arch as tables
+from lm.interop.gguf import file, writer
+from lm.interop.gguf.arch import Arch
 from lm.interop.graph import Fetch, Info, Tensor
 from lm.interop.opened import Opened
 from lm.model import parameters
@@ -48,7 +47,7 @@ def open_adapter(path: str | Path, base: Opened, *, fetch: Fetch = file.read) ->
       fetch: reads a tensor.
     """
     header, where, notes = file.read_header(path), str(path), []
-    name, arch = gguf_out.choose(base.model)
+    name, arch = writer.choose(base.model)
     if (kind := header.metadata.get(KIND)) != 'lora':
         raise UsageError(f'{where}: {KIND}={kind}: lora is read')
     if (theirs := header.metadata.get('general.architecture')) != name:
@@ -105,7 +104,7 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: str | Path, *, say
     """
     if adapter.scored:
         raise UsageError(f'{adapter.where}: a reward model has no GGUF form')
-    name, arch = gguf_out.choose(base.model)
+    name, arch = writer.choose(base.model)
     alpha, plan, content = adapter.alpha(), [], []
     for parameter, layer, parts in adapter.stored(alpha):
         if 'magnitude' in parts:
@@ -119,6 +118,6 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: str | Path, *, say
     told = {TYPE: 'adapter', KIND: 'lora', ALPHA: float(alpha), 'general.name': Path(adapter.where).name or 'adapter'}
     say(f'{path}: {len(plan)} tensors of architecture {name}; its base: python -m lm.convert {adapter.base} BASE.gguf')
     with files.streamed(path) as write:
-        write(gguf_out.header(name, told, plan))
+        write(writer.header(name, told, plan))
         for data in content:
-            write(data + bytes(-len(data) % gguf_out.ALIGNMENT))
+            write(data + bytes(-len(data) % writer.ALIGNMENT))

@@ -16,12 +16,14 @@ from etils import epath
 from lm import files, progress
 from lm.data.tokenizer import JSON_FILE, MODEL_FILE
 from lm.errors import UsageError
-from lm.interop import families, family_config, graph, tokenizer_files
-from lm.interop import safetensors_file as file
-from lm.interop.families import Family
-from lm.interop.family_config import Described
+from lm.interop import graph
 from lm.interop.graph import DTYPES, Fetch, Info, Tensor
+from lm.interop.huggingface import families, family_config
+from lm.interop.huggingface import safetensors_file as file
+from lm.interop.huggingface.families import Family
+from lm.interop.huggingface.family_config import Described
 from lm.interop.opened import Leaf, Opened
+from lm.interop.tokenizers import files as tokenizer_files
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 SHARD = 5_000_000_000  # of a file of weights
@@ -43,7 +45,7 @@ def open_folder(path: epath.PathLike, *, fetch: Fetch = file.read) -> Opened:
     Args:
       fetch: reads a tensor.
     """
-    from lm.interop import tokenizers
+    from lm.interop.tokenizers import conversion as tokenizers
 
     folder, where = epath.Path(path), str(path)
     if not (folder / CONFIG).exists():
@@ -235,7 +237,7 @@ def write_folder(opened: Opened, path: epath.PathLike, *, say: Callable[[str], N
 def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
     """The first architecture that is this graph, and beside which transformers reads its tokenizer as it is; and its
     config.json."""
-    from lm.interop import tokenizers
+    from lm.interop.tokenizers import conversion as tokenizers
 
     family, config = family_config.choose(opened.model, scored=opened.scored)
     kind = family.model_type
@@ -269,7 +271,7 @@ def _zeros(family: Family, model: Mapping[str, Any]) -> list[str]:
 
 def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(the tokenizer's files, the ids of its symbols as config.json and generation_config.json name them)."""
-    from lm.interop import tokenizers
+    from lm.interop.tokenizers import conversion as tokenizers
 
     if not opened.tokenizer:
         say(f'{opened.where} has no tokenizer, and so the folder has none')

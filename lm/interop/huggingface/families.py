@@ -1,7 +1,7 @@
 """Tables: which graph each architecture of Hugging Face's is, how it calls our parameters, and where it keeps settings.
 
 What an architecture does is in `transformers`, models/TYPE/modeling_TYPE.py; what a config.json that lacks a key means,
-in configuration_TYPE.py. lm/interop/family_config.py reads and writes by these tables; nothing there knows a family.
+in configuration_TYPE.py. family_config.py reads and writes by these tables; nothing there knows a family.
 """
 
 from collections.abc import Callable

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from lm.errors import UsageError
-from lm.interop import gguf_arch as tables
-from lm.interop import gguf_file as file
-from lm.interop import tokenizer_files
-from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop.gguf import arch as tables
+from lm.interop.gguf import file
+from lm.interop.gguf.arch import ARCHS, Arch
 from lm.interop.graph import PLAIN, Fetch, Info, check_surplus, from_stored, names_of, read_leaves
 from lm.interop.opened import Leaf, Opened
+from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import parameters
 from lm.settings import INT32_MAX
 
@@ -25,7 +25,7 @@ def open_gguf(path: str | Path, *, fetch: Fetch = file.read) -> Opened:
     Args:
       fetch: reads a tensor.
     """
-    from lm.interop import tokenizers
+    from lm.interop.tokenizers import conversion as tokenizers
 
     header = file.read_header(path)
     name, arch = architecture(header.metadata, str(path))

@@ -14,12 +14,12 @@ import numpy as np
 
 from lm import files, progress
 from lm.errors import RunError, UsageError
-from lm.interop import gguf_arch as tables
-from lm.interop import gguf_file as file
-from lm.interop import gguf_in, graph, kquants, mixes
-from lm.interop.gguf_arch import ARCHS, Arch
+from lm.interop import graph
+from lm.interop.gguf import arch as tables
+from lm.interop.gguf import file, kquants, mixes, reader
+from lm.interop.gguf.arch import ARCHS, Arch
+from lm.interop.gguf.mixes import MIXES
 from lm.interop.graph import DTYPES, Info, Tensor
-from lm.interop.mixes import MIXES
 from lm.interop.opened import Opened
 from lm.model import parameters
 from lm.model.layers import RopeScaling
@@ -31,7 +31,7 @@ CONTEXT = 2048  # tokens, of a model that does not say: llama.cpp does not open 
 
 def write_gguf(opened: Opened, path: str | Path, *, quantize: str = 'BF16', say: Callable[[str], None]) -> None:
     """Writes a GGUF file. Raises UsageError, before anything is written, for what no architecture of GGUF is."""
-    from lm.interop import tokenizers
+    from lm.interop.tokenizers import conversion as tokenizers
 
     if quantize not in MIXES:
         raise UsageError(f'--quantize={quantize} is not one of {", ".join(MIXES)}')
@@ -69,7 +69,7 @@ def choose(model: Mapping[str, Any]) -> tuple[str, Arch]:
 def _differences(name: str, arch: Arch, model: Mapping[str, Any]) -> list[str]:
     """'model.KEY=THIS (ARCHITECTURE: THAT)' of the settings that a file of this architecture would not keep."""
     tensors = {t.name: Info('', t.name, t.kind, t.shape, 0, t.nbytes) for t in _plan(arch, model, 'F32')}
-    seen = gguf_in.graph(file.Header(_described(name, arch, model), tensors), name, arch, where=name)
+    seen = reader.graph(file.Header(_described(name, arch, model), tensors), name, arch, where=name)
     kind = (model['rope_scaling'] or 'none').split(',')[0]
     kept = kind == 'none' or (kind == 'linear' and arch.linear) or (kind == 'llama3' and arch.freqs)
     if kind == 'llama3' and kept:  # what we would not read back is not written
@@ -189,7 +189,7 @@ def _encoded(opened: Opened, arch: Arch, model: Mapping[str, Any], tensor: Tenso
 
 
 def to_stored(ours: np.ndarray, leaf: str, shape: tuple[int, ...], arch: Arch) -> np.ndarray:
-    """`gguf_in.to_ours`, back: a view where that is possible."""
+    """`reader.to_ours`, back: a view where that is possible."""
     if arch.interleaved and leaf.endswith(tables.ROTATED):  # halves -> neighbours
         *lead, wide = ours.shape
         ours = ours.reshape(*lead, 2, wide // 2).swapaxes(-1, -2).reshape(*lead, wide)
