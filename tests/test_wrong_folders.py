@@ -55,13 +55,9 @@ def test_tensors_by_other_names(tmp_path, refused, rename, says):
     assert says in refused(convert, folder, tmp_path / 'out')
 
 
-def test_a_model_of_another_form_where_a_run_is_needed(tmp_path, refused):
-    folder = folders.make(tmp_path / 'hf')
+def test_a_model_of_another_form_that_is_damaged(tmp_path, refused):
     (tmp_path / 'model.gguf').write_bytes(b'GGUF')
-    assert f'it is a Hugging Face folder, python -m lm.convert {folder} runs/hf makes a run of it' in refused(
-        chat, folder, '--raw', '--prompt=x'
-    )
-    assert f'it is a GGUF file, python -m lm.convert {tmp_path}/model.gguf runs/model makes a run of it' in refused(
+    assert f'{tmp_path}/model.gguf: a damaged GGUF file' in refused(
         chat, tmp_path / 'model.gguf', '--raw', '--prompt=x'
     )
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -31,12 +30,6 @@ def reason(path: epath.PathLike) -> str:
     if not any(True for _ in folder.iterdir()):
         return 'is empty: name another'
     return f'has no {CONFIG}, and not one .gguf file: name a run, a Hugging Face folder or a GGUF file'
-
-
-def converted(path: epath.PathLike) -> str:
-    """The command that makes a run of a model of another form."""
-    name = Path(path).name.removesuffix('.gguf') or 'model'
-    return f'python -m lm.convert {path} runs/{name} makes a run of it'
 
 
 def _run_around(folder: epath.Path) -> epath.Path | None:

@@ -31,8 +31,9 @@ from lm.config import split_run
 from lm.data import cache
 from lm.errors import RunError, UsageError
 from lm.multihost import processes
+from lm.runs import foreign
 
-PIECE = 1 << 22  # elements of which a checksum is taken at once, on the host
+PIECE = 1 << 20  # elements of which a checksum is taken at once, on the host
 FULL = os.strerror(errno.ENOSPC)
 COMMITTED = 'commit_success.txt'  # what Orbax writes last, in a bucket
 LAYOUT = 2  # raise it when a checkpoint of today could not be read by the code of yesterday
@@ -209,7 +210,10 @@ def newest_sealed(directory: epath.PathLike) -> int | None:
 
 
 def locate(run: str) -> int:
-    """The step of 'DIR' (the newest) or 'DIR@STEP', unread. Raises UsageError if it is not there, or newer than us."""
+    """The step of 'DIR' (the newest) or 'DIR@STEP', unread; 0 of another form's model. Raises UsageError if it is not
+    there, or newer than us."""
+    if foreign.find(run) is not None:
+        return 0
     folder, step = split_run(run)
     directory = epath.Path(folder) / 'checkpoints'
     steps = listed(directory)

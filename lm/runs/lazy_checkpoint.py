@@ -8,11 +8,11 @@ Orbax restores (0.12), with the checksums of `lm.runs.checkpoint`.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from etils import epath
 from lm import config as configs
 from lm import files, progress, settings, sharding
 from lm.config import Config, split_run
+from lm.data import cache
 from lm.data.chat_template import TEMPLATE_FILE
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
@@ -32,12 +33,11 @@ from lm.interop.opened import Leaf, Opened, by_path
 from lm.interop.tokenizers import files as tokenizer_files
 from lm.model import parameters, quantized, seam
 from lm.model.config import ModelConfig
-from lm.runs import checkpoint, execution, loading, reward_scale, rundir, saved_config
-from lm.runs.saved_config import About, Parent
+from lm.runs import checkpoint, execution, foreign, loading, reward_scale, rundir, saved_config
+from lm.runs.saved_config import Parent
 
 CACHE_BYTES = 256 << 20  # of decoded chunks: training writes a stack as one, and it is read a layer at a time
-CHUNK_BYTES = 32 << 20  # of what is written: what is compressed and restored at once
-MOST_SEQ_LEN = 2048  # of a converted run's own setting; what the model can read is model.context
+CHUNK_BYTES = 32 << 20  # of what is written: what is read at once
 ITEM = 'trainable'  # what training saves its weights as
 
 
@@ -51,6 +51,8 @@ def open_run(run: str) -> Opened:
     Every leaf is read once to verify its checksum. Raises UsageError if there is no such run or checkpoint, or an
     adapter's base has changed, RunError if nothing in it can be read.
     """
+    if (other := foreign.find(run)) is not None:
+        return other
     saved, notes = rundir.read_config(run), []
     step = checkpoint.locate(run)
     folder, asked = split_run(run)
@@ -95,15 +97,33 @@ def _open_base(saved: Mapping[str, Any]) -> Opened:
     """The model under an adapter. Raises UsageError if it is not what it was when the adapter was trained."""
     base = saved_config.base_of(saved)
     loading.check_digest(base, now := _parent(base.path))
+    if (other := foreign.find(base.path)) is not None:
+        return other
     return open_run(f'{split_run(base.path)[0]}@{now.step}')  # where it is damaged, one before it is another base
 
 
 def _parent(run: str) -> Parent:
-    """A run as what weights come from, by what its checkpoint says of itself."""
+    """A run as what weights come from, by what its checkpoint says of itself; another form's model by what it holds."""
+    if (other := foreign.find(run)) is not None:
+        return Parent(run, 0, _digest(other))
     saved, step = rundir.read_config(run), checkpoint.locate(run)
     meta = checkpoint.read_meta(files.absolute(split_run(run)[0]) / 'checkpoints' / str(step))
     item, role = saved_config.weights_item(saved['config']), saved_config.about(saved).trains
     return Parent(run, step, checkpoint.saved_digest(meta, item, role))
+
+
+def _digest(model: Opened) -> str:
+    """`checkpoint.digest` of the weights of another form's model, float32, read a layer at a time."""
+    sums = {}
+    for name, shape in _expected(model, execution.model_config(foreign.config_of(model), training=False)).items():
+        leaf, words = model.leaves[name], np.zeros(2, np.uint32)
+        own = shape if leaf.layers is None else shape[1:]
+        for i in range(leaf.layers or 1):
+            x, padded = leaf.read(i), np.zeros(own, np.float32)
+            padded[tuple(map(slice, x.shape))] = x
+            words = words + checkpoint.checksum_of(padded, i * padded.size)
+        sums[checkpoint.leaf_key(name.split('/'))] = [int(w) for w in words]
+    return cache.fingerprint(sums)
 
 
 def open_adapter(run: str) -> tuple[OpenedAdapter, Opened]:
@@ -135,7 +155,7 @@ def _adapter(run: str, saved: Mapping[str, Any], own: Mapping[str, Leaf]) -> Ope
     for path, weight in jax.tree.leaves_with_path(tree, is_leaf=is_weight):
         name = '/'.join(key.key for key in path)
         if is_weight(weight):
-            stacks[name] = Stack(cfg.layers, partial(_filled, weight, name, own))
+            stacks[name] = Stack(cfg.layers, functools.partial(_filled, weight, name, own))
         else:
             arrays[name] = own[name]
     return OpenedAdapter(run, saved_config.base_of(saved).path, stacks, arrays, scored=scored)
@@ -242,10 +262,10 @@ def load(opened: Opened) -> loading.Model:
 
     Raises UsageError if it has settings that we do not know, or is no model of its settings.
     """
-    config = _config(opened)
+    config = foreign.config_of(opened)
     cfg = execution.model_config(config, training=False)
-    params = placed.arrays(opened, loading.abstract_params(cfg, _about(opened).role))
-    saved = {'config': config.to_dict(), 'about': _about(opened)._asdict()}
+    params = placed.arrays(opened, loading.abstract_params(cfg, foreign.about_of(opened).role))
+    saved = {'config': config.to_dict(), 'about': foreign.about_of(opened)._asdict()}
     return loading.Model(params, cfg, tokenizer_files.loaded(opened.tokenizer), saved, 0)
 
 
@@ -262,12 +282,11 @@ def write_run(opened: Opened, workdir: epath.PathLike, *, quantize: str | None =
     workdir = files.absolute(workdir)
     if workdir.exists():
         raise UsageError(f'{workdir} exists: name a new folder')
-    config = _config(opened)
+    config = foreign.config_of(opened)
     with files.new_folder(workdir) as made:
-        for name, content in opened.tokenizer.items():
-            files.write_bytes(made / 'tokenizer' / name, content)
+        foreign.write_tokenizer(opened, made / 'tokenizer')
         fingerprint = Tokenizer.load(made / 'tokenizer').fingerprint
-        about = _about(opened)._replace(quantized=quantize)
+        about = foreign.about_of(opened)._replace(quantized=quantize)
         more = {'about': about._asdict(), 'converted_from': opened.where}
         rundir.write_config(made, config, {}, data=None, tokenizer=fingerprint, **more)
         if opened.scored:  # scores without a scale are taken as they are
@@ -292,7 +311,7 @@ def write_adapter_run(adapter: OpenedAdapter, base: str, workdir: epath.PathLike
     config.lora.update(_lora_of(adapter))
     cfg = execution.model_config(config, training=False)
     wanted = loading.abstract_adapter('lora', loading.abstract_params(cfg, 'base'), cfg, config, scored=adapter.scored)
-    tree = jax.tree.map_with_path(partial(_placed, adapter, config), wanted)
+    tree = jax.tree.map_with_path(functools.partial(_placed, adapter, config), wanted)
     parent = _parent(base)
     with files.new_folder(workdir) as made:
         tokenizer = epath.Path(rundir.tokenizer_folder(base))
@@ -332,59 +351,46 @@ def _placed(adapter: OpenedAdapter, config: Config, path: Any, wanted: Any) -> A
     return jax.device_put(np.stack([layer(i) for i in range(stack.layers)]), wanted.sharding)
 
 
-def _about(opened: Opened) -> About:
-    if opened.scored:
-        return About('pairs', 'scores')
-    return About('chat', 'answers') if TEMPLATE_FILE in opened.tokenizer else About('text', 'text')
-
-
-def _config(opened: Opened) -> Config:
-    """The settings of a run that has this model and was never trained."""
-    config = configs.base()
-    with config.unlocked():
-        unknown = sorted(set(opened.model) - set(config.model))
-        if unknown:
-            raise UsageError(f'{opened.where} has model.{unknown[0]}, which this version does not know: use a newer lm')
-        config.model.update(dict(opened.model))
-    config.seq_len = min(config.model.context or config.seq_len, MOST_SEQ_LEN)
-    configs.check(config)
-    config.steps = 0
-    config.stage = 'reward' if opened.scored else 'sft' if TEMPLATE_FILE in opened.tokenizer else 'pretrain'
-    return config
-
-
 def _write_checkpoint(opened: Opened, cfg: ModelConfig, path: epath.Path, quantize: str | None) -> None:
-    expected, inside = _expected(opened, cfg), (ITEM, _about(opened).role)
-    tree, sums, dtypes = {}, {}, {}
-    (path / 'state').mkdir(parents=True)
-    for name, whole in progress.over(expected.items(), 'tensors'):
-        names = (*inside, *name.split('/'))
-        for field, shape, leaf in _fields(opened, name, whole, quantize):
-            key = checkpoint.leaf_key(names) + ''.join(f'.{part}' for part in field)
-            own = (*names, *field)
-            sums[key], dtypes[key] = _write_leaf(path / 'state', '.'.join(own), shape, leaf), leaf.dtype.name
-            tree[str(own)] = {
-                'key_metadata': [{'key': part, 'key_type': 2} for part in own],  # of a dict
-                'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)},
-            }
-    told = {'tree_metadata': tree, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
-    files.write_text(path / 'state' / '_METADATA', json.dumps(told | {'store_array_data_equal_to_fill_value': True}))
+    """Writes a parameter at a time, of all layers, with Orbax's partial saves."""
+    from orbax.checkpoint.experimental import v1 as orbax  # takes seconds
+
+    context = orbax.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    expected, inside = _expected(opened, cfg), (ITEM, foreign.about_of(opened).role)
+    sums, dtypes = {}, {}
+
+    def save(tree: Any) -> None:
+        for place, array in jax.tree.leaves_with_path(tree):
+            key = jax.tree_util.keystr(place)
+            sums[key], dtypes[key] = [int(w) for w in checkpoint.checksum_of(array, 0)], array.dtype.name
+        orbax.partial.save(path, jax.device_put(tree))  # of what numpy has, Orbax keeps one copy more
+
+    with context, _told(path):
+        for name, shape in progress.over(expected.items(), 'tensors'):
+            save(_nested((*inside, *name.split('/')), _stacked(opened, name, shape, quantize)))
+        orbax.partial.finalize(path)
     meta = {'layout': checkpoint.LAYOUT, 'step': 0, 'checksums': sums, 'dtypes': dtypes}
     files.write_text(path / 'meta' / 'metadata', json.dumps(checkpoint.sealed(meta)))
 
 
-def _fields(
-    opened: Opened, name: str, shape: tuple[int, ...], quantize: str | None
-) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], Leaf]]:
-    """(its name if it is a weight's, shape with layers, leaf) of each array that a parameter is written as."""
-    leaf, row = opened.leaves[name], parameters.row(name)
-    if quantize is None or leaf.layers is None or not row.matrix:
-        yield (), shape, leaf
-        return
-    stack = [_quantized(opened, name, i, quantize) for i in range(leaf.layers)]
-    for field in stack[0].dims(row.dims):
-        at = lambda i, field=field: vars(stack[i])[field]
-        yield (field,), (leaf.layers, *at(0).shape), Leaf(at(0).shape, at(0).dtype, leaf.layers, at)
+def _nested(names: Sequence[str], leaf: Any) -> Any:
+    """Dicts in dicts down to a leaf."""
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(names), leaf)
+
+
+def _stacked(opened: Opened, name: str, shape: tuple[int, ...], quantize: str | None) -> Any:
+    """A parameter of this shape, with layers and padding, or one that is quantized."""
+    leaf = opened.leaves[name]
+    if quantize is not None and leaf.layers is not None and parameters.row(name).matrix:
+        layers = [_quantized(opened, name, i, quantize) for i in range(leaf.layers)]
+        return jax.tree.map(lambda *x: np.stack(x), *layers)
+    found = np.zeros(shape, leaf.dtype)
+    for i, into in enumerate([found] if leaf.layers is None else found):
+        x = leaf.read(i)
+        into[tuple(map(slice, x.shape))] = x  # what the vocabulary is padded with stays 0
+    return found
 
 
 def _quantized(opened: Opened, name: str, layer: int, kind: str) -> Any:
@@ -402,7 +408,7 @@ _quantize: Any = jax.jit(quantized.quantize, static_argnums=(1, 2, 3))
 
 def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape with layers and padding} of what the model needs. Raises RunError if that is not what is there."""
-    role = _about(opened).role
+    role = foreign.about_of(opened).role
     wanted = {name: x.shape for name, x in by_path(loading.shapes(cfg, role)).items()}
     if odd := sorted(set(wanted) ^ set(opened.leaves)):
         what = 'lacks' if odd[0] in wanted else 'has'
@@ -415,54 +421,11 @@ def _expected(opened: Opened, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def _write_leaf(state: epath.Path, name: str, shape: tuple[int, ...], leaf: Leaf) -> list[int]:
-    """Writes one array, a layer or some rows at a time, and returns its checksum."""
-    stacked = leaf.layers is not None
-    own = shape[1:] if stacked else shape
-    rows = _rows(own, leaf.dtype) if own else 1
-    chunk = (rows, *own[1:]) if own else ()
-    array = _create(state, name, shape, ((1, *chunk) if stacked else chunk), leaf.dtype)
-    words, size = np.zeros(2, np.uint32), math.prod(own)
-    for layer in range(leaf.layers or 1):
-        for at, piece in _padded(leaf.read(layer), own, rows):
-            words = words + checkpoint.checksum_of(piece, layer * size + at * math.prod(own[1:]))
-            part = slice(at, at + len(piece)) if own else ...
-            with _told(state):
-                array[(layer, part) if stacked else part].write(piece).result()
-    return [int(w) for w in words]
-
-
-def _padded(x: np.ndarray, shape: tuple[int, ...], rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of an array, with zeros up to `shape`."""
-    if not shape:
-        yield 0, x
-        return
-    for at in range(0, shape[0], rows):
-        piece, part = np.zeros((min(rows, shape[0] - at), *shape[1:]), x.dtype), x[at : at + rows]
-        piece[tuple(map(slice, part.shape))] = part
-        yield at, piece
-
-
-def _create(state: epath.Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> Any:
-    """A new array of the checkpoint's, as Orbax makes them."""
-    kind = 'bfloat16' if dtype.name == 'bfloat16' else dtype.newbyteorder('<').str
-    metadata = {
-        'shape': list(shape), 'chunks': list(chunk), 'dtype': kind, 'fill_value': None, 'order': 'C', 'filters': None,
-        'compressor': None, 'dimension_separator': '.',
-    }  # fmt: skip
-    spec = {
-        'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': _url(state), 'path': f'{name}/'},
-        'metadata': metadata, 'store_data_equal_to_fill_value': True,
-    }  # fmt: skip
-    with _told(state):
-        return ts.open(spec, create=True, open=True).result()
-
-
 @contextlib.contextmanager
 def _told(path: epath.Path) -> Iterator[None]:
     """Turns what TensorStore could not write into a RunError that says why."""
     try:
         yield
     except ValueError as error:
-        why = str(error).splitlines()[0].split(' [')[0]
+        why = str(error).splitlines()[0].split(' [')[0].rpartition('": ')[2]
         raise RunError(f'{path} cannot be written ({why})') from error

@@ -8,7 +8,7 @@ from etils import epath
 from lm.config import Config, base, leaves
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UsageError
-from lm.runs import checkpoint, rundir, saved_config
+from lm.runs import checkpoint, foreign, rundir, saved_config
 from lm.runs.saved_config import About
 
 
@@ -41,6 +41,8 @@ def inherit_model(
             f'that it started from ({saved["init_from"]})'
         )
     if config.branch_from and not resumed:
+        if foreign.find(parent) is not None:
+            raise UsageError(f'{parent} is no run and has no position to branch from: start with init_from')
         _check_branch(config, saved)
     model = base().model.to_dict() | saved['model']  # a setting newer than that run has its default
     for key in sorted(chosen):
@@ -51,7 +53,7 @@ def inherit_model(
     if own.data != 'text' and config.data.pretraining is None:
         config.data.pretraining = saved_config.pretraining_of(whole)
     if config.data.tokenizer is None:
-        config.data.tokenizer = rundir.tokenizer_folder(parent)
+        config.data.tokenizer = saved['data']['tokenizer'] if resumed else rundir.tokenizer_folder(parent)
     elif not resumed and config.data.tokenizer != rundir.tokenizer_folder(parent):
         _check_tokenizer(config.data.tokenizer, parent)
 

@@ -9,12 +9,14 @@ import jax
 from lm import sharding
 from lm.data.tokenizer import Tokenizer
 from lm.errors import RunError, UsageError
+from lm.interop import placed
+from lm.interop.opened import Opened
 from lm.model import adapters, parameters, quantized
 from lm.model.adapters import ADAPTERS
 from lm.model.config import ModelConfig
 from lm.model.roles import SCORED, assemble
 from lm.model.seam import Weight
-from lm.runs import checkpoint, execution, rundir, saved_config
+from lm.runs import checkpoint, execution, foreign, rundir, saved_config
 from lm.runs.saved_config import About, Parent
 
 
@@ -71,6 +73,8 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
       abstract: the parameters, or some of them, as shapes and shardings. Where all are arrays, an adapter is merged
         into its base, and what is quantized made dense; else they are the weights that it asks for: `abstract_parent`.
     """
+    if (model := foreign.find(run)) is not None:
+        return _weights_of_model(model, abstract, warn=warn)
     saved = rundir.read_config(run)
     item, own, frozen, wanted = saved_config.weights_item(saved['config']), saved_config.about(saved), {}, abstract
     cfg = execution.model_config(saved['config'], training=False)
@@ -88,6 +92,17 @@ def weights(run: str, abstract: Any, *, warn: Callable[[str], None]) -> tuple[An
         if not any(isinstance(w, Weight) for w in jax.tree.leaves(abstract, is_leaf=lambda w: isinstance(w, Weight))):
             model = jax.jit(adapters.merged, out_shardings=shardings_of(abstract))(model)
     return model, Parent(run, step, checkpoint.saved_digest(meta, item, own.trains))
+
+
+def _weights_of_model(model: Opened, abstract: Any, *, warn: Callable[[str], None]) -> tuple[Any, Parent]:
+    """`weights` of another form's model, read as `abstract` lies. Its digest is that of all of its weights, float32."""
+    for note in model.notes:
+        warn(note)
+    own = abstract_params(
+        execution.model_config(foreign.config_of(model), training=False), foreign.about_of(model).role
+    )
+    params = placed.arrays(model, own | abstract)
+    return {name: params[name] for name in abstract}, Parent(model.where, 0, checkpoint.digest(params))
 
 
 def branch(

@@ -19,7 +19,7 @@ from lm.config import Config, differences, leaves, split_run
 from lm.errors import UsageError
 from lm.interop import folders
 from lm.multihost import processes
-from lm.runs import checkpoint, saved_config
+from lm.runs import checkpoint, foreign, saved_config
 from lm.runs.saved_config import Parent
 
 LOCK = '.lock'
@@ -31,20 +31,19 @@ NUMERIC = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'three
 
 
 def read_config(run: str) -> dict[str, Any]:
-    """The saved config.json of 'DIR' or 'DIR@STEP'. Raises UsageError if it is not a run."""
+    """The saved config.json of 'DIR' or 'DIR@STEP', or what that of another form's model would say. Raises UsageError
+    if it is neither."""
+    if (model := foreign.find(run)) is not None:
+        return foreign.saved(model)
     folder = epath.Path(split_run(run)[0])
     file = folder / 'config.json'
-    if folder.suffix.lower() == '.gguf' and folder.is_file():
-        raise UsageError(f'{folder} is not a run: it is a GGUF file, {folders.converted(folder)}')
     if not file.exists():
         raise UsageError(f'{folder} is not a run: it {folders.reason(folder)}')
     saved = read_json(file)
     if isinstance(saved, dict) and JOB in saved:
         raise UsageError(f'{folder} is no model: the job {saved[JOB]} made what is there, name the run that it asked')
     if not isinstance(saved, dict) or not isinstance(saved.get('config'), dict):
-        other = isinstance(saved, dict) and ('architectures' in saved or 'model_type' in saved)
-        what = f'it is a Hugging Face folder, {folders.converted(folder)}' if other else 'its config.json is of another'
-        raise UsageError(f'{folder} is not a run: {what}')
+        raise UsageError(f'{folder} is not a run: its config.json is of another')
     if missing := sorted({'model', 'optim', 'stage', 'seq_len'} - set(saved['config'])):
         raise UsageError(f'{file} is damaged (config.{missing[0]} is missing): restore it, or train in another workdir')
     saved['config'] = configs.with_todays_names(saved['config'])
@@ -176,7 +175,9 @@ def read_status(workdir: epath.Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(run: str) -> str:
-    """The folder of a run's tokenizer."""
+    """The folder of a run's tokenizer; of another form's model, where its files were unpacked."""
+    if (model := foreign.find(run)) is not None:
+        return foreign.tokenizer_folder(model)
     return str(epath.Path(split_run(run)[0]) / 'tokenizer')
 
 
