@@ -39,7 +39,7 @@ LIMITS = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.chat', __doc__)
-    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
+    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, DIR@STEP, a Hugging Face folder or a GGUF file')
     parser.add_argument('--prompt', help='answer this and leave')
     parser.add_argument('--system', help='what the assistant is told before the conversation')
     parser.add_argument('--raw', action='store_true', help='continue plain text')

@@ -55,7 +55,7 @@ Column = tuple[str, str, str]  # metric, source or task, what it is
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser('python -m lm.evaluate', __doc__)
     whole = lambda name: configs.whole(f'--{name}')
-    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, or DIR@STEP for one of its checkpoints')
+    parser.add_argument('runs', nargs='+', metavar='DIR', help='a run, DIR@STEP, a Hugging Face folder or a GGUF file')
     parser.add_argument('--tasks', help='comma-separated; default all that the installed data allow, lm_eval aside')
     parser.add_argument('--mixture', help='text to measure on; default what each run was pretrained on')
     parser.add_argument('--chats', help='questions for answers; default operations,smalltalk')

@@ -193,7 +193,7 @@ class Shared:
 
     stage: str = setting('pretrain', 'of lm.stages or lm.jobs')
     seed: int = setting(0, 'of everything that is drawn', up_to(SEED_MAX))
-    init_from: str | None = setting(None, "DIR[@STEP]: start from that run's weights, model and tokenizer")
+    init_from: str | None = setting(None, "DIR[@STEP]: start from that run's (or model's) weights, graph and tokenizer")
     data: Data = Data()
     mesh: Mesh = Mesh()
 

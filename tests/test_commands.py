@@ -369,7 +369,7 @@ def test_a_workdir_that_is_not_this_run(call, lab, trained, tmp_path):
     (tmp_path / 'file').write_text('')
     refused(call('main', *lab.argv(tmp_path / 'file')), f'{tmp_path / "file"} is a file')
     for text, wanted in (
-        ('{"architectures": []}', 'it is a Hugging Face folder'),
+        ('{"architectures": []}', 'is of another'),
         ('{', 'is damaged'),
         ('[]', 'is of another'),
     ):

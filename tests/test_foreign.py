@@ -50,8 +50,8 @@ def test_it_is_the_run_that_it_was_written_of(models, dialogues, form):
     assert checkpoint.locate(models[form]) == theirs.step == 0
 
 
-def test_its_digest_is_that_of_the_converted_run(models, dialogues, tmp_path):
-    """So a run that began with a folder takes what was made of that for it."""
+def test_its_digest_is_that_of_its_weights(models, tmp_path):
+    """However they are read, and that of the run that is made of them, where both hold float32."""
     path = models['huggingface']
     lazy_checkpoint.write_run(opening.open_model(path, 'huggingface'), tmp_path / 'run')
     for mesh in ({'data': 8}, {'fsdp': 2, 'tensor': 4}):

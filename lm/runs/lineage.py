@@ -31,7 +31,7 @@ def inherit_model(
     if not parent:
         return
     resumed = workdir is not None and (workdir / 'config.json').exists() and checkpoint.listed(workdir / 'checkpoints')
-    whole = rundir.read_config(str(workdir) if resumed else parent)
+    whole = rundir.read_own(workdir) if workdir is not None and resumed else rundir.read_config(parent)
     saved, theirs = whole['config'], saved_config.about(whole)
     if weights and not resumed:
         checkpoint.locate(parent)

@@ -33,9 +33,12 @@ NUMERIC = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'three
 def read_config(run: str) -> dict[str, Any]:
     """The saved config.json of 'DIR' or 'DIR@STEP', or what that of another form's model would say. Raises UsageError
     if it is neither."""
-    if (model := foreign.find(run)) is not None:
-        return foreign.saved(model)
-    folder = epath.Path(split_run(run)[0])
+    model = foreign.find(run)
+    return read_own(epath.Path(split_run(run)[0])) if model is None else foreign.saved(model)
+
+
+def read_own(folder: epath.Path) -> dict[str, Any]:
+    """The saved config.json of a run's directory. Raises UsageError if it is none."""
     file = folder / 'config.json'
     if not file.exists():
         raise UsageError(f'{folder} is not a run: it {folders.reason(folder)}')
@@ -118,7 +121,7 @@ def open_workdir(config: Config, workdir: epath.Path) -> dict[str, Any] | None:
     if not (workdir / 'config.json').exists():
         check_new(workdir)
         return None
-    saved = read_config(str(workdir))
+    saved = read_own(workdir)
     steps = checkpoint.listed(workdir / 'checkpoints')
     if not steps:
         _check_nothing_lost(workdir)
