@@ -78,7 +78,7 @@ def arrays(model, dtype, seed=0):
     arch, draw = gguf_arch.ARCHS[gguf_out.choose(model)[0]], np.random.default_rng(seed)
     top = gguf_arch.TOP | ({} if model['tied'] else gguf_arch.HEAD)
     found = {}
-    for leaf in [*top, *(f'layers/{name}' for name in arch.layer)]:
+    for leaf in [*top, *arch.layer]:
         shape, stored = graph.shapes(leaf, model)
         lead = (model['layers'],) if leaf.startswith('layers/') else ()
         if 'norm' in leaf:

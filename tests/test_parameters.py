@@ -45,7 +45,9 @@ def test_what_is_contracted_begins_a_parameters_letters():
 def test_other_formats_name_parameters_that_there_are():
     tables = [families.TOP, families.HEAD, families.SCORE, *(family.layer for family in families.FAMILIES)]
     tables += [gguf_arch.TOP, gguf_arch.HEAD, gguf_arch.BIASES, *(arch.layer for arch in gguf_arch.ARCHS.values())]
-    assert {name for table in tables for name in table} == {row.name for row in ROWS} - {'bias_score'}
+    assert {name.removeprefix('layers/') for table in tables for name in table} == {row.name for row in ROWS} - {
+        'bias_score'
+    }
 
 
 def test_the_score_decays_and_its_bias_does_not(tiny):

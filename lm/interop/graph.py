@@ -129,10 +129,42 @@ class Tensor(NamedTuple):
     layer: int
 
 
-def names_of(top: Mapping[str, str], layer: Mapping[str, str], prefix: str, layers: int) -> dict[str, list[str]]:
-    """{parameter: the name of its tensor, or those of its layers', which begin with prefix.format(i)}."""
-    stacked = {f'layers/{leaf}': [prefix.format(i) + name for i in range(layers)] for leaf, name in layer.items()}
-    return {leaf: [name] for leaf, name in top.items()} | stacked
+def of_layers(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    """{parameter: the pattern of its tensors' names} of what each layer has, from what stands after a prefix that has
+    {layer} in it."""
+    return {f'layers/{leaf}': prefix + name for leaf, name in names.items()}
+
+
+def names_of(patterns: Mapping[str, str], layers: int) -> dict[str, list[str]]:
+    """{parameter: the name of its tensor, or those of its layers'}, of patterns with {layer} where it is of layers."""
+    counts = {leaf: layers if leaf.startswith('layers/') else 1 for leaf in patterns}
+    return {leaf: [pattern.format(layer=i) for i in range(counts[leaf])] for leaf, pattern in patterns.items()}
+
+
+def matrices_of(patterns: Mapping[str, str], layers: int) -> dict[str, tuple[str, int]]:
+    """{tensor's name: (leaf of the layers, layer)} of the matrices of the layers."""
+    return {
+        name: (parameter.removeprefix('layers/'), i)
+        for parameter, names in names_of(patterns, layers).items() if parameters.row(parameter).matrix
+        for i, name in enumerate(names)
+    }  # fmt: skip
+
+
+def plan(
+    patterns: Mapping[str, str], model: Mapping[str, Any], kind_of: Callable[[str, str, tuple[int, ...], int], Any]
+) -> list[Tensor]:
+    """The tensors of a model in a file: those of no layer, then layer after layer.
+
+    Args:
+      kind_of: (parameter, tensor's name, its shape, layer) -> (its kind, elements a block, bytes a block).
+    """
+    found = []
+    for leaf, names in names_of(patterns, model['layers']).items():
+        _, stored = shapes(leaf, model)
+        for layer, name in enumerate(names):
+            kind, elements, size = kind_of(leaf, name, stored, layer)
+            found.append(Tensor(name, kind, stored, math.prod(stored) // elements * size, leaf, layer))
+    return sorted(found, key=lambda tensor: (tensor.leaf.startswith('layers/'), tensor.layer))
 
 
 def read_leaves(

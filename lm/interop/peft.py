@@ -18,11 +18,10 @@ from etils import epath
 from lm import files
 from lm.errors import UsageError
 from lm.interop.adapter import OpenedAdapter, check_factors, stack_of
-from lm.interop.graph import DTYPES, Fetch, Info
+from lm.interop.graph import DTYPES, Fetch, Info, matrices_of
 from lm.interop.huggingface import families, family_config
 from lm.interop.huggingface import safetensors_file as file
 from lm.interop.opened import Leaf, Opened
-from lm.model import parameters
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'  # before each name of the model
@@ -68,10 +67,8 @@ def open_adapter(path: epath.PathLike, base: Opened, *, fetch: Fetch = file.read
     if not (folder / WEIGHTS).exists():
         raise UsageError(f'{where}: has no {WEIGHTS}: a pickled one runs code, save it as safetensors elsewhere')
     family = _family(base)
-    places = {
-        families.LAYER_PREFIX.format(i) + name.removesuffix('.weight'): (leaf, i)
-        for leaf, name in family.layer.items() if parameters.row(leaf).matrix for i in range(base.model['layers'])
-    }  # fmt: skip
+    matrices = matrices_of(family.layer, base.model['layers'])
+    places = {name.removesuffix('.weight'): place for name, place in matrices.items()}
     found: dict[str, dict[int, dict[str, Info]]] = defaultdict(lambda: defaultdict(dict))
     arrays = {}
     for name, info in file.read_header(folder / WEIGHTS).items():
@@ -226,10 +223,10 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: epath.PathLike, *,
         raise UsageError(f'{path} exists: name a new folder')
     family, ranks, alpha = _family(base), adapter.ranks(), adapter.alpha()
     rank = max(ranks.values())
-    modules = {name: family.layer[name.removeprefix('layers/')].removesuffix('.weight') for name in ranks}
+    modules = {name: family.layer[name].removesuffix('.weight') for name in ranks}
     names, tensors = {part: name for name, part in PARTS.items()}, {}
     for name, layer, parts in adapter.stored(alpha):
-        place = PREFIX + families.LAYER_PREFIX.format(layer) + modules[name]
+        place = PREFIX + modules[name].format(layer=layer)
         tensors |= {f'{place}.{names[part]}': x for part, x in parts.items()}
     if adapter.scored:
         tensors[f'{PREFIX}{SCORE}.weight'] = np.asarray(adapter.arrays['score_D'].read(0), np.float32)[None]

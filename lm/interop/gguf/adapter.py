@@ -16,7 +16,7 @@ from lm.interop.adapter import OpenedAdapter, check_factors, stack_of
 from lm.interop.gguf import arch as tables
 from lm.interop.gguf import file, writer
 from lm.interop.gguf.arch import Arch
-from lm.interop.graph import Fetch, Info, Tensor
+from lm.interop.graph import Fetch, Info, Tensor, matrices_of
 from lm.interop.opened import Opened
 from lm.model import parameters
 
@@ -57,10 +57,7 @@ def open_adapter(path: str | Path, base: Opened, *, fetch: Fetch = file.read) ->
         raise UsageError(f'{where}: {ALPHA}={alpha} is no number')
     if not alpha:
         notes.append(f'{where}: {ALPHA} is 0 or missing: products are taken as they are, as llama.cpp does')
-    places = {
-        f'blk.{i}.{name}': (leaf, i)
-        for leaf, name in arch.layer.items() if parameters.row(leaf).matrix for i in range(base.model['layers'])
-    }  # fmt: skip
+    places = matrices_of(arch.layer, base.model['layers'])
     found: dict[str, dict[int, dict[str, Info]]] = defaultdict(lambda: defaultdict(dict))
     for tensor, info in header.tensors.items():
         place, part = tensor[:-7], tensor[-7:]
@@ -113,7 +110,7 @@ def write_adapter(adapter: OpenedAdapter, base: Opened, path: str | Path, *, say
         outputs = base.leaf(parameter).shape[len(parameters.row(leaf).contracted) :]
         b = _turned(leaf, arch, back=False)(parts['b'].T.reshape(rank, *outputs)).reshape(rank, -1).T
         for end, x in (('.lora_a', parts['a']), ('.lora_b', b)):
-            plan.append(Tensor(f'blk.{layer}.{arch.layer[leaf]}{end}', 'F32', x.shape, x.nbytes, '', 0))
+            plan.append(Tensor(arch.layer[parameter].format(layer=layer) + end, 'F32', x.shape, x.nbytes, '', 0))
             content.append(np.ascontiguousarray(x, np.float32).tobytes())
     told = {TYPE: 'adapter', KIND: 'lora', ALPHA: float(alpha), 'general.name': Path(adapter.where).name or 'adapter'}
     say(f'{path}: {len(plan)} tensors of architecture {name}; its base: python -m lm.convert {adapter.base} BASE.gguf')

@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.errors import UsageError
+from lm.interop.graph import of_layers
 from lm.model.layers import RopeScaling
 
-LAYER_PREFIX = 'blk.{}.'
+_LAYER = 'blk.{layer}.'
 TOP = {'embed_VD': 'token_embd.weight', 'final_norm_D': 'output_norm.weight'}
 HEAD = {'head_DV': 'output.weight'}
 ROPE_FREQS = 'rope_freqs.weight'  # what the rotary frequencies are divided by: llama3 scaling
-LAYER = {
+LAYER = of_layers(_LAYER, {
     'attn_norm_D': 'attn_norm.weight', 'wq_DNH': 'attn_q.weight', 'wk_DKH': 'attn_k.weight',
     'wv_DKH': 'attn_v.weight', 'wo_NHD': 'attn_output.weight', 'mlp_norm_D': 'ffn_norm.weight',
     'w_gate_DF': 'ffn_gate.weight', 'w_up_DF': 'ffn_up.weight', 'w_down_FD': 'ffn_down.weight',
-}  # fmt: skip
-BIASES = {'bias_q_NH': 'attn_q.bias', 'bias_k_KH': 'attn_k.bias', 'bias_v_KH': 'attn_v.bias'}
-QK_NORMS = {'q_norm_H': 'attn_q_norm.weight', 'k_norm_H': 'attn_k_norm.weight'}
-POST_NORMS = {'attn_post_norm_D': 'post_attention_norm.weight', 'mlp_post_norm_D': 'post_ffw_norm.weight'}
+})  # fmt: skip
+BIASES = of_layers(_LAYER, {'bias_q_NH': 'attn_q.bias', 'bias_k_KH': 'attn_k.bias', 'bias_v_KH': 'attn_v.bias'})
+QK_NORMS = of_layers(_LAYER, {'q_norm_H': 'attn_q_norm.weight', 'k_norm_H': 'attn_k_norm.weight'})
+POST_NORMS = of_layers(_LAYER, {
+    'attn_post_norm_D': 'post_attention_norm.weight', 'mlp_post_norm_D': 'post_ffw_norm.weight',
+})  # fmt: skip
 ROTATED = ('wq_DNH', 'wk_DKH', 'bias_q_NH', 'bias_k_KH')  # their last letter is what rotary positions pair up
 
 # Settings that are numbers: model.* -> (key after the architecture's name, its type).
@@ -44,7 +47,7 @@ class Arch(NamedTuple):
 
     Attributes:
       graph: model.*, where it is not PLAIN.
-      layer: tensors of each layer, without 'blk.N.'.
+      layer: the names of each layer's tensors, with {layer} in them.
       interleaved: rotary positions pair neighbours, so the rows of queries and keys lie in another order than ours.
       untied: it may have a head of its own.
       freqs: it reads ROPE_FREQS.

@@ -76,7 +76,7 @@ def graph(header: file.Header, name: str, arch: Arch, *, where: str) -> dict[str
     model['tied'] = not (arch.untied and tables.HEAD['head_DV'] in tensors)
     model = PLAIN | model | arch.graph | _gemma(get, arch, model)
     if name == 'llama':
-        model['qkv_bias'] = f'blk.0.{tables.BIASES["bias_q_NH"]}' in tensors
+        model['qkv_bias'] = tables.BIASES['layers/bias_q_NH'].format(layer=0) in tensors
         window = get.size('attention.sliding_window', None)  # Mistral's
         model['window'] = window if window and window < (model['context'] or INT32_MAX) else None
     return model
@@ -174,8 +174,8 @@ def _leaves(path: str | Path, header: file.Header, arch: Arch, model: dict[str, 
     """The parameters; settles model['rope_scaling'], which a tensor says."""
     model['rope_scaling'] = scaling(path, header, arch, model)
     top = tables.TOP | ({} if model['tied'] else tables.HEAD)
-    layer = arch.layer | (tables.BIASES if model['qkv_bias'] else {})
-    names = names_of(top, layer, tables.LAYER_PREFIX, model['layers'])
+    biases = tables.BIASES if model['qkv_bias'] else {}
+    names = names_of(top | arch.layer | biases, model['layers'])
 
     def read(info: Info, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
         return to_ours(fetch(info), leaf, shape, arch)

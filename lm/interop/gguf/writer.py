@@ -5,7 +5,6 @@ them, read back, and compared.
 """
 
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,23 +131,17 @@ def _described(name: str, arch: Arch, model: Mapping[str, Any]) -> dict[str, Any
 def _plan(arch: Arch, model: Mapping[str, Any], quantize: str) -> list[Tensor]:
     """The tensors of a file in their order."""
     top = tables.TOP | ({} if model['tied'] or not arch.untied else tables.HEAD)
-    places = [(leaf, gguf, 0) for leaf, gguf in top.items()]
-    for i in range(model['layers']):
-        places += [(f'layers/{leaf}', f'blk.{i}.{gguf}', i) for leaf, gguf in arch.layer.items()]
-    plan = []
-    if arch.freqs and (model['rope_scaling'] or '').startswith('llama3'):
-        plan.append(_tensor(tables.ROPE_FREQS, 'F32', (model['head_dim'] // 2,), '', 0))
-    for leaf, gguf, i in places:
-        _, shape = graph.shapes(leaf, model)
+
+    def kind_of(leaf: str, name: str, shape: tuple[int, ...], layer: int) -> tuple[str, int, int]:
         tied = 'head_DV' not in top
-        kind = mixes.kind_of(gguf, shape, mix=quantize, layer=i, layers=model['layers'], tied=tied)
-        plan.append(_tensor(gguf, kind, shape, leaf, i))
-    return plan
+        kind = mixes.kind_of(name, shape, mix=quantize, layer=layer, layers=model['layers'], tied=tied)
+        return kind, *file.BLOCKS[kind]
 
-
-def _tensor(name: str, kind: str, shape: tuple[int, ...], leaf: str, layer: int) -> Tensor:
-    elements, size = file.BLOCKS[kind]
-    return Tensor(name, kind, shape, math.prod(shape) // elements * size, leaf, layer)
+    plan = graph.plan(top | arch.layer, model, kind_of)
+    if not arch.freqs or not (model['rope_scaling'] or '').startswith('llama3'):
+        return plan
+    half = model['head_dim'] // 2
+    return [Tensor(tables.ROPE_FREQS, 'F32', (half,), 4 * half, '', 0), *plan]
 
 
 def header(name: str, metadata: Mapping[str, Any], plan: list[Tensor]) -> bytes:

@@ -7,25 +7,31 @@ in configuration_TYPE.py. family_config.py reads and writes by these tables; not
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-LAYER_PREFIX = 'model.layers.{}.'
+from lm.interop.graph import of_layers
+
+_LAYER = 'model.layers.{layer}.'
 TOP = {'embed_VD': 'model.embed_tokens.weight', 'final_norm_D': 'model.norm.weight'}
 HEAD = {'head_DV': 'lm_head.weight'}
 SCORE = {'score_D': 'score.weight'}
-_MATRICES = {
+_MATRICES = of_layers(_LAYER, {
     'wq_DNH': 'self_attn.q_proj.weight', 'wk_DKH': 'self_attn.k_proj.weight', 'wv_DKH': 'self_attn.v_proj.weight',
     'wo_NHD': 'self_attn.o_proj.weight', 'w_gate_DF': 'mlp.gate_proj.weight', 'w_up_DF': 'mlp.up_proj.weight',
     'w_down_FD': 'mlp.down_proj.weight',
-}  # fmt: skip
-_PRE = {'attn_norm_D': 'input_layernorm.weight', 'mlp_norm_D': 'post_attention_layernorm.weight'}
-_POST = {'attn_post_norm_D': 'post_attention_layernorm.weight', 'mlp_post_norm_D': 'post_feedforward_layernorm.weight'}
-_BOTH = _POST | {'attn_norm_D': 'input_layernorm.weight', 'mlp_norm_D': 'pre_feedforward_layernorm.weight'}
-_BIASES = {
+})  # fmt: skip
+_PRE = of_layers(_LAYER, {'attn_norm_D': 'input_layernorm.weight', 'mlp_norm_D': 'post_attention_layernorm.weight'})
+_POST = of_layers(_LAYER, {
+    'attn_post_norm_D': 'post_attention_layernorm.weight', 'mlp_post_norm_D': 'post_feedforward_layernorm.weight',
+})  # fmt: skip
+_BOTH = _POST | of_layers(_LAYER, {
+    'attn_norm_D': 'input_layernorm.weight', 'mlp_norm_D': 'pre_feedforward_layernorm.weight',
+})  # fmt: skip
+_BIASES = of_layers(_LAYER, {
     'bias_q_NH': 'self_attn.q_proj.bias', 'bias_k_KH': 'self_attn.k_proj.bias', 'bias_v_KH': 'self_attn.v_proj.bias',
-}  # fmt: skip
-_QK_NORMS = {'q_norm_H': 'self_attn.q_norm.weight', 'k_norm_H': 'self_attn.k_norm.weight'}
-_JOINT_NORMS = {'q_norm_NH': 'self_attn.q_norm.weight', 'k_norm_KH': 'self_attn.k_norm.weight'}
+})  # fmt: skip
+_QK_NORMS = of_layers(_LAYER, {'q_norm_H': 'self_attn.q_norm.weight', 'k_norm_H': 'self_attn.k_norm.weight'})
+_JOINT_NORMS = of_layers(_LAYER, {'q_norm_NH': 'self_attn.q_norm.weight', 'k_norm_KH': 'self_attn.k_norm.weight'})
 LAYER = _MATRICES | _PRE
-ZERO = 'self_attn.o_proj.bias'  # of each layer of a family that is `biased`, [dim]
+ZERO = _LAYER + 'self_attn.o_proj.bias'  # of each layer of a family that is `biased`, [dim]
 
 # Activations by the names that `transformers` has for them; the first of ours is what is written.
 ACTIVATIONS = {
@@ -75,7 +81,7 @@ class Family(NamedTuple):
     Attributes:
       model_type: its name in config.json.
       graph: model.*, where it is not `graph.PLAIN`.
-      layer: tensors of each layer.
+      layer: the names of each layer's tensors, with {layer} in them.
       causal, scored: the names of its classes; None: `transformers` has no such class.
       keys: settings that it has beside those of all.
       defaults: what `transformers` takes for keys of all families that are absent (where not `COMMON`'s).

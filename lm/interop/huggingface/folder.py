@@ -162,7 +162,8 @@ def _leaves(
         graph.read_leaves, tensors=tensors, model=told.model, shaped_by=f'{CONFIG} makes it', dtypes=DTYPES,
         read=lambda info, leaf, shape: graph.from_stored(fetch(info), leaf, shape),
     )  # fmt: skip
-    names, zeros = _names(told.family, told.model, scored=told.scored), _zeros(told.family, told.model)
+    zeros = _zeros(told.family, told.model)
+    names = graph.names_of(_names(told.family, told.model, scored=told.scored), told.model['layers'])
     leaves, notes = read(names, where=where), []
     for name in zeros:
         if name in tensors and np.any(fetch(tensors[name])):
@@ -184,10 +185,10 @@ def _same(a: Info, b: Info, fetch: Fetch) -> bool:
     return alike and np.array_equal(fetch(a).view(np.uint8), fetch(b).view(np.uint8))
 
 
-def _names(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, list[str]]:
-    """{parameter: the name of its tensor, or those of its layers'}."""
+def _names(family: Family, model: Mapping[str, Any], *, scored: bool) -> dict[str, str]:
+    """{parameter: the pattern of its tensor's name}."""
     top = families.TOP | ({} if model['tied'] else families.HEAD) | (families.SCORE if scored else {})
-    return graph.names_of(top, family.layer, families.LAYER_PREFIX, model['layers'])
+    return top | family.layer
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -255,18 +256,18 @@ def _family_for(opened: Opened) -> tuple[Family, dict[str, Any]]:
 def _plan(opened: Opened, family: Family) -> list[Tensor]:
     """The tensors in their order."""
     model = {**opened.model, 'tied': opened.model['tied'] or opened.scored}
-    plan = []
-    for leaf, names in _names(family, model, scored=opened.scored).items():
-        dtype, (_, stored) = opened.leaf(leaf).dtype, graph.shapes(leaf, model)
-        kind, nbytes = file.kind_of(dtype), math.prod(stored) * dtype.itemsize
-        plan += [Tensor(name, kind, stored, nbytes, leaf, layer) for layer, name in enumerate(names)]
-    dim = opened.model['dim']
+
+    def kind_of(leaf: str, *_: Any) -> tuple[str, int, int]:
+        dtype = opened.leaf(leaf).dtype
+        return file.kind_of(dtype), 1, dtype.itemsize
+
+    plan, dim = graph.plan(_names(family, model, scored=opened.scored), model, kind_of), opened.model['dim']
     return plan + [Tensor(name, 'F32', (dim,), 4 * dim, '', 0) for name in _zeros(family, opened.model)]
 
 
 def _zeros(family: Family, model: Mapping[str, Any]) -> list[str]:
     """The names of tensors that a family has beside our parameters, all of them zero."""
-    return [families.LAYER_PREFIX.format(i) + families.ZERO for i in range(model['layers'] if family.biased else 0)]
+    return [families.ZERO.format(layer=i) for i in range(model['layers'] if family.biased else 0)]
 
 
 def _words_of(opened: Opened, say: Callable[[str], None]) -> tuple[dict[str, bytes], dict[str, Any]]:
